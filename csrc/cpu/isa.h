@@ -1,0 +1,25 @@
+// Which instruction set the kernels use: the best that the host has, or FASTDREAMER_ISA.
+#pragma once
+
+#if defined(__x86_64__)
+#  define FD_X86 1
+#else
+#  define FD_X86 0
+#endif
+
+namespace fastdreamer {
+
+enum class Isa { scalar, avx2, avx512, avx512bf16 };  // each includes those before it
+constexpr Isa kIsas[] = {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512bf16};
+
+// The name that FASTDREAMER_ISA takes.
+const char* isa_name(Isa isa);
+
+// Whether CPU and operating system (its saved registers) both support `isa`.
+bool host_has(Isa isa);
+
+// The instruction set in force, read once per process: FASTDREAMER_ISA if set and not empty, else
+// the best of the host. Throws invalid_argument for an unknown name or one that the host lacks.
+Isa active_isa();
+
+}  // namespace fastdreamer

@@ -1,0 +1,20 @@
+#include "cpu/kernels.h"
+
+namespace fastdreamer {
+
+const Kernels& kernels() {
+  switch (active_isa()) {
+#if FD_X86
+    case Isa::avx512bf16:
+      return avx512bf16_kernels;
+    case Isa::avx512:
+      return avx512_kernels;
+    case Isa::avx2:
+      return avx2_kernels;
+#endif
+    default:
+      return scalar_kernels;
+  }
+}
+
+}  // namespace fastdreamer

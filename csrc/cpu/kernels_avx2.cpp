@@ -1,0 +1,8 @@
+// The kernels for avx2; the suffix of this file's name selects its compiler flags (setup.py).
+#include "cpu/kernels-inl.h"
+
+namespace fastdreamer {
+
+extern const Kernels avx2_kernels = {kLanes, lambda_return_forward, lambda_return_backward};
+
+}  // namespace fastdreamer

@@ -1,0 +1,205 @@
+"""Which body of an op runs: eager PyTorch, the native C++ core, or Triton.
+
+A call resolves its backend from the ``backend=`` argument, then the :func:`use_backend` context,
+then the environment variable ``FASTDREAMER_BACKEND``, then ``auto``. An explicit choice that
+cannot run raises :class:`BackendError` with the reason; only ``auto`` falls back (to eager), and
+it logs each reason once per op on the logger ``fastdreamer``.
+
+``auto`` takes native for CPU tensors and triton for CUDA tensors. What each body accepts:
+
+- eager: any device and floating dtype (float64 is the reference; autocast works);
+- native: CPU tensors, triton: CUDA tensors; both want them contiguous and their floating dtypes
+  float32, so that auto takes eager for float64 and bfloat16 and an explicit choice raises;
+- triton takes CPU tensors where Triton's interpreter is on (``TRITON_INTERPRET=1``, set before
+  triton is imported; for tests, it is slow).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("eager", "native", "triton")
+_NAMES = (*BACKENDS, "auto")
+_AUTO = {"cpu": "native", "cuda": "triton"}  # by device type; every other device is eager
+
+OPS: dict[str, Op] = {}
+"""Every op by name; an op appears when its module is imported."""
+
+_log = logging.getLogger("fastdreamer")
+_context: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    "fastdreamer_backend", default=None
+)
+_ran = threading.local()
+
+
+class BackendError(RuntimeError):
+    """An explicitly chosen backend cannot run this op; the message says why."""
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose the backend of every op call inside the block that names none itself.
+
+    Args:
+        name: ``"eager"``, ``"native"``, ``"triton"`` or ``"auto"``.
+
+    Raises:
+        ValueError: an unknown name; the message lists the valid ones.
+    """
+    token = _context.set(_valid(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def last_backend(op: str) -> str | None:
+    """Return the backend that the last call of ``op`` on this thread took, None before any."""
+    return getattr(_ran, op, None)
+
+
+class Op:
+    """One op: its eager body, and loaders of the compiled bodies it has.
+
+    Args:
+        name: the op's name, that of its files.
+        eager: the eager body itself.
+        native, triton: functions without arguments that import and return the compiled body, or
+            None where the op has none. An ImportError they raise becomes the reason why the
+            backend cannot run. All bodies take the same arguments.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        eager: Callable,
+        native: Callable[[], Callable] | None = None,
+        triton: Callable[[], Callable] | None = None,
+    ) -> None:
+        self.name = name
+        self.eager = eager
+        self._loaders = {"native": native, "triton": triton}
+        self._loaded: dict[str, Callable | str] = {}  # body, or why it could not be loaded
+        self._logged: set[str] = set()
+        OPS[name] = self
+
+    def select(self, backend: str | None, *tensors: Tensor | None) -> Callable:
+        """Return the body to call for these inputs, and note it for :func:`last_backend`.
+
+        Args:
+            backend: the caller's ``backend=`` argument; None asks the context, the environment,
+                then auto.
+            tensors: the tensors that the body will get; Nones are skipped.
+
+        Raises:
+            ValueError: unknown backend name.
+            BackendError: an explicit choice that cannot run.
+        """
+        name = _resolve(backend)
+        given = [tensor for tensor in tensors if tensor is not None]
+        if name == "auto":
+            name = self._auto(given)
+        elif reason := self._refusal(name, given):
+            raise BackendError(f"{self.name}: backend {name!r} cannot run: {reason}")
+        setattr(_ran, self.name, name)
+        return self.eager if name == "eager" else self._loaded[name]  # type: ignore[return-value]
+
+    def why_not(self, backend: str, device: torch.device | str) -> str | None:
+        """Return why ``backend`` cannot run this op on ``device``, or None when it can.
+
+        Args:
+            backend: ``"eager"``, ``"native"`` or ``"triton"``.
+            device: where the tensors would be.
+
+        Raises:
+            ValueError: unknown backend name, ``"auto"`` included.
+        """
+        if backend not in BACKENDS:
+            raise ValueError(f"why_not: backend must be one of {_list(BACKENDS)}, got {backend!r}")
+        device = torch.device(device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            return "no usable NVIDIA driver or GPU"
+        if backend == "eager":
+            return None
+        if self._loaders[backend] is None:
+            return f"{self.name} has no {backend} kernel"
+        if backend == "native" and device.type != "cpu":
+            return f"tensor is on {device}, native needs the cpu"
+        if backend == "triton" and device.type != "cuda" and not _interpreting():
+            return f"tensor is on {device}, triton needs a CUDA device"
+        body = self._load(backend)
+        return body if isinstance(body, str) else None
+
+    def _auto(self, tensors: list[Tensor]) -> str:
+        name = _AUTO.get(tensors[0].device.type, "eager")
+        if name == "eager":
+            return name
+        reason = self._refusal(name, tensors)
+        if reason is None:
+            return name
+        if reason not in self._logged:
+            self._logged.add(reason)
+            # A kernel that exists but cannot be loaded is worth a line on the terminal.
+            level = logging.WARNING if reason == self._loaded.get(name) else logging.INFO
+            _log.log(level, "%s: auto takes eager, not %s: %s", self.name, name, reason)
+        return "eager"
+
+    def _refusal(self, backend: str, tensors: list[Tensor]) -> str | None:
+        if backend == "eager":
+            return None
+        device = tensors[0].device
+        for tensor in tensors:
+            if tensor.device != device:
+                return f"tensors are on {device} and {tensor.device}"
+        if reason := self.why_not(backend, device):
+            return reason
+        for tensor in tensors:
+            if tensor.is_floating_point() and tensor.dtype != torch.float32:
+                return f"tensor is {str(tensor.dtype)[6:]}, {backend} needs float32"
+            if not tensor.is_contiguous():
+                return f"tensor has strides {tensor.stride()}, {backend} needs it contiguous"
+        return None
+
+    def _load(self, backend: str) -> Callable | str:
+        body = self._loaded.get(backend)
+        if body is None:
+            try:
+                body = self._loaders[backend]()  # type: ignore[misc]
+            except ModuleNotFoundError as error:
+                missing = "extension not built" if backend == "native" else "not installed"
+                body = f"{missing}: {error}"
+            except ImportError as error:
+                body = f"cannot be loaded: {error}"
+            self._loaded[backend] = body
+        return body
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _resolve(backend: str | None) -> str:
+    if backend is not None:
+        return _valid(backend, "backend")
+    if (name := _context.get()) is not None:
+        return name
+    return _valid(os.environ.get("FASTDREAMER_BACKEND") or "auto", "FASTDREAMER_BACKEND")
+
+
+def _valid(name: str, source: str) -> str:
+    if name not in _NAMES:
+        raise ValueError(f"{source} must be one of {_list(_NAMES)}, got {name!r}")
+    return name
+
+
+def _list(names: tuple[str, ...]) -> str:
+    return ", ".join(names)

@@ -1,0 +1,183 @@
+"""Resolution of backends: the order of the choices, explicit errors, logged fallbacks."""
+
+import logging
+import threading
+
+import pytest
+import torch
+
+from fastdreamer.ops.backend import OPS, BackendError, Op, last_backend, use_backend
+from fastdreamer.ops.checks import check_tensor
+
+CPU = torch.zeros(2, 3)
+
+
+def missing():
+    raise ModuleNotFoundError("No module named 'somewhere'", name="somewhere")
+
+
+def broken():
+    raise ImportError("undefined symbol")
+
+
+@pytest.fixture
+def make(monkeypatch):
+    monkeypatch.delenv("FASTDREAMER_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    made = []
+
+    def make(name="probe", **loaders):
+        made.append(name)
+        return Op(name, eager=lambda: "eager", **loaders)
+
+    yield make
+    for name in made:
+        OPS.pop(name, None)
+
+
+def native():
+    return lambda: "native"
+
+
+def triton():
+    return lambda: "triton"
+
+
+def test_argument_beats_context_beats_environment_beats_auto(make, monkeypatch):
+    op = make(native=native)
+    assert OPS["probe"] is op
+    assert op.select(None, CPU)() == "native"
+    monkeypatch.setenv("FASTDREAMER_BACKEND", "eager")
+    assert op.select(None, CPU)() == "eager"
+    with use_backend("native"):
+        assert op.select(None, CPU)() == "native"
+        assert op.select("eager", CPU)() == "eager"
+        with use_backend("auto"):
+            assert op.select(None, CPU)() == "native"
+    assert op.select(None, CPU)() == "eager"
+    assert op.select("auto", CPU)() == "native"
+
+
+def test_context_ends_with_an_exception_and_stays_in_its_thread(make):
+    op = make(native=native)
+    with pytest.raises(KeyError), use_backend("eager"):
+        raise KeyError
+    with use_backend("eager"):
+        assert op.select(None, CPU)() == "eager"
+        other = []
+
+        def work():
+            other.append(last_backend("probe"))
+            other.append(op.select(None, CPU)())
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert other == [None, "native"]
+    assert last_backend("probe") == "eager"
+
+
+@pytest.mark.parametrize("place", ["argument", "context", "environment"])
+def test_unknown_names_list_the_valid_ones(make, monkeypatch, place):
+    op = make()
+    with pytest.raises(ValueError, match="eager, native, triton, auto, got 'cuda'"):
+        if place == "argument":
+            op.select("cuda", CPU)
+        elif place == "context":
+            use_backend("cuda").__enter__()
+        else:
+            monkeypatch.setenv("FASTDREAMER_BACKEND", "cuda")
+            op.select(None, CPU)
+
+
+@pytest.mark.parametrize(
+    ("backend", "loaders", "tensor", "reason"),
+    [
+        ("native", {}, CPU, "probe has no native kernel"),
+        ("native", {"native": missing}, CPU, "extension not built: No module named 'somewhere'"),
+        ("native", {"native": broken}, CPU, "cannot be loaded: undefined symbol"),
+        ("native", {"native": native}, CPU.double(), "tensor is float64, native needs float32"),
+        ("native", {"native": native}, CPU.T, r"strides \(1, 3\), native needs it contiguous"),
+        ("native", {"native": native}, CPU.to("meta"), "tensor is on meta, native needs the cpu"),
+        ("triton", {"triton": triton}, CPU, "tensor is on cpu, triton needs a CUDA device"),
+        ("triton", {}, CPU, "probe has no triton kernel"),
+    ],
+)
+def test_an_explicit_choice_that_cannot_run_says_why(make, backend, loaders, tensor, reason):
+    op = make(**loaders)
+    with pytest.raises(BackendError, match=f"^probe: backend '{backend}' cannot run: .*{reason}"):
+        op.select(backend, tensor)
+    with use_backend(backend), pytest.raises(BackendError, match=reason):
+        op.select(None, tensor)
+    assert op.select("eager", tensor)() == "eager"
+
+
+def test_tensors_on_different_devices_are_refused(make):
+    op = make(native=native)
+    with pytest.raises(BackendError, match="tensors are on cpu and meta"):
+        op.select("native", CPU, CPU.to("meta"))
+
+
+def test_integers_and_nones_are_no_obstacle(make):
+    op = make(native=native)
+    assert op.select("native", None, CPU, torch.zeros(2, dtype=torch.bool), None)() == "native"
+
+
+def test_triton_takes_cpu_tensors_under_the_interpreter(make, monkeypatch):
+    op = make(triton=triton)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert op.select("triton", CPU)() == "triton"
+    assert op.select(None, CPU)() == "eager", "auto never interprets"
+
+
+def test_why_not_answers_for_every_backend(make, monkeypatch):
+    op = make(native=native, triton=triton)
+    assert op.why_not("eager", "cpu") is None
+    assert op.why_not("native", "cpu") is None
+    assert op.why_not("triton", "cpu") == "tensor is on cpu, triton needs a CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert op.why_not("triton", "cuda") == "no usable NVIDIA driver or GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert op.why_not("triton", "cuda") is None
+    assert op.why_not("native", "cuda") == "tensor is on cuda, native needs the cpu"
+    with pytest.raises(ValueError, match="eager, native, triton, got 'auto'"):
+        op.why_not("auto", "cpu")
+
+
+def test_auto_logs_each_reason_once_and_warns_only_of_broken_kernels(make, caplog):
+    caplog.set_level(logging.INFO, logger="fastdreamer")
+    bare, unbuilt = make("bare"), make("unbuilt", native=missing)
+    for _ in range(3):
+        assert bare.select(None, CPU)() == "eager"
+        assert unbuilt.select(None, CPU)() == "eager"
+        assert unbuilt.select(None, CPU.double())() == "eager"
+    lines = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert lines == [
+        ("INFO", "bare: auto takes eager, not native: bare has no native kernel"),
+        (
+            "WARNING",
+            "unbuilt: auto takes eager, not native: extension not built: "
+            "No module named 'somewhere'",
+        ),
+    ]
+
+
+def test_check_tensor_binds_letters_and_names_what_it_wants():
+    dims: dict[str, int] = {}
+    check_tensor("imagine", "noise", torch.zeros(15, 4, 2), ("H", "B", 2), dims)
+    assert dims == {"H": 15, "B": 4}
+    wrong = torch.zeros(15, 3, 6)
+    with pytest.raises(ValueError) as caught:
+        check_tensor(
+            "imagine", "action", wrong, ("H", "B", "A"), dims, dtype=torch.float32, contiguous=True
+        )
+    assert str(caught.value) == (
+        "imagine: action must be [H=15, B=4, A] float32 contiguous, got [15, 3, 6] float32"
+    )
+    assert dims == {"H": 15, "B": 4}, "a failed check must not bind letters"
+    with pytest.raises(ValueError, match=r"got \[4, 15\] float32 with strides \[1, 4\]"):
+        check_tensor("x", "y", torch.zeros(15, 4).T, ("B", "H"), dims, contiguous=True)
+    with pytest.raises(ValueError, match="float32 on cpu, got .* on meta"):
+        check_tensor("x", "y", torch.zeros(4, device="meta"), ("B",), dims, like=CPU)
+    with pytest.raises(ValueError, match=r"must be \[D, D\] floating, got \[2, 3\] float32"):
+        check_tensor("x", "y", torch.zeros(2, 3), ("D", "D"), {})
