@@ -1,0 +1,387 @@
+"""Dreamer: a world model, an actor and a critic; ``act()`` in the world, ``update()`` from replay."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import NamedTuple
+
+import numpy as np
+import nvtx
+import torch
+from torch import Tensor, nn
+
+from fastdreamer import losses
+from fastdreamer.config import Config
+from fastdreamer.nn import MLP, Actor, WorldModel
+from fastdreamer.nn.codec import float_to_pixels, pixels_to_float
+from fastdreamer.nn.dists import symexp, symlog
+from fastdreamer.ops.imagine import imagine
+from fastdreamer.ops.lambda_return import lambda_return
+from fastdreamer.ops.observe import observe
+from fastdreamer.ops.open_loop import open_loop
+from fastdreamer.ops.params import State, mlp
+
+
+class PolicyState(NamedTuple):
+    """What the agent carries from one decision to the next."""
+
+    deter: Tensor  # [B, D]
+    stoch: Tensor  # [B, S]
+    action: Tensor  # [B, A], the last action
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss or its gradient became NaN or infinite; ``name`` says which."""
+
+    def __init__(self, name: str, value: float) -> None:
+        super().__init__(f"{name} became {value}")
+        self.name, self.value = name, value
+
+
+class Dreamer(nn.Module):
+    """The agent of the report.
+
+    Args:
+        config: every setting.
+        obs_shapes: ``{"pixels": (64, 64, 3), "state": (n,)}``, one or both.
+        action_dim: A.
+
+    The initial weights are a function of ``config.seed`` alone; torch's global random generator
+    is left as it was.
+    """
+
+    def __init__(
+        self, config: Config, obs_shapes: dict[str, tuple[int, ...]], action_dim: int
+    ) -> None:
+        super().__init__()
+        self.config = config.validate()
+        self.obs_shapes = {kind: tuple(shape) for kind, shape in obs_shapes.items()}
+        self.action_dim = action_dim
+        behavior, model = config.behavior, config.model
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model = WorldModel(model, self.obs_shapes, action_dim)
+            feat = self.model.rssm.feat_size
+            self.actor = Actor(
+                [feat, *[model.units] * behavior.actor_layers, action_dim],
+                model.activation,
+                mean_scale=behavior.mean_scale,
+                std_offset=behavior.std_offset,
+                min_std=behavior.min_std,
+            )
+            self.critic = MLP([feat, *[model.units] * behavior.critic_layers, 1], model.activation)
+        self.target_critic = None
+        if behavior.target_every:
+            self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.register_buffer("return_range", torch.ones(()))  # running 5-95 percentile range
+        self.to(config.device)
+        self.precision = resolve_precision(config.precision, self.device)
+        self._act_generator = torch.Generator().manual_seed(config.seed)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.return_range.device
+
+    def make_optimizers(self) -> dict[str, torch.optim.Adam]:
+        """One Adam each for ``model``, ``actor`` and ``critic``; ``update`` takes them."""
+        optim = self.config.optim
+        make = lambda module, lr: torch.optim.Adam(  # noqa: E731
+            module.parameters(), lr=lr, eps=optim.eps, fused=True
+        )
+        return {
+            "model": make(self.model, optim.model_lr),
+            "actor": make(self.actor, optim.actor_lr),
+            "critic": make(self.critic, optim.critic_lr),
+        }
+
+    # ---------------------------------------------------------------- acting
+
+    def initial_state(self, batch: int) -> PolicyState:
+        """The state before an episode, [batch, ...] zeros."""
+        state = self.model.rssm.initial(batch)
+        return PolicyState(*state, state.deter.new_zeros(batch, self.action_dim))
+
+    @torch.no_grad()
+    def act(
+        self,
+        obs: dict[str, np.ndarray | Tensor] | np.ndarray | Tensor,
+        state: PolicyState | None = None,
+        *,
+        noise: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> tuple[np.ndarray, PolicyState]:
+        """Filter one observation and choose an action.
+
+        Args:
+            obs: ``{"pixels": uint8 [64, 64, 3], "state": float [n]}`` or the only kind the agent
+                sees by itself; or a batch of them, [B, ...].
+            state: what the last call returned; None at the start of an episode.
+            noise: standard deviation of Gaussian exploration noise. The action is clipped to
+                [-1, 1], and the noisy, clipped one is what the filter sees next.
+            generator: of the posterior sample and the exploration noise; None uses the agent's
+                own, seeded with ``config.seed``.
+
+        Returns:
+            The action, float32 [A] or [B, A] in [-1, 1], and the state for the next call. With
+            ``noise=0`` the action is the actor's tanh(mean).
+
+        Raises:
+            ValueError: an observation does not fit the agent.
+        """
+        tensors, batched = self._observation(obs)
+        batch = len(next(iter(tensors.values())))
+        if state is None:
+            state = self.initial_state(batch)
+        if len(state.deter) != batch:
+            raise ValueError(f"act: a batch of {batch} observations, {len(state.deter)} states")
+        generator = generator or self._act_generator
+        draw = lambda size: torch.randn(batch, size, generator=generator).to(self.device)  # noqa: E731
+        embed = self.model.encoder(tensors)
+        filtered = observe(
+            self.model.rssm.params(),
+            State(state.deter, state.stoch),
+            embed[None],
+            state.action[None],
+            torch.zeros(1, batch, dtype=torch.bool, device=self.device),
+            draw(self.model.rssm.stoch)[None],
+        ).state
+        deter, stoch = filtered.deter[0], filtered.stoch[0]
+        action = torch.tanh(self.actor(torch.cat([deter, stoch], -1)).mean)
+        if noise:
+            action = (action + noise * draw(self.action_dim)).clamp(-1, 1)
+        out = action.cpu().numpy()
+        return (out if batched else out[0]), PolicyState(deter, stoch, action)
+
+    def _observation(self, obs: object) -> tuple[dict[str, Tensor], bool]:
+        """Check an observation; return it as a batch, and whether it was one already."""
+        if not isinstance(obs, dict):
+            if len(self.obs_shapes) != 1:
+                kinds = " and ".join(self.obs_shapes)
+                raise ValueError(f"act: obs must be a dict with {kinds}, got {type(obs).__name__}")
+            obs = {next(iter(self.obs_shapes)): obs}
+        tensors, leads = {}, set()
+        for kind, shape in self.obs_shapes.items():
+            if kind not in obs:
+                raise ValueError(f"act: obs lacks {kind!r}, got {', '.join(obs)}")
+            x = torch.as_tensor(obs[kind], device=self.device)
+            dtype = torch.uint8 if kind == "pixels" else torch.float32
+            if kind == "pixels" and x.dtype != dtype:
+                raise ValueError(f"act: pixels must be uint8, got {str(x.dtype)[6:]}")
+            lead = x.shape[: x.ndim - len(shape)]
+            if x.ndim not in (len(shape), len(shape) + 1) or x.shape[len(lead) :] != shape:
+                want = ", ".join(map(str, shape))
+                raise ValueError(
+                    f"act: {kind} must be [{want}] or [B, {want}], got {list(x.shape)}"
+                )
+            tensors[kind] = x.to(dtype).reshape(-1, *shape)
+            leads.add(tuple(lead))
+        if len(leads) > 1:
+            raise ValueError("act: pixels and state differ in their batch size")
+        return tensors, leads != {()}
+
+    # -------------------------------------------------------------- learning
+
+    def update(
+        self,
+        batch: dict[str, Tensor],
+        optimizers: dict[str, torch.optim.Optimizer],
+        generator: torch.Generator,
+    ) -> dict[str, float]:
+        """Learn from one batch: world model, then actor and critic in imagination.
+
+        Args:
+            batch: time-major [T, B, ...]: ``pixels`` uint8 and/or ``state`` float, ``action``
+                (the one that led to the observation), ``reward`` (received with it),
+                ``is_first`` bool.
+            optimizers: of ``make_optimizers()``.
+            generator: draws every noise of the update, on the CPU.
+
+        Returns:
+            The losses and diagnostics by name.
+
+        Raises:
+            NonFiniteLoss: a loss or gradient is NaN or infinite; its optimiser was not stepped.
+        """
+        config, loss, rssm = self.config, self.config.loss, self.model.rssm
+        T, B = batch["reward"].shape
+        H, gamma = config.behavior.imag_horizon, config.behavior.gamma
+        draw = lambda *shape: torch.randn(*shape, generator=generator).to(self.device)  # noqa: E731
+        post_noise = draw(T, B, rssm.stoch)
+        state_noise, action_noise = draw(H, T * B, rssm.stoch), draw(H, T * B, self.action_dim)
+
+        # World model: filter the sequences, reconstruct what was seen (report section 2).
+        with self._autocast():
+            with nvtx.annotate("encode"):
+                embed = self.model.encoder(batch)  # [T, B, E]
+            with nvtx.annotate("observe"):
+                seen = observe(
+                    rssm.params(),
+                    rssm.initial(B),
+                    embed,
+                    batch["action"],
+                    batch["is_first"],
+                    post_noise,
+                )
+            with nvtx.annotate("decode"):
+                feat = seen.state.feat  # [T, B, F]
+                means = self.model.decoder(feat)
+                reward = self.model.predict_reward(feat)
+        kl, kl_nats = losses.kl_loss(
+            seen.post, seen.prior, free_nats=loss.free_nats, balance=loss.kl_balance
+        )
+        parts = {"reward": losses.reward_loss(reward, batch["reward"]), "kl": kl}
+        if "pixels" in means:
+            target = pixels_to_float(batch["pixels"])
+            parts["image"] = losses.reconstruction_loss(means["pixels"].float(), target)
+        if "state" in means:
+            target = symlog(batch["state"])
+            parts["state"] = losses.reconstruction_loss(means["state"].float(), target)
+        model_loss = losses.model_loss(loss, parts)
+        with nvtx.annotate("model backward"):
+            model_norm = self._step("model", model_loss, optimizers, parts)
+
+        # Behaviour: imagine from every state just filtered, dynamics frozen (report section 3).
+        start = State(*(part.detach().flatten(0, 1) for part in seen.state))  # [T·B, ...]
+        with self._autocast():
+            with nvtx.annotate("imagine"):
+                imagined = imagine(
+                    rssm.params().detach(), self.actor.params(), start, state_noise, action_noise
+                )
+            with nvtx.annotate("heads"):
+                feat = torch.cat([imagined.deter, imagined.stoch], -1)  # [H, T·B, F], states 1..H
+                reward = mlp(self.model.reward.params().detach(), feat)[..., 0].float()
+                valued = self.critic if self.target_critic is None else self.target_critic
+                next_value = mlp(valued.params().detach(), feat)[..., 0].float()
+        discount = torch.full_like(reward, gamma)
+        returns = lambda_return(reward, next_value, discount, config.behavior.lam)  # G_0..G_{H-1}
+        weights = torch.ones(H, 1, device=self.device)
+        if config.behavior.discount_weights:
+            weights = gamma ** torch.arange(H, device=self.device, dtype=torch.float32)[:, None]
+        actor_loss = losses.actor_loss(returns, weights, self._return_scale(returns))
+        with nvtx.annotate("actor backward"):
+            actor_norm = self._step("actor", actor_loss, optimizers)
+
+        # Critic: the states that the actions were chosen in, 0..H-1, towards the same returns.
+        with nvtx.annotate("critic"):
+            feat = torch.cat([start.feat[None], feat[:-1].detach()])
+            with self._autocast():
+                value = self.critic(feat)[..., 0].float()
+            critic_loss = losses.critic_loss(value, returns, weights)
+            critic_loss = config.behavior.value_scale * critic_loss
+            critic_norm = self._step("critic", critic_loss, optimizers)
+
+        names = {f"{name}_loss": part for name, part in parts.items()}
+        values = names | {
+            "kl": kl_nats,
+            "model_loss": model_loss,
+            "actor_loss": actor_loss,
+            "critic_loss": critic_loss,
+            "model_grad_norm": model_norm,
+            "actor_grad_norm": actor_norm,
+            "critic_grad_norm": critic_norm,
+            "imagined_reward": reward.mean(),
+            "imagined_value": value.mean(),
+        }
+        numbers = torch.stack([v.detach() for v in values.values()]).tolist()
+        return dict(zip(values, numbers, strict=True))
+
+    def update_target(self) -> None:
+        """Copy the critic to the target critic; call every ``behavior.target_every`` updates."""
+        if self.target_critic is not None:
+            self.target_critic.load_state_dict(self.critic.state_dict())
+
+    def _step(
+        self,
+        name: str,
+        loss: Tensor,
+        optimizers: dict[str, torch.optim.Optimizer],
+        parts: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Backward, clip, step; return the gradient's norm before clipping."""
+        checked = {f"{part} loss": value for part, value in (parts or {}).items()}
+        checked[f"{name} loss"] = loss
+        for part, value in checked.items():
+            if not torch.isfinite(value):
+                raise NonFiniteLoss(part, float(value))
+        optimizer = optimizers[name]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(params, self.config.optim.clip)
+        if not torch.isfinite(norm):
+            raise NonFiniteLoss(f"gradient of the {name} loss", float(norm))
+        with nvtx.annotate("optimizer"):
+            optimizer.step()
+        return norm
+
+    def _return_scale(self, returns: Tensor) -> Tensor | float:
+        """max(1, running range of the returns), as in DreamerV3; 1 when not asked for."""
+        if not self.config.behavior.return_norm:
+            return 1.0
+        low, high = torch.quantile(
+            returns.detach().flatten(), returns.new_tensor([0.05, 0.95])
+        )
+        self.return_range.lerp_(high - low, 0.01)
+        return self.return_range.clamp(min=1.0)
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        enabled = self.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    # -------------------------------------------------------------- dreaming
+
+    @torch.no_grad()
+    def dream(
+        self, state: PolicyState, horizon: int, generator: torch.Generator | None = None
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Imagine what the actor does next and what it would see (report Figure 4).
+
+        Args:
+            state: of one environment, as ``act`` returned it; its action has not been taken yet.
+            horizon: decisions to imagine, at least 1.
+            generator: of the latent samples and actions; None uses the agent's own.
+
+        Returns:
+            The actions [horizon, A], the first of which is the state's own, and the predicted
+            observations that they lead to: ``pixels`` uint8 [horizon, 64, 64, 3] and/or ``state``
+            [horizon, n] in the observation's units.
+
+        Raises:
+            ValueError: horizon below 1, or more than one environment.
+        """
+        if horizon < 1 or len(state.deter) != 1:
+            raise ValueError(f"dream: {horizon} decisions of {len(state.deter)} environments")
+        generator = generator or self._act_generator
+        rssm = self.model.rssm
+        draw = lambda *shape: torch.randn(*shape, generator=generator).to(self.device)  # noqa: E731
+        state_noise = draw(horizon, 1, rssm.stoch)
+        now = State(state.deter, state.stoch)
+        first = open_loop(rssm.params(), now, state.action[None], state_noise[:1])
+        deter, stoch, action = first.deter, first.stoch, state.action[None]
+        if horizon > 1:
+            rest = imagine(
+                rssm.params(),
+                self.actor.params(),
+                State(deter[0], stoch[0]),
+                state_noise[1:],
+                draw(horizon - 1, 1, self.action_dim),
+            )
+            deter, stoch = torch.cat([deter, rest.deter]), torch.cat([stoch, rest.stoch])
+            action = torch.cat([action, rest.action])
+        means = self.model.decoder(State(deter, stoch).feat[:, 0])
+        seen = {}
+        if "pixels" in means:
+            seen["pixels"] = float_to_pixels(means["pixels"]).cpu().numpy()
+        if "state" in means:
+            seen["state"] = symexp(means["state"]).cpu().numpy()
+        return action[:, 0].cpu().numpy(), seen
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """``auto`` becomes ``bf16`` where the device multiplies in bfloat16, else ``fp32``."""
+    if precision != "auto":
+        return precision
+    has_bf16 = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if has_bf16 else "fp32"

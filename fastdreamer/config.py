@@ -1,0 +1,402 @@
+"""Every setting of a run, as frozen dataclasses; presets are values, not code paths.
+
+``Config()`` is the report's experiment. ``PRESETS`` holds the named starting points, the command
+line overrides single fields (``--model.deter 300``), and ``validate()`` refuses what cannot run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_type_hints
+
+Activation = Literal["elu", "relu", "silu", "tanh"]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot run; the message names the field and the values it accepts."""
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """The task and what the agent sees of it."""
+
+    task: str = "walker-walk"
+    """DeepMind Control task, domain-task (walker-walk, cheetah-run, ...)."""
+    obs: Literal["pixels", "state", "both"] = "pixels"
+    """Observation: camera pixels, the simulator's state vector, or both."""
+    action_repeat: int = 2
+    """Simulator control steps per decision; rewards are summed, one image is rendered."""
+    image_size: int = 64
+    """Height and width of the pixels."""
+    time_limit: float | None = None
+    """Length of an episode in simulated seconds; None is the task's own (Walker: 1000 env frames)."""
+    render_quality: Literal["full", "fast"] = "full"
+    """"fast" also drops multisampling: 2-3 times quicker in software rendering, a little coarser."""
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """Where experience is kept and how it is sampled."""
+
+    capacity: int = 1_000_000
+    """Env frames kept on disk; the oldest episodes go first."""
+    batch: int = 8
+    """Sequences per update."""
+    length: int = 50
+    """Decisions per sequence."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the world model."""
+
+    deter: int = 200
+    """D, size of the deterministic state."""
+    stoch: int = 30
+    """S, size of the stochastic state."""
+    hidden: int = 400
+    """Units of the RSSM's input, prior and posterior layers."""
+    min_std: float = 0.1
+    """Added to the softplus of the prior's and posterior's standard deviation."""
+    encoder_channels: tuple[int, int, int, int] = (16, 32, 64, 64)
+    """Channels of the four convolutions (kernel 4, stride 2, ReLU)."""
+    encoder_linear: int | None = 1024
+    """Size of a linear layer behind the convolutions; None uses them flat."""
+    decoder_channels: tuple[int, int, int] = (64, 32, 16)
+    """Channels between the four transposed convolutions (kernels 5 5 6 6, stride 2)."""
+    decoder_linear: int = 1024
+    """Size of the linear layer before the transposed convolutions."""
+    decoder_linear_relu: bool = True
+    """Apply a ReLU behind that linear layer."""
+    units: int = 400
+    """Units of every MLP: reward, actor, critic, and the state encoder and decoder."""
+    reward_layers: int = 2
+    """Hidden layers of the reward head."""
+    state_layers: int = 2
+    """Hidden layers of the state encoder and of the state decoder."""
+    activation: Activation = "elu"
+    """Activation of the RSSM and of every MLP."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The world model's loss (negative evidence lower bound)."""
+
+    image_scale: float = 1.0
+    """Factor of the squared error summed over pixels (0.5: unit-variance Gaussian likelihood)."""
+    state_scale: float = 1.0
+    """Factor of the squared error summed over the state vector."""
+    reward_scale: float = 1.0
+    """Factor of the reward's squared error."""
+    kl_scale: float = 1.0
+    """Factor of the KL divergence."""
+    free_nats: float = 3.0
+    """The mean KL is not pushed below this."""
+    kl_balance: float | None = None
+    """Weight of the prior's share of the KL gradient (0.8 in DreamerV2); None: not balanced."""
+
+
+@dataclass(frozen=True)
+class BehaviorConfig:
+    """Actor and critic, learned in imagination."""
+
+    imag_horizon: int = 15
+    """Decisions imagined from every state of the batch."""
+    gamma: float = 0.99
+    """Discount per decision."""
+    lam: float = 0.95
+    """The λ of the λ-return."""
+    actor_layers: int = 4
+    """Hidden layers of the actor."""
+    critic_layers: int = 3
+    """Hidden layers of the critic."""
+    mean_scale: float = 1.0
+    """c in the actor's mean c·tanh(x/c) before the squashing tanh."""
+    std_offset: float = 5.0
+    """Added to the actor's raw standard deviation before its softplus."""
+    min_std: float = 0.1
+    """Added to the actor's standard deviation."""
+    value_scale: float = 1.0
+    """Factor of the critic's squared error."""
+    discount_weights: bool = False
+    """Weight imagined step t by γ^t in both losses."""
+    target_every: int = 0
+    """Copy the critic to a target network every so many updates; 0: no target network."""
+    return_norm: bool = False
+    """Divide the actor's loss by the 5-95 percentile range of the returns (never by less than 1)."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Adam, one optimiser each."""
+
+    model_lr: float = 6e-4
+    """Learning rate of the world model."""
+    actor_lr: float = 8e-5
+    """Learning rate of the actor."""
+    critic_lr: float = 8e-5
+    """Learning rate of the critic."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    clip: float = 100.0
+    """Largest norm of each optimiser's gradient."""
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """How experience is gathered."""
+
+    prefill: int = 3
+    """Episodes of uniformly random actions before the first update."""
+    noise: float = 0.3
+    """Standard deviation of the Gaussian added to the actor's action."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The schedule."""
+
+    frames: int = 1_000_000
+    """Env frames to collect, prefill included."""
+    replay_ratio: float = 80.0
+    """Replayed decisions per collected decision; sets the updates per episode."""
+    pretrain: int = 0
+    """Updates on the prefill alone, before the first policy episode."""
+    checkpoint_every: int = 500
+    """Updates between checkpoints."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints kept."""
+    log_every: int = 50
+    """Updates between logged losses."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation with the deterministic actor."""
+
+    every: int = 10_000
+    """Env frames between evaluations; 0: never."""
+    episodes: int = 5
+    """Episodes an evaluation."""
+    video: bool = True
+    """Keep a video of the first episode of each evaluation (pixels only)."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run. Presets: report, walker, state, tiny."""
+
+    seed: int = 0
+    """Fixes every random number of the run."""
+    backend: Literal["auto", "eager", "native", "triton"] = "auto"
+    """Who computes the recurrent loops; auto takes the fastest that can run."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16: autocast with float32 weights; auto: bf16 on CPUs with bf16 instructions and on GPUs."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+    threads: int = 0
+    """CPU threads of the learner; 0 is torch's own choice."""
+    env: EnvConfig = field(default_factory=EnvConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    behavior: BehaviorConfig = field(default_factory=BehaviorConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    collect: CollectConfig = field(default_factory=CollectConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def validate(self) -> Config:
+        """Return self; raise ConfigError naming the first field that cannot run."""
+        _check_types(self, "")
+        positive = {
+            "env": ("action_repeat",),
+            "replay": ("capacity", "batch"),
+            "model": ("deter", "stoch", "hidden", "units", "decoder_linear", "min_std"),
+            "loss": ("image_scale", "state_scale", "reward_scale"),
+            "behavior": ("imag_horizon", "mean_scale", "min_std", "value_scale"),
+            "optim": ("model_lr", "actor_lr", "critic_lr", "eps", "clip"),
+            "collect": ("prefill",),
+            "train": ("frames", "replay_ratio", "checkpoint_every", "keep_checkpoints",
+                      "log_every"),
+            "eval": ("episodes",),
+        }  # fmt: skip
+        not_negative = {
+            "": ("seed", "threads"),
+            "model": ("reward_layers", "state_layers"),
+            "loss": ("kl_scale", "free_nats"),
+            "behavior": ("actor_layers", "critic_layers", "target_every"),
+            "collect": ("noise",),
+            "train": ("pretrain",),
+            "eval": ("every",),
+        }
+        for names, accepts, low in ((positive, "> 0", 0), (not_negative, ">= 0", -1)):
+            for section, fields in names.items():
+                for name in fields:
+                    value = getattr(getattr(self, section) if section else self, name)
+                    ok = value > 0 if low == 0 else value >= 0
+                    _require(ok, f"{section}.{name}".lstrip("."), accepts, value)
+        for name in ("gamma", "lam"):
+            value = getattr(self.behavior, name)
+            _require(0 <= value <= 1, f"behavior.{name}", "between 0 and 1", value)
+        balance = self.loss.kl_balance
+        _require(balance is None or 0 <= balance <= 1, "loss.kl_balance", "none or 0..1", balance)
+        _require(self.replay.length >= 2, "replay.length", ">= 2", self.replay.length)
+        if self.env.obs != "state":
+            size = self.env.image_size
+            _require(size == 64, "env.image_size", "64 (the four-layer encoder's size)", size)
+        for name in ("encoder_channels", "decoder_channels"):
+            value = getattr(self.model, name)
+            _require(min(value) > 0, f"model.{name}", "positive sizes", value)
+        limit = self.env.time_limit
+        _require(limit is None or limit > 0, "env.time_limit", "none or > 0", limit)
+        device = self.device.split(":")[0]
+        _require(device in ("cpu", "cuda"), "device", "cpu, cuda or cuda:N", self.device)
+        return self
+
+
+def _report() -> Config:
+    return Config()
+
+
+def _walker() -> Config:
+    """The original's networks, actor and losses with a cheaper economy."""
+    return Config(
+        replay=ReplayConfig(batch=16, length=50),
+        model=ModelConfig(
+            hidden=200,
+            encoder_channels=(32, 64, 128, 256),
+            encoder_linear=None,
+            decoder_channels=(128, 64, 32),
+            decoder_linear_relu=False,
+        ),
+        loss=LossConfig(
+            image_scale=0.5, state_scale=0.5, reward_scale=0.5, free_nats=1.0, kl_balance=0.8
+        ),
+        behavior=BehaviorConfig(
+            mean_scale=5.0,
+            std_offset=math.log(math.expm1(5.0)),
+            min_std=1e-4,
+            value_scale=0.5,
+            discount_weights=True,
+            target_every=100,
+        ),
+        collect=CollectConfig(prefill=5),
+        train=TrainConfig(replay_ratio=160.0, pretrain=100),
+    )
+
+
+def _state() -> Config:
+    """From the simulator's state on a small CPU: the walker preset with smaller networks."""
+    walker = _walker()
+    return dataclasses.replace(
+        walker,
+        env=EnvConfig(task="walker-stand", obs="state"),
+        replay=ReplayConfig(batch=16, length=32),
+        model=dataclasses.replace(walker.model, units=200),
+        behavior=dataclasses.replace(walker.behavior, actor_layers=2, critic_layers=2),
+        optim=OptimConfig(actor_lr=2e-4, critic_lr=2e-4),
+        train=TrainConfig(frames=300_000, replay_ratio=100.0, pretrain=100),
+    )
+
+
+def _tiny() -> Config:
+    """Seconds, not hours: for tests."""
+    return Config(
+        threads=1,
+        precision="fp32",
+        env=EnvConfig(obs="state", time_limit=1.0),
+        replay=ReplayConfig(batch=4, length=8),
+        model=ModelConfig(
+            deter=16,
+            stoch=4,
+            hidden=16,
+            units=16,
+            encoder_channels=(4, 4, 4, 4),
+            encoder_linear=16,
+            decoder_channels=(4, 4, 4),
+            decoder_linear=16,
+        ),
+        behavior=BehaviorConfig(imag_horizon=3, actor_layers=2, critic_layers=2),
+        collect=CollectConfig(prefill=2),
+        train=TrainConfig(
+            frames=400, replay_ratio=32.0, checkpoint_every=10, keep_checkpoints=2, log_every=5
+        ),
+        eval=EvalConfig(every=120, episodes=1, video=False),
+    )
+
+
+PRESETS = {"report": _report(), "walker": _walker(), "state": _state(), "tiny": _tiny()}
+"""Named starting points; the ``walker`` preset is the default of ``fastdreamer train``."""
+
+
+def preset(name: str) -> Config:
+    """Return the preset of that name; ConfigError lists the valid names."""
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}; valid presets: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return nested plain dictionaries (JSON types; tuples as lists)."""
+    as_lists = lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items}  # noqa: E731
+    return dataclasses.asdict(config, dict_factory=as_lists)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """Return the validated Config of such dictionaries; unknown fields raise ConfigError."""
+    return _build(Config, values, "").validate()
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    hints = get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    if not isinstance(values, dict):
+        raise ConfigError(f"{prefix or 'config'} must be a table of fields, got {values!r}")
+    for name in values:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f" (did you mean {prefix}{near[0]}?)" if near else ""
+            raise ConfigError(
+                f"unknown field {prefix}{name}{hint}; valid fields: {', '.join(names)}"
+            )
+    made = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]):
+            value = _build(hints[name], value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            value = tuple(value)
+        made[name] = value
+    return cls(**made)
+
+
+def _check_types(section: Any, prefix: str) -> None:
+    hints = get_type_hints(type(section))
+    for f in dataclasses.fields(section):
+        value, hint, name = getattr(section, f.name), hints[f.name], f"{prefix}{f.name}"
+        if dataclasses.is_dataclass(hint):
+            _check_types(value, f"{name}.")
+        elif isinstance(get_args(hint), tuple) and get_args(hint) and _is_literal(hint):
+            _require(value in get_args(hint), name, " | ".join(map(repr, get_args(hint))), value)
+        elif isinstance(value, float):
+            _require(math.isfinite(value), name, "finite", value)
+        if hint is bool:
+            _require(isinstance(value, bool), name, "true or false", value)
+        elif hint is int:
+            _require(type(value) is int, name, "a whole number", value)
+        elif hint is float:
+            _require(type(value) in (int, float), name, "a number", value)
+        elif hint is str:
+            _require(isinstance(value, str), name, "text", value)
+
+
+def _is_literal(hint: Any) -> bool:
+    return getattr(hint, "__origin__", None) is Literal
+
+
+def _require(ok: bool, name: str, accepts: str, value: Any) -> None:
+    if not ok:
+        raise ConfigError(f"{name} must be {accepts}, got {value!r}")

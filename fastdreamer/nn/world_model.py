@@ -1,0 +1,59 @@
+"""Encoder, RSSM, decoder and reward head: everything that the evidence lower bound trains."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fastdreamer.config import ModelConfig
+from fastdreamer.nn.codec import Decoder, Encoder
+from fastdreamer.nn.heads import MLP
+from fastdreamer.nn.rssm import RSSM
+
+
+class WorldModel(nn.Module):
+    """Compose the world model of a configuration.
+
+    Args:
+        config: sizes.
+        obs_shapes: ``{"pixels": (64, 64, 3), "state": (n,)}``, one or both.
+        action_dim: A.
+    """
+
+    def __init__(
+        self, config: ModelConfig, obs_shapes: dict[str, tuple[int, ...]], action_dim: int
+    ) -> None:
+        super().__init__()
+        act, units = config.activation, config.units
+        self.encoder = Encoder(
+            obs_shapes,
+            channels=config.encoder_channels,
+            linear=config.encoder_linear,
+            units=units,
+            layers=config.state_layers,
+            activation=act,
+        )
+        self.rssm = RSSM(
+            action_dim=action_dim,
+            deter=config.deter,
+            stoch=config.stoch,
+            hidden=config.hidden,
+            embed=self.encoder.embed_size,
+            activation=act,
+            min_std=config.min_std,
+        )
+        feat = self.rssm.feat_size
+        self.decoder = Decoder(
+            feat,
+            obs_shapes,
+            channels=config.decoder_channels,
+            linear=config.decoder_linear,
+            linear_relu=config.decoder_linear_relu,
+            units=units,
+            layers=config.state_layers,
+            activation=act,
+        )
+        self.reward = MLP([feat, *[units] * config.reward_layers, 1], act)
+
+    def predict_reward(self, feat: Tensor) -> Tensor:
+        """Mean reward on arriving at a state, feat [..., F] -> [...]."""
+        return self.reward(feat).squeeze(-1).to(feat.dtype)

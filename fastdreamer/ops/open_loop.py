@@ -1,0 +1,53 @@
+"""The dynamics under given actions, for planning and video prediction."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdreamer.ops.backend import Op
+from fastdreamer.ops.checks import check_tensor
+from fastdreamer.ops.params import RSSMParams, State
+from fastdreamer.ops.rssm_step import eager as step
+
+
+def open_loop(
+    params: RSSMParams, start: State, action: Tensor, noise: Tensor, *, backend: str | None = None
+) -> State:
+    """Roll the dynamics forward under given actions.
+
+    Args:
+        params: the RSSM's tensors.
+        start: deter [B, D] and stoch [B, S].
+        action: [H, B, A]; action[t] leads from state t to state t + 1 (the start is state 0).
+        noise: [H, B, S] standard normal.
+        backend: see ``fastdreamer.ops.backend``.
+
+    Returns:
+        States 1..H: deter [H, B, D] and stoch [H, B, S].
+
+    Raises:
+        ValueError: a shape or dtype does not fit. BackendError: the backend cannot run.
+
+    Source: report section 4, Algorithm 2.
+    """
+    dims, like = params.dims(), params.gru.weight_hh
+    check_tensor("open_loop", "start.deter", start.deter, ("B", "D"), dims, like=like)
+    check_tensor("open_loop", "start.stoch", start.stoch, ("B", "S"), dims, like=like)
+    check_tensor("open_loop", "action", action, ("H", "B", "A"), dims, like=like)
+    check_tensor("open_loop", "noise", noise, ("H", "B", "S"), dims, like=like)
+    if not len(action):
+        raise ValueError(f"open_loop: action is empty, {list(action.shape)}")
+    body = _OP.select(backend, start.deter, start.stoch, action, noise)
+    return body(params, start, action, noise)
+
+
+def eager(params: RSSMParams, start: State, action: Tensor, noise: Tensor) -> State:
+    states, state = [], start
+    for action_t, noise_t in zip(action, noise, strict=True):
+        state, _ = step(params, state, action_t, noise_t)
+        states.append(state)
+    return State(*(torch.stack(parts) for parts in zip(*states, strict=True)))
+
+
+_OP = Op("open_loop", eager=eager)

@@ -1,0 +1,64 @@
+"""One step of the dynamics: h' = GRU(act(W[s, a]), h), prior(h'), s' = mean + std·ε."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdreamer.ops.backend import Op
+from fastdreamer.ops.checks import check_tensor
+from fastdreamer.ops.params import (
+    ACTIVATIONS,
+    Normal,
+    RSSMParams,
+    State,
+    gru_cell,
+    latent_dist,
+    mlp,
+)
+
+
+def rssm_step(
+    params: RSSMParams, state: State, action: Tensor, noise: Tensor, *, backend: str | None = None
+) -> tuple[State, Normal]:
+    """Advance the latent state by one decision without an observation.
+
+    Args:
+        params: the RSSM's tensors.
+        state: deter [B, D] and stoch [B, S].
+        action: [B, A] in [-1, 1].
+        noise: [B, S] standard normal.
+        backend: see ``fastdreamer.ops.backend``.
+
+    Returns:
+        The next State and the prior Normal ([B, S] mean and std) that its stoch was drawn from.
+
+    Raises:
+        ValueError: a shape or dtype does not fit. BackendError: the backend cannot run.
+
+    Source: report section 2, f and P(s_t | h_t).
+    """
+    dims, like = params.dims(), params.gru.weight_hh
+    check_tensor("rssm_step", "state.deter", state.deter, ("B", "D"), dims, like=like)
+    check_tensor("rssm_step", "state.stoch", state.stoch, ("B", "S"), dims, like=like)
+    check_tensor("rssm_step", "action", action, ("B", "A"), dims, like=like)
+    check_tensor("rssm_step", "noise", noise, ("B", "S"), dims, like=like)
+    body = _OP.select(backend, state.deter, state.stoch, action, noise)
+    return body(params, state, action, noise)
+
+
+def deter_step(params: RSSMParams, state: State, action: Tensor) -> Tensor:
+    """h' [B, D] of the previous state and action; the half of a step that observing shares."""
+    x = mlp(params.inp, torch.cat([state.stoch, action], -1))
+    return gru_cell(params.gru, ACTIVATIONS[params.inp.activation](x), state.deter)
+
+
+def eager(
+    params: RSSMParams, state: State, action: Tensor, noise: Tensor
+) -> tuple[State, Normal]:
+    deter = deter_step(params, state, action)
+    prior = latent_dist(mlp(params.prior, deter), params.min_std, noise.dtype)
+    return State(deter, prior.sample(noise)), prior
+
+
+_OP = Op("rssm_step", eager=eager)
