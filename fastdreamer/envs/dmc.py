@@ -1,0 +1,218 @@
+"""Tasks of the DeepMind Control suite as environments of single control steps.
+
+Importing this module and running a task from state never imports or initialises OpenGL; the
+first image asked for does.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from functools import cache
+
+import numpy as np
+
+from fastdreamer.envs.gl import GL, GLError, forget, select_gl
+
+DEFAULT_TASKS = {"walker": "walker-walk"}  # names that stand for a task
+QUALITIES = ("full", "fast")
+SHADOW_SIZE = 256  # texels a side; the suite's own 2048 costs about as much as all the rest
+MAX_STEPS = 1000  # control steps of a task that sets no time limit of its own (lqr)
+
+_CAMERAS = {"quadruped": 2}  # camera 0 looks from far away there; elsewhere it follows the body
+_NEEDS_GL = {"quadruped-escape"}  # uploads its terrain to the GL context at every reset
+
+
+@cache
+def _suite():
+    """`dm_control.suite`, imported without starting OpenGL.
+
+    dm_control chooses and initialises a GL backend when it is imported, and raises if the one
+    named by MUJOCO_GL does not work. Told "disable" it leaves GL alone; `_load_gl` hands it the
+    backend later.
+    """
+    if "dm_control._render" in sys.modules:  # the user's own choice came first
+        from dm_control import suite
+
+        return suite
+    wanted = os.environ.get("MUJOCO_GL")
+    os.environ["MUJOCO_GL"] = "disable"
+    try:
+        from dm_control import suite
+    finally:
+        if wanted is None:
+            del os.environ["MUJOCO_GL"]
+        else:
+            os.environ["MUJOCO_GL"] = wanted
+    return suite
+
+
+def _load_gl() -> GL:
+    """Select a GL backend and make dm_control draw with it."""
+    gl = select_gl()
+    from dm_control import _render
+
+    if gl.name != _render.BACKEND:
+        try:
+            importlib.reload(_render)  # in place, so that dm_control.mujoco sees it
+        except Exception as error:
+            raise _failed_after_all(gl, error) from error
+    return gl
+
+
+def _failed_after_all(gl: GL, error: Exception) -> GLError:
+    forget(gl)
+    return GLError(
+        f"the GL backend {gl} passed its probe but failed in this process: {error}. "
+        f"The remembered answer was dropped; start again to probe anew, or choose another "
+        f"backend with MUJOCO_GL"
+    )
+
+
+@cache
+def _tasks() -> dict[str, tuple[str, str]]:
+    names = {f"{domain}-{task}": (domain, task) for domain, task in _suite().ALL_TASKS}
+    return dict(sorted(names.items()))
+
+
+def list_tasks() -> tuple[str, ...]:
+    """Names of all tasks of the suite, sorted: "acrobot-swingup", …, "walker-walk"."""
+    return tuple(_tasks())
+
+
+def canonical_task(name: str) -> str:
+    """The full name of a task: "walker" and "walker_walk" both mean "walker-walk".
+
+    Raises ValueError, listing the valid tasks with the nearest first, if there is none.
+    """
+    tasks = {_plain(task): task for task in list_tasks()}
+    plain = _plain(DEFAULT_TASKS.get(name.strip().lower(), name))
+    if plain in tasks:
+        return tasks[plain]
+    near = [tasks[p] for p in difflib.get_close_matches(plain, tasks, n=5, cutoff=0.5)]
+    rest = [task for task in list_tasks() if task not in near]
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    raise ValueError(f"unknown task {name!r}{hint}; valid tasks: {', '.join(near + rest)}")
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace("_", "-")
+
+
+class SuiteTask:
+    """One task, stepped in control steps, with actions in the units of its actuators.
+
+    name: full task name; time_limit: seconds, or None for the task's own (1000 control steps
+    for every task of the suite); render_quality: "full", or "fast" without multisampling.
+
+    Attributes: `name`, `control_step` (seconds), `action_min`, `action_max` (float64 [A]),
+    `max_steps` (control steps until the time limit), `state_size` (numbers in `state()`).
+
+    Raises ValueError for an unknown task or quality, or a time limit below one control step.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        seed: int = 0,
+        time_limit: float | None = None,
+        render_quality: str = "full",
+    ):
+        self.name = canonical_task(name)
+        if render_quality not in QUALITIES:
+            raise ValueError(f"render_quality must be full or fast, got {render_quality!r}")
+        self._gl = _load_gl() if self.name in _NEEDS_GL else None
+        domain, task = _tasks()[self.name]
+        # The model itself may be drawn at random (lqr): always from the same generator, so that
+        # an episode depends on nothing but the seed given to reset and the actions.
+        self._env = _suite().load(domain, task, task_kwargs={"random": 0})
+        self._env.task.random.seed(seed)
+
+        self.control_step = control_step = self._env.control_timestep()
+        if time_limit is not None:
+            if not time_limit >= control_step:
+                raise ValueError(
+                    f"time_limit must be at least one control step of {self.name} "
+                    f"({control_step:g} s), got {time_limit}"
+                )
+            self.max_steps = round(time_limit / control_step)
+        elif np.isfinite(self._env._step_limit):
+            self.max_steps = round(self._env._step_limit)
+        else:
+            self.max_steps = MAX_STEPS
+        self._env._step_limit = self.max_steps  # whole steps, whatever seconds round to
+
+        spec = self._env.action_spec()
+        unbounded = spec.maximum - spec.minimum > 1e9  # lqr: no limits, written as ±1e10
+        self.action_min = np.where(unbounded, -1.0, spec.minimum)
+        self.action_max = np.where(unbounded, 1.0, spec.maximum)
+        self.state_size = sum(int(np.prod(s.shape)) for s in self._env.observation_spec().values())
+
+        self._camera_id = _CAMERAS.get(domain, 0)
+        self._cameras = {}  # (height, width) -> camera; a new one costs 2 ms a frame
+        visual = self._env.physics.model.vis
+        visual.quality.shadowsize = SHADOW_SIZE
+        if render_quality == "fast":
+            visual.quality.offsamples = 0
+        # A framebuffer of the size in use (see render) is faster than the suite's 640 × 480.
+        visual.global_.offwidth = visual.global_.offheight = 1
+
+    def reset(self, seed: int | None = None) -> None:
+        """Start an episode; with a seed it depends on nothing that happened before."""
+        if seed is not None:
+            self._env.task.random.seed(seed)
+        self._state = self._env.reset().observation
+
+    def step(self, action: np.ndarray) -> tuple[float, bool, bool]:
+        """One control step: reward, terminated (a true end), truncated (the time limit)."""
+        result = self._env.step(action)
+        self._state = result.observation
+        terminated = result.last() and result.discount == 0.0
+        return float(result.reward), terminated, result.last() and not terminated
+
+    def state(self) -> np.ndarray:
+        """The task's observations, flattened in its own order: float32 [state_size]."""
+        parts = [np.ravel(value) for value in self._state.values()]
+        return np.concatenate(parts).astype(np.float32)
+
+    def render(self, height: int, width: int) -> np.ndarray:
+        """The scene from the task's camera: uint8 [height, width, 3], a fresh array.
+
+        Raises GLError if nothing on this machine can draw, ValueError for a size below 1.
+        """
+        camera = self._cameras.get((height, width))
+        if camera is None:
+            camera = self._cameras[height, width] = self._make_camera(height, width)
+        return camera.render().copy()
+
+    def _make_camera(self, height: int, width: int):
+        if min(height, width) < 1:
+            raise ValueError(f"image size must be at least 1 × 1, got {height} × {width}")
+        if self._gl is None:
+            self._gl = _load_gl()
+        from dm_control import mujoco
+
+        physics = self._env.physics
+        buffer = physics.model.vis.global_
+        if height > buffer.offheight or width > buffer.offwidth:
+            buffer.offheight = max(height, buffer.offheight)
+            buffer.offwidth = max(width, buffer.offwidth)
+            if physics._contexts:  # made again at the next use, with the larger framebuffer
+                physics._free_rendering_contexts()
+        try:
+            camera = mujoco.Camera(physics, height, width, self._camera_id)
+            camera.render()
+        except Exception as error:
+            raise _failed_after_all(self._gl, error) from error
+        return camera
+
+    def close(self) -> None:
+        """Free the simulation and its GL context."""
+        for camera in self._cameras.values():
+            camera.scene.free()
+        self._cameras.clear()
+        self._env.close()
+        self._env.physics.free()
