@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
+import os
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdreamer import losses
-from fastdreamer.config import Config
+from fastdreamer.checkpoint import CheckpointError, load_checkpoint, load_newest
+from fastdreamer.config import Config, from_dict
 from fastdreamer.nn import MLP, Actor, WorldModel
 from fastdreamer.nn.codec import float_to_pixels, pixels_to_float
 from fastdreamer.nn.dists import symexp, symlog
@@ -385,3 +389,30 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         return precision
     has_bf16 = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
     return "bf16" if has_bf16 else "fp32"
+
+
+def load(run_or_file: str | os.PathLike) -> Dreamer:
+    """Load a trained agent.
+
+    Args:
+        run_or_file: a run directory (its newest checkpoint) or one checkpoint file.
+
+    Returns:
+        The agent on the CPU, ready for ``act(obs, state)``.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged or foreign.
+    """
+    path = Path(run_or_file)
+    if path.is_dir():
+        found = load_newest(path / "checkpoints")
+        if found is None:
+            raise CheckpointError(f"{path} holds no checkpoint yet")
+        _, tensors, meta = found
+    else:
+        tensors, meta = load_checkpoint(path)
+    config = dataclasses.replace(from_dict(meta["config"]), device="cpu")
+    agent = Dreamer(config, meta["obs_shapes"], meta["action_dim"])
+    weights = {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith("agent/")}
+    agent.load_state_dict(weights)
+    return agent.eval()

@@ -10,9 +10,16 @@ import dataclasses
 import difflib
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+from tyro.conf import Suppress, arg
 
 Activation = Literal["elu", "relu", "silu", "tanh"]
+
+
+def _short(name: str) -> Any:
+    """A second, shorter name of an option on the command line."""
+    return arg(aliases=[name])
 
 
 class ConfigError(ValueError):
@@ -23,9 +30,9 @@ class ConfigError(ValueError):
 class EnvConfig:
     """The task and what the agent sees of it."""
 
-    task: str = "walker-walk"
-    """DeepMind Control task, domain-task (walker-walk, cheetah-run, ...)."""
-    obs: Literal["pixels", "state", "both"] = "pixels"
+    task: Suppress[str] = "walker-walk"
+    """DeepMind Control task, domain-task; ``train`` takes it as its argument."""
+    obs: Annotated[Literal["pixels", "state", "both"], _short("--obs")] = "pixels"
     """Observation: camera pixels, the simulator's state vector, or both."""
     action_repeat: int = 2
     """Simulator control steps per decision; rewards are summed, one image is rendered."""
@@ -33,7 +40,7 @@ class EnvConfig:
     """Height and width of the pixels."""
     time_limit: float | None = None
     """Length of an episode in simulated seconds; None is the task's own (Walker: 1000 env frames)."""
-    render_quality: Literal["full", "fast"] = "full"
+    render_quality: Annotated[Literal["full", "fast"], _short("--render-quality")] = "full"
     """"fast" also drops multisampling: 2-3 times quicker in software rendering, a little coarser."""
 
 

@@ -16,7 +16,7 @@ class Encoder(nn.Module):
 
     Args:
         obs_shapes: shape of each kind without batch, ``{"pixels": (64, 64, 3), "state": (n,)}``.
-        channels: of the four convolutions (kernel 4, stride 2, ReLU): 64² -> 31² -> 14² -> 6² -> 2².
+        channels: of the four convolutions (kernel 4, stride 2, ReLU): 64² to 31², 14², 6², 2².
         linear: size of a linear layer behind them, or None.
         units, layers: of the state MLP.
         activation: of the state MLP.

@@ -1,0 +1,334 @@
+"""Episodes and evaluations, in a worker process beside training.
+
+The hand-over is deterministic: a job names the episode, the weights travel with it, the worker
+seeds everything from the configuration's seed and the episode's index, and the trainer waits for
+the result at a fixed update. Timing changes nothing but the time.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save as save_bytes
+from torch import Tensor
+
+from fastdreamer.agent import Dreamer
+from fastdreamer.config import Config, from_dict, to_dict
+from fastdreamer.envs import make_env
+from fastdreamer.replay import write_episode
+from fastdreamer.viz import write_video
+
+_log = logging.getLogger("fastdreamer")
+POLICY_PARTS = ("model.encoder.", "model.rssm.", "actor.")
+"""Prefixes of the weights that acting needs."""
+
+
+class CollectorError(RuntimeError):
+    """The worker process failed; the message holds its traceback or exit code."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the worker does with one set of weights."""
+
+    update: int  # that the weights are of
+    episode: int | None  # index of the episode to collect, or none
+    random: bool  # uniformly random actions instead of the actor's
+    evaluations: int  # episodes to evaluate with the deterministic actor
+    video: str | None  # file for a video of the first evaluation episode
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a job; the episode itself is in its file."""
+
+    episode_return: float | None = None
+    eval_returns: list[float] = field(default_factory=list)
+
+
+class Collector:
+    """The trainer's side of the worker process.
+
+    Args:
+        config: of the run.
+        episodes: directory that receives the episode files.
+
+    Raises:
+        CollectorError: the worker could not start (no GL backend, for example).
+    """
+
+    def __init__(self, config: Config, episodes: Path) -> None:
+        self._config, self._episodes = config, episodes
+        self._pending: tuple[Job, bytes] | None = None
+        header = self._start()
+        self.obs_shapes = {kind: tuple(s) for kind, s in header["obs_shapes"].items()}
+        self.action_dim: int = header["action_dim"]
+
+    def _start(self) -> dict[str, Any]:
+        """Start the worker; return what it says about the environment."""
+        # spawn: a forked child would inherit OpenMP's and the GPU driver's threads half-dead.
+        context = multiprocessing.get_context("spawn")
+        self._connection, child = context.Pipe()
+        self._process = context.Process(
+            target=_worker,
+            args=(child, json.dumps(to_dict(self._config)), str(self._episodes)),
+            daemon=True,
+            name="fastdreamer-collector",
+        )
+        # Ctrl-C reaches the whole process group, and only the trainer may answer it: the worker
+        # inherits this mask. The tracker comes first because starting it undoes the mask.
+        resource_tracker.ensure_running()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        child.close()
+        try:
+            return self._receive()
+        except EOFError:
+            raise self._died("while it started") from None
+
+    def submit(self, job: Job, weights: Mapping[str, Tensor]) -> None:
+        """Start a job; ``wait()`` for it before the next."""
+        if self._pending is not None:
+            raise CollectorError("a job is already under way")
+        self._pending = (job, save_bytes({k: v.cpu().contiguous() for k, v in weights.items()}))
+        self._send()
+
+    def ready(self, timeout: float) -> bool:
+        """Whether ``wait()`` would return at once; gives it up to so many seconds."""
+        return self._connection.poll(timeout)
+
+    def wait(self) -> Result:
+        """Block until the job is done.
+
+        A worker that died (out of memory, killed) is started once more: a job is a pure function
+        of its inputs.
+
+        Raises:
+            CollectorError: the job failed, or the worker died twice.
+        """
+        if self._pending is None:
+            raise CollectorError("no job is under way")
+        try:
+            answer = self._receive()
+        except EOFError:
+            self._process.join()
+            _log.warning(
+                "the collector died (exit code %s); starting it again", self._process.exitcode
+            )
+            self._connection.close()
+            self._start()
+            self._send()
+            try:
+                answer = self._receive()
+            except EOFError:
+                raise self._died("twice at the same job") from None
+        self._pending = None
+        return Result(**answer)
+
+    def close(self) -> None:
+        """End the worker; a job under way is dropped."""
+        self._connection.close()
+        self._process.terminate()
+        self._process.join()
+
+    def _send(self) -> None:
+        job, weights = self._pending
+        try:
+            self._connection.send_bytes(json.dumps(asdict(job)).encode())
+            self._connection.send_bytes(weights)
+        except OSError:
+            pass  # the worker is dead: wait() finds out and starts it again
+
+    def _died(self, when: str) -> CollectorError:
+        self._process.join()
+        return CollectorError(f"the collector died {when} (exit code {self._process.exitcode})")
+
+    def _receive(self) -> dict[str, Any]:
+        try:
+            answer = json.loads(self._connection.recv_bytes())
+        except ConnectionError as error:
+            raise EOFError from error
+        if "error" in answer:
+            raise CollectorError(f"the collector failed:\n{answer['error']}")
+        return answer
+
+
+def policy_weights(agent: Dreamer) -> dict[str, Tensor]:
+    """A copy of the weights that acting needs, on the CPU, by name."""
+    return {
+        name: value.detach().to("cpu", copy=True)
+        for name, value in agent.state_dict().items()
+        if name.startswith(POLICY_PARTS)
+    }
+
+
+def rollout_episode(
+    env: Any, policy: Callable[[dict[str, np.ndarray]], np.ndarray], seed: int
+) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray, float, bool, int]]:
+    """Play one episode; yield (obs, action that led to it, reward, terminated, env_frames).
+
+    The first item is the reset: zero action, zero reward, zero frames.
+    """
+    obs = env.reset(seed=seed)
+    yield obs, np.zeros(env.action_dim, np.float32), 0.0, False, 0
+    done = False
+    while not done:
+        action = policy(obs)
+        obs, reward, terminated, truncated, frames = env.step(action)
+        done = terminated or truncated
+        yield obs, action, reward, terminated, frames
+
+
+def episode_seed(seed: int, purpose: str, index: int) -> int:
+    """A seed for one episode, a function of the run's seed, the purpose and the index."""
+    kind = {"collect": 0, "evaluate": 1}[purpose]
+    return int(np.random.SeedSequence([seed, kind, index]).generate_state(1)[0])
+
+
+def random_policy(action_dim: int, seed: int) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
+    """Uniform actions in [-1, 1]."""
+    rng = np.random.default_rng(seed)
+    return lambda obs: rng.uniform(-1, 1, action_dim).astype(np.float32)
+
+
+def actor_policy(
+    agent: Dreamer, seed: int, noise: float
+) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
+    """The actor with exploration noise (0: deterministic), for one episode."""
+    generator = torch.Generator().manual_seed(seed)
+    state = None
+
+    def policy(obs: dict[str, np.ndarray]) -> np.ndarray:
+        nonlocal state
+        action, state = agent.act(obs, state, noise=noise, generator=generator)
+        return action
+
+    return policy
+
+
+def collect(
+    env: Any, policy: Callable[[dict[str, np.ndarray]], np.ndarray], seed: int
+) -> tuple[dict[str, np.ndarray], int]:
+    """Play one episode for replay.
+
+    Returns:
+        Its arrays (see ``replay.write_episode``) and its env frames.
+    """
+    steps: list[dict[str, Any]] = []
+    env_frames = 0
+    for obs, action, reward, terminated, frames in rollout_episode(env, policy, seed):
+        env_frames += frames
+        steps.append({**obs, "action": action, "reward": np.float32(reward),
+                      "terminated": np.bool_(terminated)})  # fmt: skip
+    return {key: np.stack([step[key] for step in steps]) for key in steps[0]}, env_frames
+
+
+def evaluate(agent: Dreamer, env: Any, seed: int, video: Path | None = None) -> float:
+    """Return of one episode of the deterministic actor; optionally write a video of it."""
+    images, total = [], 0.0
+    policy = actor_policy(agent, seed, 0.0)
+    for t, (_, _, reward, _, _) in enumerate(rollout_episode(env, policy, seed)):
+        total += reward
+        if video is not None and t % 2 == 0:
+            images.append(env.render(height=240, width=320))
+    if video is not None:
+        write_video(video, images, fps=1 / (2 * env.decision_seconds))
+    return total
+
+
+def _worker(connection: Any, config_json: str, episodes: str) -> None:
+    """The worker process: answer jobs until the trainer is gone."""
+    threading.Thread(target=_exit_with_trainer, daemon=True).start()
+    torch.set_num_threads(1)
+    config = from_dict(json.loads(config_json))
+
+    def send(answer: dict[str, Any]) -> None:
+        connection.send_bytes(json.dumps(answer).encode())
+
+    try:
+        try:
+            env = config_env(config)
+            send({"obs_shapes": env.obs_shapes, "action_dim": env.action_dim})
+            agent = None
+            while True:
+                job = Job(**json.loads(connection.recv_bytes()))
+                weights = load_bytes(connection.recv_bytes())
+                if agent is None:
+                    agent = Dreamer(_on_cpu(config), env.obs_shapes, env.action_dim)
+                if weights:
+                    agent.load_state_dict(weights, strict=False)
+                result = _run_job(job, config, agent, env, Path(episodes))
+                send(asdict(result))
+        except (EOFError, ConnectionError):
+            return  # the trainer is gone
+        except Exception:
+            send({"error": traceback.format_exc()})
+    except (EOFError, OSError):
+        return
+
+
+def _exit_with_trainer() -> None:
+    """A killed trainer wants no answer: leave at once, in the middle of whatever job."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _run_job(job: Job, config: Config, agent: Dreamer, env: Any, episodes: Path) -> Result:
+    episode_return = None
+    if job.episode is not None:
+        seed = episode_seed(config.seed, "collect", job.episode)
+        policy = (
+            random_policy(env.action_dim, seed)
+            if job.random
+            else actor_policy(agent, seed, config.collect.noise)
+        )
+        arrays, frames = collect(env, policy, seed)
+        episode_return = float(arrays["reward"].sum(dtype=np.float64))
+        meta = {
+            "env_frames": frames,
+            "return": episode_return,
+            "task": config.env.task,
+            "action_repeat": config.env.action_repeat,
+            "random": job.random,
+        }
+        write_episode(episodes, job.episode, arrays, meta)
+    returns = []
+    for i in range(job.evaluations):
+        video = Path(job.video) if job.video and i == 0 else None
+        seed = episode_seed(config.seed, "evaluate", i)
+        returns.append(evaluate(agent, env, seed, video))
+    return Result(episode_return, returns)
+
+
+def config_env(config: Config) -> Any:
+    """The environment that a configuration describes."""
+    return make_env(
+        config.env.task,
+        obs=config.env.obs,
+        action_repeat=config.env.action_repeat,
+        seed=config.seed,
+        time_limit=config.env.time_limit,
+        image_size=config.env.image_size,
+        render_quality=config.env.render_quality,
+    )
+
+
+def _on_cpu(config: Config) -> Config:
+    return replace(config, device="cpu", backend="auto", precision="fp32")

@@ -1,0 +1,416 @@
+"""A training run: the schedule, checkpoints, evaluation, and what becomes of a kill.
+
+The schedule is a sequence of cycles. A cycle starts by handing the current weights to the
+collector, does the updates that the newest episode calls for, and ends by entering the collected
+episode into replay. So episode k is collected with the weights of a fixed update and enters replay
+at a fixed update, and a resumed run equals an uninterrupted one bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import nvtx
+import torch
+from torch import Tensor
+
+from fastdreamer import checkpoint
+from fastdreamer._version import __version__
+from fastdreamer.agent import Dreamer
+from fastdreamer.collector import Collector, Job, policy_weights
+from fastdreamer.config import Config, ConfigError, from_dict, to_dict
+from fastdreamer.logger import Logger, Progress
+from fastdreamer.ops.backend import use_backend
+from fastdreamer.replay import EPISODE_GLOB, Replay, episode_path
+
+_log = logging.getLogger("fastdreamer")
+
+
+_CURSOR = (
+    "update",
+    "episodes",
+    "env_frames",
+    "newest_decisions",
+    "newest_frames",
+    "left",
+    "best_return",
+)
+
+
+class RunError(RuntimeError):
+    """A run directory cannot be used as asked; the message says why and what would work."""
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM: the run was saved and can be resumed."""
+
+
+def create_run(run_dir: Path, config: Config) -> None:
+    """Make a run directory with its ``config.json``.
+
+    Raises:
+        RunError: there is a run already.
+    """
+    if (run_dir / "config.json").exists():
+        raise RunError(
+            f"{run_dir} holds a run already; resume it with `fastdreamer train --resume {run_dir}`,"
+            " or choose another --run"
+        )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_config(run_dir, config)
+
+
+def write_config(run_dir: Path, config: Config) -> None:
+    """Write ``config.json`` atomically."""
+    temporary = run_dir / f".tmp-{os.getpid()}-config.json"
+    temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    os.replace(temporary, run_dir / "config.json")
+
+
+def read_config(run_dir: Path) -> Config:
+    """The configuration of a run.
+
+    Raises:
+        RunError: not a run directory, or its configuration is damaged.
+    """
+    path = run_dir / "config.json"
+    if not path.is_file():
+        raise RunError(f"{run_dir} is not a run directory (no config.json)")
+    try:
+        return from_dict(json.loads(path.read_text()))
+    except (ConfigError, ValueError, TypeError) as error:
+        raise RunError(f"{path}: {error}") from error
+
+
+class Trainer:
+    """One run, from wherever its newest checkpoint left it.
+
+    Args:
+        run_dir: made by ``create_run``.
+
+    Raises:
+        RunError: not a run, or another process is training it.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.config = read_config(run_dir)
+
+    def train(self) -> None:
+        """Train to the end of the schedule.
+
+        Raises:
+            Stopped: a signal asked to stop; everything is saved.
+            NonFiniteLoss: a loss or gradient became NaN or infinite; the newest checkpoint stands.
+        """
+        config = self.config
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._lock())
+            stack.enter_context(use_backend(config.backend))
+            self._stop = stack.enter_context(_stop_signals())
+            self._open(stack)
+            self._run()
+
+    # ----------------------------------------------------------------- set-up
+
+    def _open(self, stack: contextlib.ExitStack) -> None:
+        """Build everything and put it where the newest checkpoint left it."""
+        config, run_dir = self.config, self.run_dir
+        loaded = checkpoint.load_newest(run_dir / "checkpoints")
+        kind = "pixels and state" if config.env.obs == "both" else config.env.obs
+        self.progress = stack.enter_context(
+            Progress(config.train.frames, title=f"{config.env.task} from {kind}")
+        )
+        self.progress.update(phase="starting the collector")
+        self.collector = Collector(config, run_dir / "episodes")
+        stack.callback(self.collector.close)
+        shapes, action_dim = self.collector.obs_shapes, self.collector.action_dim
+        self.agent = Dreamer(config, shapes, action_dim)
+        self.optimizers = self.agent.make_optimizers()
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.sample_rng = np.random.default_rng(config.seed)
+        self.replay = Replay(
+            run_dir / "episodes",
+            capacity=config.replay.capacity,
+            fields=_replay_fields(shapes, action_dim),
+            task=config.env.task,
+        )
+        # The cursor: plain numbers that a checkpoint holds besides tensors.
+        self.update = 0
+        self.episodes = 0  # entered into replay so far
+        self.env_frames = 0
+        self.newest_decisions = self.newest_frames = 0  # of the episode that entered last
+        self.left = 0  # updates left in this cycle
+        self.job: Job | None = None  # under way in the collector
+        self.job_weights: dict[str, Tensor] = {}
+        self.best_return = -np.inf
+        lines = None
+        if loaded is not None:
+            lines = self._restore(*loaded)
+        self.logger = stack.enter_context(Logger(run_dir, resume_lines=lines))
+        if self.job is not None:
+            self.collector.submit(self.job, self.job_weights)
+
+    def _restore(self, path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> int:
+        """Load a checkpoint into everything; return how many lines of metrics it had written."""
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            group, _, rest = name.partition("/")
+            groups.setdefault(group, {})[rest] = value
+        self.agent.load_state_dict(groups["agent"])
+        for name, optimizer in self.optimizers.items():
+            checkpoint.restore_optimizer(optimizer, groups[f"{name}_optimizer"])
+        self.generator.set_state(groups["generators"]["update"])
+        self.sample_rng.bit_generator.state = meta["sample_rng"]
+        cursor = meta["cursor"]
+        for name in _CURSOR:
+            setattr(self, name, cursor[name])
+        self.job = Job(**cursor["job"]) if cursor["job"] else None
+        self.job_weights = groups.get("job_weights", {})
+        missing = self.replay.load(cursor["replay"])
+        for warning in missing:
+            self.progress.message(f"skipped: {warning}")
+        self.progress.message(f"resumed from {path} at update {self.update}")
+        return cursor["metric_lines"]
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        with open(self.run_dir / "lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(f"{self.run_dir} is being trained by another process") from None
+            yield
+
+    # --------------------------------------------------------------- schedule
+
+    def _run(self) -> None:
+        config = self.config
+        started, started_at = time.monotonic(), self.update
+        speed_from, speed_update = started, self.update
+        saved = self.update
+        while True:
+            while self.left == 0:
+                if not self._next_cycle():
+                    self._save()
+                    self._finish()
+                    return
+                if self._stop.asked:
+                    break
+            if self._stop.asked:
+                self._halt()
+            if self.update - saved >= config.train.checkpoint_every:
+                self._save()
+                saved = self.update
+            metrics = self._update()
+            self.update += 1
+            self.left -= 1
+            now = time.monotonic()
+            if self.update % config.train.log_every == 0 or self.update == started_at + 1:
+                speed = (self.update - speed_update) / max(now - speed_from, 1e-9)
+                speed_from, speed_update = now, self.update
+                if self.update % config.train.log_every == 0:
+                    self._log("train", updates_per_s=speed, **metrics)
+                losses = {n: v for n, v in metrics.items() if n.endswith("_loss") or n == "kl"}
+                self.progress.update(
+                    losses=losses, updates_per_s=speed, seconds_left=self._seconds_left(speed)
+                )
+            self.progress.update(updates=self.update)
+
+    def _halt(self) -> NoReturn:
+        """Save and stop. A job under way is dropped; resuming starts it again."""
+        # Before the first update there is nothing to save but random episodes, which come again;
+        # the final evaluation has the checkpoint that it started from.
+        final = self.job is not None and self.job.episode is None
+        if self.update and not final:
+            self._save()
+        raise Stopped
+
+    def _update(self) -> dict[str, float]:
+        """One batch from replay to new weights."""
+        config = self.config
+        with nvtx.annotate("data"):
+            arrays = self.replay.sample(config.replay.batch, config.replay.length, self.sample_rng)
+            batch = {k: torch.from_numpy(v).to(self.agent.device) for k, v in arrays.items()}
+        with nvtx.annotate("update"):
+            metrics = self.agent.update(batch, self.optimizers, self.generator)
+        every = config.behavior.target_every
+        if every and (self.update + 1) % every == 0:
+            self.agent.update_target()
+        return metrics
+
+    def _next_cycle(self) -> bool:
+        """End a cycle and start the next; False when the run is complete."""
+        config = self.config
+        if self.job is not None:
+            self._enter(self.job)
+        if self.env_frames >= config.train.frames:
+            return False
+        if self.episodes < config.collect.prefill:
+            self._submit(episode=self.episodes, random=True)
+            self.progress.update(phase="collecting random episodes")
+        elif self.update < config.train.pretrain:
+            self.left = config.train.pretrain - self.update
+            self.progress.update(phase="learning from the random episodes")
+        else:
+            decisions = self.newest_decisions
+            replayed = config.replay.batch * config.replay.length
+            self.left = max(1, round(config.train.replay_ratio * decisions / replayed))
+            self._submit(episode=self.episodes, evaluations=self._evaluations_due())
+            self.progress.update(phase="learning")
+        return True
+
+    def _submit(self, *, episode: int | None, random: bool = False, evaluations: int = 0) -> None:
+        video = None
+        if evaluations and self.config.eval.video and self.config.env.obs != "state":
+            video = str(self.run_dir / "videos" / f"eval-{self.env_frames:09d}.mp4")
+        self.job = Job(self.update, episode, random, evaluations, video)
+        self.job_weights = {} if random else policy_weights(self.agent)
+        self.collector.submit(self.job, self.job_weights)
+
+    def _evaluations_due(self) -> int:
+        """Evaluate where this cycle is the first at or past a multiple of ``eval.every``."""
+        every = self.config.eval.every
+        if not every:
+            return 0
+        crossed = self.env_frames // every > (self.env_frames - self.newest_frames) // every
+        return self.config.eval.episodes if crossed else 0
+
+    def _enter(self, job: Job) -> None:
+        """Wait for a job and take in what it brought."""
+        with nvtx.annotate("wait for the collector"):
+            while not self.collector.ready(timeout=0.2):
+                if self._stop.asked:
+                    self._halt()
+            result = self.collector.wait()
+        self.job, self.job_weights = None, {}
+        if result.eval_returns:
+            self._log_evaluation(job, result.eval_returns)
+        if job.episode is None:
+            return
+        info = self.replay.add(job.episode)
+        self.episodes += 1
+        self.env_frames += info.env_frames
+        self.newest_decisions, self.newest_frames = info.length - 1, info.env_frames
+        value = result.episode_return
+        self.best_return = max(self.best_return, value)
+        self._log("episode", **{"return": value}, episode=job.episode, random=int(job.random))
+        self.progress.update(
+            env_frames=self.env_frames, last_return=value, best_return=self.best_return
+        )
+
+    def _log_evaluation(self, job: Job, returns: list[float]) -> None:
+        values = {
+            "return_mean": float(np.mean(returns)),
+            "return_std": float(np.std(returns)),
+            "episodes": len(returns),
+        }
+        # The job started with this cycle: env_frames has not moved since, update has.
+        self.logger.log("eval", env_frames=self.env_frames, update=job.update, **values)
+        self.progress.update(eval_return=values["return_mean"])
+
+    def _finish(self) -> None:
+        """Evaluate the final weights."""
+        if self.config.eval.every:
+            self.progress.update(phase="evaluating the final weights")
+            self._submit(episode=None, evaluations=self.config.eval.episodes)
+            self._enter(self.job)
+        self.progress.update(phase="done")
+
+    # ---------------------------------------------------------------- records
+
+    def _log(self, kind: str, **values: float) -> None:
+        self.logger.log(kind, env_frames=self.env_frames, update=self.update, **values)
+
+    def _seconds_left(self, updates_per_s: float) -> float:
+        """From the updates that the rest of the frames calls for."""
+        config = self.config
+        frames = max(0, config.train.frames - self.env_frames)
+        replayed = config.replay.batch * config.replay.length
+        per_frame = config.train.replay_ratio / config.env.action_repeat / replayed
+        return (frames * per_frame) / updates_per_s
+
+    def _save(self) -> None:
+        tensors = {f"agent/{k}": v for k, v in self.agent.state_dict().items()}
+        for name, optimizer in self.optimizers.items():
+            state = checkpoint.flatten_optimizer(optimizer)
+            tensors |= {f"{name}_optimizer/{k}": v for k, v in state.items()}
+        tensors["generators/update"] = self.generator.get_state()
+        tensors |= {f"job_weights/{k}": v for k, v in self.job_weights.items()}
+        meta = {
+            "version": __version__,
+            "config": to_dict(self.config),
+            "obs_shapes": self.agent.obs_shapes,
+            "action_dim": self.agent.action_dim,
+            "sample_rng": self.sample_rng.bit_generator.state,
+            "cursor": {
+                **{name: getattr(self, name) for name in _CURSOR},
+                "job": asdict(self.job) if self.job else None,
+                "replay": self.replay.indices,
+                "metric_lines": self.logger.lines,
+            },
+        }
+        directory = self.run_dir / "checkpoints"
+        path = checkpoint.checkpoint_path(directory, self.update)
+        checkpoint.save_checkpoint(path, tensors, meta)
+        kept = checkpoint.prune(directory, path, self.config.train.keep_checkpoints)
+        self._delete_evicted(kept)
+
+    def _delete_evicted(self, checkpoints: list[Path]) -> None:
+        """Delete the episodes that replay has evicted and no checkpoint refers to any more.
+
+        From the directory, not from what this process saw leave: a kill may have come between.
+        """
+        held: set[int] = set()
+        for path in checkpoints:
+            with contextlib.suppress(checkpoint.CheckpointError):  # damaged since it was written
+                held.update(checkpoint.load_meta(path)["cursor"]["replay"])
+        episodes = self.run_dir / "episodes"
+        old = {episode_path(episodes, index) for index in range(min(held, default=0))}
+        for path in old.intersection(episodes.glob(EPISODE_GLOB)):
+            path.unlink()
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Any]:
+    """Note Ctrl-C and SIGTERM in ``.asked`` instead of raising in the middle of an update."""
+
+    class Asked:
+        asked = False
+
+    state = Asked()
+
+    def note(*_: object) -> None:
+        state.asked = True
+
+    old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield state
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _replay_fields(shapes: dict[str, tuple[int, ...]], action_dim: int) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        kind: ("uint8" if kind == "pixels" else "float32", shape) for kind, shape in shapes.items()
+    }
+    fields |= {
+        "action": ("float32", (action_dim,)),
+        "reward": ("float32", ()),
+        "terminated": ("bool", ()),
+    }
+    return fields
