@@ -1,0 +1,322 @@
+"""The ``fastdreamer`` command: train, eval, dream, plot, doctor.
+
+Arguments come from typed dataclasses through tyro: the configuration is one already, so every
+field is an option with its help text and type, and nothing is declared twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.logging import RichHandler
+
+from fastdreamer import viz
+from fastdreamer._version import __version__
+from fastdreamer.agent import Dreamer, NonFiniteLoss, load
+from fastdreamer.checkpoint import CheckpointError, list_checkpoints
+from fastdreamer.collector import CollectorError, config_env, episode_seed, evaluate
+from fastdreamer.config import PRESETS, Config, ConfigError, preset
+from fastdreamer.envs import canonical_task
+from fastdreamer.envs.gl import GLError
+from fastdreamer.ops.backend import BackendError
+from fastdreamer.replay import EpisodeError
+from fastdreamer.trainer import RunError, Stopped, Trainer, create_run, read_config, write_config
+
+Positional = tyro.conf.Positional
+_EXPECTED = (
+    BackendError,
+    CheckpointError,
+    CollectorError,
+    ConfigError,
+    EpisodeError,
+    GLError,
+    RunError,
+)
+"""Errors whose message is all that a user needs."""
+
+
+@dataclass
+class Train:
+    """Train an agent, from nothing or from where a run was stopped.
+
+    For example: fastdreamer train walker
+
+    A run directory receives config.json, metrics.jsonl, tensorboard/, episodes/, checkpoints/ and
+    videos/. Ctrl-C finishes the update, saves, and prints how to go on.
+    """
+
+    task: Annotated[Positional[str], tyro.conf.arg(metavar="TASK")] = ""
+    """DeepMind Control task, domain-task: walker-walk, cheetah-run, ...; walker is walker-walk."""
+    preset: Annotated[str, tyro.conf.arg(metavar="|".join(PRESETS))] = "walker"
+    """Where the settings start from; the options below change single ones."""
+    run: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Run directory to make; default: runs/TASK-DATE-TIME."""
+    resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
+    """Go on with this run; options given here replace its settings, except task and sizes."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+@dataclass
+class Eval:
+    """Evaluate a trained agent: mean and standard deviation of the return over episodes."""
+
+    run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """Run directory (its newest checkpoint) or one checkpoint file."""
+    episodes: int = 10
+    """Episodes of the deterministic actor."""
+    seed: int = 0
+    """Seeds the episodes."""
+    video: Annotated[Path | None, tyro.conf.arg(metavar="MP4")] = None
+    """Also write a video of the first episode."""
+
+
+@dataclass
+class Dream:
+    """Draw the report's Figure 4: what the agent imagines over what then really happens.
+
+    The agent watches some decisions, then imagines its next actions and images blindly; the same
+    actions are applied to the simulator.
+    """
+
+    run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """Run directory (its newest checkpoint) or one checkpoint file; trained from pixels."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Where dream.png and dream.mp4 go; default: the run's videos/ directory."""
+    context: int = 50
+    """Decisions watched before the dream starts."""
+    decisions: int = 50
+    """Decisions dreamed."""
+    seed: int = 0
+    """Seeds the episode."""
+
+
+@dataclass
+class Plot:
+    """Draw the report's Figure 3: return against env frames, published curves dashed."""
+
+    runs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN")]
+    """Run directories, or CSV curves that --csv wrote."""
+    out: Annotated[Path, tyro.conf.arg(metavar="PNG")] = Path("curves.png")
+    """The picture (.png, .svg or .pdf)."""
+    published: bool = True
+    """Draw published Walker curves where the task has some."""
+    csv: Annotated[Path | None, tyro.conf.arg(metavar="CSV")] = None
+    """Also write the curve of the (only) run as CSV."""
+
+
+@dataclass
+class Doctor:
+    """Say what this machine offers and which backend each op would take, and why not the others."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status (0 done, 1 failed, 2 misused, 130 stopped)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    console = Console()
+    errors = Console(stderr=True)
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=errors, show_time=False, show_path=False)],
+    )
+    if argv in (["--version"], ["-V"]):
+        console.print(f"fastdreamer {__version__}")
+        return 0
+    try:
+        command = _parse(argv)
+        return _COMMANDS[type(command)](command, argv, console) or 0
+    except _EXPECTED as error:
+        return _fail(errors, str(error))
+    except ValueError as error:  # an argument that only its user could judge, such as a task
+        return _fail(errors, str(error), status=2)
+
+
+def _fail(errors: Console, text: str, status: int = 1) -> int:
+    errors.print(f"fastdreamer: {text}", markup=False, highlight=False, soft_wrap=True)
+    return status
+
+
+def _parse(argv: list[str]) -> Any:
+    subcommand = tyro.conf.subcommand
+    commands = (
+        Annotated[Train, subcommand("train", default=_train_default(argv))]
+        | Annotated[Eval, subcommand("eval")]
+        | Annotated[Dream, subcommand("dream")]
+        | Annotated[Plot, subcommand("plot")]
+        | Annotated[Doctor, subcommand("doctor")]
+    )
+    return tyro.cli(
+        commands,
+        prog="fastdreamer",
+        description="Dreamer with every recurrent loop compiled: train, evaluate, watch.",
+        args=argv,
+    )
+
+
+def _train_default(argv: list[str]) -> Train:
+    """What ``train``'s options start from: a preset, or the settings of the run to resume."""
+    if not argv or argv[0] != "train":
+        return Train(config=PRESETS["walker"])
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--preset", default="walker")
+    early.add_argument("--resume", type=Path)
+    known, _ = early.parse_known_args(argv[1:])
+    if known.resume is not None:
+        return Train(config=read_config(known.resume))
+    return Train(config=preset(known.preset))
+
+
+def _train(command: Train, argv: list[str], console: Console) -> int:
+    run_dir = _resumed_run(command) if command.resume else _new_run(command)
+    console.print(f"run directory: {run_dir}", highlight=False, soft_wrap=True)
+    again = f"fastdreamer train --resume {shlex.quote(str(run_dir))}"
+    try:
+        Trainer(run_dir).train()
+    except Stopped:
+        console.print(f"stopped and saved; go on with: {again}", highlight=False, soft_wrap=True)
+        return 130
+    except NonFiniteLoss as error:
+        kept = list_checkpoints(run_dir / "checkpoints")
+        where = f"The last good checkpoint is {kept[-1]}." if kept else "No checkpoint was due yet."
+        console.print(
+            f"stopped: the {error}. {where}\nGo on from there with other settings, for example: "
+            f"{again} --precision fp32 --optim.model-lr 3e-4",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return 1
+    console.print(
+        f"done; try: fastdreamer eval {run_dir}, fastdreamer plot {run_dir}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _new_run(command: Train) -> Path:
+    if not command.task:
+        raise ConfigError("train needs a TASK (for example: fastdreamer train walker) or --resume")
+    task = canonical_task(command.task)
+    config = command.config
+    config = dataclasses.replace(config, env=dataclasses.replace(config.env, task=task)).validate()
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    run_dir = command.run or Path("runs") / f"{task}-{stamp}"
+    create_run(run_dir, config)
+    return run_dir
+
+
+def _resumed_run(command: Train) -> Path:
+    """Take new settings into a run; refuse those that its weights or episodes don't fit."""
+    run_dir = command.resume
+    if command.run is not None:
+        raise ConfigError("--run makes a new run and --resume goes on with one: give one of them")
+    old, new = read_config(run_dir), command.config.validate()
+    if command.task and canonical_task(command.task) != old.env.task:
+        raise ConfigError(f"{run_dir} is a run of {old.env.task}, not of {command.task}")
+    fixed = ("seed", "env", "model", "collect")
+    for name in fixed:
+        if getattr(old, name) != getattr(new, name):
+            raise ConfigError(
+                f"{name} is fixed when a run starts; make a new run to change it "
+                f"(fixed: {', '.join(fixed)})"
+            )
+    if old != new:
+        write_config(run_dir, new)
+    return run_dir
+
+
+def _eval(command: Eval, argv: list[str], console: Console) -> None:
+    if command.episodes < 1:
+        raise ConfigError(f"--episodes must be at least 1, got {command.episodes}")
+    agent = load(command.run)
+    env = config_env(agent.config)
+    returns = []
+    for i in range(command.episodes):
+        video = command.video if i == 0 else None
+        returns.append(evaluate(agent, env, episode_seed(command.seed, "evaluate", i), video))
+        console.print(f"episode {i + 1}: return {returns[-1]:.1f}", highlight=False)
+    mean = sum(returns) / len(returns)
+    std = (sum((r - mean) ** 2 for r in returns) / len(returns)) ** 0.5
+    frames = env.max_decisions * env.action_repeat
+    console.print(
+        f"{agent.config.env.task}: return {mean:.1f} ± {std:.1f} "
+        f"({len(returns)} episodes of up to {frames} env frames, deterministic actor)",
+        highlight=False,
+    )
+    if command.video:
+        console.print(f"video: {command.video}", highlight=False, soft_wrap=True)
+
+
+def _dream(command: Dream, argv: list[str], console: Console) -> None:
+    agent = load(command.run)
+    if "pixels" not in agent.obs_shapes:
+        raise ConfigError(f"{command.run} was trained from state: it imagines no images to draw")
+    env = config_env(agent.config)
+    room = env.max_decisions - command.context
+    if command.context < 1 or not 1 <= command.decisions <= room:
+        raise ConfigError(
+            f"--context and --decisions must be at least 1 and fit in an episode of "
+            f"{env.max_decisions} decisions, got {command.context} and {command.decisions}"
+        )
+    imagined, real = _dream_and_live(agent, env, command)
+    out = command.out or (
+        command.run / "videos" if command.run.is_dir() else command.run.parent
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    picture = viz.dream_figure(imagined, real, out / "dream.png")
+    video = viz.dream_video(imagined, real, out / "dream.mp4", fps=1 / env.decision_seconds)
+    console.print(f"picture: {picture}\nvideo: {video}", highlight=False, soft_wrap=True)
+
+
+def _dream_and_live(agent: Dreamer, env: Any, command: Dream) -> tuple[Any, Any]:
+    """Imagined and real images [decisions, h, w, 3] under the same actions."""
+    import numpy as np
+    import torch
+
+    seed = episode_seed(command.seed, "evaluate", 0)
+    generator = torch.Generator().manual_seed(seed)
+    obs, state = env.reset(seed=seed), None
+    for _ in range(command.context):
+        action, state = agent.act(obs, state, generator=generator)
+        obs, _, terminated, _, _ = env.step(action)
+        if terminated:
+            raise RunError("the episode ended during --context; choose a smaller one")
+    _, state = agent.act(obs, state, generator=generator)
+    actions, seen = agent.dream(state, command.decisions, generator)
+    real = []
+    for action in actions:
+        obs, _, terminated, _, _ = env.step(action)
+        real.append(obs["pixels"])
+        if terminated:
+            break
+    return seen["pixels"][: len(real)], np.stack(real)
+
+
+def _plot(command: Plot, argv: list[str], console: Console) -> None:
+    if command.csv and len(command.runs) != 1:
+        raise ConfigError("--csv writes the curve of one run; name one RUN")
+    out = viz.plot_runs(list(command.runs), command.out, published=command.published)
+    console.print(f"picture: {out}", highlight=False, soft_wrap=True)
+    if command.csv:
+        table = viz.export_csv(command.runs[0], command.csv)
+        console.print(f"curve: {table}", highlight=False, soft_wrap=True)
+
+
+def _doctor(command: Doctor, argv: list[str], console: Console) -> None:
+    from fastdreamer import doctor
+
+    doctor.report(console)
+
+
+_COMMANDS = {Train: _train, Eval: _eval, Dream: _dream, Plot: _plot, Doctor: _doctor}
