@@ -88,6 +88,7 @@ class Recorder:
     action_min = np.array([-1.0, 0.0, -4.0])
     action_max = np.array([1.0, 2.0, 0.0])
     state_size = 1
+    control_step = 0.01
 
     def __init__(self, length, discount=1.0):
         self.max_steps, self._discount = length, discount
@@ -217,6 +218,7 @@ def test_step_before_reset():
 def test_walker_episode_is_1000_frames_in_500_decisions():
     env = make_env("walker", obs="state")
     assert (env.max_decisions, env.action_repeat, env.action_dim) == (500, 2, 6)
+    assert env.decision_seconds == pytest.approx(0.05)
     env.reset(seed=0)
     results = [env.step(np.zeros(6))[2:] for _ in range(500)]
     assert results == [(False, False, 2)] * 499 + [(False, True, 2)]
