@@ -1,4 +1,4 @@
-"""Dreamer: a world model, an actor and a critic; ``act()`` in the world, ``update()`` from replay."""
+"""Dreamer: world model, actor and critic; ``act()`` in the world, ``update()`` from replay."""
 
 from __future__ import annotations
 
@@ -324,9 +324,7 @@ class Dreamer(nn.Module):
         """max(1, running range of the returns), as in DreamerV3; 1 when not asked for."""
         if not self.config.behavior.return_norm:
             return 1.0
-        low, high = torch.quantile(
-            returns.detach().flatten(), returns.new_tensor([0.05, 0.95])
-        )
+        low, high = torch.quantile(returns.detach().flatten(), returns.new_tensor([0.05, 0.95]))
         self.return_range.lerp_(high - low, 0.01)
         return self.return_range.clamp(min=1.0)
 

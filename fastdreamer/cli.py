@@ -253,6 +253,7 @@ def _eval(command: Eval, argv: list[str], console: Console) -> None:
         f"{agent.config.env.task}: return {mean:.1f} ± {std:.1f} "
         f"({len(returns)} episodes of up to {frames} env frames, deterministic actor)",
         highlight=False,
+        soft_wrap=True,
     )
     if command.video:
         console.print(f"video: {command.video}", highlight=False, soft_wrap=True)
@@ -270,9 +271,7 @@ def _dream(command: Dream, argv: list[str], console: Console) -> None:
             f"{env.max_decisions} decisions, got {command.context} and {command.decisions}"
         )
     imagined, real = _dream_and_live(agent, env, command)
-    out = command.out or (
-        command.run / "videos" if command.run.is_dir() else command.run.parent
-    )
+    out = command.out or (command.run / "videos" if command.run.is_dir() else command.run.parent)
     out.mkdir(parents=True, exist_ok=True)
     picture = viz.dream_figure(imagined, real, out / "dream.png")
     video = viz.dream_video(imagined, real, out / "dream.mp4", fps=1 / env.decision_seconds)

@@ -39,9 +39,9 @@ class EnvConfig:
     image_size: int = 64
     """Height and width of the pixels."""
     time_limit: float | None = None
-    """Length of an episode in simulated seconds; None is the task's own (Walker: 1000 env frames)."""
+    """Simulated seconds of an episode; None is the task's own (Walker: 1000 env frames)."""
     render_quality: Annotated[Literal["full", "fast"], _short("--render-quality")] = "full"
-    """"fast" also drops multisampling: 2-3 times quicker in software rendering, a little coarser."""
+    """"fast" also drops multisampling: about twice as quick in software, a little coarser."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class BehaviorConfig:
     target_every: int = 0
     """Copy the critic to a target network every so many updates; 0: no target network."""
     return_norm: bool = False
-    """Divide the actor's loss by the 5-95 percentile range of the returns (never by less than 1)."""
+    """Divide the actor's loss by the 5-95 percentile range of the returns, at least 1."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class TrainConfig:
     """Replayed decisions per collected decision; sets the updates per episode."""
     pretrain: int = 0
     """Updates on the prefill alone, before the first policy episode."""
-    checkpoint_every: int = 500
+    checkpoint_every: int = 200
     """Updates between checkpoints."""
     keep_checkpoints: int = 3
     """Newest checkpoints kept."""
@@ -201,7 +201,7 @@ class Config:
     backend: Literal["auto", "eager", "native", "triton"] = "auto"
     """Who computes the recurrent loops; auto takes the fastest that can run."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16: autocast with float32 weights; auto: bf16 on CPUs with bf16 instructions and on GPUs."""
+    """bf16: autocast, float32 weights; auto: bf16 where the CPU has it, and on GPUs."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
     threads: int = 0
@@ -302,11 +302,13 @@ def _state() -> Config:
     return dataclasses.replace(
         walker,
         env=EnvConfig(task="walker-stand", obs="state"),
-        replay=ReplayConfig(batch=16, length=32),
+        replay=ReplayConfig(batch=16, length=16),
         model=dataclasses.replace(walker.model, units=200),
-        behavior=dataclasses.replace(walker.behavior, actor_layers=2, critic_layers=2),
-        optim=OptimConfig(actor_lr=2e-4, critic_lr=2e-4),
-        train=TrainConfig(frames=300_000, replay_ratio=100.0, pretrain=100),
+        behavior=dataclasses.replace(
+            walker.behavior, imag_horizon=10, actor_layers=2, critic_layers=2
+        ),
+        optim=OptimConfig(actor_lr=3e-4, critic_lr=3e-4),
+        train=TrainConfig(frames=300_000, replay_ratio=50.0, pretrain=100),
     )
 
 

@@ -60,8 +60,9 @@ def _machine() -> Iterator[tuple[str, str]]:
         except ValueError as error:  # FASTDREAMER_ISA asks for what the CPU lacks
             yield "native core", str(error)
     if torch.cuda.is_available():
-        yield "GPU", ", ".join(
-            torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
+        yield (
+            "GPU",
+            ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())),
         )
     else:
         yield "GPU", "none that torch can use"

@@ -31,7 +31,7 @@ from fastdreamer.agent import Dreamer
 from fastdreamer.collector import Collector, Job, policy_weights
 from fastdreamer.config import Config, ConfigError, from_dict, to_dict
 from fastdreamer.logger import Logger, Progress
-from fastdreamer.ops.backend import use_backend
+from fastdreamer.ops.backend import check_backend, use_backend
 from fastdreamer.replay import EPISODE_GLOB, Replay, episode_path
 
 _log = logging.getLogger("fastdreamer")
@@ -60,8 +60,9 @@ def create_run(run_dir: Path, config: Config) -> None:
     """Make a run directory with its ``config.json``.
 
     Raises:
-        RunError: there is a run already.
+        RunError: there is a run already. BackendError: the backend or device cannot run here.
     """
+    check_backend(config.backend, config.device)
     if (run_dir / "config.json").exists():
         raise RunError(
             f"{run_dir} holds a run already; resume it with `fastdreamer train --resume {run_dir}`,"
@@ -111,10 +112,12 @@ class Trainer:
         """Train to the end of the schedule.
 
         Raises:
+            BackendError: the backend or device cannot run here.
             Stopped: a signal asked to stop; everything is saved.
             NonFiniteLoss: a loss or gradient became NaN or infinite; the newest checkpoint stands.
         """
         config = self.config
+        check_backend(config.backend, config.device)
         if config.threads:
             torch.set_num_threads(config.threads)
         with contextlib.ExitStack() as stack:

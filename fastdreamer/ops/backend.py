@@ -66,6 +66,23 @@ def last_backend(op: str) -> str | None:
     return getattr(_ran, op, None)
 
 
+def check_backend(name: str, device: torch.device | str) -> None:
+    """Raise at once what the first op call of a long job would raise later.
+
+    Args:
+        name: a backend, or ``"auto"``, which runs wherever there is such a device.
+        device: where the tensors will be.
+
+    Raises:
+        ValueError: an unknown name.
+        BackendError: an op imported so far has no such body, or it cannot run there.
+    """
+    body = "eager" if _valid(name, "backend") == "auto" else name
+    for op in OPS.values():
+        if reason := op.why_not(body, device):
+            raise BackendError(f"{op.name}: backend {name!r} cannot run: {reason}")
+
+
 class Op:
     """One op: its eager body, and loaders of the compiled bodies it has.
 

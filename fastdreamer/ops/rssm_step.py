@@ -53,9 +53,7 @@ def deter_step(params: RSSMParams, state: State, action: Tensor) -> Tensor:
     return gru_cell(params.gru, ACTIVATIONS[params.inp.activation](x), state.deter)
 
 
-def eager(
-    params: RSSMParams, state: State, action: Tensor, noise: Tensor
-) -> tuple[State, Normal]:
+def eager(params: RSSMParams, state: State, action: Tensor, noise: Tensor) -> tuple[State, Normal]:
     deter = deter_step(params, state, action)
     prior = latent_dist(mlp(params.prior, deter), params.min_std, noise.dtype)
     return State(deter, prior.sample(noise)), prior

@@ -6,7 +6,14 @@ import threading
 import pytest
 import torch
 
-from fastdreamer.ops.backend import OPS, BackendError, Op, last_backend, use_backend
+from fastdreamer.ops.backend import (
+    OPS,
+    BackendError,
+    Op,
+    check_backend,
+    last_backend,
+    use_backend,
+)
 from fastdreamer.ops.checks import check_tensor
 
 CPU = torch.zeros(2, 3)
@@ -181,3 +188,14 @@ def test_check_tensor_binds_letters_and_names_what_it_wants():
         check_tensor("x", "y", torch.zeros(4, device="meta"), ("B",), dims, like=CPU)
     with pytest.raises(ValueError, match=r"must be \[D, D\] floating, got \[2, 3\] float32"):
         check_tensor("x", "y", torch.zeros(2, 3), ("D", "D"), {})
+
+
+def test_check_backend_names_what_cannot_run():
+    import fastdreamer.ops.lambda_return  # noqa: F401  an op is known once it is imported
+
+    check_backend("auto", "cpu")
+    check_backend("eager", "cpu")
+    with pytest.raises(BackendError, match="backend 'triton' cannot run: .*(CUDA|no triton)"):
+        check_backend("triton", "cpu")
+    with pytest.raises(ValueError, match="eager, native, triton, auto"):
+        check_backend("cuda", "cpu")

@@ -1,0 +1,185 @@
+"""The command line: what a user types, what comes back."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fastdreamer
+from fastdreamer.cli import main
+
+PIXELS = ["--preset", "tiny", "--obs", "pixels", "--render-quality", "fast"]
+SHORT = ["--env.time-limit", "0.5", "--train.frames", "120", "--eval.every", "60"]
+
+
+def output(capsys) -> str:
+    captured = capsys.readouterr()
+    return re.sub(r"\s+", " ", captured.out + captured.err)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A finished tiny run from pixels."""
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
+    assert main(["train", "walker", *PIXELS, *SHORT, "--eval.video", "--run", str(run_dir)]) == 0
+    return run_dir
+
+
+def test_a_run_leaves_everything_behind(run):
+    names = {path.name for path in run.iterdir()}
+    assert {"config.json", "metrics.jsonl", "tensorboard", "episodes", "checkpoints"} <= names
+    assert list((run / "videos").glob("eval-*.mp4"))
+    assert not list(run.rglob(".tmp-*"))
+    assert json.loads((run / "config.json").read_text())["env"]["task"] == "walker-walk"
+
+
+def test_eval(run, capsys, tmp_path):
+    video = tmp_path / "episode.mp4"
+    assert main(["eval", str(run), "--episodes", "2", "--video", str(video)]) == 0
+    text = output(capsys)
+    assert re.search(r"walker-walk: return \d+\.\d ± \d+\.\d \(2 episodes", text), text
+    assert video.stat().st_size > 0
+    newest = sorted((run / "checkpoints").iterdir())[-1]
+    assert main(["eval", str(newest), "--episodes", "2"]) == 0
+    assert text.split("walker-walk:")[1].split("video")[0].strip() in output(capsys)
+
+
+def test_dream(run, capsys, tmp_path):
+    out = tmp_path / "dream"
+    assert main(["dream", str(run), "--context", "3", "--decisions", "5", "--out", str(out)]) == 0
+    assert (out / "dream.png").stat().st_size > 0 and (out / "dream.mp4").stat().st_size > 0
+    assert main(["dream", str(run), "--context", "9", "--decisions", "90"]) == 1
+    assert "fit in an episode of 10 decisions" in output(capsys)
+
+
+def test_plot(run, capsys, tmp_path):
+    picture, table = tmp_path / "curve.png", tmp_path / "curve.csv"
+    assert main(["plot", str(run), "--out", str(picture), "--csv", str(table)]) == 0
+    assert picture.stat().st_size > 0
+    assert main(["plot", str(table), "--out", str(tmp_path / "again.png")]) == 0
+    assert main(["plot", str(run), str(table), "--csv", str(table)]) == 1
+    assert "name one RUN" in output(capsys)
+
+
+def test_load_and_act(run):
+    agent = fastdreamer.load(run)
+    env = fastdreamer.make_env("walker", time_limit=0.5, render_quality="fast", seed=1)
+    obs, state, done, decisions = env.reset(), None, False, 0
+    while not done:
+        action, state = agent.act(obs, state)
+        assert action.shape == (6,) and np.abs(action).max() <= 1
+        obs, _, terminated, truncated, _ = env.step(action)
+        done, decisions = terminated or truncated, decisions + 1
+    assert decisions == 10
+
+
+def test_resume_a_finished_run_and_extend_it(run, capsys):
+    assert main(["train", "--resume", str(run), "--train.frames", "160"]) == 0
+    assert json.loads((run / "config.json").read_text())["train"]["frames"] == 160
+    assert "resumed from" in output(capsys)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["train", "walkr"], "did you mean walker-"),
+        (["train", "walker", "--preset", "fast"], "valid presets: report, walker, state, tiny"),
+        (["train"], "needs a TASK"),
+        (["train", "walker", "--model.deter", "0"], "model.deter must be > 0"),
+        (["train", "walker", "--behavior.gamma", "1.5"], "behavior.gamma must be between 0 and 1"),
+        (["train", "walker", "--device", "tpu"], "device must be cpu, cuda or cuda:N"),
+        (["train", "--resume", "nowhere"], "nowhere is not a run directory"),
+        (["eval", "nowhere"], "nowhere: no such checkpoint"),
+        (["eval", ".", "--episodes", "2"], "holds no checkpoint yet"),
+        (["dream", "nowhere"], "nowhere: no such checkpoint"),
+        (["plot", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_explained(argv, says, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) in (1, 2)
+    text = output(capsys)
+    assert says in text and "Traceback" not in text, text
+    assert not list(tmp_path.iterdir())  # a refused command leaves nothing behind
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["train", "walker", "--obs", "stat"], "('pixels', 'state', 'both')"),
+        (["train", "walker", "--env.obz", "state"], "--env.obs {pixels,state,both}"),
+        (["train", "walker", "--model.deter", "many"], "--model.deter INT"),
+        (["fly"], "train"),
+    ],
+)
+def test_unknown_options_list_the_valid_ones(argv, says, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    assert says in output(capsys).replace("│ ", "")
+
+
+def test_runs_are_not_overwritten_and_fixed_settings_not_changed(run, capsys):
+    assert main(["train", "walker", "--run", str(run)]) == 1
+    assert f"fastdreamer train --resume {run}" in output(capsys)
+    before = (run / "config.json").read_bytes()
+    for change in (["--model.deter", "7"], ["--seed", "1"], ["--env.action-repeat", "4"]):
+        assert main(["train", "--resume", str(run), *change]) == 1
+        assert "is fixed when a run starts" in output(capsys)
+    assert main(["train", "cheetah-run", "--resume", str(run)]) == 1
+    assert (run / "config.json").read_bytes() == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they can run here")
+@pytest.mark.parametrize(("option", "value"), [("--backend", "triton"), ("--device", "cuda")])
+def test_what_cannot_run_here_is_refused_at_once(option, value, tmp_path, capsys):
+    argv = ["train", "walker", "--preset", "tiny", option, value, "--run", str(tmp_path / "run")]
+    assert main(argv) == 1
+    assert "cannot run" in output(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_doctor_and_version(capsys):
+    assert main(["doctor"]) == 0
+    text = output(capsys)
+    for word in ("CPU", "threads", "rendering", "torch", "lambda_return", "imagine"):
+        assert word in text
+    assert main(["--version"]) == 0
+    assert fastdreamer.__version__ in output(capsys)
+
+
+def test_ctrl_c_saves_and_prints_how_to_go_on(tmp_path):
+    run_dir = tmp_path / "stopped"
+    argv = [sys.executable, "-m", "fastdreamer", "train", "walker", "--preset", "tiny"]
+    process = subprocess.Popen(
+        [*argv, "--train.frames", "100000", "--run", str(run_dir)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    deadline = time.monotonic() + 120
+    while not list(run_dir.glob("checkpoints/checkpoint-*")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert f"fastdreamer train --resume {run_dir}" in text and "Traceback" not in text
+    done = subprocess.run(
+        [*argv[:4], "--resume", str(run_dir), "--train.frames", "40"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and "resumed from" in done.stdout, done.stdout + done.stderr
