@@ -155,7 +155,7 @@ class Dreamer(nn.Module):
         action = torch.tanh(self.actor(torch.cat([deter, stoch], -1)).mean)
         if noise:
             action = (action + noise * draw(self.action_dim)).clamp(-1, 1)
-        out = action.cpu().numpy()
+        out = action.cpu().numpy().copy()  # the caller may change it, the filter must not see that
         return (out if batched else out[0]), PolicyState(deter, stoch, action)
 
     def _observation(self, obs: object) -> tuple[dict[str, Tensor], bool]:
@@ -169,7 +169,10 @@ class Dreamer(nn.Module):
         for kind, shape in self.obs_shapes.items():
             if kind not in obs:
                 raise ValueError(f"act: obs lacks {kind!r}, got {', '.join(obs)}")
-            x = torch.as_tensor(obs[kind], device=self.device)
+            x = obs[kind]
+            if not isinstance(x, Tensor):  # a copy: frames may be read-only or upside down
+                x = torch.from_numpy(np.array(x, order="C"))
+            x = x.to(self.device)
             dtype = torch.uint8 if kind == "pixels" else torch.float32
             if kind == "pixels" and x.dtype != dtype:
                 raise ValueError(f"act: pixels must be uint8, got {str(x.dtype)[6:]}")
@@ -308,7 +311,7 @@ class Dreamer(nn.Module):
         checked[f"{name} loss"] = loss
         for part, value in checked.items():
             if not torch.isfinite(value):
-                raise NonFiniteLoss(part, float(value))
+                raise NonFiniteLoss(part, value.item())
         optimizer = optimizers[name]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from tyro.conf import Suppress, arg
 
@@ -255,13 +256,13 @@ class Config:
         if self.env.obs != "state":
             size = self.env.image_size
             _require(size == 64, "env.image_size", "64 (the four-layer encoder's size)", size)
-        for name in ("encoder_channels", "decoder_channels"):
-            value = getattr(self.model, name)
-            _require(min(value) > 0, f"model.{name}", "positive sizes", value)
-        limit = self.env.time_limit
-        _require(limit is None or limit > 0, "env.time_limit", "none or > 0", limit)
-        device = self.device.split(":")[0]
-        _require(device in ("cpu", "cuda"), "device", "cpu, cuda or cuda:N", self.device)
+        for name, value in (
+            ("env.time_limit", self.env.time_limit),
+            ("model.encoder_linear", self.model.encoder_linear),
+        ):
+            _require(value is None or value > 0, name, "none or > 0", value)
+        ok = re.fullmatch(r"cpu|cuda(:\d+)?", self.device) is not None
+        _require(ok, "device", "cpu, cuda or cuda:N", self.device)
         return self
 
 
@@ -364,7 +365,8 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     hints = get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     if not isinstance(values, dict):
-        raise ConfigError(f"{prefix or 'config'} must be a table of fields, got {values!r}")
+        name = prefix.rstrip(".") or "config"
+        raise ConfigError(f"{name} must be a table of fields, got {values!r}")
     for name in values:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
@@ -382,28 +384,32 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     return cls(**made)
 
 
+_TYPES = {
+    bool: ("true or false", (bool,)),
+    int: ("a whole number", (int,)),
+    float: ("a number", (int, float)),
+    str: ("text", (str,)),
+}
+
+
 def _check_types(section: Any, prefix: str) -> None:
     hints = get_type_hints(type(section))
     for f in dataclasses.fields(section):
         value, hint, name = getattr(section, f.name), hints[f.name], f"{prefix}{f.name}"
+        options = get_args(hint)
         if dataclasses.is_dataclass(hint):
             _check_types(value, f"{name}.")
-        elif isinstance(get_args(hint), tuple) and get_args(hint) and _is_literal(hint):
-            _require(value in get_args(hint), name, " | ".join(map(repr, get_args(hint))), value)
-        elif isinstance(value, float):
-            _require(math.isfinite(value), name, "finite", value)
-        if hint is bool:
-            _require(isinstance(value, bool), name, "true or false", value)
-        elif hint is int:
-            _require(type(value) is int, name, "a whole number", value)
-        elif hint is float:
-            _require(type(value) in (int, float), name, "a number", value)
-        elif hint is str:
-            _require(isinstance(value, str), name, "text", value)
-
-
-def _is_literal(hint: Any) -> bool:
-    return getattr(hint, "__origin__", None) is Literal
+        elif get_origin(hint) is Literal:
+            _require(value in options, name, " | ".join(map(repr, options)), value)
+        elif get_origin(hint) is tuple:
+            ok = isinstance(value, tuple) and len(value) == len(options)
+            ok = ok and all(type(v) is int and v > 0 for v in value)
+            _require(ok, name, f"{len(options)} positive whole numbers", value)
+        elif value is not None or type(None) not in options:
+            accepts, types = _TYPES[options[0] if options else hint]
+            accepts += " or none" if options else ""
+            _require(type(value) in types, name, accepts, value)
+            _require(not isinstance(value, float) or math.isfinite(value), name, "finite", value)
 
 
 def _require(ok: bool, name: str, accepts: str, value: Any) -> None:

@@ -59,7 +59,7 @@ def imagine(
     check_tensor("imagine", "action_noise", action_noise, ("H", "B", "A"), dims, like=like)
     if not len(state_noise):
         raise ValueError(f"imagine: state_noise is empty, {list(state_noise.shape)}")
-    body = _OP.select(backend, start.deter, start.stoch, state_noise, action_noise)
+    body = OP.select(backend, start.deter, start.stoch, state_noise, action_noise)
     return body(params, actor, start, state_noise, action_noise)
 
 
@@ -74,4 +74,4 @@ def eager(
     return Imagination(*(torch.stack(parts) for parts in zip(*steps, strict=True)))
 
 
-_OP = Op("imagine", eager=eager)
+OP = Op("imagine", eager=eager)

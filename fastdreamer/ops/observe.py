@@ -63,7 +63,7 @@ def observe(
     check_tensor("observe", "noise", noise, ("T", "B", "S"), dims, like=like)
     if not len(embed):
         raise ValueError(f"observe: embed is empty, {list(embed.shape)}")
-    body = _OP.select(backend, start.deter, start.stoch, embed, action, noise)
+    body = OP.select(backend, start.deter, start.stoch, embed, action, noise)
     return body(params, start, embed, action, is_first, noise)
 
 
@@ -93,4 +93,4 @@ def eager(
     return Observation(states, post, prior)
 
 
-_OP = Op("observe", eager=eager)
+OP = Op("observe", eager=eager)

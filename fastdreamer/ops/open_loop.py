@@ -38,7 +38,7 @@ def open_loop(
     check_tensor("open_loop", "noise", noise, ("H", "B", "S"), dims, like=like)
     if not len(action):
         raise ValueError(f"open_loop: action is empty, {list(action.shape)}")
-    body = _OP.select(backend, start.deter, start.stoch, action, noise)
+    body = OP.select(backend, start.deter, start.stoch, action, noise)
     return body(params, start, action, noise)
 
 
@@ -50,4 +50,4 @@ def eager(params: RSSMParams, start: State, action: Tensor, noise: Tensor) -> St
     return State(*(torch.stack(parts) for parts in zip(*states, strict=True)))
 
 
-_OP = Op("open_loop", eager=eager)
+OP = Op("open_loop", eager=eager)

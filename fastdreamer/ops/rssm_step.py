@@ -43,7 +43,7 @@ def rssm_step(
     check_tensor("rssm_step", "state.stoch", state.stoch, ("B", "S"), dims, like=like)
     check_tensor("rssm_step", "action", action, ("B", "A"), dims, like=like)
     check_tensor("rssm_step", "noise", noise, ("B", "S"), dims, like=like)
-    body = _OP.select(backend, state.deter, state.stoch, action, noise)
+    body = OP.select(backend, state.deter, state.stoch, action, noise)
     return body(params, state, action, noise)
 
 
@@ -59,4 +59,4 @@ def eager(params: RSSMParams, state: State, action: Tensor, noise: Tensor) -> tu
     return State(deter, prior.sample(noise)), prior
 
 
-_OP = Op("rssm_step", eager=eager)
+OP = Op("rssm_step", eager=eager)

@@ -1,0 +1,215 @@
+"""Imports point one way, in Python and in C++, and ``import fastdreamer`` stays light."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "fastdreamer"
+
+MODEL = {"config", "ops", "nn"}
+PUBLIC = MODEL | {"_version", "losses", "planning", "exploration", "safety", "agent"}
+PUBLIC |= {"checkpoint", "collector", "envs", "logger", "replay", "rollout", "trainer", "viz"}
+
+# What each room (a file or folder of the package) may import of ours, beside itself; imports
+# inside functions count. config → ops → nn → {losses, planning, exploration, safety} → agent →
+# trainer → cli.
+ALLOWED = {
+    "_version": set(),
+    "config": set(),
+    "ops": {"_native"},
+    "nn": {"config", "ops"},
+    "losses": MODEL,
+    "planning": MODEL,
+    "exploration": MODEL,
+    "safety": MODEL,
+    "checkpoint": {"config", "_version"},
+    "envs": {"config", "_version"},
+    "replay": {"config", "_version"},
+    "logger": {"config", "_version"},
+    "viz": {"logger"},
+    "agent": MODEL | {"losses", "planning", "exploration", "safety", "checkpoint"},
+    "collector": {"config", "agent", "envs", "replay", "viz"},
+    "trainer": PUBLIC - {"trainer", "rollout", "viz"},
+    "rollout": {"ops", "nn"},
+    "adapters": {"ops", "nn", "rollout"},
+    "testing": {"ops", "nn"},
+    "doctor": {"_version", "_native", "config", "envs", "ops"},
+    "cli": PUBLIC | {"doctor"},
+    "__main__": {"cli"},
+    "__init__": PUBLIC,
+}
+
+# Heavy or optional packages, and the only places that import them.
+THIRD_PARTY = {
+    "dm_control": {"envs"},
+    "mujoco": {"envs"},
+    "matplotlib": {"viz"},
+    "imageio": {"viz"},
+    "imageio_ffmpeg": {"viz"},
+    "tensorboard": {"logger"},
+    "triton": {"ops/triton", "testing"},
+    "tyro": {"cli", "config"},
+    "rich": {"cli", "doctor", "logger"},
+}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """Every module that a file imports, anywhere in it: line number and absolute dotted name.
+
+    ``from a import b`` counts as ``a.b``; relative names are made absolute; a constant name given
+    to ``importlib.import_module`` or ``__import__`` counts too.
+    """
+    package = list(path.relative_to(ROOT).parent.parts)
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            names = [".".join([*base, *([node.module] if node.module else []), alias.name])
+                     for alias in node.names]  # fmt: skip
+            found += [(node.lineno, name) for name in names]
+        elif isinstance(node, ast.Call) and node.args:
+            called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            name = node.args[0]
+            if called in ("import_module", "__import__") and isinstance(name, ast.Constant):
+                found.append((node.lineno, str(name.value)))
+    return found
+
+
+def rooms_imported(path: Path) -> list[tuple[int, str]]:
+    """Line number and room of each import of our own; the package's surface is ``__init__``."""
+    found = []
+    for line, name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "fastdreamer":
+            target = parts[1] if len(parts) > 1 else "__init__"
+            found.append((line, target if target in ALLOWED | {"_native": 0} else "__init__"))
+    return found
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_of_our_own_point_one_way(path):
+    name = room(path)
+    assert name in ALLOWED, f"no rule for {name}: decide what it may import and add it here"
+    allowed = ALLOWED[name] | {name}
+    wrong = [f"line {line}: {target}" for line, target in rooms_imported(path)
+             if target not in allowed]  # fmt: skip
+    assert not wrong, f"{path.relative_to(ROOT)} may import {sorted(allowed)}, not {wrong}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_heavy_packages_are_imported_in_one_place(path):
+    place = path.relative_to(PACKAGE).with_suffix("").as_posix()
+    for line, name in imports(path):
+        name = "tensorboard" if name.startswith("torch.utils.tensorboard") else name
+        owners = THIRD_PARTY.get(name.partition(".")[0])
+        fits = owners is None or any(f"{place}/".startswith(f"{owner}/") for owner in owners)
+        assert fits, f"{path.relative_to(ROOT)}, line {line}: {name} belongs to {owners}"
+
+
+def test_triton_kernels_are_imported_lazily():
+    """``ops/<op>.py`` must import without triton: its import sits inside a function."""
+    for path in FILES:
+        if path.parent.name == "triton":
+            continue
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                text = ast.unparse(node)
+                assert "triton" not in text and "_native" not in text, f"{path}: {text}"
+
+
+def test_the_rules_have_no_cycle():
+    reached: dict[str, set[str]] = {name: set(allowed) for name, allowed in ALLOWED.items()}
+    for _ in ALLOWED:
+        for targets in reached.values():
+            targets |= set().union(*(reached.get(target, set()) for target in targets))
+    assert not [name for name, targets in reached.items() if name in targets]
+
+
+def test_the_parser_sees_every_form(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    file = tmp_path / "fastdreamer" / "ops" / "x.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        "import fastdreamer.agent\n"
+        "from fastdreamer import config, Dreamer\n"
+        "from ..nn import rssm\n"
+        "from .. import cli\n"
+        "from . import y\n"
+        "def f():\n    from fastdreamer.trainer import Trainer\n"
+        "    import importlib\n    importlib.import_module('fastdreamer.viz')\n"
+    )
+    assert [target for _, target in sorted(rooms_imported(file))] == [
+        "agent", "__init__", "config", "nn", "cli", "ops", "trainer", "viz",
+    ]  # fmt: skip
+
+
+def test_import_is_light():
+    """No simulator, plotting, logging or kernel compiler is loaded before it is asked for."""
+    heavy = ["dm_control", "mujoco", "matplotlib", "tensorboard", "triton", "imageio"]
+    code = (
+        "import json, sys, fastdreamer\n"
+        f"print(json.dumps([name for name in {heavy} if name in sys.modules]))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert json.loads(out.stdout) == []
+    assert out.stderr == ""
+
+
+def test_every_public_name_exists_and_nothing_else_is_promised():
+    import fastdreamer
+
+    assert len(set(fastdreamer.__all__)) == len(fastdreamer.__all__)
+    for name in fastdreamer.__all__:
+        assert getattr(fastdreamer, name) is not None
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    bound = {
+        alias.asname or alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert bound == set(fastdreamer.__all__)
+
+
+# ---------------------------------------------------------------- C++
+
+SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp"))
+# The C library's headers are no templates: nothing in them is compiled twice.
+C_HEADERS = {"cmath", "cstddef", "cstdint", "cstring", "cassert", "cfloat"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_includes_point_one_way(path):
+    """common ← cpu, cuda ← bindings; Python headers in bindings.cpp alone; no STL in kernels."""
+    place = path.relative_to(ROOT / "csrc").parts[0]
+    text = path.read_text(encoding="utf-8")
+    ours = re.findall(r'^\s*#\s*include\s+"([^"]+)"', text, re.M)
+    system = re.findall(r"^\s*#\s*include\s+<([^>]+)>", text, re.M)
+    folders = {"common", "cpu", "cuda"}
+    if place in folders:
+        allowed = {"common", place}
+        for name in ours:
+            assert name.split("/")[0] in allowed or "/" not in name, f"{path.name}: {name}"
+            assert ".." not in name
+        for name in [*ours, *system]:
+            assert not re.match(r"pybind11|Python\.h|torch|ATen|c10", name), f"{path.name}: {name}"
+    if path.name == "vec.h" or path.name.startswith("kernels"):
+        for name in system:
+            assert name.endswith(".h") or name in C_HEADERS, f"{path.name}: {name} is the STL's"
