@@ -403,3 +403,15 @@ def test_close_twice():
     env.close()
     with pytest.raises(RuntimeError, match="call reset"):
         env.step(np.zeros(6))
+
+
+def test_triton_can_be_imported_after_rendering():
+    """Mesa's LLVM and Triton's in one process: a segmentation fault in the wrong order."""
+    pytest.importorskip("triton")
+    words = run_python(
+        "from fastdreamer.envs import make_env\n"
+        "make_env('walker-walk', time_limit=0.5).reset()\n"
+        "import triton\n"
+        "print('survived')"
+    )
+    assert "survived" in words

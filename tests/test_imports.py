@@ -53,7 +53,7 @@ THIRD_PARTY = {
     "imageio": {"viz"},
     "imageio_ffmpeg": {"viz"},
     "tensorboard": {"logger"},
-    "triton": {"ops/triton", "testing"},
+    "triton": {"ops/triton", "testing", "envs"},  # envs: before Mesa loads its LLVM
     "tyro": {"cli", "config"},
     "rich": {"cli", "doctor", "logger"},
 }

@@ -6,6 +6,7 @@ first image asked for does.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
@@ -52,6 +53,11 @@ def _suite():
 def _load_gl() -> GL:
     """Select a GL backend and make dm_control draw with it."""
     gl = select_gl()
+    if "llvmpipe" in gl.renderer:
+        # Mesa's llvmpipe and Triton each bring an LLVM. In this order both work; once Mesa's is in
+        # use, importing triton (as torch.compile does) ends the process with a segmentation fault.
+        with contextlib.suppress(ImportError):
+            import triton._C.libtriton  # noqa: F401
     from dm_control import _render
 
     if gl.name != _render.BACKEND:
