@@ -1,0 +1,24 @@
+"""Every measurement behind README.md's tables: `python -m benchmarks [--write]`."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+from benchmarks.machine import ROOT
+
+MEASUREMENTS = ("phases", "collection", "memory", "random_policy")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="keep the results: JSON and README")
+    args = parser.parse_args()
+    for name in MEASUREMENTS:  # a process each: none starts with another's memory or threads
+        command = [sys.executable, "-m", f"benchmarks.{name}", *(["--write"] * args.write)]
+        subprocess.run(command, cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
+    main()

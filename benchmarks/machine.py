@@ -1,0 +1,81 @@
+"""What a number was measured on: machine, versions, threads, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+_ISA = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")  # as the kernel says
+
+
+def record() -> dict[str, Any]:
+    """Return the circumstances of a measurement, as JSON types.
+
+    Call it right before measuring: ``load`` is the 1-minute load average, so a value near or
+    above the number of cores says that something else was running.
+    """
+    cpu = _cpuinfo()
+    return {
+        "cpu": cpu.get("model name", platform.processor() or "unknown"),
+        "cpu_family_model": f"{cpu.get('cpu family', '?')}/{cpu.get('model', '?')}",
+        "isa": [flag for flag in _ISA if flag in cpu.get("flags", "").split()],
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "os": f"{platform.system()} {platform.release()}",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "mujoco", "dm_control", "numpy")},
+        },
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
+
+
+def describe(machine: dict[str, Any]) -> str:
+    """Return a record as the one line that stands beside a table."""
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
+    return (
+        f"{machine['cpu']} (family/model {machine['cpu_family_model']}; "
+        f"{' '.join(machine['isa'])}), {machine['cores']} cores, {threads}; {versions}; "
+        f"commit {machine['commit']}; {machine['date']}; load average before {machine['load']}"
+    )
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor of /proc/cpuinfo; empty where there is none."""
+    try:
+        text = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    return {k.strip(): v.strip() for k, _, v in (x.partition(":") for x in text.splitlines())}
+
+
+def _commit() -> str:
+    """The commit, marked ``+changes`` when the code measured is not exactly that."""
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    if commit is None:
+        return "none (no commit yet)"
+    # Results and their tables change with every measurement; the code measured does not.
+    changed = _git("status", "--porcelain", "--", "fastdreamer", "csrc", "benchmarks/*.py")
+    return f"{commit}+changes" if changed else commit
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,125 @@
+"""Milliseconds per phase of one `report` update: `python -m benchmarks.phases [--write]`."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import nvtx
+import torch
+
+from benchmarks import machine, report, synthetic
+from benchmarks.learner import VARIANTS, Learner
+from benchmarks.timing import MIN_REPEATS, PhaseRecorder, cell, summary
+
+# The phases are the ranges that the trainer and the agent mark for profilers. While a recorder
+# stands in for nvtx.annotate, the code that runs is the code that trains, to the letter; there is
+# no second copy of the update that could drift from it or be arranged to look better. The recorder
+# reads the clock about 30 times an update, microseconds in all, and the whole update is timed from
+# outside, so what no range covers cannot hide: it is the row "other".
+ROWS = {
+    "data": "data: sample from replay",
+    "encode": "encode",
+    "observe": "observe",
+    "decode": "decode (pixels and reward)",
+    "model backward": "model backward, clipping",
+    "imagine": "imagine",
+    "heads": "heads (imagined reward and value)",
+    "actor backward": "actor backward, clipping",
+    "critic": "critic forward, backward, clipping",
+    "optimizer": "optimisers (all three steps)",
+    "other": "other (noise, losses, λ-return, checks)",
+    "whole": "**whole update**",
+}
+
+
+def measure(repeats: int, warmup: int, threads: int, preset_name: str = "report") -> dict[str, Any]:
+    """Time the phases of every variant, the variants taking turns update by update.
+
+    Args:
+        repeats: timed updates per variant.
+        warmup: untimed ones before.
+        threads: of torch.
+        preset_name: of the configuration.
+
+    Returns:
+        JSON types: ``machine``, ``settings`` and ``phases[variant][phase]``, a ``summary``.
+
+    Raises:
+        ValueError: too few repeats.
+    """
+    if repeats < MIN_REPEATS:
+        raise ValueError(f"at least {MIN_REPEATS} repeats, got {repeats}")
+    torch.set_num_threads(threads)
+    circumstances = machine.record()
+    with tempfile.TemporaryDirectory() as folder:
+        synthetic.write_episodes(Path(folder), 5)
+        replay = synthetic.open_replay(Path(folder))
+        replay.load()
+        learners = {name: Learner(name, replay, preset_name) for name in VARIANTS}
+        recorders = {name: PhaseRecorder() for name in VARIANTS}
+        for i in range(warmup + repeats):
+            for name, learner in learners.items():
+                if i < warmup:
+                    learner.step()
+                    continue
+                recorder = recorders[name]
+                with (
+                    mock.patch.object(nvtx, "annotate", recorder.annotate),
+                    recorder.repeat(containers=["update"]),
+                ):
+                    learner.step()
+    phases = {
+        name: {phase: summary(seconds) for phase, seconds in recorder.samples.items()}
+        for name, recorder in recorders.items()
+    }
+    for name, measured in phases.items():
+        if measured.keys() != ROWS.keys():
+            raise ValueError(f"{name}: phases {sorted(measured)}, expected {sorted(ROWS)}")
+    config = learners[next(iter(VARIANTS))].config
+    settings = {
+        "preset": preset_name,
+        "batch": config.replay.batch,
+        "length": config.replay.length,
+        "imag_horizon": config.behavior.imag_horizon,
+        "warmup": warmup,
+    }
+    return {"machine": circumstances, "settings": settings, "phases": phases}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the result as a Markdown table."""
+    phases = result["phases"]
+    reference = next(iter(phases))
+    others = [name for name in phases if name != reference]
+    header = ["ms: median (p20–p80)", *phases, *(f"{reference} / {name}" for name in others)]
+    rows = []
+    for phase, label in ROWS.items():
+        base = phases[reference][phase]["median_ms"]
+        ratios = [f"{base / phases[name][phase]['median_ms']:.2f}×" for name in others]
+        rows.append([label, *(cell(measured[phase]) for measured in phases.values()), *ratios])
+    s = result["settings"]
+    repeats = phases[reference]["whole"]["repeats"]
+    return (
+        f"Preset `{s['preset']}`: batch {s['batch']} × {s['length']}, "
+        f"imagination horizon {s['imag_horizon']}; {repeats} repeats after {s['warmup']} "
+        "warm-up updates, variants alternating.\n\n" + report.table(header, rows)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--write", action="store_true", help="keep the result: JSON and README")
+    args = parser.parse_args()
+    result = measure(args.repeats, args.warmup, args.threads)
+    report.publish("phases", result, table(result), write=args.write)
+
+
+if __name__ == "__main__":
+    main()
