@@ -1,0 +1,280 @@
+"""The collector: a job is a pure function of its inputs, and a dead worker is noticed."""
+
+import dataclasses
+import multiprocessing
+import multiprocessing.spawn
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from fastdreamer.agent import Dreamer
+from fastdreamer.collector import (
+    POLICY_PARTS,
+    Collector,
+    CollectorError,
+    Job,
+    actor_policy,
+    collect,
+    episode_seed,
+    evaluate,
+    policy_weights,
+    random_policy,
+    rollout_episode,
+)
+from fastdreamer.config import preset
+from fastdreamer.envs import make_env
+from fastdreamer.envs.gl import GLError, select_gl
+from fastdreamer.replay import episode_path, read_episode
+
+CONFIG = preset("tiny")
+DECISIONS, FRAMES = 20, 40
+
+
+def job(episode, *, random=False, evaluations=0, video=None):
+    return Job(0, episode, random, evaluations, video)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The worker's number: sums depend on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def agent():
+    return Dreamer(CONFIG, {"state": (24,)}, 6)
+
+
+@pytest.fixture(scope="module")
+def collector(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("episodes")
+    made = Collector(CONFIG, directory)
+    made.directory = directory
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def env():
+    return make_env("walker-walk", obs="state", action_repeat=2, time_limit=1.0)
+
+
+def test_the_worker_says_what_the_environment_is(collector):
+    assert collector.obs_shapes == {"state": (24,)}
+    assert collector.action_dim == 6
+
+
+def test_an_episode_depends_on_seed_index_and_weights_alone(collector, agent, env):
+    """The same bytes from a fresh worker, after other episodes, and played in this process."""
+    weights = policy_weights(agent)
+    other = {k: v + 0.1 for k, v in weights.items()}
+    contents = []
+    for index, loaded, random in (
+        (3, weights, False),
+        (0, {}, True),
+        (1, other, False),
+        (3, weights, False),
+        (3, other, False),
+        (4, weights, False),
+    ):
+        collector.submit(job(index, random=random), loaded)
+        result = collector.wait()
+        path = episode_path(collector.directory, index)
+        contents.append(path.read_bytes())
+        arrays, meta = read_episode(path)
+        assert result.eval_returns == []
+        assert result.episode_return == meta["return"] == arrays["reward"].sum(dtype=np.float64)
+        assert meta == {
+            "env_frames": FRAMES,
+            "return": result.episode_return,
+            "task": "walker-walk",
+            "action_repeat": 2,
+            "random": random,
+        }
+        assert len(arrays["reward"]) == DECISIONS + 1
+    assert contents[0] == contents[3]
+    assert len(set(contents)) == 5
+
+    seed = episode_seed(CONFIG.seed, "collect", 4)
+    played, frames = collect(env, actor_policy(agent, seed, CONFIG.collect.noise), seed)
+    assert frames == FRAMES and played.keys() == arrays.keys()
+    assert all(np.array_equal(played[k], arrays[k]) for k in arrays)
+
+
+def test_evaluations_are_deterministic_and_leave_episodes_alone(collector, agent, env):
+    weights = policy_weights(agent)
+    collector.submit(job(8, evaluations=2), weights)
+    both = collector.wait()
+    content = episode_path(collector.directory, 8).read_bytes()
+    collector.submit(job(None, evaluations=3), weights)
+    alone = collector.wait()
+    assert alone.episode_return is None
+    assert alone.eval_returns[:2] == both.eval_returns and len(set(alone.eval_returns)) == 3
+    collector.submit(job(8), weights)
+    collector.wait()
+    assert episode_path(collector.directory, 8).read_bytes() == content
+    here = evaluate(agent, env, episode_seed(CONFIG.seed, "evaluate", 1))
+    assert here == alone.eval_returns[1]
+
+
+def test_one_job_at_a_time(collector, agent):
+    with pytest.raises(CollectorError, match="no job is under way"):
+        collector.wait()
+    collector.submit(job(50, random=True), {})
+    with pytest.raises(CollectorError, match="a job is already under way"):
+        collector.submit(job(51, random=True), {})
+    collector.wait()
+    collector.submit(job(52, random=True), {})
+    collector.wait()
+    written = [episode_path(collector.directory, k).exists() for k in (50, 51, 52)]
+    assert written == [True, False, True]
+
+
+def test_ready_waits_no_longer_than_told(collector, agent):
+    collector.submit(job(None, evaluations=20), policy_weights(agent))
+    assert collector.ready(0) is False
+    assert collector.ready(60) is True
+    assert len(collector.wait().eval_returns) == 20
+
+
+def test_a_killed_worker_is_replaced_and_the_job_done(collector, agent, caplog):
+    weights = policy_weights(agent)
+    collector.submit(job(5), weights)
+    collector.wait()
+    path = episode_path(collector.directory, 5)
+    content = path.read_bytes()
+    path.unlink()
+    collector.submit(job(5, evaluations=1000), weights)
+    os.kill(collector._process.pid, signal.SIGKILL)
+    collector._pending = (job(5), collector._pending[1])  # done again, without the delay
+    collector.wait()
+    assert path.read_bytes() == content
+    assert "the collector died (exit code -9); starting it again" in caplog.text
+
+
+def test_a_worker_that_cannot_start_is_an_error(tmp_path, collector):
+    # `collector` for its resource tracker: a second one would be started with this executable.
+    executable = multiprocessing.spawn.get_executable()
+    multiprocessing.set_executable("/bin/false")
+    try:
+        with pytest.raises(CollectorError, match=r"died while it started \(exit code 1\)"):
+            Collector(CONFIG, tmp_path)
+    finally:
+        multiprocessing.set_executable(executable)
+
+
+def test_a_job_that_kills_the_worker_twice_is_an_error(tmp_path, agent, monkeypatch):
+    collector = Collector(CONFIG, tmp_path)
+    send = collector._send
+
+    def deadly():
+        send()
+        os.kill(collector._process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(collector, "_send", deadly)
+    collector.submit(job(None, evaluations=10**6), policy_weights(agent))
+    with pytest.raises(CollectorError, match=r"died twice at the same job \(exit code -9\)"):
+        collector.wait()
+    collector.close()
+
+
+def test_the_workers_error_arrives(tmp_path):
+    config = dataclasses.replace(CONFIG, env=dataclasses.replace(CONFIG.env, task="walker-fly"))
+    with pytest.raises(CollectorError, match="(?s)Traceback.*unknown task 'walker-fly'.*-run"):
+        Collector(config, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pixels_are_the_same_in_every_process(tmp_path):
+    """Rendering too: a resumed run draws its frames in another process."""
+    try:
+        select_gl()
+    except GLError as error:
+        pytest.skip(str(error))
+    config = dataclasses.replace(CONFIG, env=dataclasses.replace(CONFIG.env, obs="pixels"))
+    env = make_env("walker-walk", obs="pixels", action_repeat=2, time_limit=1.0)
+    agent = Dreamer(config, env.obs_shapes, env.action_dim)
+    collector = Collector(config, tmp_path)
+    try:
+        assert collector.obs_shapes == {"pixels": (64, 64, 3)}
+        collector.submit(Job(0, 1, False, 0, None), policy_weights(agent))
+        collector.wait()
+    finally:
+        collector.close()
+    seed = episode_seed(config.seed, "collect", 1)
+    played, _ = collect(env, actor_policy(agent, seed, config.collect.noise), seed)
+    recorded, _ = read_episode(episode_path(tmp_path, 1))
+    assert recorded["pixels"].std() > 1  # something was drawn
+    assert all(np.array_equal(played[k], recorded[k]) for k in recorded)
+
+
+# -------------------------------------------------------------- without a worker
+
+
+def test_seeds_differ_by_run_purpose_and_index():
+    seeds = {
+        episode_seed(run, purpose, index)
+        for run in (0, 1, 2**40)
+        for purpose in ("collect", "evaluate")
+        for index in range(50)
+    }
+    assert len(seeds) == 300
+    assert episode_seed(1, "collect", 2) == episode_seed(1, "collect", 2)
+    with pytest.raises(KeyError):
+        episode_seed(0, "play", 0)
+
+
+def test_random_policy_is_uniform_and_seeded():
+    draw = lambda seed: np.stack([random_policy(6, seed)({}) for _ in range(1)])  # noqa: E731
+    assert np.array_equal(draw(1), draw(1)) and not np.array_equal(draw(1), draw(2))
+    policy = random_policy(6, 0)
+    actions = np.stack([policy({}) for _ in range(2000)])
+    assert actions.dtype == np.float32 and np.abs(actions).max() <= 1
+    assert np.abs(actions.mean()) < 0.02 and actions.std() == pytest.approx(1 / 3**0.5, abs=0.01)
+
+
+def test_actor_policy_noise_is_seeded_and_zero_noise_is_the_mean(agent):
+    obs = {"state": np.linspace(-1, 1, 24, dtype=np.float32)}
+    first = lambda seed, noise: actor_policy(agent, seed, noise)(obs)  # noqa: E731
+    assert np.array_equal(first(1, 0.3), first(1, 0.3))
+    assert not np.array_equal(first(1, 0.3), first(2, 0.3))
+    assert np.array_equal(
+        first(1, 0.0), agent.act(obs, generator=torch.Generator().manual_seed(1))[0]
+    )
+    assert np.abs(first(1, 100.0)).max() == 1  # clipped
+
+
+def test_an_episode_starts_with_its_reset(env):
+    steps = list(rollout_episode(env, random_policy(6, 0), seed=5))
+    assert len(steps) == DECISIONS + 1
+    obs, action, reward, terminated, frames = steps[0]
+    assert np.array_equal(obs["state"], env.reset(seed=5)["state"])
+    assert not action.any() and (reward, terminated, frames) == (0.0, False, 0)
+    assert sum(frames for *_, frames in steps) == FRAMES
+    again = [s[1] for s in rollout_episode(env, random_policy(6, 0), seed=5)]
+    assert all(np.array_equal(a, s[1]) for a, s in zip(again, steps, strict=True))
+    arrays, _ = collect(env, random_policy(6, 0), 5)
+    assert np.array_equal(arrays["action"], np.stack(again))
+    assert {k: v.dtype for k, v in arrays.items()} == {
+        "state": np.float32, "action": np.float32, "reward": np.float32, "terminated": np.bool_
+    }  # fmt: skip
+
+
+def test_policy_weights_are_copies_and_all_that_acting_needs(agent):
+    weights = policy_weights(agent)
+    assert all(name.startswith(POLICY_PARTS) for name in weights)
+    state = agent.state_dict()
+    assert all(torch.equal(v, state[k]) and v.data_ptr() != state[k].data_ptr()
+               for k, v in weights.items())  # fmt: skip
+    other = Dreamer(dataclasses.replace(CONFIG, seed=9), {"state": (24,)}, 6)
+    obs = {"state": np.linspace(-1, 1, 24, dtype=np.float32)}
+    act = lambda who: who.act(obs, noise=0.3, generator=torch.Generator().manual_seed(0))[0]  # noqa: E731
+    assert not np.array_equal(act(other), act(agent))
+    other.load_state_dict(weights, strict=False)
+    assert np.array_equal(act(other), act(agent))
