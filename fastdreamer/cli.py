@@ -184,7 +184,9 @@ def _train(command: Train, argv: list[str], console: Console) -> int:
     try:
         Trainer(run_dir).train()
     except Stopped:
-        console.print(f"stopped and saved; go on with: {again}", highlight=False, soft_wrap=True)
+        console.print(
+            f"stopped, nothing is lost; go on with: {again}", highlight=False, soft_wrap=True
+        )
         return 130
     except NonFiniteLoss as error:
         kept = list_checkpoints(run_dir / "checkpoints")

@@ -120,12 +120,15 @@ class Logger:
         self.lines += 1
         self._tensorboard.flush()
 
+    def sync(self) -> None:
+        """Bring every line to the disk, so that a checkpoint may count on them."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Bring everything to the disk and close the files; calling it again does nothing."""
         if self._file.closed:
             return
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self.sync()
         self._file.close()
         self._tensorboard.close()
 

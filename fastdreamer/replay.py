@@ -170,7 +170,6 @@ class Replay:
         self.task = task
         _check_shapes("replay fields", {n: (d, (2, *s)) for n, (d, s) in self.fields.items()})
         self._episodes: dict[int, EpisodeInfo] = {}  # sorted by index
-        self._evicted: dict[int, Path] = {}
         self.directory.mkdir(parents=True, exist_ok=True)
         _remove_stale(self.directory)
 
@@ -199,7 +198,7 @@ class Replay:
     def add(self, index: int) -> EpisodeInfo:
         """Check the file of this number and enter it; evict the oldest episodes beyond capacity.
 
-        Evicted files stay on disk until `delete_evicted`. Raises EpisodeError for a missing,
+        Evicted files stay on disk until `delete_before`. Raises EpisodeError for a missing,
         damaged or foreign file (nothing changes), ValueError if the number is already held.
         """
         if index in self._episodes:
@@ -218,11 +217,9 @@ class Replay:
         self._episodes[index] = info
         if index < last:
             self._episodes = dict(sorted(self._episodes.items()))
-        self._evicted.pop(index, None)
         frames = self.env_frames
         while frames > self.capacity and len(self._episodes) > 1:
             oldest = self._episodes.pop(next(iter(self._episodes)))
-            self._evicted[oldest.index] = oldest.path
             frames -= oldest.env_frames
         return info
 
@@ -249,14 +246,16 @@ class Replay:
             _log.warning("skipped episode: %s", message)
         return warnings
 
-    def delete_evicted(self) -> None:
-        """Unlink the files of evicted episodes.
+    def delete_before(self, index: int) -> None:
+        """Unlink the files of all episodes of lower numbers, those held excepted.
 
-        To be called once no checkpoint that one could resume from refers to them.
+        To be called with the oldest episode that any checkpoint refers to. It looks at the
+        directory, not at what this process saw leave: a kill may have come between.
         """
-        for path in self._evicted.values():
-            path.unlink(missing_ok=True)
-        self._evicted.clear()
+        for path in sorted(self.directory.glob(EPISODE_GLOB)):
+            match = _NAME.fullmatch(path.name)
+            if match and int(match[1]) < index and int(match[1]) not in self._episodes:
+                path.unlink(missing_ok=True)
 
     def sample(
         self, batch: int, length: int, rng: np.random.Generator, out: _Arrays | None = None

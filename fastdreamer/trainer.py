@@ -32,7 +32,7 @@ from fastdreamer.collector import Collector, Job, policy_weights
 from fastdreamer.config import Config, ConfigError, from_dict, to_dict
 from fastdreamer.logger import Logger, Progress
 from fastdreamer.ops.backend import check_backend, use_backend
-from fastdreamer.replay import EPISODE_GLOB, Replay, episode_path
+from fastdreamer.replay import Replay
 
 _log = logging.getLogger("fastdreamer")
 
@@ -367,24 +367,20 @@ class Trainer:
             },
         }
         directory = self.run_dir / "checkpoints"
+        self.logger.sync()
         path = checkpoint.checkpoint_path(directory, self.update)
         checkpoint.save_checkpoint(path, tensors, meta)
         kept = checkpoint.prune(directory, path, self.config.train.keep_checkpoints)
-        self._delete_evicted(kept)
+        self.replay.delete_before(_oldest_episode(kept))
 
-    def _delete_evicted(self, checkpoints: list[Path]) -> None:
-        """Delete the episodes that replay has evicted and no checkpoint refers to any more.
 
-        From the directory, not from what this process saw leave: a kill may have come between.
-        """
-        held: set[int] = set()
-        for path in checkpoints:
-            with contextlib.suppress(checkpoint.CheckpointError):  # damaged since it was written
-                held.update(checkpoint.load_meta(path)["cursor"]["replay"])
-        episodes = self.run_dir / "episodes"
-        old = {episode_path(episodes, index) for index in range(min(held, default=0))}
-        for path in old.intersection(episodes.glob(EPISODE_GLOB)):
-            path.unlink()
+def _oldest_episode(checkpoints: list[Path]) -> int:
+    """The lowest number of an episode that any of these checkpoints needs to resume."""
+    held: list[int] = []
+    for path in checkpoints:
+        with contextlib.suppress(checkpoint.CheckpointError):  # damaged since it was written
+            held += checkpoint.load_meta(path)["cursor"]["replay"]
+    return min(held, default=0)
 
 
 @contextlib.contextmanager

@@ -259,9 +259,13 @@ def test_counts_eviction_order_and_delayed_deletion(tmp_path):
     assert replay.add(4).length == 31
     assert replay.indices == [4]
     assert len(list(tmp_path.glob(EPISODE_GLOB))) == 5
-    replay.delete_evicted()
-    assert [path.name for path in tmp_path.iterdir()] == ["episode-000004.safetensors"]
-    replay.delete_evicted()
+    foreign = tmp_path / "episode-of-someone.safetensors"
+    foreign.write_bytes(b"not ours to delete")
+    replay.delete_before(2)  # the oldest that a checkpoint still refers to
+    names = {f"episode-00000{i}.safetensors" for i in (2, 3, 4)}
+    assert {path.name for path in tmp_path.iterdir()} == {*names, foreign.name}
+    replay.delete_before(9)
+    assert {path.name for path in tmp_path.iterdir()} == {max(names), foreign.name}
     assert set(replay.sample(4, 5, np.random.default_rng(0))["reward"][1:].round().flat) == {4}
 
 
@@ -270,12 +274,12 @@ def test_capacity_below_one_episode_keeps_the_newest(tmp_path):
     assert replay.indices == [2] and replay.env_frames == 60
 
 
-def test_evicted_episode_that_is_entered_again_is_not_deleted(tmp_path):
+def test_held_episodes_are_not_deleted(tmp_path):
     replay = fill(tmp_path, [11, 11, 11], capacity=40)
     assert replay.indices == [1, 2]
     replay.capacity = 100
     replay.add(0)
-    replay.delete_evicted()
+    replay.delete_before(3)
     assert replay.indices == [0, 1, 2] and len(list(tmp_path.iterdir())) == 3
 
 
