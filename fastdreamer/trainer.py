@@ -163,6 +163,7 @@ class Trainer:
         lines = None
         if loaded is not None:
             lines = self._restore(*loaded)
+            self.progress.update(env_frames=self.env_frames, updates=self.update)
         self.logger = stack.enter_context(Logger(run_dir, resume_lines=lines))
         if self.job is not None:
             self.collector.submit(self.job, self.job_weights)
@@ -202,9 +203,8 @@ class Trainer:
 
     def _run(self) -> None:
         config = self.config
-        started, started_at = time.monotonic(), self.update
-        speed_from, speed_update = started, self.update
-        saved = self.update
+        started_at = speed_update = saved = self.update
+        speed_from = None  # the clock of updates/s starts with the first update
         while True:
             while self.left == 0:
                 if not self._next_cycle():
@@ -218,6 +218,7 @@ class Trainer:
             if self.update - saved >= config.train.checkpoint_every:
                 self._save()
                 saved = self.update
+            speed_from = speed_from or time.monotonic()
             metrics = self._update()
             self.update += 1
             self.left -= 1
