@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+import torch
 import tyro
 from rich.console import Console
 from rich.logging import RichHandler
@@ -280,11 +282,8 @@ def _dream(command: Dream, argv: list[str], console: Console) -> None:
     console.print(f"picture: {picture}\nvideo: {video}", highlight=False, soft_wrap=True)
 
 
-def _dream_and_live(agent: Dreamer, env: Any, command: Dream) -> tuple[Any, Any]:
+def _dream_and_live(agent: Dreamer, env: Any, command: Dream) -> tuple[np.ndarray, np.ndarray]:
     """Imagined and real images [decisions, h, w, 3] under the same actions."""
-    import numpy as np
-    import torch
-
     seed = episode_seed(command.seed, "evaluate", 0)
     generator = torch.Generator().manual_seed(seed)
     obs, state = env.reset(seed=seed), None
