@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdreamer.replay import Replay, write_episode
+from fastdreamer.replay import Replay, episode_fields, write_episode
 
 OBS_SHAPES = {"pixels": (64, 64, 3)}
 ACTION_DIM = 6
@@ -32,10 +32,5 @@ def write_episodes(directory: Path, count: int) -> None:
 
 def open_replay(directory: Path) -> Replay:
     """Return an empty replay over a directory of such episodes; ``add`` or ``load`` fills it."""
-    fields = {
-        "pixels": ("uint8", OBS_SHAPES["pixels"]),
-        "action": ("float32", (ACTION_DIM,)),
-        "reward": ("float32", ()),
-        "terminated": ("bool", ()),
-    }
+    fields = episode_fields(OBS_SHAPES, ACTION_DIM)
     return Replay(directory, capacity=1_000_000, fields=fields)

@@ -331,4 +331,4 @@ def config_env(config: Config) -> Any:
 
 
 def _on_cpu(config: Config) -> Config:
-    return replace(config, device="cpu", backend="auto", precision="fp32")
+    return replace(config, device="cpu", precision="fp32")

@@ -89,6 +89,17 @@ def episode_path(directory: _Path, index: int) -> Path:
     return Path(directory) / f"episode-{index:06d}.safetensors"
 
 
+def episode_fields(obs_shapes: dict[str, tuple[int, ...]], action_dim: int) -> _Shapes:
+    """The arrays of an episode of an environment: name -> (dtype, shape without T)."""
+    dtypes = {"pixels": "uint8", "state": "float32"}
+    return {
+        **{kind: (dtypes[kind], shape) for kind, shape in obs_shapes.items()},
+        "action": ("float32", (action_dim,)),
+        "reward": ("float32", ()),
+        "terminated": ("bool", ()),
+    }
+
+
 def write_episode(
     directory: _Path, index: int, arrays: Mapping[str, Any], meta: Mapping[str, Any]
 ) -> Path:
@@ -250,8 +261,10 @@ class Replay:
         """Unlink the files of all episodes of lower numbers, those held excepted.
 
         To be called with the oldest episode that any checkpoint refers to. It looks at the
-        directory, not at what this process saw leave: a kill may have come between.
+        directory, not at what this process saw leave: a kill may have come between. Temporary
+        files of writers that have died since are removed too.
         """
+        _remove_stale(self.directory)
         for path in sorted(self.directory.glob(EPISODE_GLOB)):
             match = _NAME.fullmatch(path.name)
             if match and int(match[1]) < index and int(match[1]) not in self._episodes:
@@ -341,12 +354,20 @@ def _remove_stale(directory: Path) -> None:
             stale = time.time() - path.stat().st_mtime > _TMP_MAX_AGE
             try:
                 os.kill(int(match[1]), 0)
+                # Killed, but not yet reaped: it answers signals and writes no more.
+                stale = stale or _is_zombie(match[1])
             except (ProcessLookupError, OverflowError):
                 stale = True
             except PermissionError:
                 pass  # it lives, under another user
             if stale:
                 path.unlink()
+
+
+def _is_zombie(pid: str) -> bool:
+    with contextlib.suppress(OSError):  # it is gone, or there is no /proc: not told
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return False
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ from fastdreamer.collector import Collector, Job, policy_weights
 from fastdreamer.config import Config, ConfigError, from_dict, to_dict
 from fastdreamer.logger import Logger, Progress
 from fastdreamer.ops.backend import check_backend, use_backend
-from fastdreamer.replay import Replay
+from fastdreamer.replay import Replay, episode_fields
 
 _log = logging.getLogger("fastdreamer")
 
@@ -148,7 +148,7 @@ class Trainer:
         self.replay = Replay(
             run_dir / "episodes",
             capacity=config.replay.capacity,
-            fields=_replay_fields(shapes, action_dim),
+            fields=episode_fields(shapes, action_dim),
             task=config.env.task,
         )
         # The cursor: plain numbers that a checkpoint holds besides tensors.
@@ -270,9 +270,7 @@ class Trainer:
             self.left = config.train.pretrain - self.update
             self.progress.update(phase="learning from the random episodes")
         else:
-            decisions = self.newest_decisions
-            replayed = config.replay.batch * config.replay.length
-            self.left = max(1, round(config.train.replay_ratio * decisions / replayed))
+            self.left = max(1, round(self._updates_for(self.newest_decisions)))
             self._submit(episode=self.episodes, evaluations=self._evaluations_due())
             self.progress.update(phase="learning")
         return True
@@ -341,11 +339,13 @@ class Trainer:
 
     def _seconds_left(self, updates_per_s: float) -> float:
         """From the updates that the rest of the frames calls for."""
-        config = self.config
-        frames = max(0, config.train.frames - self.env_frames)
-        replayed = config.replay.batch * config.replay.length
-        per_frame = config.train.replay_ratio / config.env.action_repeat / replayed
-        return (frames * per_frame) / updates_per_s
+        frames = max(0, self.config.train.frames - self.env_frames)
+        return self._updates_for(frames / self.config.env.action_repeat) / updates_per_s
+
+    def _updates_for(self, decisions: float) -> float:
+        """The updates that so many collected decisions call for."""
+        replay = self.config.replay
+        return self.config.train.replay_ratio * decisions / (replay.batch * replay.length)
 
     def _save(self) -> None:
         tensors = {f"agent/{k}": v for k, v in self.agent.state_dict().items()}
@@ -402,15 +402,3 @@ def _stop_signals() -> Iterator[Any]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def _replay_fields(shapes: dict[str, tuple[int, ...]], action_dim: int) -> dict[str, Any]:
-    fields: dict[str, Any] = {
-        kind: ("uint8" if kind == "pixels" else "float32", shape) for kind, shape in shapes.items()
-    }
-    fields |= {
-        "action": ("float32", (action_dim,)),
-        "reward": ("float32", ()),
-        "terminated": ("bool", ()),
-    }
-    return fields
