@@ -17,6 +17,14 @@ import torch
 from torch import Tensor
 
 from fastdreamer.ops.backend import last_backend
+from fastdreamer.ops.params import (
+    ActorParams,
+    GRUParams,
+    MLPParams,
+    ReturnParams,
+    RSSMParams,
+    State,
+)
 
 
 class Limit(NamedTuple):
@@ -52,6 +60,179 @@ def lambda_return_inputs(H: int, B: int, *, lam: float = 0.95, seed: int = 0) ->
         "discount": torch.where(ends, 0.0, 0.99),
     }
     return {name: tensor.double() for name, tensor in inputs.items()} | {"lam": lam}
+
+
+class Sizes(NamedTuple):
+    """Sizes of a recurrent model and its heads; letters as in :mod:`fastdreamer.ops`."""
+
+    A: int
+    D: int
+    S: int
+    E: int
+    hidden: int  # of the RSSM's input, prior and posterior layers
+    units: int  # of the actor and the heads
+    reward_layers: int  # hidden layers
+    critic_layers: int
+    actor_layers: int
+    activation: str
+
+
+REPORT = Sizes(6, 200, 30, 1024, 400, 400, 2, 3, 4, "elu")
+"""Walker from pixels, as in the report."""
+
+
+def make_params(
+    sizes: Sizes, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[RSSMParams, ActorParams, ReturnParams]:
+    """Return parameters as ``torch.nn`` initialises them, a function of the seed alone.
+
+    Args:
+        sizes: of the model and its heads.
+        seed: of the generator.
+        dtype: of the tensors; their values are float32 numbers whatever it is.
+
+    Returns:
+        The RSSM, the actor, and the heads with a target critic unlike the critic; γ 0.99, λ 0.95.
+        None of the tensors asks for gradients.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    A, D, S, E, hidden, units, *layers, activation = sizes
+    feat = D + S
+
+    def uniform(fan: int, *shape: int) -> Tensor:
+        return ((2 * torch.rand(*shape, generator=generator) - 1) / fan**0.5).to(dtype)
+
+    def mlp(*widths: int) -> MLPParams:
+        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        weights = tuple(uniform(fan, out, fan) for fan, out in pairs)
+        return MLPParams(weights, tuple(uniform(fan, out) for fan, out in pairs), activation)
+
+    shapes = (3 * D, hidden), (3 * D, D), (3 * D,), (3 * D,)
+    rssm = RSSMParams(
+        inp=mlp(S + A, hidden),
+        gru=GRUParams(*(uniform(D, *shape) for shape in shapes)),
+        prior=mlp(D, hidden, 2 * S),
+        post=mlp(D + E, hidden, 2 * S),
+        min_std=0.1,
+    )
+    reward, critic, actor = ([units] * n for n in layers)
+    policy = ActorParams(mlp(feat, *actor, 2 * A), mean_scale=5.0, std_offset=5.0, min_std=1e-4)
+    heads = mlp(feat, *reward, 1), mlp(feat, *critic, 1), mlp(feat, *critic, 1)
+    return rssm, policy, ReturnParams(*heads, gamma=0.99, lam=0.95)
+
+
+class _Draw:
+    """Seeded inputs of the recurrent ops; float32 numbers in any dtype."""
+
+    def __init__(self, sizes: Sizes, seed: int, dtype: torch.dtype) -> None:
+        self.sizes, self.dtype = sizes, dtype
+        self.generator = torch.Generator().manual_seed(1 + seed)
+        self.params, self.actor, self.returns = make_params(sizes, seed, dtype)
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator).to(self.dtype)
+
+    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
+        # float32 until the last step, so that every dtype gets the same numbers
+        return (low + (high - low) * torch.rand(*shape, generator=self.generator)).to(self.dtype)
+
+    def state(self, B: int) -> State:
+        return State(self.uniform(-1, 1, B, self.sizes.D), self.randn(B, self.sizes.S))
+
+    def action(self, *lead: int) -> Tensor:
+        return self.uniform(-1, 1, *lead, self.sizes.A)
+
+
+def rssm_step_inputs(
+    sizes: Sizes, B: int, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """Return arguments of ``rssm_step`` by name."""
+    draw = _Draw(sizes, seed, dtype)
+    return {
+        "params": draw.params,
+        "state": draw.state(B),
+        "action": draw.action(B),
+        "noise": draw.randn(B, sizes.S),
+    }
+
+
+def observe_inputs(
+    sizes: Sizes, T: int, B: int, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """Return arguments of ``observe`` by name.
+
+    An episode begins at one step in ten, and at step T // 2 of row 0 where there is one before.
+    """
+    draw = _Draw(sizes, seed, dtype)
+    is_first = draw.uniform(0, 1, T, B) < 0.1
+    is_first[T // 2, 0] |= T > 1
+    return {
+        "params": draw.params,
+        "start": draw.state(B),
+        "embed": draw.randn(T, B, sizes.E),
+        "action": draw.action(T, B),
+        "is_first": is_first,
+        "noise": draw.randn(T, B, sizes.S),
+    }
+
+
+def imagine_inputs(
+    sizes: Sizes,
+    H: int,
+    B: int,
+    *,
+    heads: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """Return arguments of ``imagine`` by name, ``returns`` among them if ``heads``."""
+    draw = _Draw(sizes, seed, dtype)
+    inputs = {
+        "params": draw.params,
+        "actor": draw.actor,
+        "start": draw.state(B),
+        "state_noise": draw.randn(H, B, sizes.S),
+        "action_noise": draw.randn(H, B, sizes.A),
+    }
+    return inputs | {"returns": draw.returns} if heads else inputs
+
+
+def open_loop_inputs(
+    sizes: Sizes, H: int, B: int, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """Return arguments of ``open_loop`` by name."""
+    draw = _Draw(sizes, seed, dtype)
+    return {
+        "params": draw.params,
+        "start": draw.state(B),
+        "action": draw.action(H, B),
+        "noise": draw.randn(H, B, sizes.S),
+    }
+
+
+def cem_inputs(
+    sizes: Sizes,
+    H: int,
+    B: int,
+    N: int,
+    I: int,  # noqa: E741
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """Return arguments of ``cem`` by name: λ-returns, one candidate in five elite."""
+    draw = _Draw(sizes, seed, dtype)
+    return {
+        "params": draw.params,
+        "returns": draw.returns,
+        "start": draw.state(B),
+        "mean": draw.action(H, B) / 2,
+        "std": draw.uniform(0.5, 1, H, B, sizes.A),
+        "action_noise": draw.randn(I, H, B, N, sizes.A),
+        "state_noise": draw.randn(I, H, B, N, sizes.S),
+        "num_elites": max(1, N // 5),
+        "score": "lambda_return",
+    }
 
 
 def evaluate(

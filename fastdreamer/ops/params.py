@@ -100,6 +100,25 @@ class ActorParams(NamedTuple):
     min_std: float
 
 
+class ReturnParams(NamedTuple):
+    """What values a trajectory of states 1..H: heads feat -> 1, and the λ-return's constants.
+
+    ``critic`` may be None where rewards alone are summed; ``target`` bootstraps in its place
+    where given (a slowly moving copy of the critic).
+    """
+
+    reward: MLPParams
+    critic: MLPParams | None
+    target: MLPParams | None
+    gamma: float
+    lam: float
+
+    def detach(self) -> ReturnParams:
+        """The same heads, receiving no gradient."""
+        heads = (head if head is None else head.detach() for head in self[:3])
+        return ReturnParams(*heads, self.gamma, self.lam)
+
+
 def mlp(params: MLPParams, x: Tensor) -> Tensor:
     """Apply the layers to x [..., in] -> [..., out]."""
     act = ACTIVATIONS[params.activation]
