@@ -12,6 +12,7 @@ B     batch: independent rows
 H     imagination or planning horizon, in decisions
 N     candidate action sequences of a planner
 K     elites kept out of N
+I     iterations of a planner
 M     members of an ensemble
 A     action size
 D     deterministic state size (``deter``, h)

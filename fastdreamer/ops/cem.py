@@ -1,0 +1,155 @@
+"""Planning by the cross-entropy method: fit a Normal over action sequences to the best of N."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdreamer.ops.backend import Op
+from fastdreamer.ops.checks import check_tensor
+from fastdreamer.ops.lambda_return import lambda_return
+from fastdreamer.ops.open_loop import eager as open_loop
+from fastdreamer.ops.params import ReturnParams, RSSMParams, State, mlp
+
+SCORES = ("lambda_return", "reward")
+
+
+class Plan(NamedTuple):
+    """The Normal over action sequences after the last iteration, and how it was found."""
+
+    mean: Tensor  # [H, B, A]; mean[0] is the action to take
+    std: Tensor  # [H, B, A]
+    scores: Tensor  # [I, B, N] of every candidate, iteration by iteration
+
+
+@torch.no_grad()
+def cem(
+    params: RSSMParams,
+    returns: ReturnParams,
+    start: State,
+    mean: Tensor,
+    std: Tensor,
+    action_noise: Tensor,
+    state_noise: Tensor,
+    *,
+    num_elites: int,
+    min_std: float = 0.0,
+    clip: float = 0.9999,
+    score: Literal["lambda_return", "reward"] = "lambda_return",
+    backend: str | None = None,
+) -> Plan:
+    """Plan H decisions from each start state; not differentiable, nothing returned has a gradient.
+
+    In each of I iterations, for each start state: N candidates a = clamp(mean + std·ε, ±clip)
+    are rolled through the dynamics; the K with the highest scores are the elites; mean and std
+    become those of the elites (std by the population variance, at least ``min_std``).
+
+    Among equal scores (0 and −0 are equal) the lower n comes first. A NaN score comes after all
+    others, −∞ included, and is never an elite: with fewer than K other scores the elites are
+    those, with none the row's mean and std become NaN.
+
+    Args:
+        params: the RSSM's tensors.
+        returns: reward head, critic, γ and λ. The target bootstraps in the critic's place where
+            given. ``score="reward"`` needs the reward head alone.
+        start: state 0, deter [B, D] and stoch [B, S].
+        mean, std: [H, B, A], the Normal to start from.
+        action_noise: [I, H, B, N, A] standard normal; with I = 0 the Normal is returned as given.
+        state_noise: [I, H, B, N, S] standard normal.
+        num_elites: K in 1..N.
+        min_std: the least standard deviation of a fitted Normal.
+        clip: bound on the candidates' |a|, positive.
+        score: ``"lambda_return"``, G_0 of the predicted rewards and values of states 1..H, or
+            ``"reward"``, the sum of the H rewards.
+        backend: see ``fastdreamer.ops.backend``.
+
+    Returns:
+        The Plan, new tensors.
+
+    Raises:
+        ValueError: a shape, dtype or number does not fit, or the score needs a critic and there
+            is none. BackendError: the backend cannot run.
+
+    Source: report section 4, Algorithm 2; with ``score="reward"``, Hafner et al. 2019 (PlaNet),
+    Algorithm 2.
+    """
+    dims, like = params.dims(), params.gru.weight_hh
+    check_tensor("cem", "start.deter", start.deter, ("B", "D"), dims, like=like)
+    check_tensor("cem", "start.stoch", start.stoch, ("B", "S"), dims, like=like)
+    check_tensor("cem", "mean", mean, ("H", "B", "A"), dims, like=like)
+    check_tensor("cem", "std", std, ("H", "B", "A"), dims, like=like)
+    check_tensor("cem", "action_noise", action_noise, ("I", "H", "B", "N", "A"), dims, like=like)
+    check_tensor("cem", "state_noise", state_noise, ("I", "H", "B", "N", "S"), dims, like=like)
+    if not mean.numel():
+        raise ValueError(f"cem: mean is empty, {list(mean.shape)}")
+    if not 1 <= num_elites <= dims["N"]:
+        raise ValueError(f"cem: num_elites must be in 1..N={dims['N']}, got {num_elites}")
+    if not min_std >= 0:
+        raise ValueError(f"cem: min_std must be at least 0, got {min_std}")
+    if not clip > 0:
+        raise ValueError(f"cem: clip must be positive, got {clip}")
+    if score not in SCORES:
+        raise ValueError(f"cem: score must be one of {', '.join(SCORES)}, got {score!r}")
+    if score == "lambda_return":
+        if returns.critic is None and returns.target is None:
+            raise ValueError("cem: returns.critic is None, but the λ-return needs a critic")
+        if not 0.0 <= returns.lam <= 1.0:
+            raise ValueError(f"cem: returns.lam must be in [0, 1], got {returns.lam}")
+    body = OP.select(backend, start.deter, start.stoch, mean, std, action_noise, state_noise)
+    return body(
+        params, returns, start, mean, std, action_noise, state_noise,
+        num_elites, float(min_std), float(clip), score,
+    )  # fmt: skip
+
+
+def eager(
+    params: RSSMParams,
+    returns: ReturnParams,
+    start: State,
+    mean: Tensor,
+    std: Tensor,
+    action_noise: Tensor,
+    state_noise: Tensor,
+    num_elites: int,
+    min_std: float,
+    clip: float,
+    score: str,
+) -> Plan:
+    iterations, _, batch, samples, _ = action_noise.shape
+    mean, std = mean.clone(), std.clone()
+    scores = mean.new_empty(iterations, batch, samples)
+    start = State(*(part.repeat_interleave(samples, 0) for part in start))  # row b·N + n
+    for i in range(iterations):
+        action = mean.unsqueeze(2) + std.unsqueeze(2) * action_noise[i]
+        action = action.clamp(-clip, clip)  # [H, B, N, A]
+        states = open_loop(params, start, action.flatten(1, 2), state_noise[i].flatten(1, 2))
+        scores[i] = evaluate(returns, states.feat, score).view(batch, samples)
+        best = top(scores[i], num_elites)  # [B, K]
+        elites = action.take_along_dim(best[None, :, :, None], 2)  # [H, B, K, A]
+        failed = scores[i].take_along_dim(best, 1).isnan()
+        elites = elites.masked_fill(failed[None, :, :, None], torch.nan)  # for nanmean to leave out
+        mean = elites.nanmean(2)
+        std = (elites - mean.unsqueeze(2)).square().nanmean(2).sqrt().clamp(min=min_std)
+    return Plan(mean, std, scores)
+
+
+def evaluate(returns: ReturnParams, feat: Tensor, score: str) -> Tensor:
+    """Score [B] of trajectories by the features [H, B, F] of their states 1..H."""
+    # Cast first: under autocast the heads' outputs are bfloat16.
+    reward = mlp(returns.reward, feat).squeeze(-1).to(feat.dtype)  # [H, B]
+    if score == "reward":
+        return reward.sum(0)
+    value = mlp(returns.target or returns.critic, feat).squeeze(-1).to(feat.dtype)
+    discount = torch.full_like(reward, returns.gamma)
+    return lambda_return(reward, value, discount, returns.lam, backend="eager")[0]
+
+
+def top(scores: Tensor, k: int) -> Tensor:
+    """Indices [B, k] of the highest scores [B, N], best first; see :func:`cem` for the order."""
+    # Ascending puts NaN last, hence the minus; stable leaves equal scores in their order.
+    return torch.sort(-scores, stable=True).indices[:, :k]
+
+
+OP = Op("cem", eager=eager)
