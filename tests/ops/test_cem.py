@@ -123,11 +123,13 @@ def aimed(target, score):
 
     The value is 0 everywhere, so that every score is largest at action = target in each step.
     """
-    zeros, eye = lambda *shape: torch.zeros(*shape, dtype=torch.float64), torch.eye(2).double()  # noqa: E731
+    zeros = functools.partial(torch.zeros, dtype=torch.float64)
+    eye = torch.eye(2, dtype=torch.float64)
     goal = torch.tensor(target, dtype=torch.float64).tanh().tanh()
-    feat = torch.cat([eye, zeros(2, 2)], 1)  # [stoch, action] or [deter, stoch]: the half to keep
+    pick_deter = torch.cat([eye, zeros(2, 2)], 1)  # of [deter, stoch]
+    pick_action = torch.cat([zeros(2, 2), eye], 1)  # of [stoch, action]
     params = RSSMParams(
-        inp=MLPParams((feat.flip(1).flip(0),), (zeros(2),), "tanh"),
+        inp=MLPParams((pick_action,), (zeros(2),), "tanh"),
         # an update gate that is shut: h' = tanh(x)
         gru=GRUParams(
             torch.cat([zeros(4, 2), eye]),
@@ -140,7 +142,7 @@ def aimed(target, score):
         min_std=0.1,
     )
     reward = MLPParams(
-        (torch.cat([feat, -feat]), -torch.ones(1, 4).double()),
+        (torch.cat([pick_deter, -pick_deter]), -torch.ones(1, 4).double()),
         (torch.cat([-goal, goal]), zeros(1)),
         "relu",
     )
