@@ -14,7 +14,12 @@ from fastdreamer.ops.backend import use_backend
 from fastdreamer.replay import Replay
 from fastdreamer.trainer import Trainer
 
-VARIANTS = {"eager fp32": ("eager", "fp32"), "eager bf16": ("eager", "bf16")}
+VARIANTS = {
+    "eager fp32": ("eager", "fp32"),
+    "eager bf16": ("eager", "bf16"),
+    "native fp32": ("native", "fp32"),
+    "native bf16": ("native", "bf16"),
+}
 """Name → backend and precision (bf16: autocast, float32 weights). The first is the reference."""
 
 

@@ -26,12 +26,10 @@ ROWS = {
     "observe": "observe",
     "decode": "decode (pixels and reward)",
     "model backward": "model backward, clipping",
-    "imagine": "imagine",
-    "heads": "heads (imagined reward and value)",
-    "actor backward": "actor backward, clipping",
-    "critic": "critic forward, backward, clipping",
+    "imagine": "imagine, with reward, value and λ-return",
+    "behavior backward": "actor and critic backward, clipping",
     "optimizer": "optimisers (all three steps)",
-    "other": "other (noise, losses, λ-return, checks)",
+    "other": "other (noise, losses, checks)",
     "whole": "**whole update**",
 }
 
