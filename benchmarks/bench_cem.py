@@ -33,7 +33,8 @@ def _compare(plan: Plan) -> dict[str, Tensor]:
 def _case() -> Case:
     inputs = _inputs()
     count = flops.cem(inputs["params"], inputs["returns"], I, H, B, N)
-    return Case("cem, one action", OP, _inputs, count, cem, compiled.cem, compare=_compare)
+    run = {"call": cem, "compiled": compiled.cem, "rounds": 20}
+    return Case("cem, one action", OP, _inputs, count, compare=_compare, **run)
 
 
 CASES = [_case()]

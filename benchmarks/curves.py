@@ -23,6 +23,7 @@ from benchmarks.timing import MIN_REPEATS, cell
 from benchmarks.variants import VARIANTS
 from fastdreamer import testing
 
+CAPTION = "time of native and eager against batch, horizon, threads and deterministic size"
 CORES = len(os.sched_getaffinity(0))
 AXES = {
     "B": [4**i for i in range(7)],  # 1 .. 4096

@@ -24,6 +24,7 @@ from benchmarks.timing import cell
 from benchmarks.variants import VARIANTS
 
 BENCHES = ("rssm_step", "observe", "imagine", "open_loop", "cem")
+CAPTION = "time of every baseline against native"
 UPDATE = "whole update, data included"
 BASELINES = [name for name, variant in VARIANTS.items() if variant.backend != "native"]
 NATIVE = [name for name, variant in VARIANTS.items() if variant.backend == "native"]

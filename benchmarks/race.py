@@ -48,8 +48,8 @@ class Case:
         loss: of the outputs; None: standard normal gradients reach every output.
         learning_rate: if given, ``leaves`` are clipped (by group) and stepped by Adam.
         compare: returns what is compared of the outputs, by name; None: everything.
-        fresh: the parameters' versions are bumped before each timed call, as an optimiser's step
-            would, so that a backend's own layout of them is never reused.
+        fresh: every parameter's version is bumped before each timed call, as the optimisers' steps
+            of an update would, so that a backend's own layout of them is never reused.
         calls: in one timed round; the time is divided by it.
         pause: seconds of sleep before each timed round.
         rounds: timed ones.
@@ -68,7 +68,7 @@ class Case:
     fresh: bool = True
     calls: int = 1
     pause: float = 0.0
-    rounds: int = 25
+    rounds: int = 20
 
     def __str__(self) -> str:
         return self.name
@@ -82,15 +82,19 @@ class Case:
         Raises:
             AssertionError: a native variant is outside its limits.
         """
-        truth = self._results(Variant("eager"), torch.float64)
-        eager = {bf16: self._results(Variant("eager", bf16=bf16)) for bf16 in (False, True)}
+        truth = self._results(Variant("eager"), *self._prepared(torch.float64))
+        eager = {
+            bf16: self._results(Variant("eager", bf16=bf16), *self._prepared(torch.float32))
+            for bf16 in (False, True)
+        }
         run, left_out = {}, {}
         for name, variant in variants.items():
             try:
                 if variant.backend == "native" and (reason := self.op.why_not("native", "cpu")):
                     raise _LeftOut(reason)
                 reduced = variant.bf16 or variant.medium
-                got = self._results(variant)
+                prepared = self._prepared(torch.float32)  # checked and timed: the same tensors
+                got = self._results(variant, *prepared)
                 testing.assert_accurate(self.op.name, got, eager[reduced], truth)
             except AssertionError as error:
                 if variant.backend == "native":
@@ -99,7 +103,7 @@ class Case:
             except (_LeftOut, *compiled.ERRORS) as error:
                 left_out[name] = str(error).strip().partition("\n")[0]
             else:
-                run[name] = self._timed(variant)
+                run[name] = self._timed(variant, *prepared)
         return Entries(run, left_out)
 
     def _function(self, variant: Variant) -> Callable[..., Any]:
@@ -124,9 +128,10 @@ class Case:
         held = [inputs[name] for name in ("params", "actor", "returns") if name in inputs]
         return [x for x in pytree.tree_leaves(held) if _floating(x)]
 
-    def _results(self, variant: Variant, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    def _results(
+        self, variant: Variant, inputs: dict[str, Any], groups: list[list[Tensor]]
+    ) -> dict[str, Tensor]:
         """Outputs and gradients by name."""
-        inputs, groups = self._prepared(dtype)
         function = self._function(variant)
         with variant.context(), torch.set_grad_enabled(bool(groups)):
             out = function(**inputs)
@@ -151,8 +156,9 @@ class Case:
         with variant._replace(bf16=False).context():
             torch.autograd.backward(outputs, weights)
 
-    def _timed(self, variant: Variant) -> Callable[[], object]:
-        inputs, groups = self._prepared(torch.float32)
+    def _timed(
+        self, variant: Variant, inputs: dict[str, Any], groups: list[list[Tensor]]
+    ) -> Callable[[], object]:
         function = self._function(variant)
         leaves = [leaf for group in groups for leaf in group]
         optimizers = []
@@ -176,8 +182,7 @@ class Case:
             for _ in range(self.calls):
                 once()
 
-        stepped = self.learning_rate is not None
-        fresh = self._parameters(inputs) if self.fresh and not stepped else []
+        fresh = self._parameters(inputs) if self.fresh else []
 
         def before() -> None:
             with torch.no_grad():

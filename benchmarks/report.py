@@ -2,7 +2,7 @@
 
 A measurement is a module of this package with ``table(result)``, Markdown for this folder's
 README.md. It may have ``headline(result)``, the table of the repository's README.md, and
-``plot(result, path)``.
+``plot(result, path)`` with its ``CAPTION``.
 """
 
 from __future__ import annotations
@@ -59,10 +59,16 @@ def text(name: str, result: dict[str, Any], kind: str = "table") -> str:
 
 def filled(name: str, result: dict[str, Any]) -> dict[Path, str]:
     """Return the documents that show a measurement with its tables in their places."""
-    documents = {README: fill(README.read_text(), name, text(name, result))}
+    kinds = {README: "table"}
     if hasattr(_module(name), "headline"):
-        headline = text(name, result, "headline")
-        documents[TOP_README] = fill(TOP_README.read_text(), name, headline)
+        kinds[TOP_README] = "headline"
+    documents = {}
+    for path, kind in kinds.items():
+        shown = text(name, result, kind)
+        if hasattr(_module(name), "plot"):
+            picture = (RESULTS / f"{name}.png").relative_to(path.parent)
+            shown += f"\n\n![{_module(name).CAPTION}]({picture})"
+        documents[path] = fill(path.read_text(), name, shown)
     return documents
 
 

@@ -80,6 +80,8 @@ def test_readmes_hold_the_results(name):
         for readme in readmes:
             assert f"<!-- {name} -->\nNot measured yet.\n<!-- end -->" in readme.read_text()
         return
+    if hasattr(importlib.import_module(f"benchmarks.{name}"), "plot"):
+        assert 0 < path.with_suffix(".png").stat().st_size < 300_000
     for readme, expected in report.filled(name, json.loads(path.read_text())).items():
         assert readme.read_text() == expected, "run `python -m benchmarks.report`"
 
