@@ -11,7 +11,7 @@ import contextlib
 import importlib
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,12 +186,6 @@ def _reasons(works: dict[str, Any]) -> str:
     return "\n\nLeft out:\n" + "\n".join(lines) if lines else ""
 
 
-@contextlib.contextmanager
-def _compiling(steps: bool) -> Iterator[None]:
-    with contextlib.nullcontext() if steps else compiled.unrolled():
-        yield
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("only", nargs="*", help="words in the names of cases; all without")
@@ -203,7 +197,7 @@ def main() -> None:
         parser.error("--write keeps everything or nothing")
     wanted = lambda name: not args.only or any(word in name for word in args.only)  # noqa: E731
     works = [c for c in cases() if wanted(c.name)]
-    with _compiling(args.steps):
+    with contextlib.nullcontext() if args.steps else compiled.unrolled():
         result = measure(args.threads, works, update="report" if wanted(UPDATE) else None)
     report.publish("ops", result, write=args.write)
 
