@@ -60,8 +60,10 @@ class Build(build_ext):
         objects.mkdir(parents=True, exist_ok=True)
 
         def compile_one(source: str) -> str:
-            output = str(objects / Path(source).with_suffix(".o").name)
-            run([*cxx, *flags, *ISA_FLAGS[isa_of(source)], "-c", source, "-o", output])
+            output = str(objects / "-".join(Path(source).with_suffix(".o").parts))
+            # Kernels throw nothing; without this an ISA's object would hold weak symbols.
+            kernels = ["-fno-exceptions"] if Path(source).stem.startswith("kernels_") else []
+            run([*cxx, *flags, *kernels, *ISA_FLAGS[isa_of(source)], "-c", source, "-o", output])
             return output
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -158,6 +158,65 @@ def test_the_decoder_against_numpy(relu):
     np.testing.assert_allclose(got, x, rtol=1e-4, atol=1e-5)
 
 
+def decode_with_torch(decoder, feat):
+    """The decoder by its modules' own forward."""
+    x = decoder.linear(feat).relu()[..., None, None]
+    for i, conv in enumerate(decoder.convs):
+        x = conv(x.relu() if i else x)
+    return x.permute(0, 2, 3, 1)
+
+
+def values_and_gradients(f, decoder, feat):
+    """[pixels, of feat, of each parameter] for fixed cotangents."""
+    feat = feat.clone().requires_grad_()
+    pixels = f(decoder, feat)
+    cotangent = torch.randn(pixels.shape, generator=generator(1), dtype=torch.float64)
+    inputs = [feat, *decoder.parameters()]
+    return [pixels, *torch.autograd.grad(pixels, inputs, cotangent.to(pixels.dtype))]
+
+
+def pixel_decoder(channels=(6, 5, 4)):
+    torch.manual_seed(0)
+    kinds = dict(channels=channels, linear=8, linear_relu=True, units=8, layers=2)
+    return Decoder(5, {"pixels": (64, 64, 3)}, **kinds, activation="elu")
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("channels", [(6, 5, 4), (1, 2, 1)])
+def test_the_decoder_is_torch_s_transposed_convolutions(channels, n):
+    decoder = pixel_decoder(channels).double()
+    feat = torch.randn(n, 5, generator=generator(), dtype=torch.float64)
+    decode = lambda decoder, feat: decoder(feat)["pixels"]  # noqa: E731
+    got = values_and_gradients(decode, decoder, feat)
+    want = values_and_gradients(decode_with_torch, decoder, feat)
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(decode(decoder, feat), want[0].detach(), rtol=1e-11, atol=1e-12)
+    decoder.convs[2].requires_grad_(False)  # a frozen layer hands the gradient on
+    first = decoder.convs[1].weight
+    (got_first,) = torch.autograd.grad(decode(decoder, feat).sum(), first)
+    (want_first,) = torch.autograd.grad(decode_with_torch(decoder, feat).sum(), first)
+    torch.testing.assert_close(got_first, want_first, rtol=1e-11, atol=1e-12)
+
+
+def test_the_decoder_under_autocast():
+    """bfloat16 images, float32 gradients, as close to float64 as torch's own."""
+    decoder = pixel_decoder()
+    with torch.no_grad():  # far from the ReLUs' kinks, where rounding would flip a gradient
+        for layer in (decoder.linear, *decoder.convs):
+            layer.bias += 3
+    feat = torch.randn(20, 5, generator=generator())
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    got = values_and_gradients(autocast(lambda decoder, x: decoder(x)["pixels"]), decoder, feat)
+    torchs = values_and_gradients(autocast(decode_with_torch), decoder, feat)
+    assert got[0].dtype == torch.bfloat16
+    assert [x.dtype for x in got] == [x.dtype for x in torchs]
+    exact = values_and_gradients(decode_with_torch, decoder.double(), feat.double())
+    for mine, theirs, want in zip(got, torchs, exact, strict=True):
+        error, usual = ((x.double() - want).norm() / want.norm() for x in (mine, theirs))
+        assert error < 0.01 and error < 1.5 * usual
+
+
 def test_every_pixel_survives_the_round_trip():
     pixels = torch.arange(256, dtype=torch.uint8)
     x = pixels_to_float(pixels)

@@ -1,8 +1,9 @@
 #include "cpu/kernels.h"
 
 namespace fastdreamer {
+namespace {
 
-const Kernels& kernels() {
+const Kernels* tables() {
   switch (active_isa()) {
 #if FD_X86
     case Isa::avx512bf16:
@@ -16,5 +17,9 @@ const Kernels& kernels() {
       return scalar_kernels;
   }
 }
+
+}  // namespace
+
+const Kernels& kernels(Precision precision) { return tables()[static_cast<int>(precision)]; }
 
 }  // namespace fastdreamer

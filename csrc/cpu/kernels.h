@@ -1,10 +1,177 @@
-// The kernels as one table of function pointers per instruction set. No STL here or below.
+// The kernels as one table of function pointers per instruction set and precision. No STL here or
+// below.
+//
+// A kernel works on a tile of rows: rows are independent, so that a thread takes a tile through a
+// whole loop while its activations stay in cache. `Elem` is what activations and packed weights
+// are stored as, float or bfloat16 by the table's precision; sums, states, outputs and master
+// weights are float always. Strides count elements. Outputs alias no input unless said.
 #pragma once
 
 #include "common/view.h"
 #include "cpu/isa.h"
 
 namespace fastdreamer {
+
+enum class Activation : int { none, elu, relu, silu, tanh };
+
+// Rows of Elem.
+struct Rows {
+  void* data;
+  Index stride;
+};
+
+// Rows of float.
+struct Floats {
+  float* data;
+  Index stride;
+};
+
+// A matrix [K, N], packed for products of rows of length K: vectors of columns in panels, the
+// panel's columns of one k (for bfloat16 of two) side by side, so that it is read in order.
+struct Panels {
+  void* data;
+  Index K, N;
+};
+
+// Where Panels come from. Element (k, n) is source[k * stride + n], or with `transposed`
+// source[n * stride + k]; either index is taken modulo its size after adding its rotation (which
+// turns [action, stoch] into [stoch, action], or reset-update-new into new-reset-update).
+struct PackArgs {
+  const float* source;
+  Index stride;
+  bool transposed;
+  Index rotate_k, rotate_n;
+  Panels to;
+};
+
+// The weights of a GRU cell packed by vectors of units: per vector reset, update, new for every k
+// of the input, then for every k of the state.
+struct GruPanels {
+  void* data;
+  Index K, D;
+};
+
+struct GruPackArgs {
+  const float *weight_ih, *weight_hh;  // [3D, K], [3D, D]: reset, update, new
+  GruPanels to;
+};
+
+// out = act(in · w + bias + add), or with `slope_of` the product times the derivative of the
+// activation at those saved outputs (for SiLU: `slope_of` holds the derivative itself).
+struct LinearArgs {
+  Panels w;
+  Rows in;
+  Index rows;
+  const float* bias;  // [N] or null
+  Floats add;         // null data: nothing; may be out32
+  Activation act;
+  Rows slope_of;   // null data: apply act itself
+  Rows out;        // null data: not wanted
+  Floats out32;    // likewise
+  Rows out_slope;  // SiLU's derivative, likewise
+};
+
+// h' = GRU(x, h) with the equations of torch.nn.GRUCell.
+struct GruArgs {
+  GruPanels w;
+  const float* bias;  // [4D]: reset, update (input and state biases added), new of input, of state
+  Rows x, h;
+  Floats h32;
+  Index rows;
+  Rows out;      // h' as Elem
+  Floats out32;  // h'
+  Rows gates;    // [4D] reset, update, new, and what the reset gate multiplies; null: not wanted
+};
+
+// gates_grad [4D] = gradients before the activations of new, reset, update, and of what the reset
+// gate multiplies: its first 3D belong to the input's weights (new first), its last 3D to the
+// state's. dh (in place) becomes the part of the gradient of h that does not go through weights.
+struct GruBackwardArgs {
+  Index D, rows;
+  Rows gates, h;
+  Floats dh;  // in: gradient of h'
+  Rows gates_grad;
+};
+
+// mean, y = raw; std = softplus(y) + min_std; sample = mean + std * noise.
+struct SampleArgs {
+  Index S, rows;
+  Floats raw;  // [2S]
+  Floats noise;
+  float min_std;
+  Rows out;
+  Floats out32, mean, std, slope;  // slope: d std / d y; null data: not wanted
+};
+
+// raw_grad [2S] of the gradient of the sample, of mean and of std (null: none).
+struct SampleBackwardArgs {
+  Index S, rows;
+  Floats grad, mean_grad, std_grad, noise, slope;
+  Rows raw_grad;
+};
+
+// x, y = raw; action = tanh(scale * tanh(x / scale) + (softplus(y + offset) + min_std) * noise).
+struct ActArgs {
+  Index A, rows;
+  Floats raw, noise;  // [2A], [A]
+  float mean_scale, std_offset, min_std;
+  Rows out;      // null data: not wanted
+  Floats out32;  // the action
+};
+
+struct ActBackwardArgs {
+  Index A, rows;
+  Floats grad, raw, noise, action;
+  float mean_scale, std_offset;
+  Rows raw_grad;  // [2A]
+};
+
+// out[r] = in[r] · weight + bias.
+struct DotArgs {
+  Rows in;
+  Index K, rows;
+  const float* weight;
+  float bias;
+  float* out;
+};
+
+// out[r, c] = weight[c] * act'(saved[r, c]): the gradient of such a dot, per unit of its own.
+struct DotBackwardArgs {
+  Rows saved;  // as slope_of
+  Index K, rows;
+  Activation act;
+  const float* weight;
+  Rows out;
+};
+
+// to[r] += scale[r] * from[r, begin : begin + cols].
+struct AddScaledArgs {
+  Rows from;
+  const float* scale;
+  Index cols, rows;
+  Floats to;
+};
+
+// to = from, zero in the rows whose skip is set.
+struct CopyArgs {
+  Floats from;
+  const unsigned char* skip;  // [rows] or null
+  Index cols, rows;
+  Rows to;      // null data: not wanted
+  Floats to32;  // likewise
+  bool add;     // to32 += from instead
+};
+
+// weight_grad [out, in] = Σ_r scale[r] delta[r, o] x[r, i], and bias_grad[o] = Σ_r scale[r]
+// delta[r, o]. `scratch` has weight_gradient_scratch(in, out) bytes.
+struct WeightGradientArgs {
+  Rows x, delta;  // null delta: all ones
+  Index in, out, rows;
+  const float* scale;  // [rows] or null
+  Floats weight_grad;
+  float* bias_grad;  // or null
+  void* scratch;
+};
 
 // Everything of one λ-return: [H, B] matrices that the caller owns for the length of the call.
 // Outputs alias nothing.
@@ -20,19 +187,40 @@ struct LambdaReturnBackward {
   Matrix<float> grad_reward, grad_next_value, grad_discount;
 };
 
-// Each works on the columns [begin, end), and a column's result does not depend on the range.
+enum class Precision : int { fp32, bf16 };
+
+// A row's (in the scans a column's) result does not depend on the tile it is computed in.
 struct Kernels {
-  int lanes;  // floats in a vector
+  int lanes;                               // floats in a vector
+  int elem_size;                           // bytes
+  Index (*panels_size)(Index K, Index N);  // bytes
+  void (*pack)(const PackArgs& args);
+  Index (*gru_panels_size)(Index K, Index D);
+  void (*pack_gru)(const GruPackArgs& args);
+  void (*linear)(const LinearArgs& args);
+  void (*gru)(const GruArgs& args);
+  void (*gru_backward)(const GruBackwardArgs& args);
+  void (*sample)(const SampleArgs& args);
+  void (*sample_backward)(const SampleBackwardArgs& args);
+  void (*act)(const ActArgs& args);
+  void (*act_backward)(const ActBackwardArgs& args);
+  void (*dot)(const DotArgs& args);
+  void (*dot_backward)(const DotBackwardArgs& args);
+  void (*add_scaled)(const AddScaledArgs& args);
+  void (*copy)(const CopyArgs& args);
+  Index (*weight_gradient_scratch)(Index in, Index out);
+  void (*weight_gradient)(const WeightGradientArgs& args);
   void (*lambda_return_forward)(const LambdaReturnForward& args, Index begin, Index end);
   void (*lambda_return_backward)(const LambdaReturnBackward& args, Index begin, Index end);
+  double (*peak)(Index iterations);  // multiply-adds from registers; returns their FLOP
 };
 
-extern const Kernels scalar_kernels;
+extern const Kernels scalar_kernels[2];  // by Precision
 #if FD_X86
-extern const Kernels avx2_kernels, avx512_kernels, avx512bf16_kernels;
+extern const Kernels avx2_kernels[2], avx512_kernels[2], avx512bf16_kernels[2];
 #endif
 
 // The table of the instruction set in force (see active_isa(), which may throw).
-const Kernels& kernels();
+const Kernels& kernels(Precision precision = Precision::fp32);
 
 }  // namespace fastdreamer

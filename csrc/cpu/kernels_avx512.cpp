@@ -3,6 +3,6 @@
 
 namespace fastdreamer {
 
-extern const Kernels avx512_kernels = {kLanes, lambda_return_forward, lambda_return_backward};
+extern const Kernels avx512_kernels[2] = {table<Fp32>(), table<Bf16>()};
 
 }  // namespace fastdreamer

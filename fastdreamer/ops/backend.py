@@ -109,23 +109,29 @@ class Op:
         self._logged: set[str] = set()
         OPS[name] = self
 
-    def select(self, backend: str | None, *tensors: Tensor | None) -> Callable:
+    def select(
+        self,
+        backend: str | None,
+        *tensors: Tensor | None,
+        constant: tuple[Tensor, ...] = (),
+    ) -> Callable:
         """Return the body to call for these inputs, and note it for :func:`last_backend`.
 
         Args:
             backend: the caller's ``backend=`` argument; None asks the context, the environment,
                 then auto.
             tensors: the tensors that the body will get; Nones are skipped.
+            constant: more of them, to which only eager gives gradients.
 
         Raises:
             ValueError: unknown backend name.
             BackendError: an explicit choice that cannot run.
         """
         name = _resolve(backend)
-        given = [tensor for tensor in tensors if tensor is not None]
+        given = [tensor for tensor in (*tensors, *constant) if tensor is not None]
         if name == "auto":
-            name = self._auto(given)
-        elif reason := self._refusal(name, given):
+            name = self._auto(given, constant)
+        elif reason := self._refusal(name, given, constant):
             raise BackendError(f"{self.name}: backend {name!r} cannot run: {reason}")
         setattr(_ran, self.name, name)
         return self.eager if name == "eager" else self._loaded[name]  # type: ignore[return-value]
@@ -156,11 +162,11 @@ class Op:
         body = self._load(backend)
         return body if isinstance(body, str) else None
 
-    def _auto(self, tensors: list[Tensor]) -> str:
+    def _auto(self, tensors: list[Tensor], constant: tuple[Tensor, ...]) -> str:
         name = _AUTO.get(tensors[0].device.type, "eager")
         if name == "eager":
             return name
-        reason = self._refusal(name, tensors)
+        reason = self._refusal(name, tensors, constant)
         if reason is None:
             return name
         if reason not in self._logged:
@@ -170,7 +176,9 @@ class Op:
             _log.log(level, "%s: auto takes eager, not %s: %s", self.name, name, reason)
         return "eager"
 
-    def _refusal(self, backend: str, tensors: list[Tensor]) -> str | None:
+    def _refusal(
+        self, backend: str, tensors: list[Tensor], constant: tuple[Tensor, ...]
+    ) -> str | None:
         if backend == "eager":
             return None
         device = tensors[0].device
@@ -184,6 +192,8 @@ class Op:
                 return f"tensor is {str(tensor.dtype)[6:]}, {backend} needs float32"
             if not tensor.is_contiguous():
                 return f"tensor has strides {tensor.stride()}, {backend} needs it contiguous"
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in constant):
+            return f"noise requires a gradient, {backend} gives it none"
         return None
 
     def _load(self, backend: str) -> Callable | str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,16 +10,25 @@ from torch import Tensor
 
 from fastdreamer.ops.backend import Op
 from fastdreamer.ops.checks import check_tensor
-from fastdreamer.ops.params import ActorParams, RSSMParams, State, actor_dist
+from fastdreamer.ops.lambda_return import OP as LAMBDA_RETURN
+from fastdreamer.ops.params import ActorParams, ReturnParams, RSSMParams, State, actor_dist, mlp
 from fastdreamer.ops.rssm_step import eager as step
 
 
 class Imagination(NamedTuple):
-    """An imagined trajectory; action[t] leads from state t to state t + 1 = (deter, stoch)[t]."""
+    """An imagined trajectory; action[t] leads from state t to state t + 1 = (deter, stoch)[t].
+
+    The last three are None unless returns were asked for. Their gradients are Dreamer's: that of
+    ``returns`` and ``reward`` reaches the actor, the dynamics, the start and the reward head, never
+    the critic or target; that of ``value`` the critic's parameters alone.
+    """
 
     deter: Tensor  # [H, B, D]
     stoch: Tensor  # [H, B, S]
     action: Tensor  # [H, B, A]
+    reward: Tensor | None = None  # [H, B] predicted on arriving at states 1..H
+    value: Tensor | None = None  # [H, B] the critic's of states 0..H-1
+    returns: Tensor | None = None  # [H, B] λ-returns G_0..G_{H-1}
 
 
 def imagine(
@@ -28,6 +38,7 @@ def imagine(
     state_noise: Tensor,
     action_noise: Tensor,
     *,
+    returns: ReturnParams | None = None,
     backend: str | None = None,
 ) -> Imagination:
     """Imagine H decisions of the actor from each start state.
@@ -42,15 +53,19 @@ def imagine(
         start: state 0, deter [B, D] and stoch [B, S].
         state_noise: [H, B, S] standard normal.
         action_noise: [H, B, A] standard normal.
+        returns: heads to evaluate on the way, critic included; its target, where given,
+            bootstraps in the critic's place.
         backend: see ``fastdreamer.ops.backend``.
 
     Returns:
-        States 1..H and the actions that led to them.
+        States 1..H and the actions that led to them; with ``returns`` the predicted rewards, the
+        critic's values and the λ-returns, too.
 
     Raises:
-        ValueError: a shape or dtype does not fit. BackendError: the backend cannot run.
+        ValueError: a shape or dtype does not fit, or ``returns`` has no critic. BackendError: the
+        backend cannot run.
 
-    Source: report section 3 and Algorithm 1, behaviour learning.
+    Source: report section 3, equation 3.1 and Algorithm 1, behaviour learning.
     """
     dims, like = params.dims(), params.gru.weight_hh
     check_tensor("imagine", "start.deter", start.deter, ("B", "D"), dims, like=like)
@@ -59,19 +74,45 @@ def imagine(
     check_tensor("imagine", "action_noise", action_noise, ("H", "B", "A"), dims, like=like)
     if not len(state_noise):
         raise ValueError(f"imagine: state_noise is empty, {list(state_noise.shape)}")
-    body = OP.select(backend, start.deter, start.stoch, state_noise, action_noise)
-    return body(params, actor, start, state_noise, action_noise)
+    if returns is not None and returns.critic is None:
+        raise ValueError("imagine: returns.critic is None, but the λ-return needs a critic")
+    if returns is not None and not 0.0 <= returns.lam <= 1.0:
+        raise ValueError(f"imagine: returns.lam must be in [0, 1], got {returns.lam}")
+    body = OP.select(backend, start.deter, start.stoch, constant=(state_noise, action_noise))
+    return Imagination(*body(params, actor, start, state_noise, action_noise, returns))
 
 
 def eager(
-    params: RSSMParams, actor: ActorParams, start: State, state_noise: Tensor, action_noise: Tensor
-) -> Imagination:
+    params: RSSMParams,
+    actor: ActorParams,
+    start: State,
+    state_noise: Tensor,
+    action_noise: Tensor,
+    returns: ReturnParams | None,
+) -> tuple[Tensor, ...]:
     steps, state = [], start
     for state_noise_t, action_noise_t in zip(state_noise, action_noise, strict=True):
         action = torch.tanh(actor_dist(actor, state.feat.detach()).sample(action_noise_t))
         state, _ = step(params, state, action, state_noise_t)
         steps.append((*state, action))
-    return Imagination(*(torch.stack(parts) for parts in zip(*steps, strict=True)))
+    deter, stoch, action = (torch.stack(parts) for parts in zip(*steps, strict=True))
+    if returns is None:
+        return deter, stoch, action
+    feat = torch.cat([deter, stoch], -1)  # [H, B, F], states 1..H
+    before = torch.cat([start.feat[None], feat[:-1]]).detach()  # states 0..H-1
+    # Cast first: under autocast the heads' outputs are bfloat16.
+    reward = mlp(returns.reward, feat)[..., 0].to(feat.dtype)
+    next_value = mlp((returns.target or returns.critic).detach(), feat)[..., 0].to(feat.dtype)
+    value = mlp(returns.critic, before)[..., 0].to(feat.dtype)
+    discount = torch.full_like(reward, returns.gamma)
+    total = LAMBDA_RETURN.eager(reward, next_value, discount, returns.lam)
+    return deter, stoch, action, reward, value, total
 
 
-OP = Op("imagine", eager=eager)
+def _load_native() -> Callable:
+    from fastdreamer.ops.native.imagine import imagine
+
+    return imagine
+
+
+OP = Op("imagine", eager=eager, native=_load_native)

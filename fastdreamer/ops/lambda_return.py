@@ -65,43 +65,9 @@ def _eager(reward: Tensor, next_value: Tensor, discount: Tensor, lam: float) -> 
 
 
 def _load_native() -> Callable:
-    # torch is imported above, so the extension shares the OpenMP pool that torch loaded.
-    from fastdreamer import _native
+    from fastdreamer.ops.native.lambda_return import lambda_return
 
-    class LambdaReturn(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, reward, next_value, discount, lam):
-            returns = torch.empty_like(reward)
-            _native.lambda_return_forward(
-                *_arrays(reward, next_value, discount), lam, *_arrays(returns), _threads()
-            )
-            ctx.save_for_backward(next_value, discount, returns)
-            ctx.lam = lam
-            return returns
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, grad):
-            next_value, discount, returns = ctx.saved_tensors
-            grads = [torch.empty_like(returns) for _ in range(3)]
-            # autograd hands over expanded gradients, for example from sum()
-            _native.lambda_return_backward(
-                *_arrays(grad.contiguous(), next_value, discount, returns),
-                ctx.lam,
-                *_arrays(*grads),
-                _threads(),
-            )
-            return *grads, None
-
-    return LambdaReturn.apply
-
-
-def _arrays(*tensors: Tensor) -> list:
-    return [tensor.detach().numpy() for tensor in tensors]
-
-
-def _threads() -> int:
-    return torch.get_num_threads()
+    return lambda_return
 
 
 def _load_triton() -> Callable:

@@ -63,7 +63,7 @@ def observe(
     check_tensor("observe", "noise", noise, ("T", "B", "S"), dims, like=like)
     if not len(embed):
         raise ValueError(f"observe: embed is empty, {list(embed.shape)}")
-    body = OP.select(backend, start.deter, start.stoch, embed, action, noise)
+    body = OP.select(backend, start.deter, start.stoch, embed, action, constant=(noise,))
     return body(params, start, embed, action, is_first, noise)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def open_loop(
     check_tensor("open_loop", "noise", noise, ("H", "B", "S"), dims, like=like)
     if not len(action):
         raise ValueError(f"open_loop: action is empty, {list(action.shape)}")
-    body = OP.select(backend, start.deter, start.stoch, action, noise)
+    body = OP.select(backend, start.deter, start.stoch, action, constant=(noise,))
     return body(params, start, action, noise)
 
 
@@ -50,4 +52,10 @@ def eager(params: RSSMParams, start: State, action: Tensor, noise: Tensor) -> St
     return State(*(torch.stack(parts) for parts in zip(*states, strict=True)))
 
 
-OP = Op("open_loop", eager=eager)
+def _load_native() -> Callable:
+    from fastdreamer.ops.native.imagine import open_loop
+
+    return open_loop
+
+
+OP = Op("open_loop", eager=eager, native=_load_native)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,7 @@ def rssm_step(
     check_tensor("rssm_step", "state.stoch", state.stoch, ("B", "S"), dims, like=like)
     check_tensor("rssm_step", "action", action, ("B", "A"), dims, like=like)
     check_tensor("rssm_step", "noise", noise, ("B", "S"), dims, like=like)
-    body = OP.select(backend, state.deter, state.stoch, action, noise)
+    body = OP.select(backend, state.deter, state.stoch, action, constant=(noise,))
     return body(params, state, action, noise)
 
 
@@ -59,4 +61,10 @@ def eager(params: RSSMParams, state: State, action: Tensor, noise: Tensor) -> tu
     return State(deter, prior.sample(noise)), prior
 
 
-OP = Op("rssm_step", eager=eager)
+def _load_native() -> Callable:
+    from fastdreamer.ops.native.imagine import rssm_step
+
+    return rssm_step
+
+
+OP = Op("rssm_step", eager=eager, native=_load_native)

@@ -196,9 +196,9 @@ def test_bindings_reject_what_the_kernels_cannot_take():
     forward()
     for position, array, message in [
         (1, np.zeros((3, 5), np.float32), r"next_value must be \[3, 4\] float32.*got \[3, 5\]"),
-        (2, np.zeros((3, 4)), "discount must be .* got elements of buffer format 'd'"),
-        (2, np.zeros((4, 3), np.float32).T, "discount must be .* got byte strides"),
-        (1, np.zeros(12, np.float32), "next_value must have 2 dimensions, got 1"),
+        (2, np.zeros((3, 4)), "discount must be .* got .* of buffer format 'd'"),
+        (2, np.zeros((4, 3), np.float32).T, "discount must be .* got .* byte strides"),
+        (1, np.zeros(12, np.float32), "next_value must be \\[3, 4\\] .* got \\[12\\]"),
         (0, np.zeros((0, 4), np.float32), "empty"),
         (3, good[0], "returns overlaps reward"),
     ]:

@@ -1,0 +1,214 @@
+#include "bindings/imagine.h"
+
+#include <memory>
+
+#include "bindings/weights.h"
+#include "cpu/imagine.h"
+
+namespace fastdreamer {
+namespace {
+
+// What Python holds between forward and backward: the tape, and all that it points into.
+struct Tape {
+  explicit Tape(const char* op) : arrays(op) {}
+
+  Rssm rssm;
+  Actor actor;
+  Mlp reward, critic, target;
+  std::vector<py::object> packed;
+  Arrays arrays;
+  ImagineTape tape;
+};
+
+const PackedMlp& mlp_of(Tape& tape, py::handle object) {
+  tape.packed.push_back(py::reinterpret_borrow<py::object>(object));
+  return object.cast<const PackedMlp&>();
+}
+
+// rssm: (inp, gru, prior, min_std). actor: (mlp, mean_scale, std_offset, min_std) or None.
+// heads: (reward, critic or None, target or None, gamma, lam) or None. wants: None, or (through,
+// actor, rssm, reward, critic). Arrays as in cpu/imagine.h; `outputs` are deter, stoch, prior_mean,
+// prior_std, reward, next_value, returns, value, each an array or None.
+std::unique_ptr<Tape> imagine_forward(const char* op, py::tuple rssm, py::object actor,
+                                      py::object heads, py::handle start_deter,
+                                      py::handle start_stoch, py::handle state_noise,
+                                      py::handle action_noise, py::handle action, py::tuple outputs,
+                                      py::object wants, int threads) {
+  auto tape = std::make_unique<Tape>(op);
+  Tape& t = *tape;
+  ImagineWants w;
+  if (!wants.is_none()) {
+    const py::tuple five = wants;
+    w = {five[0].cast<bool>(), five[1].cast<bool>(), five[2].cast<bool>(), five[3].cast<bool>(),
+         five[4].cast<bool>()};
+  }
+  if (threads < 1) fail(std::string(op) + ": threads must be at least 1");
+  const PackedMlp& inp = mlp_of(t, rssm[0]);
+  const PackedGru& gru = rssm[1].cast<const PackedGru&>();
+  t.packed.push_back(rssm[1]);
+  const PackedMlp& prior = mlp_of(t, rssm[2]);
+  t.rssm = make_rssm(op, inp, gru, prior, rssm[3].cast<double>());
+  if (w.through && !(inp.gradients() && gru.gradients() && prior.gradients())) {
+    fail(std::string(op) + ": the model was not packed for gradients");
+  }
+  const Precision precision = gru.precision();
+  const Index A = t.rssm.A, D = t.rssm.D, S = t.rssm.S;
+
+  ImagineArgs x{};
+  x.kernels = &kernels(precision);
+  x.rssm = &t.rssm;
+  const Array shape(op, "state_noise", state_noise);
+  if (shape.ndim() != 3 || shape.size(0) < 1 || shape.size(1) < 1) {
+    fail(std::string(op) + ": state_noise must be [H, B, S], none of them 0");
+  }
+  const Index H = x.H = shape.size(0), B = x.B = shape.size(1);
+  x.state_noise = t.arrays.in("state_noise", state_noise, {H, B, S});
+  x.start_deter = t.arrays.in("start.deter", start_deter, {B, D});
+  x.start_stoch = t.arrays.in("start.stoch", start_stoch, {B, S});
+  if (actor.is_none()) {
+    x.action = const_cast<float*>(t.arrays.in("action", action, {H, B, A}));
+  } else {
+    const py::tuple four = actor;
+    const PackedMlp& mlp = mlp_of(t, four[0]);
+    check_mlp(op, "actor", mlp, precision, D + S, 2 * A, w.actor);
+    t.actor = {mlp.mlp(), four[1].cast<float>(), four[2].cast<float>(), four[3].cast<float>()};
+    x.actor = &t.actor;
+    x.action_noise = t.arrays.in("action_noise", action_noise, {H, B, A});
+    x.action = t.arrays.out("action", action, {H, B, A});
+  }
+  x.deter = t.arrays.maybe_out("deter", outputs[0], {H, B, D});
+  x.stoch = t.arrays.maybe_out("stoch", outputs[1], {H, B, S});
+  x.prior_mean = t.arrays.maybe_out("prior_mean", outputs[2], {H, B, S});
+  x.prior_std = t.arrays.maybe_out("prior_std", outputs[3], {H, B, S});
+  if (!heads.is_none()) {
+    const py::tuple five = heads;
+    const auto head = [&](const char* name, py::object object, Mlp& to, bool gradients) {
+      if (object.is_none()) return static_cast<const Mlp*>(nullptr);
+      const PackedMlp& mlp = mlp_of(t, object);
+      check_mlp(op, name, mlp, precision, D + S, 1, gradients);
+      to = mlp.mlp();
+      return static_cast<const Mlp*>(&to);
+    };
+    x.reward = head("reward", five[0], t.reward, w.through);
+    x.critic = head("critic", five[1], t.critic, w.through || w.critic);
+    x.target = head("target", five[2], t.target, w.through);
+    const double lam = five[4].cast<double>();
+    x.gamma = five[3].cast<float>();
+    x.lam = static_cast<float>(lam);
+    x.mix = static_cast<float>(1.0 - lam);
+    x.reward_out = t.arrays.maybe_out("reward", outputs[4], {H, B});
+    x.next_value = t.arrays.maybe_out("next_value", outputs[5], {H, B});
+    x.returns = t.arrays.maybe_out("returns", outputs[6], {H, B});
+    x.value = t.arrays.maybe_out("value", outputs[7], {H, B});
+    const bool bootstraps = x.critic != nullptr || x.target != nullptr;
+    if (x.reward == nullptr || x.reward_out == nullptr || (x.next_value && !bootstraps) ||
+        (x.returns && !x.next_value) || (x.value && (!x.critic || !x.next_value)) ||
+        (w.critic && !x.value) || (w.through && !x.next_value)) {
+      fail(std::string(op) + ": a head or its output is missing");
+    }
+  } else if (w.reward || w.critic) {
+    fail(std::string(op) + ": gradients of heads that are not there");
+  }
+  t.arrays.check_overlap();
+  Arena scratch;
+  const bool taped = w.through || w.critic;
+  const Imagine pass(x, w, taped ? &t.tape : nullptr, scratch, threads);
+  {
+    py::gil_scoped_release release;
+    pass.run();
+  }
+  if (!taped) return nullptr;
+  return tape;
+}
+
+// `grads`: those that reach deter, stoch, action, prior_mean, prior_std, reward, returns. `inputs`:
+// where those of start.deter, start.stoch and the given action go. Parameters: None, or a list of
+// (weight, bias) per layer, and for the GRU its four.
+void imagine_backward(Tape& t, py::tuple grads, py::tuple inputs, py::object actor, py::object inp,
+                      py::object gru, py::object prior, py::object reward, int threads) {
+  const char* op = t.arrays.op();
+  const ImagineArgs& x = t.tape.args;
+  const ImagineWants& w = t.tape.wants;
+  const Index A = t.rssm.A, D = t.rssm.D, S = t.rssm.S, H = x.H, B = x.B;
+  if (!w.through) fail(std::string(op) + ": this tape has no backward sweep");
+  if (w.actor != !actor.is_none() || w.rssm != !inp.is_none() || w.rssm != !gru.is_none() ||
+      w.rssm != !prior.is_none() || w.reward != !reward.is_none()) {
+    fail(std::string(op) + ": gradients that were not announced");
+  }
+  if (threads < 1) fail(std::string(op) + ": threads must be at least 1");
+  Arrays arrays(op);
+  ImagineGrads g{};
+  g.deter = arrays.maybe_in("grad of deter", grads[0], {H, B, D});
+  g.stoch = arrays.maybe_in("grad of stoch", grads[1], {H, B, S});
+  g.action = arrays.maybe_in("grad of action", grads[2], {H, B, A});
+  g.prior_mean = arrays.maybe_in("grad of prior mean", grads[3], {H, B, S});
+  g.prior_std = arrays.maybe_in("grad of prior std", grads[4], {H, B, S});
+  g.reward = arrays.maybe_in("grad of reward", grads[5], {H, B});
+  g.returns = arrays.maybe_in("grad of returns", grads[6], {H, B});
+  if ((g.reward != nullptr || g.returns != nullptr) && x.reward == nullptr) {
+    fail(std::string(op) + ": gradients of heads that are not there");
+  }
+  g.start_deter = arrays.maybe_out("grad of start.deter", inputs[0], {B, D});
+  g.start_stoch = arrays.maybe_out("grad of start.stoch", inputs[1], {B, S});
+  g.given_action = arrays.maybe_out("grad of action", inputs[2], {H, B, A});
+  std::size_t next = 0;  // packed: inp, gru, prior, [actor], [reward]
+  const auto mlp = [&](std::size_t i) -> const PackedMlp& {
+    return t.packed[i].cast<const PackedMlp&>();
+  };
+  if (w.rssm) {
+    g.inp = mlp(0).grads(arrays, inp);
+    g.inp_rotate = mlp(0).rotate();
+    t.packed[1].cast<const PackedGru&>().grads(arrays, gru, g.ih, g.hh);
+    g.prior = mlp(2).grads(arrays, prior);
+  }
+  next = 3;
+  if (x.actor != nullptr) {
+    if (w.actor) {
+      g.actor = mlp(next).grads(arrays, actor);
+      g.actor_rotate = mlp(next).rotate();
+    }
+    ++next;
+  }
+  if (w.reward) {
+    g.reward_head = mlp(next).grads(arrays, reward);
+    g.reward_rotate = mlp(next).rotate();
+  }
+  arrays.check_overlap();
+  Arena scratch;
+  const ImagineBackward pass(t.tape, g, scratch, threads);
+  py::gil_scoped_release release;
+  pass.run();
+}
+
+void critic_backward(Tape& t, py::handle value_grad, py::list critic, int threads) {
+  const char* op = t.arrays.op();
+  if (!t.tape.wants.critic) fail(std::string(op) + ": this tape has no critic");
+  if (threads < 1) fail(std::string(op) + ": threads must be at least 1");
+  Arrays arrays(op);
+  const float* grad = arrays.in("grad of value", value_grad, {t.tape.args.H, t.tape.args.B});
+  const std::size_t at = t.tape.args.actor != nullptr ? 5 : 4;  // behind the reward head
+  const PackedMlp& packed = t.packed[at].cast<const PackedMlp&>();
+  const std::vector<LayerGrad> grads = packed.grads(arrays, critic);
+  arrays.check_overlap();
+  Arena scratch;
+  const CriticBackward pass(t.tape, grad, grads, packed.rotate(), scratch, threads);
+  py::gil_scoped_release release;
+  pass.run();
+}
+
+}  // namespace
+
+void bind_imagine(py::module_& m) {
+  py::class_<Tape>(m, "ImagineTape", "What a rollout leaves for its backward passes.");
+  m.def("imagine_forward", &imagine_forward, py::arg("op"), py::arg("rssm"), py::arg("actor"),
+        py::arg("heads"), py::arg("start_deter"), py::arg("start_stoch"), py::arg("state_noise"),
+        py::arg("action_noise"), py::arg("action"), py::arg("outputs"), py::arg("wants"),
+        py::arg("threads"), "A rollout; see csrc/bindings/imagine.cpp.");
+  m.def("imagine_backward", &imagine_backward, py::arg("tape"), py::arg("grads"), py::arg("inputs"),
+        py::arg("actor"), py::arg("inp"), py::arg("gru"), py::arg("prior"), py::arg("reward"),
+        py::arg("threads"), "Its gradients.");
+  m.def("critic_backward", &critic_backward, py::arg("tape"), py::arg("value_grad"),
+        py::arg("critic"), py::arg("threads"), "The gradients of the critic's weights.");
+}
+
+}  // namespace fastdreamer

@@ -1,0 +1,163 @@
+// The Python module fastdreamer._native: λ-return and what the extension says of itself; the other
+// files of this folder bind the rest.
+#include <pybind11/pybind11.h>
+
+#include <chrono>
+#include <string>
+#include <vector>
+
+#include "bindings/array.h"
+#include "bindings/imagine.h"
+#include "bindings/weights.h"
+#include "cpu/arena.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+#include "cpu/scan.h"
+
+namespace fastdreamer {
+namespace {
+
+// Sizes [H, B] of the first array of a scan.
+struct Sizes {
+  Index H, B;
+};
+
+Sizes check_scan(const char* op, const char* name, py::handle first, double lam, int threads) {
+  const Array array(op, name, first);
+  if (array.ndim() != 2) {
+    fail(std::string(op) + ": " + name + " must have 2 dimensions, got " +
+         std::to_string(array.ndim()));
+  }
+  if (array.size(0) < 1 || array.size(1) < 1) fail(std::string(op) + ": the arrays are empty");
+  if (!(lam >= 0.0 && lam <= 1.0)) {
+    fail(std::string(op) + ": lam must be in [0, 1], got " + std::to_string(lam));
+  }
+  if (threads < 1) fail(std::string(op) + ": threads must be at least 1");
+  return {array.size(0), array.size(1)};
+}
+
+void lambda_return_forward(py::handle reward, py::handle next_value, py::handle discount,
+                           double lam, py::handle returns, int threads) {
+  const char* op = "lambda_return_forward";
+  const auto [H, B] = check_scan(op, "reward", reward, lam, threads);
+  Arrays arrays(op);
+  const auto in = [&, H = H, B = B](const char* name, py::handle object) {
+    return Matrix<const float>{arrays.in(name, object, {H, B}), H, B};
+  };
+  const LambdaReturnForward args{
+      in("reward", reward),     in("next_value", next_value),
+      in("discount", discount), float(lam),
+      float(1.0 - lam),         {arrays.out("returns", returns, {H, B}), H, B}};
+  arrays.check_overlap();
+  py::gil_scoped_release release;
+  lambda_return(args, threads);
+}
+
+void lambda_return_backward(py::handle grad, py::handle next_value, py::handle discount,
+                            py::handle returns, double lam, py::handle grad_reward,
+                            py::handle grad_next_value, py::handle grad_discount, int threads) {
+  const char* op = "lambda_return_backward";
+  const auto [H, B] = check_scan(op, "grad", grad, lam, threads);
+  Arrays arrays(op);
+  const auto in = [&, H = H, B = B](const char* name, py::handle object) {
+    return Matrix<const float>{arrays.in(name, object, {H, B}), H, B};
+  };
+  const auto out = [&, H = H, B = B](const char* name, py::handle object) {
+    return Matrix<float>{arrays.out(name, object, {H, B}), H, B};
+  };
+  const LambdaReturnBackward args{in("grad", grad),
+                                  in("next_value", next_value),
+                                  in("discount", discount),
+                                  in("returns", returns),
+                                  float(lam),
+                                  float(1.0 - lam),
+                                  out("grad_reward", grad_reward),
+                                  out("grad_next_value", grad_next_value),
+                                  out("grad_discount", grad_discount)};
+  arrays.check_overlap();
+  py::gil_scoped_release release;
+  lambda_return(args, threads);
+}
+
+// GFLOP/s of multiply-adds from registers, all threads together: what no kernel can exceed.
+double peak(bool bf16, int threads, double seconds) {
+  if (threads < 1 || !(seconds > 0 && seconds <= 60)) {
+    fail("peak: threads must be at least 1 and seconds in (0, 60]");
+  }
+  const Kernels& k = kernels(bf16 ? Precision::bf16 : Precision::fp32);
+  using Clock = std::chrono::steady_clock;
+  std::vector<double> rates(static_cast<std::size_t>(threads), 0.0);
+  py::gil_scoped_release release;
+  const auto measure = [&](Index, int thread) {
+    const auto start = Clock::now();
+    double flop = 0, spent = 0;
+    while (spent < seconds) {
+      flop += k.peak(20000);
+      spent = std::chrono::duration<double>(Clock::now() - start).count();
+    }
+    rates[static_cast<std::size_t>(thread)] += flop / spent * 1e-9;
+  };
+  parallel_tiles(Tiling(threads, 1, threads),
+                 [&](Index begin, Index, int thread) { measure(begin, thread); });
+  double total = 0;
+  for (double rate : rates) total += rate;
+  return total;
+}
+
+py::list host_isas() {
+  py::list names;
+  for (Isa isa : kIsas) {
+    if (host_has(isa)) names.append(isa_name(isa));
+  }
+  return names;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = FASTDREAMER_VERSION;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "g++ " __VERSION__;
+#endif
+  info["architecture"] = FD_X86 ? "x86-64" : "other (scalar kernels only)";
+#if defined(_OPENMP)
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "C++ core of fastdreamer. Import torch first: they share its OpenMP runtime.";
+  m.def("lambda_return_forward", &lambda_return_forward,
+        "Write the λ-return of [H, B] float32 arrays into `returns`; see fastdreamer.ops.",
+        py::arg("reward"), py::arg("next_value"), py::arg("discount"), py::arg("lam"),
+        py::arg("returns"), py::arg("threads"));
+  m.def("lambda_return_backward", &lambda_return_backward,
+        "Write the gradients of the inputs of lambda_return_forward into the last three arrays.",
+        py::arg("grad"), py::arg("next_value"), py::arg("discount"), py::arg("returns"),
+        py::arg("lam"), py::arg("grad_reward"), py::arg("grad_next_value"),
+        py::arg("grad_discount"), py::arg("threads"));
+  bind_weights(m);
+  bind_imagine(m);
+  m.def("peak", &peak, py::arg("bf16"), py::arg("threads"), py::arg("seconds"),
+        "GFLOP/s of multiply-adds from registers, of all threads together.");
+  m.def(
+      "arena_stats",
+      [] {
+        const ArenaStats stats = arena_stats();
+        return py::make_tuple(stats.kept, stats.allocations);
+      },
+      "Bytes kept for later calls, and the number of allocations so far.");
+  m.def(
+      "isa", [] { return isa_name(active_isa()); },
+      "The instruction set in force; ValueError if FASTDREAMER_ISA names one not available.");
+  m.def("host_isas", &host_isas, "The instruction sets that this machine has, least first.");
+  m.def("build_info", &build_info, "How the extension was built: version, compiler, OpenMP.");
+}
+
+}  // namespace fastdreamer

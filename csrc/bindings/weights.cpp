@@ -1,0 +1,193 @@
+#include "bindings/weights.h"
+
+#include <pybind11/stl.h>
+
+#include <algorithm>
+
+#include "cpu/parallel.h"
+
+namespace fastdreamer {
+namespace {
+
+Activation activation_of(const std::string& name) {
+  if (name == "elu") return Activation::elu;
+  if (name == "relu") return Activation::relu;
+  if (name == "silu") return Activation::silu;
+  if (name == "tanh") return Activation::tanh;
+  fail("PackedMlp: activation must be elu, relu, silu or tanh, got '" + name + "'");
+}
+
+Panels take_panels(Arena& arena, const Kernels& k, Index K, Index N) {
+  return {arena.bytes(k.panels_size(K, N)), K, N};
+}
+
+float* copy_floats(Arena& arena, const float* from, Index count) {
+  float* to = arena.take<float>(count);
+  std::copy_n(from, count, to);
+  return to;
+}
+
+}  // namespace
+
+PackedMlp::PackedMlp(py::list weights, py::list biases, const std::string& activation,
+                     bool act_last, bool bf16, bool gradients, Index first_column, Index columns,
+                     Index rotate, int threads)
+    : precision_(bf16 ? Precision::bf16 : Precision::fp32),
+      gradients_(gradients),
+      first_column_(first_column),
+      rotate_(rotate) {
+  const char* op = "PackedMlp";
+  const Kernels& k = kernels(precision_);
+  const Index depth = static_cast<Index>(weights.size());
+  if (depth < 1 || depth > kMaxLayers || static_cast<Index>(biases.size()) != depth) {
+    fail("PackedMlp: there must be 1 to " + std::to_string(kMaxLayers) +
+         " layers with a bias or None each, got " + std::to_string(depth) + " weights and " +
+         std::to_string(biases.size()) + " biases");
+  }
+  mlp_.depth = static_cast<int>(depth);
+  mlp_.act = activation_of(activation);
+  mlp_.act_last = act_last;
+  Arrays arrays(op);
+  std::vector<PackArgs> jobs;
+  for (int i = 0; i < mlp_.depth; ++i) {
+    const Array shape(op, "weight", weights[static_cast<std::size_t>(i)]);
+    if (shape.ndim() != 2 || shape.size(0) < 1 || shape.size(1) < 1) {
+      fail("PackedMlp: a weight must have 2 dimensions, none of them 0");
+    }
+    const Index out = shape.size(0), total = shape.size(1);
+    Index in = total;
+    const float* weight = arrays.in("weight", weights[static_cast<std::size_t>(i)], {out, total});
+    if (i == 0) {
+      total_columns_ = total;
+      if (columns > 0) in = columns;
+      if (first_column < 0 || first_column + in > total || rotate < 0 || rotate >= in) {
+        fail("PackedMlp: columns or rotation are out of range");
+      }
+      weight += first_column;
+    } else if (in != mlp_.layers[i - 1].out) {
+      fail("PackedMlp: a layer takes " + std::to_string(in) + " inputs, the one before has " +
+           std::to_string(mlp_.layers[i - 1].out) + " outputs");
+    }
+    Layer& layer = mlp_.layers[i];
+    layer = {in, out, take_panels(arena_, k, in, out), {nullptr, out, in}, nullptr, nullptr};
+    const Index turn = i == 0 ? rotate : 0;
+    jobs.push_back({weight, total, true, turn, 0, layer.forward});
+    if (gradients) {
+      layer.backward = take_panels(arena_, k, out, in);
+      jobs.push_back({weight, total, false, 0, turn, layer.backward});
+    }
+    const float* bias = arrays.maybe_in("bias", biases[static_cast<std::size_t>(i)], {out});
+    if (bias != nullptr) layer.bias = copy_floats(arena_, bias, out);
+    if (out == 1 && bias != nullptr) {
+      float* row = arena_.take<float>(in);
+      for (Index c = 0; c < in; ++c) row[c] = weight[(c + turn) % in];
+      layer.row = row;
+    }
+  }
+  py::gil_scoped_release release;
+  parallel_tasks(static_cast<Index>(jobs.size()), threads,
+                 [&](Index i, int) { k.pack(jobs[static_cast<std::size_t>(i)]); });
+}
+
+std::vector<LayerGrad> PackedMlp::grads(Arrays& arrays, py::list pairs) const {
+  std::vector<LayerGrad> list;
+  if (static_cast<int>(pairs.size()) != mlp_.depth) fail("PackedMlp: one gradient a layer");
+  for (int i = 0; i < mlp_.depth; ++i) {
+    const Layer& layer = mlp_.layers[i];
+    const py::tuple pair = pairs[static_cast<std::size_t>(i)];
+    const Index stride = i == 0 ? total_columns_ : layer.in;
+    float* weight = arrays.out("weight gradient", pair[0], {layer.out, stride});
+    list.push_back({weight + (i == 0 ? first_column_ : 0), stride,
+                    arrays.maybe_out("bias gradient", pair[1], {layer.out})});
+  }
+  return list;
+}
+
+PackedGru::PackedGru(py::handle weight_ih, py::handle weight_hh, py::handle bias_ih,
+                     py::handle bias_hh, bool bf16, bool gradients, int threads)
+    : precision_(bf16 ? Precision::bf16 : Precision::fp32),
+      gradients_(gradients) {
+  const char* op = "PackedGru";
+  const Kernels& k = kernels(precision_);
+  const Array shape(op, "weight_ih", weight_ih);
+  if (shape.ndim() != 2 || shape.size(0) < 3 || shape.size(0) % 3 != 0 || shape.size(1) < 1) {
+    fail("PackedGru: weight_ih must be [3D, inputs]");
+  }
+  const Index D = shape.size(0) / 3, K = shape.size(1);
+  Arrays arrays(op);
+  const float* ih = arrays.in("weight_ih", weight_ih, {3 * D, K});
+  const float* hh = arrays.in("weight_hh", weight_hh, {3 * D, D});
+  const float* bi = arrays.in("bias_ih", bias_ih, {3 * D});
+  const float* bh = arrays.in("bias_hh", bias_hh, {3 * D});
+  float* bias = arena_.take<float>(4 * D);
+  for (Index i = 0; i < D; ++i) {
+    bias[i] = bi[i] + bh[i];
+    bias[D + i] = bi[D + i] + bh[D + i];
+    bias[2 * D + i] = bi[2 * D + i];
+    bias[3 * D + i] = bh[2 * D + i];
+  }
+  gru_ = {{arena_.bytes(k.gru_panels_size(K, D)), K, D},
+          bias,
+          {nullptr, 3 * D, K},
+          {nullptr, 3 * D, D}};
+  if (gradients) {
+    gru_.backward_ih = take_panels(arena_, k, 3 * D, K);
+    gru_.backward_hh = take_panels(arena_, k, 3 * D, D);
+  }
+  py::gil_scoped_release release;
+  parallel_tasks(gradients ? 3 : 1, threads, [&](Index i, int) {
+    if (i == 0) k.pack_gru({ih, hh, gru_.forward});
+    if (i == 1) k.pack({ih, K, false, 2 * D, 0, gru_.backward_ih});
+    if (i == 2) k.pack({hh, D, false, 0, 0, gru_.backward_hh});
+  });
+}
+
+void PackedGru::grads(Arrays& arrays, py::sequence four, LayerGrad& ih, LayerGrad& hh) const {
+  const Index D = gru_.forward.D, K = gru_.forward.K;
+  ih = {arrays.out("weight_ih gradient", four[0], {3 * D, K}), K,
+        arrays.out("bias_ih gradient", four[2], {3 * D})};
+  hh = {arrays.out("weight_hh gradient", four[1], {3 * D, D}), D,
+        arrays.out("bias_hh gradient", four[3], {3 * D})};
+}
+
+void check_mlp(const char* op, const char* name, const PackedMlp& packed, Precision precision,
+               Index in, Index out, bool gradients) {
+  const Mlp& mlp = packed.mlp();
+  if (mlp.in() != in || mlp.out() != out) {
+    fail(std::string(op) + ": " + name + " must map " + std::to_string(in) + " to " +
+         std::to_string(out) + ", not " + std::to_string(mlp.in()) + " to " +
+         std::to_string(mlp.out()));
+  }
+  if (packed.precision() != precision) fail(std::string(op) + ": weights of two precisions");
+  if (gradients && !packed.gradients()) {
+    fail(std::string(op) + ": " + name + " was not packed for gradients");
+  }
+}
+
+Rssm make_rssm(const char* op, const PackedMlp& inp, const PackedGru& gru, const PackedMlp& prior,
+               double min_std) {
+  const Index D = gru.gru().forward.D, S = prior.mlp().out() / 2;
+  const Index A = inp.mlp().in() - S;
+  if (A < 1 || S < 1) fail(std::string(op) + ": the model has no action or no stochastic state");
+  check_mlp(op, "inp", inp, gru.precision(), S + A, gru.gru().forward.K, false);
+  check_mlp(op, "prior", prior, gru.precision(), D, 2 * S, false);
+  return {A, D, S, inp.mlp(), gru.gru(), prior.mlp(), static_cast<float>(min_std)};
+}
+
+void bind_weights(py::module_& m) {
+  py::class_<PackedMlp, std::shared_ptr<PackedMlp>>(m, "PackedMlp",
+                                                    "Packed layers; see csrc/bindings/weights.h.")
+      .def(py::init<py::list, py::list, const std::string&, bool, bool, bool, Index, Index, Index,
+                    int>(),
+           py::arg("weights"), py::arg("biases"), py::arg("activation"), py::arg("act_last"),
+           py::arg("bf16"), py::arg("gradients"), py::arg("first_column"), py::arg("columns"),
+           py::arg("rotate"), py::arg("threads"))
+      .def_property_readonly("gradients", &PackedMlp::gradients);
+  py::class_<PackedGru, std::shared_ptr<PackedGru>>(m, "PackedGru", "A packed GRU cell.")
+      .def(py::init<py::handle, py::handle, py::handle, py::handle, bool, bool, int>(),
+           py::arg("weight_ih"), py::arg("weight_hh"), py::arg("bias_ih"), py::arg("bias_hh"),
+           py::arg("bf16"), py::arg("gradients"), py::arg("threads"))
+      .def_property_readonly("gradients", &PackedGru::gradients);
+}
+
+}  // namespace fastdreamer

@@ -1,0 +1,65 @@
+// Packed weights as Python holds them: immutable, so that calls on several threads, and tapes, may
+// share them while others are packed anew.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "bindings/array.h"
+#include "cpu/rssm.h"
+
+namespace fastdreamer {
+
+// The layers of an MLP. Of the first layer's columns a range can be taken ([deter, embed] is used
+// in two parts), and rotated: input element i meets column (i + rotate) % inputs of the range.
+class PackedMlp {
+ public:
+  PackedMlp(py::list weights, py::list biases, const std::string& activation, bool act_last,
+            bool bf16, bool gradients, Index first_column, Index columns, Index rotate,
+            int threads);
+
+  const Mlp& mlp() const { return mlp_; }
+  Precision precision() const { return precision_; }
+  bool gradients() const { return gradients_; }
+  Index rotate() const { return rotate_; }
+
+  // Destinations for the gradients of these weights: a list of (weight, bias or None) arrays.
+  std::vector<LayerGrad> grads(Arrays& arrays, py::list pairs) const;
+
+ private:
+  Precision precision_;
+  bool gradients_;
+  Index first_column_, total_columns_, rotate_;
+  Mlp mlp_;
+  Arena arena_;
+};
+
+class PackedGru {
+ public:
+  PackedGru(py::handle weight_ih, py::handle weight_hh, py::handle bias_ih, py::handle bias_hh,
+            bool bf16, bool gradients, int threads);
+
+  const Gru& gru() const { return gru_; }
+  Precision precision() const { return precision_; }
+  bool gradients() const { return gradients_; }
+
+  // Of (weight_ih, weight_hh, bias_ih, bias_hh) arrays.
+  void grads(Arrays& arrays, py::sequence four, LayerGrad& ih, LayerGrad& hh) const;
+
+ private:
+  Precision precision_;
+  bool gradients_;
+  Gru gru_;
+  Arena arena_;
+};
+
+// Puts the parts of a model together; throws if their sizes or precisions do not fit.
+Rssm make_rssm(const char* op, const PackedMlp& inp, const PackedGru& gru, const PackedMlp& prior,
+               double min_std);
+void check_mlp(const char* op, const char* name, const PackedMlp& mlp, Precision precision,
+               Index in, Index out, bool gradients);
+
+void bind_weights(py::module_& m);
+
+}  // namespace fastdreamer

@@ -1,0 +1,199 @@
+// What happens to a tile between its matrix products, row by row.
+#pragma once
+
+#include "cpu/functions.h"
+#include "cpu/gemm-inl.h"
+#include "cpu/kernels.h"
+#include "cpu/vec.h"
+
+namespace fastdreamer {
+namespace {
+
+// h' = n + z (h - n), n = tanh(i + r g), g the gated sum of the state.
+template <class P>
+void gru_backward(const GruBackwardArgs& x) {
+  using Elem = typename P::Elem;
+  const Index D = x.D;
+  const Vec one = fill(1.0f);
+  for (Index row = 0; row < x.rows; ++row) {
+    const Elem *gates = at<const Elem>(x.gates, row), *h = at<const Elem>(x.h, row);
+    Elem* out = at<Elem>(x.gates_grad, row);
+    float* dh = at(x.dh, row);
+    by_vectors(0, D, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
+      const Vec reset = get(gates + c), update = get(gates + D + c), fresh = get(gates + 2 * D + c),
+                gated = get(gates + 3 * D + c), grad = get(dh + c);
+      const Vec d_fresh = grad * (one - update) * (one - fresh * fresh);
+      const Vec d_update = grad * (get(h + c) - fresh) * update * (one - update);
+      put(out + c, d_fresh);
+      put(out + D + c, d_fresh * gated * reset * (one - reset));
+      put(out + 2 * D + c, d_update);
+      put(out + 3 * D + c, d_fresh * reset);
+      put(dh + c, grad * update);
+    });
+  }
+}
+
+template <class P>
+void sample(const SampleArgs& x) {
+  const Index S = x.S;
+  for (Index row = 0; row < x.rows; ++row) {
+    const float *raw = at(x.raw, row), *noise = at(x.noise, row);
+    by_vectors(0, S, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
+      const Vec mean = get(raw + c), y = get(raw + S + c);
+      const Vec std = softplus<P::fast>(y) + fill(x.min_std);
+      const Vec s = fma(std, get(noise + c), mean);
+      put(at<typename P::Elem>(x.out, row) + c, s);
+      if (x.out32.data != nullptr) put(at(x.out32, row) + c, s);
+      if (x.mean.data != nullptr) put(at(x.mean, row) + c, mean);
+      if (x.std.data != nullptr) put(at(x.std, row) + c, std);
+      if (x.slope.data != nullptr) put(at(x.slope, row) + c, sigmoid<P::fast>(y));
+    });
+  }
+}
+
+template <class P>
+void sample_backward(const SampleBackwardArgs& x) {
+  const Index S = x.S;
+  for (Index row = 0; row < x.rows; ++row) {
+    auto* out = at<typename P::Elem>(x.raw_grad, row);
+    by_vectors(0, S, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
+      Vec d_mean = fill(0.0f), d_std = fill(0.0f);
+      if (x.grad.data != nullptr) {
+        d_mean = get(at(x.grad, row) + c);
+        d_std = d_mean * get(at(x.noise, row) + c);
+      }
+      if (x.mean_grad.data != nullptr) d_mean = d_mean + get(at(x.mean_grad, row) + c);
+      if (x.std_grad.data != nullptr) d_std = d_std + get(at(x.std_grad, row) + c);
+      put(out + c, d_mean);
+      put(out + S + c, d_std * get(at(x.slope, row) + c));
+    });
+  }
+}
+
+template <class P>
+void act(const ActArgs& x) {
+  const Index A = x.A;
+  const Vec scale = fill(x.mean_scale), inverse = fill(1.0f / x.mean_scale);
+  for (Index row = 0; row < x.rows; ++row) {
+    const float *raw = at(x.raw, row), *noise = at(x.noise, row);
+    by_vectors(0, A, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
+      const Vec mean = scale * tanh<P::fast>(get(raw + c) * inverse);
+      const Vec std = softplus<P::fast>(get(raw + A + c) + fill(x.std_offset)) + fill(x.min_std);
+      const Vec a = tanh<P::fast>(fma(std, get(noise + c), mean));
+      put(at(x.out32, row) + c, a);
+      if (x.out.data != nullptr) put(at<typename P::Elem>(x.out, row) + c, a);
+    });
+  }
+}
+
+template <class P>
+void act_backward(const ActBackwardArgs& x) {
+  const Index A = x.A;
+  const Vec one = fill(1.0f), inverse = fill(1.0f / x.mean_scale);
+  for (Index row = 0; row < x.rows; ++row) {
+    const float *raw = at(x.raw, row), *noise = at(x.noise, row), *grad = at(x.grad, row),
+                *action = at(x.action, row);
+    auto* out = at<typename P::Elem>(x.raw_grad, row);
+    by_vectors(0, A, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
+      const Vec a = get(action + c);
+      const Vec inner = get(grad + c) * (one - a * a);
+      const Vec t = tanh<P::fast>(get(raw + c) * inverse);
+      put(out + c, inner * (one - t * t));
+      const Vec slope = sigmoid<P::fast>(get(raw + A + c) + fill(x.std_offset));
+      put(out + A + c, inner * get(noise + c) * slope);
+    });
+  }
+}
+
+template <class P>
+void dot(const DotArgs& x) {
+  for (Index row = 0; row < x.rows; ++row) {
+    const auto* in = at<const typename P::Elem>(x.in, row);
+    Vec total = fill(0.0f);
+    by_vectors(0, x.K, [&](Index c, auto get, auto) __attribute__((always_inline)) {
+      total = fma(get(in + c), get(x.weight + c), total);
+    });
+    x.out[row] = sum(total) + x.bias;
+  }
+}
+
+template <class P, Activation act>
+void dot_backward_act(const DotBackwardArgs& x) {
+  using Elem = typename P::Elem;
+  for (Index row = 0; row < x.rows; ++row) {
+    by_vectors(0, x.K, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
+      const Vec slope = slope_at<act>(get(at<const Elem>(x.saved, row) + c));
+      put(at<Elem>(x.out, row) + c, get(x.weight + c) * slope);
+    });
+  }
+}
+
+template <class P>
+void dot_backward(const DotBackwardArgs& x) {
+  switch (x.act) {
+    case Activation::elu:
+      return dot_backward_act<P, Activation::elu>(x);
+    case Activation::relu:
+      return dot_backward_act<P, Activation::relu>(x);
+    case Activation::silu:
+      return dot_backward_act<P, Activation::silu>(x);
+    default:
+      return dot_backward_act<P, Activation::tanh>(x);
+  }
+}
+
+template <class P>
+void add_scaled(const AddScaledArgs& x) {
+  for (Index row = 0; row < x.rows; ++row) {
+    const auto* from = at<const typename P::Elem>(x.from, row);
+    const Vec scale = fill(x.scale[row]);
+    float* to = at(x.to, row);
+    by_vectors(0, x.cols, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
+      put(to + c, fma(scale, get(from + c), get(to + c)));
+    });
+  }
+}
+
+template <class P>
+void copy(const CopyArgs& x) {
+  for (Index row = 0; row < x.rows; ++row) {
+    const bool skip = x.skip != nullptr && x.skip[row] != 0;
+    by_vectors(0, x.cols, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
+      Vec y = skip ? fill(0.0f) : get(at(x.from, row) + c);
+      if (x.to.data != nullptr) put(at<typename P::Elem>(x.to, row) + c, y);
+      if (x.to32.data != nullptr) {
+        if (x.add) y = y + get(at(x.to32, row) + c);
+        put(at(x.to32, row) + c, y);
+      }
+    });
+  }
+}
+
+// 24 independent accumulators, enough to hide the latency of every multiply-add unit.
+template <class P>
+double peak(Index iterations) {
+  typename P::Elem ones[kLanes * P::pair] = {};
+  constexpr int n = kLanes == 8 ? 12 : 24;
+  Vec acc[n];
+#pragma GCC unroll 32
+  for (int i = 0; i < n; ++i) acc[i] = fill(0.0f);
+  const typename P::Weight w = P::weight(ones);
+  const typename P::Broadcast a = P::broadcast(ones);
+  for (Index k = 0; k < iterations; ++k) {
+#pragma GCC unroll 32
+    for (int i = 0; i < n; ++i) {
+      acc[i] = P::multiply_add(acc[i], w, a);
+#if defined(__AVX512F__)
+      asm volatile("" : "+v"(acc[i].v));  // not to be merged or hoisted
+#elif defined(__AVX2__)
+      asm volatile("" : "+x"(acc[i].v));
+#else
+      asm volatile("" : "+x"(acc[i].v));
+#endif
+    }
+  }
+  return 2.0 * n * kLanes * P::pair * static_cast<double>(iterations);
+}
+
+}  // namespace
+}  // namespace fastdreamer

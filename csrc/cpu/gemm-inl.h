@@ -1,0 +1,552 @@
+// Matrix products of a tile of rows with packed weights, and what ends in their registers.
+//
+// The microkernel holds kRows × kVectors accumulators: 25 of the 32 registers of AVX-512 (5 × 5
+// divides 400 = 25 · 16 columns and tiles of 50 rows), 12 of the 16 of AVX2. Weights stream from
+// L2 panel by panel while the tile's rows stay near; each activation is broadcast once per panel.
+// On a CPU with AMX, a third Precision whose multiply() is _tile_dpbf16ps on 16 × 16 tiles, with
+// panels of 16 columns and 32 k in the same pair order, would replace the loop in multiply();
+// epilogues and everything above stay as they are.
+#pragma once
+
+#include "cpu/functions.h"
+#include "cpu/kernels.h"
+#include "cpu/vec.h"
+
+namespace fastdreamer {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kRows = 5, kVectors = 5, kGruRows = 6;
+#elif defined(__AVX2__)
+constexpr int kRows = 4, kVectors = 3, kGruRows = 3;
+#else
+constexpr int kRows = 4, kVectors = 4, kGruRows = 3;
+#endif
+
+// --- what a precision is -------------------------------------------------------------------------
+
+struct Fp32 {
+  using Elem = float;
+  static constexpr bool fast = false;  // which elementary functions
+  static constexpr int pair = 1;       // k per step
+  using Weight = Vec;
+  using Broadcast = Vec;
+  FD_INLINE Weight weight(const Elem* p) { return load(p); }
+  FD_INLINE Broadcast broadcast(const Elem* p) { return fill(*p); }
+  FD_INLINE Broadcast broadcast_one(const Elem* p) { return fill(*p); }
+  FD_INLINE Vec multiply_add(Vec sum, Weight w, Broadcast a) { return fma(w, a, sum); }
+};
+
+struct Bf16 {
+  using Elem = Bfloat16;
+  static constexpr bool fast = true;
+  static constexpr int pair = 2;
+#if defined(__AVX512BF16__)
+  using Weight = Words;
+  using Broadcast = Words;
+  FD_INLINE Weight weight(const Elem* p) { return word_load(p); }
+  FD_INLINE Broadcast broadcast_word(std::uint32_t word) { return word_fill(word); }
+  FD_INLINE Vec multiply_add(Vec sum, Weight w, Broadcast a) {
+    return {
+        _mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(w.v), reinterpret_cast<__m512bh>(a.v))};
+  }
+#else
+  // The same products and sums without the instruction: both halves widened to float.
+  struct Weight {
+    Vec low, high;
+  };
+  using Broadcast = Weight;
+  FD_INLINE Weight split(Words w) { return {floats(up16(w)), floats(w & word_fill(0xffff0000u))}; }
+  FD_INLINE Weight weight(const Elem* p) { return split(word_load(p)); }
+  FD_INLINE Broadcast broadcast_word(std::uint32_t word) { return split(word_fill(word)); }
+  FD_INLINE Vec multiply_add(Vec sum, const Weight& w, const Broadcast& a) {
+    return fma(w.high, a.high, fma(w.low, a.low, sum));
+  }
+#endif
+  FD_INLINE Broadcast broadcast(const Elem* p) {
+    std::uint32_t word;
+    __builtin_memcpy(&word, p, 4);
+    return broadcast_word(word);
+  }
+  // The last of an odd K: what follows it in the row is not ours.
+  FD_INLINE Broadcast broadcast_one(const Elem* p) { return broadcast_word(*p); }
+};
+
+template <class T>
+FD_INLINE T* at(const Rows& rows, Index r) {
+  return static_cast<T*>(rows.data) + r * rows.stride;
+}
+FD_INLINE float* at(const Floats& rows, Index r) { return rows.data + r * rows.stride; }
+FD_INLINE Index steps(Index K, int pair) { return (K + pair - 1) / pair; }
+FD_INLINE Index vectors(Index n) { return (n + kLanes - 1) / kLanes; }
+FD_INLINE Index least(Index a, Index b) { return a < b ? a : b; }
+
+// --- microkernel ---------------------------------------------------------------------------------
+
+// Where a row's next k is: rows of a matrix have (stride, pair), an interleaved one (pair, stride).
+template <class Elem>
+struct Operand {
+  const Elem* data;
+  Index row, step;
+};
+
+// sums[r][v] = Σ_k a[r, k] w[k, v] for R rows and V vectors. noinline: each gets its registers.
+template <class P, int R, int V>
+__attribute__((noinline)) void multiply(Operand<typename P::Elem> a, Index K,
+                                        const typename P::Elem* w, float* sums) {
+  constexpr int step = V * kLanes * P::pair;
+  Vec acc[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) acc[r][v] = fill(0.0f);
+  }
+  const auto one = [&](const typename P::Elem* from, auto broadcast)
+                       __attribute__((always_inline)) {
+                         typename P::Weight weights[V];
+#pragma GCC unroll 8
+                         for (int v = 0; v < V; ++v)
+                           weights[v] = P::weight(w + v * kLanes * P::pair);
+#pragma GCC unroll 8
+                         for (int r = 0; r < R; ++r) {
+                           const typename P::Broadcast x = broadcast(from + r * a.row);
+#pragma GCC unroll 8
+                           for (int v = 0; v < V; ++v)
+                             acc[r][v] = P::multiply_add(acc[r][v], weights[v], x);
+                         }
+                       };
+  const typename P::Elem* from = a.data;
+  for (Index k = K / P::pair; k > 0; --k, from += a.step, w += step) {
+    one(from, [](const auto* p) __attribute__((always_inline)) { return P::broadcast(p); });
+  }
+  if (K % P::pair != 0) {
+    one(from, [](const auto* p) __attribute__((always_inline)) { return P::broadcast_one(p); });
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store(sums + (r * V + v) * kLanes, acc[r][v]);
+  }
+}
+
+template <class P, int R>
+FD_INLINE void multiply_vectors(int V, Operand<typename P::Elem> a, Index K,
+                                const typename P::Elem* w, float* sums) {
+  switch (V) {
+    case 1:
+      return multiply<P, R, 1>(a, K, w, sums);
+    case 2:
+      return multiply<P, R, 2>(a, K, w, sums);
+    case 3:
+      return multiply<P, R, 3>(a, K, w, sums);
+#if defined(__AVX512F__) || !defined(__AVX2__)
+    case 4:
+      return multiply<P, R, 4>(a, K, w, sums);
+#endif
+#if defined(__AVX512F__)
+    case 5:
+      return multiply<P, R, 5>(a, K, w, sums);
+#endif
+  }
+}
+
+template <class P>
+FD_INLINE void multiply_any(int R, int V, Operand<typename P::Elem> a, Index K,
+                            const typename P::Elem* w, float* sums) {
+  switch (R) {
+    case 1:
+      return multiply_vectors<P, 1>(V, a, K, w, sums);
+    case 2:
+      return multiply_vectors<P, 2>(V, a, K, w, sums);
+    case 3:
+      return multiply_vectors<P, 3>(V, a, K, w, sums);
+    case 4:
+      return multiply_vectors<P, 4>(V, a, K, w, sums);
+#if defined(__AVX512F__)
+    case 5:
+      return multiply_vectors<P, 5>(V, a, K, w, sums);
+#endif
+  }
+}
+
+// Calls body(begin, count) on groups of at most `most` that cover [0, n), as even as they can be:
+// 8 rows are 4 + 4 rather than 5 + 3.
+template <class Body>
+FD_INLINE void evenly(Index n, int most, Body body) {
+  Index begin = 0;
+  for (Index groups = (n + most - 1) / most; groups > 0; --groups) {
+    const Index count = (n - begin + groups - 1) / groups;
+    body(begin, static_cast<int>(count));
+    begin += count;
+  }
+}
+
+// Calls body(first vector, vectors) on the panels of N columns.
+template <class Body>
+FD_INLINE void by_panels(Index N, Body body) {
+  evenly(vectors(N), kVectors, body);
+}
+
+// The whole product, panel by panel: epilogue(row, rows, first column, vectors, sums).
+template <class P, class Epilogue>
+FD_INLINE void product(Operand<typename P::Elem> a, Index rows, const Panels& w,
+                       Epilogue epilogue) {
+  using Elem = typename P::Elem;
+  alignas(64) float sums[kRows * kVectors * kLanes];
+  const Index per_vector = steps(w.K, P::pair) * kLanes * P::pair;
+  by_panels(w.N, [&](Index first_vector, int V) __attribute__((always_inline)) {
+    const Elem* panel = static_cast<const Elem*>(w.data) + first_vector * per_vector;
+    evenly(rows, kRows, [&](Index row, int R) __attribute__((always_inline)) {
+      multiply_any<P>(R, V, {a.data + row * a.row, a.row, a.step}, w.K, panel, sums);
+      epilogue(row, R, first_vector * kLanes, V, sums);
+    });
+  });
+}
+
+// --- packing -------------------------------------------------------------------------------------
+
+template <class P>
+Index panels_size(Index K, Index N) {
+  return vectors(N) * kLanes * steps(K, P::pair) * P::pair * Index{sizeof(typename P::Elem)};
+}
+
+// One step of one vector: `low` is row k, `high` row k + 1 (zero behind the last).
+FD_INLINE void put_step(float* to, Vec low, Vec) { store(to, low); }
+FD_INLINE void put_step(Bfloat16* to, Vec low, Vec high) {
+  word_store(to, to_bfloat16(low) | up16(to_bfloat16(high)));
+}
+
+// Writes the steps of [K, N] by panels; row(k, column, n) loads n elements of a row.
+template <class P, class Load>
+FD_INLINE void pack_panels(Index K, Index N, typename P::Elem* to, Load row) {
+  by_panels(N, [&](Index first_vector, int V) __attribute__((always_inline)) {
+    for (Index k = 0; k < K; k += P::pair) {
+      for (int v = 0; v < V; ++v, to += kLanes * P::pair) {
+        const Index column = (first_vector + v) * kLanes, n = least(kLanes, N - column);
+        const bool two = P::pair == 2 && k + 1 < K;
+        put_step(to, row(k, column, n), two ? row(k + 1, column, n) : fill(0.0f));
+      }
+    }
+  });
+}
+
+FD_INLINE Index rotated(Index i, Index by, Index size) { return (i + by) % size; }
+
+template <class P>
+void pack(const PackArgs& x) {
+  auto* to = static_cast<typename P::Elem*>(x.to.data);
+  const Index K = x.to.K, N = x.to.N;
+  if (x.rotate_n != 0) {  // rare (another's column order), so without care for speed
+    pack_panels<P>(K, N, to, [&](Index k, Index column, Index n) {
+      float row[kLanes] = {};
+      const Index source_k = rotated(k, x.rotate_k, K);
+      for (Index i = 0; i < n; ++i) {
+        const Index source_n = rotated(column + i, x.rotate_n, N);
+        row[i] = x.source[x.transposed ? source_n * x.stride + source_k
+                                       : source_k * x.stride + source_n];
+      }
+      return load(row);
+    });
+  } else if (x.transposed) {
+    pack_panels<P>(K, N, to, [&](Index k, Index column, Index n) __attribute__((always_inline)) {
+      return gather(x.source + column * x.stride + rotated(k, x.rotate_k, K), x.stride, n);
+    });
+  } else {
+    pack_panels<P>(K, N, to, [&](Index k, Index column, Index n) __attribute__((always_inline)) {
+      return load(x.source + rotated(k, x.rotate_k, K) * x.stride + column, n);
+    });
+  }
+}
+
+template <class P>
+Index gru_panels_size(Index K, Index D) {
+  return vectors(D) * kLanes * 3 * (steps(K, P::pair) + steps(D, P::pair)) * P::pair *
+         Index{sizeof(typename P::Elem)};
+}
+
+template <class P>
+void pack_gru(const GruPackArgs& x) {
+  auto* to = static_cast<typename P::Elem*>(x.to.data);
+  const Index D = x.to.D;
+  for (Index unit = 0; unit < D; unit += kLanes) {
+    const Index n = least(kLanes, D - unit);
+    const auto part = [&](const float* weight, Index K) __attribute__((always_inline)) {
+      for (Index k = 0; k < K; k += P::pair) {
+        for (int gate = 0; gate < 3; ++gate, to += kLanes * P::pair) {
+          const float* from = weight + (gate * D + unit) * K + k;
+          const bool two = P::pair == 2 && k + 1 < K;
+          put_step(to, gather(from, K, n), two ? gather(from + 1, K, n) : fill(0.0f));
+        }
+      }
+    };
+    part(x.weight_ih, x.to.K);
+    part(x.weight_hh, D);
+  }
+}
+
+// --- linear layers -------------------------------------------------------------------------------
+
+template <Activation act, bool fast>
+FD_INLINE Vec activate(Vec x) {
+  switch (act) {
+    case Activation::elu:
+      return select(fill(0.0f) < x, x, expm1<fast>(x));
+    case Activation::relu:
+      return max(fill(0.0f), x);
+    case Activation::silu:
+      return x * sigmoid<fast>(x);
+    case Activation::tanh:
+      return tanh<fast>(x);
+    default:
+      return x;
+  }
+}
+
+// act'(x) by y = act(x); SiLU saved the derivative itself.
+template <Activation act>
+FD_INLINE Vec slope_at(Vec y) {
+  const Vec one = fill(1.0f), zero = fill(0.0f);
+  switch (act) {
+    case Activation::elu:
+      return select(zero < y, one, y + one);
+    case Activation::relu:
+      return select(zero < y, one, zero);
+    case Activation::silu:
+      return y;
+    case Activation::tanh:
+      return fma(zero - y, y, one);
+    default:
+      return one;
+  }
+}
+
+template <class P, Activation act>
+void linear_act(const LinearArgs& x) {
+  using Elem = typename P::Elem;
+  const Operand<Elem> in{static_cast<const Elem*>(x.in.data), x.in.stride, P::pair};
+  product<P>(
+      in, x.rows, x.w,
+      [&](Index row, int R, Index column, int V, const float* sums) __attribute__((always_inline)) {
+        const Index end = least(column + V * kLanes, x.w.N);
+        for (Index r = row; r < row + R; ++r, sums += V * kLanes) {
+          by_vectors(column, end, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
+            Vec y = load(sums + (c - column));
+            if (x.bias != nullptr) y = y + get(x.bias + c);
+            if (x.add.data != nullptr) y = y + get(at(x.add, r) + c);
+            if (x.slope_of.data != nullptr) {
+              y = y * slope_at<act>(get(at<const Elem>(x.slope_of, r) + c));
+            } else {
+              if (act == Activation::silu && x.out_slope.data != nullptr) {
+                const Vec s = sigmoid<P::fast>(y);  // s + x s (1 - s)
+                put(at<Elem>(x.out_slope, r) + c, fma(y * s, fill(1.0f) - s, s));
+              }
+              y = activate<act, P::fast>(y);
+            }
+            if (x.out.data != nullptr) put(at<Elem>(x.out, r) + c, y);
+            if (x.out32.data != nullptr) put(at(x.out32, r) + c, y);
+          });
+        }
+      });
+}
+
+template <class P>
+void linear(const LinearArgs& x) {
+  switch (x.act) {
+    case Activation::elu:
+      return linear_act<P, Activation::elu>(x);
+    case Activation::relu:
+      return linear_act<P, Activation::relu>(x);
+    case Activation::silu:
+      return linear_act<P, Activation::silu>(x);
+    case Activation::tanh:
+      return linear_act<P, Activation::tanh>(x);
+    default:
+      return linear_act<P, Activation::none>(x);
+  }
+}
+
+// --- GRU -----------------------------------------------------------------------------------------
+
+// sums[r] = reset, update, new of the input, new of the state, for one vector of units.
+template <class P, int R>
+__attribute__((noinline)) void multiply_gru(Operand<typename P::Elem> x, Index K,
+                                            Operand<typename P::Elem> h, Index D,
+                                            const typename P::Elem* w, float* sums) {
+  Vec acc[R][4];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int g = 0; g < 4; ++g) acc[r][g] = fill(0.0f);
+  }
+  const auto one = [&](const typename P::Elem* from, Index row, auto broadcast, auto last)
+                       __attribute__((always_inline)) {
+                         typename P::Weight weights[3];
+#pragma GCC unroll 8
+                         for (int g = 0; g < 3; ++g)
+                           weights[g] = P::weight(w + g * kLanes * P::pair);
+                         w += 3 * kLanes * P::pair;
+#pragma GCC unroll 8
+                         for (int r = 0; r < R; ++r) {
+                           const typename P::Broadcast a = broadcast(from + r * row);
+                           acc[r][0] = P::multiply_add(acc[r][0], weights[0], a);
+                           acc[r][1] = P::multiply_add(acc[r][1], weights[1], a);
+                           acc[r][last] = P::multiply_add(acc[r][last], weights[2], a);
+                         }
+                       };
+  const auto part = [&](Operand<typename P::Elem> a, Index count,
+                        auto last) __attribute__((always_inline)) {
+    const typename P::Elem* from = a.data;
+    for (Index k = count / P::pair; k > 0; --k, from += P::pair) {
+      one(
+          from, a.row, [](const auto* p) __attribute__((always_inline)) { return P::broadcast(p); },
+          last);
+    }
+    if (count % P::pair != 0) {
+      one(
+          from, a.row,
+          [](const auto* p) __attribute__((always_inline)) { return P::broadcast_one(p); }, last);
+    }
+  };
+  struct Two {
+    constexpr operator int() const { return 2; }
+  };
+  struct Three {
+    constexpr operator int() const { return 3; }
+  };
+  part(x, K, Two{});
+  part(h, D, Three{});
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int g = 0; g < 4; ++g) store(sums + (r * 4 + g) * kLanes, acc[r][g]);
+  }
+}
+
+template <class P>
+void gru(const GruArgs& x) {
+  using Elem = typename P::Elem;
+  const Index D = x.w.D, K = x.w.K;
+  const Index per_vector = 3 * kLanes * P::pair * (steps(K, P::pair) + steps(D, P::pair));
+  alignas(64) float sums[kGruRows * 4 * kLanes];
+  for (Index unit = 0; unit < D; unit += kLanes) {
+    const Elem* w = static_cast<const Elem*>(x.w.data) + unit / kLanes * per_vector;
+    evenly(x.rows, kGruRows, [&](Index row, int R) __attribute__((always_inline)) {
+      const Operand<Elem> in{at<const Elem>(x.x, row), x.x.stride, P::pair};
+      const Operand<Elem> state{at<const Elem>(x.h, row), x.h.stride, P::pair};
+      switch (R) {
+        case 1:
+          multiply_gru<P, 1>(in, K, state, D, w, sums);
+          break;
+        case 2:
+          multiply_gru<P, 2>(in, K, state, D, w, sums);
+          break;
+        case 3:
+          multiply_gru<P, 3>(in, K, state, D, w, sums);
+          break;
+#if defined(__AVX512F__)
+        case 4:
+          multiply_gru<P, 4>(in, K, state, D, w, sums);
+          break;
+        case 5:
+          multiply_gru<P, 5>(in, K, state, D, w, sums);
+          break;
+        case 6:
+          multiply_gru<P, 6>(in, K, state, D, w, sums);
+          break;
+#endif
+      }
+      for (int i = 0; i < R; ++i) {
+        const Index r = row + i;
+        const float* s = sums + i * 4 * kLanes;
+        by_vectors(unit, least(unit + kLanes, D),
+                   [&](Index c, auto get, auto put) __attribute__((always_inline)) {
+                     const float* b = x.bias + c;
+                     const Vec reset = sigmoid<P::fast>(load(s) + get(b));
+                     const Vec update = sigmoid<P::fast>(load(s + kLanes) + get(b + D));
+                     const Vec gated = load(s + 3 * kLanes) + get(b + 3 * D);
+                     const Vec fresh =
+                         tanh<P::fast>(fma(reset, gated, load(s + 2 * kLanes) + get(b + 2 * D)));
+                     const Vec h = fma(update, get(at(x.h32, r) + c) - fresh, fresh);
+                     put(at<Elem>(x.out, r) + c, h);
+                     put(at(x.out32, r) + c, h);
+                     if (x.gates.data != nullptr) {
+                       Elem* gates = at<Elem>(x.gates, r) + c;
+                       put(gates, reset);
+                       put(gates + D, update);
+                       put(gates + 2 * D, fresh);
+                       put(gates + 3 * D, gated);
+                     }
+                   });
+      }
+    });
+  }
+}
+
+// --- weight gradients ----------------------------------------------------------------------------
+
+// Rows a block: both operands of a 400 × 400 layer, interleaved, take 2 × 200 KB of L2.
+constexpr Index kBlock = 256;
+
+template <class P>
+Index weight_gradient_scratch(Index in, Index out) {
+  return panels_size<P>(kBlock, in) + panels_size<P>(kBlock, out) + 64;
+}
+
+template <class P>
+void weight_gradient(const WeightGradientArgs& x) {
+  using Elem = typename P::Elem;
+  Elem* x_panels = static_cast<Elem*>(x.scratch);
+  Elem* deltas = x_panels + (panels_size<P>(kBlock, x.in) / Index{sizeof(Elem)} + 31) / 32 * 32;
+  const Index padded_out = vectors(x.out) * kLanes;
+  for (Index begin = 0; begin < x.rows; begin += kBlock) {
+    const Index rows = least(kBlock, x.rows - begin);
+    pack_panels<P>(rows, x.in, x_panels,
+                   [&](Index k, Index c, Index n) __attribute__((always_inline)) {
+                     const Elem* p = at<const Elem>(x.x, begin + k) + c;
+                     return n == kLanes ? load(p) : load(p, n);
+                   });
+    // step by step, all columns side by side: the microkernel broadcasts from it
+    Elem* to = deltas;
+    for (Index k = 0; k < rows; k += P::pair) {
+      const bool two = P::pair == 2 && k + 1 < rows;
+      const Index r = begin + k;
+      const Vec low = fill(x.scale ? x.scale[r] : 1.0f);
+      const Vec high = fill(two ? (x.scale ? x.scale[r + 1] : 1.0f) : 0.0f);
+      for (Index c = 0; c < x.out; c += kLanes, to += kLanes * P::pair) {
+        const Index n = least(kLanes, x.out - c);
+        const auto scaled = [&](Vec scale, Index row) __attribute__((always_inline)) {
+          return x.delta.data == nullptr ? scale
+                                         : scale * load(at<const Elem>(x.delta, row) + c, n);
+        };
+        const Vec first_row = scaled(low, r);
+        const Vec second_row = two ? scaled(high, r + 1) : fill(0.0f);
+        put_step(to, first_row, second_row);
+        if (x.bias_grad != nullptr) {
+          Vec sum = first_row + second_row;
+          if (r > 0) sum = sum + load(x.bias_grad + c, n);
+          store(x.bias_grad + c, sum, n);
+        }
+      }
+    }
+    const Operand<Elem> delta{deltas, P::pair, padded_out * P::pair};
+    // the packed rows are whole steps: the second of an odd last pair is zero
+    const Panels w{x_panels, steps(rows, P::pair) * P::pair, x.in};
+    product<P>(delta, x.out, w,
+               [&](Index row, int R, Index column, int V, const float* sums)
+                   __attribute__((always_inline)) {
+                     const Index end = least(column + V * kLanes, x.in);
+                     for (Index r = row; r < row + R; ++r, sums += V * kLanes) {
+                       float* out = at(x.weight_grad, r);
+                       by_vectors(column, end,
+                                  [&](Index c, auto get, auto put) __attribute__((always_inline)) {
+                                    Vec y = load(sums + (c - column));
+                                    if (begin > 0) y = y + get(out + c);
+                                    put(out + c, y);
+                                  });
+                     }
+                   });
+  }
+}
+
+}  // namespace
+}  // namespace fastdreamer

@@ -1,0 +1,311 @@
+#include "cpu/imagine.h"
+
+#include <algorithm>
+
+#include "cpu/parallel.h"
+
+namespace fastdreamer {
+namespace {
+
+// Rows of a tile: enough to make weights cheap, few enough that a layer's activations stay in L2.
+constexpr Index kTile = 50;
+
+constexpr Floats kNone{nullptr, 0};
+
+FloatBuffer rows_of(const float* data, Index width) {
+  return {const_cast<float*>(data), width};  // read where the caller's data is const
+}
+
+Head take_head(Arena& arena, const Kernels& k, const Mlp* mlp, Index rows, bool kept, Index first,
+               bool gradients) {
+  Head head;
+  if (mlp == nullptr) return head;
+  head.mlp = mlp;
+  head.kept = kept;
+  head.first = first;
+  head.hidden = take_mlp(arena, k, *mlp, rows, gradients);
+  if (gradients) head.deltas = take_unit_deltas(arena, k, *mlp, rows);
+  return head;
+}
+
+}  // namespace
+
+Imagine::Imagine(const ImagineArgs& args, const ImagineWants& wants, ImagineTape* tape,
+                 Arena& scratch, int threads)
+    : tape_(tape != nullptr ? tape : &own_),
+      taped_(tape != nullptr) {
+  const Kernels& k = *args.kernels;
+  const Rssm& rssm = *args.rssm;
+  const Tiling tiling(args.B, kTile, threads);
+  threads_ = threads;
+  tile_ = tiling.size;
+  const Index tiles = tiling.threads * tile_, all = args.H * args.B;
+  Arena& arena = taped_ ? tape->arena : scratch;
+  ImagineTape& t = *tape_;
+  t.args = args;
+  t.wants = wants;
+  const bool sweep = taped_ && wants.through;
+  const Index rows = sweep ? all : tiles;
+  // the critic's weight gradients need the states, too
+  t.states = take_rows(arena, k, taped_ ? all + args.B : 2 * tiles, rssm.width());
+  if (args.actor != nullptr) {
+    t.actor = take_mlp(arena, k, args.actor->mlp, rows, sweep);
+    t.actor_raw = take_floats(arena, rows, 2 * rssm.A);
+  }
+  t.deter = take_deter(arena, k, rssm, rows, sweep);
+  t.prior = take_mlp(arena, k, rssm.prior, rows, sweep);
+  if (sweep) t.slope = take_floats(arena, all, rssm.S);
+  raw_ = take_floats(scratch, tiles, 2 * rssm.S);
+  if (args.deter == nullptr) h_ = take_floats(scratch, 2 * tiles, rssm.D);
+  if (args.reward == nullptr) return;
+
+  const bool critic = taped_ && wants.critic, reward = sweep && wants.reward;
+  const Index to_value = args.target == nullptr ? all + args.B : all;
+  t.reward = take_head(arena, k, args.reward, reward ? all : tiles, reward, 1, sweep);
+  t.critic = take_head(arena, k, args.critic, critic ? to_value : tiles, critic, 0,
+                       critic || (sweep && args.target == nullptr));
+  t.target = take_head(arena, k, args.target, tiles, false, 1, sweep);
+  if (sweep) {
+    t.reward_unit = take_rows(arena, k, all, rssm.feat());
+    t.value_unit = take_rows(arena, k, all, rssm.feat());
+  }
+  if (args.returns != nullptr) {
+    t.discount = take_floats(arena, args.H, args.B);
+    std::fill_n(t.discount.data, all, args.gamma);
+  }
+  scores_ = take_floats(scratch, tiles, 1);
+}
+
+void Imagine::run() const {
+  parallel_tiles(Tiling(tape_->args.B, kTile, threads_),
+                 [&](Index begin, Index rows, int thread) { tile(begin, rows, thread); });
+}
+
+void Imagine::tile(Index begin, Index rows, int thread) const {
+  const ImagineTape& tape = *tape_;
+  const ImagineArgs& x = tape.args;
+  const Kernels& k = *x.kernels;
+  const Rssm& rssm = *x.rssm;
+  const Index A = rssm.A, D = rssm.D, S = rssm.S, B = x.B, F = rssm.feat();
+  const bool sweep = taped_ && tape.wants.through;
+  const Index scratch = thread * tile_;
+  const auto states = [&](Index t, Index col) {
+    return tape.states.at(taped_ ? t * B + begin : (2 * thread + t % 2) * tile_, col);
+  };
+  const auto h = [&](Index t) {  // of state t, in float
+    if (t == 0) return rows_of(x.start_deter, D).at(begin);
+    if (x.deter != nullptr) return rows_of(x.deter, D).at((t - 1) * B + begin);
+    return h_.at((2 * thread + t % 2) * tile_);
+  };
+  const auto optional = [&](float* data, Index width, Index row) {
+    return data == nullptr ? kNone : rows_of(data, width).at(row);
+  };
+  const Floats raw = raw_.at(scratch);
+
+  k.copy({h(0), nullptr, D, rows, states(0, 0), kNone, false});
+  k.copy({rows_of(x.start_stoch, S).at(begin), nullptr, S, rows, states(0, D), kNone, false});
+  for (Index t = 0; t < x.H; ++t) {
+    const Index row = t * B + begin;           // in the caller's arrays
+    const Index kept = sweep ? row : scratch;  // in the tape
+    // value[t] = v(feat_t)
+    if (x.value != nullptr) {
+      const bool bootstraps = x.target == nullptr && t > 0;
+      evaluate(tape.critic, t, begin, rows, thread, states(t, 0), x.value + row,
+               sweep && bootstraps ? tape.value_unit : Buffer{}, tape.wants.critic);
+      if (bootstraps) std::copy_n(x.value + row, rows, x.next_value + row - B);
+    }
+    // a_t = tanh(mean + std ε), from the actor or as given
+    const Floats action = rows_of(x.action, A).at(row);
+    if (x.actor != nullptr) {
+      const Floats actor_raw = tape.actor_raw.at(kept);
+      forward(k, x.actor->mlp, states(t, 0), rows, tape.actor, kept, actor_raw);
+      k.act({A, rows, actor_raw, rows_of(x.action_noise, A).at(row), x.actor->mean_scale,
+             x.actor->std_offset, x.actor->min_std, states(t, F), action});
+    } else {
+      k.copy({action, nullptr, A, rows, states(t, F), kNone, false});
+    }
+    // h_{t+1} = GRU(act(W [s_t, a_t]), h_t), s_{t+1} from the prior of it
+    deter_step(k, rssm, states(t, 0), h(t), rows, tape.deter, kept, states(t + 1, 0), h(t + 1));
+    forward(k, rssm.prior, states(t + 1, 0), rows, tape.prior, kept, raw);
+    k.sample({S, rows, raw, rows_of(x.state_noise, S).at(row), rssm.min_std, states(t + 1, D),
+              optional(x.stoch, S, row), optional(x.prior_mean, S, row),
+              optional(x.prior_std, S, row), sweep ? tape.slope.at(row) : kNone});
+    // r_t = reward(feat_{t+1})
+    if (x.reward != nullptr) {
+      evaluate(tape.reward, t + 1, begin, rows, thread, states(t + 1, 0), x.reward_out + row,
+               sweep ? tape.reward_unit : Buffer{}, tape.wants.reward);
+    }
+    // and the bootstrap value there, if it is not the critic's own at the next turn
+    const Head& bootstrap = x.target != nullptr ? tape.target : tape.critic;
+    if (x.next_value != nullptr && (x.target != nullptr || x.value == nullptr || t == x.H - 1)) {
+      evaluate(bootstrap, t + 1, begin, rows, thread, states(t + 1, 0), x.next_value + row,
+               sweep ? tape.value_unit : Buffer{}, false);
+    }
+  }
+  if (x.returns != nullptr) {
+    const auto matrix = [&](const float* data) { return Matrix<const float>{data, x.H, B}; };
+    k.lambda_return_forward({matrix(x.reward_out),
+                             matrix(x.next_value),
+                             matrix(tape.discount.data),
+                             x.lam,
+                             x.mix,
+                             {x.returns, x.H, B}},
+                            begin, begin + rows);
+  }
+}
+
+// out = head(feat_t); with `unit` its gradient by feat_t, which with `deltas` leaves those of the
+// layers on the tape.
+void Imagine::evaluate(const Head& head, Index t, Index begin, Index rows, int thread, Rows feat,
+                       float* out, Buffer unit, bool deltas) const {
+  const ImagineArgs& x = tape_->args;
+  const Kernels& k = *x.kernels;
+  const Index row = head.kept ? (t - head.first) * x.B + begin : thread * tile_;
+  forward(k, *head.mlp, feat, rows, head.hidden, row, {out, 1});
+  if (unit.data == nullptr && !(deltas && head.kept)) return;
+  const Rows in_grad = unit.at((t - 1) * x.B + begin);
+  backward(k, *head.mlp, head.hidden, row, head.deltas, row, rows, kNone, false, in_grad);
+}
+
+ImagineBackward::ImagineBackward(const ImagineTape& tape, const ImagineGrads& grads, Arena& scratch,
+                                 int threads)
+    : tape_(tape),
+      grads_(grads),
+      threads_(threads),
+      weights_(*tape.args.kernels) {
+  const ImagineArgs& x = tape.args;
+  const Kernels& k = *x.kernels;
+  const Rssm& rssm = *x.rssm;
+  const Tiling tiling(x.B, kTile, threads);
+  tile_ = tiling.size;
+  const Index tiles = tiling.threads * tile_, all = x.H * x.B;
+  const Index rows = tape.wants.rssm ? all : tiles;
+  deter_ = take_deter_deltas(scratch, k, rssm, rows);
+  prior_ = take_deltas(scratch, k, rssm.prior, rows);
+  if (x.actor != nullptr && tape.wants.actor) {
+    actor_ = take_deltas(scratch, k, x.actor->mlp, all);
+    weights_.add(x.actor->mlp, tape.states.at(0), tape.actor, actor_, all, nullptr,
+                 grads.actor.data(), grads.actor_rotate);
+  }
+  dh_ = take_floats(scratch, tiles, rssm.D);
+  ds_ = take_floats(scratch, tiles, rssm.S);
+  ds_da_ = take_floats(scratch, tiles, rssm.S + rssm.A);
+  if (x.reward != nullptr) {
+    d_reward_ = take_floats(scratch, x.H, x.B);
+    d_value_ = take_floats(scratch, x.H, x.B);
+    d_discount_ = take_floats(scratch, x.H, x.B);
+    if (tape.wants.reward) {
+      weights_.add(*x.reward, tape.states.at(x.B), tape.reward.hidden, tape.reward.deltas, all,
+                   d_reward_.data, grads.reward_head.data(), grads.reward_rotate);
+    }
+  }
+  if (tape.wants.rssm) {
+    add_deter_gradients(weights_, k, rssm, tape.states, tape.deter, deter_, all,
+                        {grads.inp.data(), grads.ih, grads.hh, grads.inp_rotate});
+    weights_.add(rssm.prior, tape.states.at(x.B), tape.prior, prior_, all, nullptr,
+                 grads.prior.data());
+  }
+  weights_.prepare(scratch, threads);
+}
+
+void ImagineBackward::run() const {
+  parallel_tiles(Tiling(tape_.args.B, kTile, threads_),
+                 [&](Index begin, Index rows, int thread) { tile(begin, rows, thread); });
+  weights_.run();
+}
+
+void ImagineBackward::tile(Index begin, Index rows, int thread) const {
+  const ImagineArgs& x = tape_.args;
+  const ImagineGrads& g = grads_;
+  const Kernels& k = *x.kernels;
+  const Rssm& rssm = *x.rssm;
+  const Index A = rssm.A, D = rssm.D, S = rssm.S, H = x.H, B = x.B;
+  const Index scratch = thread * tile_;
+  const Floats dh = dh_.at(scratch), ds = ds_.at(scratch), ds_da = ds_da_.at(scratch);
+  const Floats ds_before{ds_da.data, S + A}, da{ds_da.data + S, S + A};
+  const auto optional = [&](const float* data, Index width, Index row) {
+    return data == nullptr ? kNone : rows_of(data, width).at(row);
+  };
+  const auto add = [&](const float* data, Index width, Index row, Floats to) {
+    if (data == nullptr) return;
+    k.copy({rows_of(data, width).at(row), nullptr, width, rows, {nullptr, 0}, to, true});
+  };
+
+  // What reaches every reward and bootstrap value, before the sweep: the λ-return is linear.
+  if (x.reward != nullptr) {
+    const auto in = [&](const float* data) { return Matrix<const float>{data, H, B}; };
+    if (g.returns != nullptr) {
+      k.lambda_return_backward({in(g.returns),
+                                in(x.next_value),
+                                in(tape_.discount.data),
+                                in(x.returns),
+                                x.lam,
+                                x.mix,
+                                {d_reward_.data, H, B},
+                                {d_value_.data, H, B},
+                                {d_discount_.data, H, B}},
+                               begin, begin + rows);
+    } else {
+      for (Index t = 0; t < H; ++t) std::fill_n(d_reward_.data + t * B + begin, rows, 0.0f);
+    }
+    for (Index t = 0; t < H && g.reward != nullptr; ++t) {
+      for (Index i = t * B + begin; i < t * B + begin + rows; ++i) d_reward_.data[i] += g.reward[i];
+    }
+  }
+
+  std::fill_n(dh.data, rows * D, 0.0f);
+  std::fill_n(ds.data, rows * S, 0.0f);
+  for (Index t = H - 1; t >= 0; --t) {
+    const Index row = t * B + begin;
+    const Index delta = tape_.wants.rssm ? row : scratch;
+    // all that reaches state t + 1 from outside
+    add(g.deter, D, row, dh);
+    add(g.stoch, S, row, ds);
+    if (x.reward != nullptr) {
+      k.add_scaled({tape_.reward_unit.at(row), d_reward_.data + row, D, rows, dh});
+      k.add_scaled({tape_.reward_unit.at(row, D), d_reward_.data + row, S, rows, ds});
+      if (g.returns != nullptr) {
+        k.add_scaled({tape_.value_unit.at(row), d_value_.data + row, D, rows, dh});
+        k.add_scaled({tape_.value_unit.at(row, D), d_value_.data + row, S, rows, ds});
+      }
+    }
+    // s_{t+1} ~ prior(h_{t+1})
+    k.sample_backward({S, rows, ds, optional(g.prior_mean, S, row), optional(g.prior_std, S, row),
+                       rows_of(x.state_noise, S).at(row), tape_.slope.at(row),
+                       prior_.hidden[rssm.prior.depth - 1].at(delta)});
+    backward(k, rssm.prior, tape_.prior, row, prior_, delta, rows, dh, true);
+    // h_{t+1} = GRU(act(W [s_t, a_t]), h_t)
+    deter_step_backward(k, rssm, tape_.states.at(row), tape_.deter, row, deter_, delta, rows, dh,
+                        ds_da);
+    k.copy({ds_before, nullptr, S, rows, {nullptr, 0}, ds, false});
+    // a_t: the actor's input is detached, so this leaves the sweep here
+    add(g.action, A, row, da);
+    if (x.actor == nullptr) {
+      if (g.given_action != nullptr) {
+        k.copy({da, nullptr, A, rows, {nullptr, 0}, rows_of(g.given_action, A).at(row), false});
+      }
+    } else if (tape_.wants.actor) {
+      k.act_backward({A, rows, da, tape_.actor_raw.at(row), rows_of(x.action_noise, A).at(row),
+                      rows_of(x.action, A).at(row), x.actor->mean_scale, x.actor->std_offset,
+                      actor_.hidden[x.actor->mlp.depth - 1].at(row)});
+      backward(k, x.actor->mlp, tape_.actor, row, actor_, row, rows, kNone, false);
+    }
+  }
+  if (g.start_deter != nullptr) {
+    k.copy({dh, nullptr, D, rows, {nullptr, 0}, rows_of(g.start_deter, D).at(begin), false});
+  }
+  if (g.start_stoch != nullptr) {
+    k.copy({ds, nullptr, S, rows, {nullptr, 0}, rows_of(g.start_stoch, S).at(begin), false});
+  }
+}
+
+CriticBackward::CriticBackward(const ImagineTape& tape, const float* value_grad,
+                               const std::vector<LayerGrad>& grads, Index rotate, Arena& scratch,
+                               int threads)
+    : weights_(*tape.args.kernels) {
+  weights_.add(*tape.args.critic, tape.states.at(0), tape.critic.hidden, tape.critic.deltas,
+               tape.args.H * tape.args.B, value_grad, grads.data(), rotate);
+  weights_.prepare(scratch, threads);
+}
+
+}  // namespace fastdreamer

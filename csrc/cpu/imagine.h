@@ -1,0 +1,125 @@
+// Rollouts of the dynamics without observations, forward and backward: the actor inside the loop
+// (imagine) or given actions (open_loop, rssm_step), with reward and critic heads and λ-returns in
+// the same pass. Rows are independent: a thread takes a tile of them through the whole horizon.
+#pragma once
+
+#include "cpu/rssm.h"
+
+namespace fastdreamer {
+
+// Which gradients will be asked for.
+struct ImagineWants {
+  bool through =
+      false;  // any that needs the backward sweep: actor, dynamics, reward, start, action
+  bool actor = false;
+  bool rssm = false;
+  bool reward = false;
+  bool critic = false;
+};
+
+// Everything of a rollout. Float arrays [H, B, ...], contiguous, the caller's, valid and unchanged
+// as long as the tape is used; those marked * may be null.
+struct ImagineArgs {
+  const Kernels* kernels;
+  const Rssm* rssm;
+  const Actor* actor;                   // *: the actions are given
+  const Mlp *reward, *critic, *target;  // *: feat -> 1; the target bootstraps if there is one
+  float gamma, lam, mix;                // mix = 1 - λ
+  Index H, B;
+  const float *start_deter, *start_stoch;    // [B, D], [B, S]
+  const float *state_noise, *action_noise;   // action_noise *
+  float *deter, *stoch;                      // * of states 1..H
+  float* action;                             // out, or in without an actor
+  float *prior_mean, *prior_std;             // *
+  float *reward_out, *next_value, *returns;  // * [H, B]: reward and bootstrap of states 1..H
+  float* value;                              // * [H, B]: the critic's of states 0..H-1
+};
+
+// A head and its activations: of the whole rollout, or of one tile a thread.
+struct Head {
+  const Mlp* mlp = nullptr;
+  MlpBuffers hidden, deltas;
+  bool kept = false;  // row t * B + b is state t + first of row b
+  Index first = 0;
+};
+
+// What the passes over a rollout share. Row t * B + b of a buffer is step t of row b.
+struct ImagineTape {
+  ImagineArgs args{};
+  ImagineWants wants;
+  Buffer states;  // [H + 1] × B rows [h | s | a]; a is the action taken there
+  MlpBuffers actor;
+  FloatBuffer actor_raw;
+  DeterBuffers deter;
+  MlpBuffers prior;
+  FloatBuffer slope;               // d std / d raw of the latent
+  Buffer reward_unit, value_unit;  // d reward / d feat and d bootstrap / d feat of states 1..H
+  Head reward, critic, target;
+  FloatBuffer discount;  // [H, B]
+  Arena arena;
+};
+
+// The forward pass. The constructor takes memory (with the GIL held), run() computes (without).
+class Imagine {
+ public:
+  // `tape`: null, or where to leave what `wants` needs.
+  Imagine(const ImagineArgs& args, const ImagineWants& wants, ImagineTape* tape, Arena& scratch,
+          int threads);
+  void run() const;
+
+ private:
+  void tile(Index begin, Index rows, int thread) const;
+  void evaluate(const Head& head, Index t, Index begin, Index rows, int thread, Rows feat,
+                float* out, Buffer unit, bool deltas) const;
+
+  ImagineTape own_;  // where there is no tape: buffers of one tile a thread
+  ImagineTape* tape_;
+  bool taped_;
+  int threads_;
+  Index tile_;          // rows
+  FloatBuffer raw_;     // of one tile a thread
+  FloatBuffer h_;       // likewise, twice: h where the caller does not want it
+  FloatBuffer scores_;  // likewise: one head's output
+};
+
+// Gradients that reach the outputs (null: none) and where those of the inputs go (null: not
+// wanted), shaped like them.
+struct ImagineGrads {
+  const float *deter, *stoch, *action, *prior_mean, *prior_std, *reward, *returns;
+  float *start_deter, *start_stoch, *given_action;
+  std::vector<LayerGrad> actor, prior, reward_head, inp;
+  LayerGrad ih, hh;
+  Index actor_rotate, inp_rotate, reward_rotate;
+};
+
+class ImagineBackward {
+ public:
+  ImagineBackward(const ImagineTape& tape, const ImagineGrads& grads, Arena& scratch, int threads);
+  void run() const;
+
+ private:
+  void tile(Index begin, Index rows, int thread) const;
+
+  const ImagineTape& tape_;
+  const ImagineGrads& grads_;
+  int threads_;
+  Index tile_;
+  DeterDeltas deter_;
+  MlpBuffers prior_, actor_;
+  FloatBuffer dh_, ds_, ds_da_;                  // of one tile a thread
+  FloatBuffer d_reward_, d_value_, d_discount_;  // [H, B]
+  WeightGradients weights_;
+};
+
+// The critic's weight gradients for a gradient [H, B] of `value`; independent of the sweep above.
+class CriticBackward {
+ public:
+  CriticBackward(const ImagineTape& tape, const float* value_grad,
+                 const std::vector<LayerGrad>& grads, Index rotate, Arena& scratch, int threads);
+  void run() const { weights_.run(); }
+
+ private:
+  WeightGradients weights_;
+};
+
+}  // namespace fastdreamer

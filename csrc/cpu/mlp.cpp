@@ -1,0 +1,192 @@
+#include "cpu/mlp.h"
+
+#include <algorithm>
+
+#include "cpu/parallel.h"
+
+namespace fastdreamer {
+
+Buffer take_rows(Arena& arena, const Kernels& k, Index rows, Index width) {
+  return {static_cast<char*>(arena.bytes(rows * width * k.elem_size)), width, k.elem_size};
+}
+
+FloatBuffer take_floats(Arena& arena, Index rows, Index width) {
+  return {arena.take<float>(rows * width), width};
+}
+
+MlpBuffers take_mlp(Arena& arena, const Kernels& k, const Mlp& mlp, Index rows, bool keep) {
+  MlpBuffers buffers;
+  const int count = mlp.depth - (mlp.act_last ? 0 : 1);
+  Index widest = 1;
+  for (int i = 0; i < count; ++i) widest = std::max(widest, mlp.layers[i].out);
+  for (int i = 0; i < count; ++i) {
+    if (keep || i < 2) {
+      buffers.hidden[i] = take_rows(arena, k, rows, keep ? mlp.layers[i].out : widest);
+    } else {
+      buffers.hidden[i] = buffers.hidden[i - 2];
+    }
+    if (keep && mlp.act == Activation::silu) {
+      buffers.slope[i] = take_rows(arena, k, rows, mlp.layers[i].out);
+    }
+  }
+  return buffers;
+}
+
+MlpBuffers take_deltas(Arena& arena, const Kernels& k, const Mlp& mlp, Index rows) {
+  MlpBuffers deltas;
+  for (int i = 0; i < mlp.depth; ++i) {
+    deltas.hidden[i] = take_rows(arena, k, rows, mlp.layers[i].out);
+  }
+  return deltas;
+}
+
+MlpBuffers take_unit_deltas(Arena& arena, const Kernels& k, const Mlp& mlp, Index rows) {
+  MlpBuffers deltas = take_deltas(arena, k, mlp, rows);
+  Buffer& last = deltas.hidden[mlp.depth - 1];
+  if (mlp.depth > 1) {
+    last = Buffer{};
+  } else {
+    std::vector<float> ones(static_cast<std::size_t>(rows), 1.0f);
+    k.copy({{ones.data(), 1}, nullptr, 1, rows, last.at(0), {nullptr, 0}, false});
+  }
+  return deltas;
+}
+
+void forward(const Kernels& k, const Mlp& mlp, Rows in, Index rows, const MlpBuffers& buffers,
+             Index row, Floats out, Floats add) {
+  const Floats none{nullptr, 0};
+  for (int i = 0; i < mlp.depth; ++i) {
+    const Layer& layer = mlp.layers[i];
+    const bool raw = i == mlp.depth - 1 && !mlp.act_last;
+    if (raw && layer.row != nullptr && add.data == nullptr && out.stride == 1) {
+      k.dot({in, layer.in, rows, layer.row, layer.bias[0], out.data});
+    } else if (raw) {
+      k.linear({layer.forward,
+                in,
+                rows,
+                layer.bias,
+                i == 0 ? add : none,
+                Activation::none,
+                {nullptr, 0},
+                {nullptr, 0},
+                out,
+                {nullptr, 0}});
+    } else {
+      const Rows hidden = buffers.hidden[i].at(row);
+      k.linear({layer.forward,
+                in,
+                rows,
+                layer.bias,
+                i == 0 ? add : none,
+                mlp.act,
+                {nullptr, 0},
+                hidden,
+                none,
+                buffers.slope[i].at(row)});
+      in = hidden;
+    }
+  }
+}
+
+void backward(const Kernels& k, const Mlp& mlp, const MlpBuffers& saved, Index saved_row,
+              const MlpBuffers& deltas, Index delta_row, Index rows, Floats in_grad, bool add,
+              Rows in_grad_elem) {
+  const auto slope_of = [&](int i) {
+    return (mlp.act == Activation::silu ? saved.slope : saved.hidden)[i].at(saved_row);
+  };
+  for (int i = mlp.depth - 1; i > 0; --i) {
+    const Layer& layer = mlp.layers[i];
+    const Rows before = deltas.hidden[i - 1].at(delta_row);
+    if (i == mlp.depth - 1 && deltas.hidden[i].data == nullptr) {
+      k.dot_backward({slope_of(i - 1), layer.in, rows, mlp.act, layer.row, before});
+    } else {
+      k.linear({layer.backward,
+                deltas.hidden[i].at(delta_row),
+                rows,
+                nullptr,
+                {nullptr, 0},
+                mlp.act,
+                slope_of(i - 1),
+                before,
+                {nullptr, 0},
+                {nullptr, 0}});
+    }
+  }
+  if (in_grad.data == nullptr && in_grad_elem.data == nullptr) return;
+  k.linear({mlp.layers[0].backward,
+            deltas.hidden[0].at(delta_row),
+            rows,
+            nullptr,
+            add ? in_grad : Floats{nullptr, 0},
+            Activation::none,
+            {nullptr, 0},
+            in_grad_elem,
+            in_grad,
+            {nullptr, 0}});
+}
+
+namespace {
+
+// Outputs of a layer that are one task: a 400 × 400 layer makes four.
+constexpr Index kChunk = 100;
+
+}  // namespace
+
+void WeightGradients::add(Rows x, Index in, Rows delta, Index out, Index rows, const float* scale,
+                          LayerGrad grad, Index rotate) {
+  const auto shifted = [&](Rows r, Index by) {
+    return r.data == nullptr ? r
+                             : Rows{static_cast<char*>(r.data) + by * kernels_.elem_size, r.stride};
+  };
+  const Index chunks = (out + kChunk - 1) / kChunk, size = (out + chunks - 1) / chunks;
+  for (Index begin = 0; begin < out; begin += size) {
+    const Index count = std::min(size, out - begin);
+    float* weight = grad.weight + begin * grad.stride;
+    float* bias = grad.bias == nullptr ? nullptr : grad.bias + begin;
+    const Rows d = shifted(delta, begin);
+    // columns [0, in - rotate) go behind the first `rotate` of the gradient, the rest before
+    const Index head = in - rotate;
+    jobs_.push_back(
+        {x, d, head, count, rows, scale, {weight + rotate, grad.stride}, bias, nullptr});
+    if (rotate > 0) {
+      jobs_.push_back({shifted(x, head),
+                       d,
+                       rotate,
+                       count,
+                       rows,
+                       scale,
+                       {weight, grad.stride},
+                       nullptr,
+                       nullptr});
+    }
+  }
+}
+
+void WeightGradients::add(const Mlp& mlp, Rows in, const MlpBuffers& saved,
+                          const MlpBuffers& deltas, Index rows, const float* scale,
+                          const LayerGrad* grads, Index rotate) {
+  for (int i = 0; i < mlp.depth; ++i) {
+    add(i == 0 ? in : saved.hidden[i - 1].at(0), mlp.layers[i].in, deltas.hidden[i].at(0),
+        mlp.layers[i].out, rows, scale, grads[i], i == 0 ? rotate : 0);
+  }
+}
+
+void WeightGradients::prepare(Arena& arena, int threads) {
+  Index size = 0;
+  for (const auto& job : jobs_) {
+    size = std::max(size, kernels_.weight_gradient_scratch(job.in, job.out));
+  }
+  threads_ = usable_threads(threads);
+  scratch_.clear();
+  for (int i = 0; i < threads_; ++i) scratch_.push_back(arena.bytes(size));
+}
+
+void WeightGradients::run() const {
+  parallel_tasks(static_cast<Index>(jobs_.size()), threads_, [&](Index i, int thread) {
+    WeightGradientArgs job = jobs_[static_cast<std::size_t>(i)];
+    job.scratch = scratch_[static_cast<std::size_t>(thread)];
+    kernels_.weight_gradient(job);
+  });
+}
+
+}  // namespace fastdreamer

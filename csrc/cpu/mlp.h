@@ -1,0 +1,118 @@
+// Multilayer perceptrons over a tile of rows: forward, gradients of inputs, and the weight
+// gradients of a whole batch afterwards.
+#pragma once
+
+#include <vector>
+
+#include "cpu/arena.h"
+#include "cpu/kernels.h"
+
+namespace fastdreamer {
+
+constexpr int kMaxLayers = 16;
+
+// Activations or gradients of a whole call: rows of Elem in one block.
+struct Buffer {
+  char* data = nullptr;
+  Index stride = 0;  // elements
+  int elem_size = 0;
+
+  Rows at(Index row, Index col = 0) const {
+    if (data == nullptr) return {nullptr, 0};
+    return {data + (row * stride + col) * elem_size, stride};
+  }
+};
+
+// The same of floats; the memory may be a caller's.
+struct FloatBuffer {
+  float* data = nullptr;
+  Index stride = 0;
+
+  Floats at(Index row, Index col = 0) const {
+    return {data == nullptr ? nullptr : data + row * stride + col, stride};
+  }
+};
+
+Buffer take_rows(Arena& arena, const Kernels& k, Index rows, Index width);
+FloatBuffer take_floats(Arena& arena, Index rows, Index width);
+
+struct Layer {
+  Index in, out;
+  Panels forward;     // [in, out]
+  Panels backward;    // [out, in]; null data unless packed for gradients
+  const float* bias;  // [out]
+  const float* row;   // [in]: the weight of a layer with one output; else null
+};
+
+struct Mlp {
+  int depth;
+  Activation act;
+  bool act_last;  // whether the activation follows the last layer, too
+  Layer layers[kMaxLayers];
+
+  Index in() const { return layers[0].in; }
+  Index out() const { return layers[depth - 1].out; }
+};
+
+// What layers put out behind their activations (`hidden`), or the gradients before those.
+struct MlpBuffers {
+  Buffer hidden[kMaxLayers];
+  Buffer slope[kMaxLayers];  // SiLU's derivative; elsewhere without data
+};
+
+// Buffers for `rows` rows. With `keep` every layer has its own; else the layers take turns on two,
+// which is enough for a forward pass. `slopes`: room for what a backward pass needs, too.
+MlpBuffers take_mlp(Arena& arena, const Kernels& k, const Mlp& mlp, Index rows, bool keep);
+
+// Room for the gradients before the activations of every layer.
+MlpBuffers take_deltas(Arena& arena, const Kernels& k, const Mlp& mlp, Index rows);
+
+// The same for an MLP with a single output, whose own gradient is 1: as `backward` takes it.
+MlpBuffers take_unit_deltas(Arena& arena, const Kernels& k, const Mlp& mlp, Index rows);
+
+// Runs `rows` rows. A last layer without activation goes to `out` [rows, out]; `add` (or null
+// data) is added before the first activation. `row` is where in the buffers the tile lies.
+void forward(const Kernels& k, const Mlp& mlp, Rows in, Index rows, const MlpBuffers& buffers,
+             Index row, Floats out, Floats add = {nullptr, 0});
+
+// From deltas.hidden[depth - 1] (without data: from 1, the single output's) to the deltas of all
+// layers before, and the gradient of the input: into `in_grad` (or null), added to it with
+// `add`, and into `in_grad_elem` (or null).
+void backward(const Kernels& k, const Mlp& mlp, const MlpBuffers& saved, Index saved_row,
+              const MlpBuffers& deltas, Index delta_row, Index rows, Floats in_grad, bool add,
+              Rows in_grad_elem = {nullptr, 0});
+
+// Where the gradients of one layer go: [out, in] with the columns rotated as the weight's own.
+struct LayerGrad {
+  float* weight;
+  Index stride;
+  float* bias;  // or null
+};
+
+// Collects weight gradients and computes them together, split by outputs over threads, each a sum
+// over all rows in their order: equal for every number of threads.
+class WeightGradients {
+ public:
+  explicit WeightGradients(const Kernels& k) : kernels_(k) {}
+
+  // weight_grad[:, (i + rotate) % in] = Σ scale delta x[:, i]; scale null: 1; delta null: 1.
+  void add(Rows x, Index in, Rows delta, Index out, Index rows, const float* scale, LayerGrad grad,
+           Index rotate = 0);
+
+  // Every layer of an MLP whose deltas are complete.
+  void add(const Mlp& mlp, Rows in, const MlpBuffers& saved, const MlpBuffers& deltas, Index rows,
+           const float* scale, const LayerGrad* grads, Index rotate = 0);
+
+  // Takes scratch from the arena (with the GIL held) ...
+  void prepare(Arena& arena, int threads);
+  // ... and computes (without).
+  void run() const;
+
+ private:
+  const Kernels& kernels_;
+  std::vector<WeightGradientArgs> jobs_;
+  std::vector<void*> scratch_;
+  int threads_ = 1;
+};
+
+}  // namespace fastdreamer

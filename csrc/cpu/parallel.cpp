@@ -1,0 +1,20 @@
+#include "cpu/parallel.h"
+
+#if defined(__unix__) || defined(__APPLE__)
+#  include <pthread.h>
+#endif
+
+namespace fastdreamer {
+namespace {
+
+bool forked = false;
+
+#if defined(__unix__) || defined(__APPLE__)
+const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+
+}  // namespace
+
+int usable_threads(int threads) { return forked ? 1 : threads; }
+
+}  // namespace fastdreamer

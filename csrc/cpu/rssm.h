@@ -1,0 +1,71 @@
+// The recurrent state-space model and the policy, one step of a tile of rows at a time.
+//
+// A row of `states` is [h | s | a] as Elem, so that feat = [h | s] and the input layer's [s | a]
+// are contiguous slices of it; h itself is carried in float.
+#pragma once
+
+#include "cpu/mlp.h"
+
+namespace fastdreamer {
+
+struct Gru {
+  GruPanels forward;
+  const float* bias;   // as GruArgs
+  Panels backward_ih;  // [3D, K], rows new, reset, update
+  Panels backward_hh;  // [3D, D], rows reset, update, new; null data unless for gradients
+};
+
+struct Rssm {
+  Index A, D, S;
+  Mlp inp;  // [s, a] -> hidden, activation last
+  Gru gru;
+  Mlp prior;  // h -> 2S
+  float min_std;
+
+  Index hidden() const { return inp.out(); }
+  Index width() const { return D + S + A; }
+  Index feat() const { return D + S; }
+};
+
+struct Actor {
+  Mlp mlp;  // feat -> 2A
+  float mean_scale, std_offset, min_std;
+};
+
+// What the steps of the dynamics leave for a backward pass, or scratch for one step.
+struct DeterBuffers {
+  MlpBuffers inp;  // the input layer's outputs
+  Buffer gates;    // [4D], as GruArgs; no data: not wanted
+};
+DeterBuffers take_deter(Arena& arena, const Kernels& k, const Rssm& rssm, Index rows, bool keep);
+
+// h' = GRU(act(W [s, a]), h): from the rows `state` (and h in float, `h32`) to the first D columns
+// of the rows `next`, and to `out32`.
+void deter_step(const Kernels& k, const Rssm& rssm, Rows state, Floats h32, Index rows,
+                const DeterBuffers& to, Index row, Rows next, Floats out32);
+
+// Gradients before the activations that the steps' weight gradients need, or scratch for one step.
+struct DeterDeltas {
+  MlpBuffers inp;
+  Buffer gates;  // [4D], as GruBackwardArgs
+};
+DeterDeltas take_deter_deltas(Arena& arena, const Kernels& k, const Rssm& rssm, Index rows);
+
+// dh: in, the gradient of h'; out, that of h. The gradient of [s, a] goes to `ds_da` [S + A].
+void deter_step_backward(const Kernels& k, const Rssm& rssm, Rows state, const DeterBuffers& saved,
+                         Index saved_row, const DeterDeltas& deltas, Index delta_row, Index rows,
+                         Floats dh, Floats ds_da);
+
+// Where the gradients of the dynamics go.
+struct DeterGrads {
+  const LayerGrad* inp;  // one a layer
+  LayerGrad ih, hh;
+  Index rotate;  // of the input layer's columns
+};
+
+// Adds the weight gradients of all steps: row i of every buffer belongs together.
+void add_deter_gradients(WeightGradients& jobs, const Kernels& k, const Rssm& rssm,
+                         const Buffer& states, const DeterBuffers& saved, const DeterDeltas& deltas,
+                         Index rows, const DeterGrads& grads);
+
+}  // namespace fastdreamer

@@ -1,0 +1,126 @@
+"""Weights packed for the C++ core, kept until the parameters change.
+
+A pack is immutable. It is used again while every parameter it was made from is the same memory with
+the same version counter, and no optimiser has stepped since: fused optimisers change parameters
+without counting a version, hence the hook. What neither sees is a change behind autograd's back
+(``p.data.copy_(…)`` or a write through ``p.detach().numpy()``): call :func:`forget` after such.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+# first of all torch, so that the extension shares the OpenMP pool that torch loads
+from fastdreamer import _native
+from fastdreamer.ops.params import GRUParams, MLPParams
+
+LIMIT = 512
+"""Packs kept at most; the oldest goes first."""
+
+
+class _Entry(NamedTuple):
+    pack: Any
+    stamp: tuple  # versions of the parameters, and the optimisers' steps, when it was made
+    storages: tuple[StorageWeakRef, ...]  # so that an address used again is not taken for the same
+
+
+_packs: dict[tuple, _Entry] = {}
+_steps = 0
+_counts = {"packed": 0, "reused": 0}
+
+
+def _stepped(*_: Any) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_stepped)
+
+
+def forget() -> None:
+    """Drop every pack: the next call of each op packs its weights anew."""
+    _packs.clear()
+
+
+def counts() -> dict[str, int]:
+    """How many packs were made and how many used again, since the process started."""
+    return dict(_counts)
+
+
+def autocast_bf16() -> bool:
+    """Whether the call is under autocast to bfloat16, which native takes as its precision."""
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+def arrays(*tensors: Tensor | None) -> list:
+    """NumPy views (no copies) for the extension; None stays None."""
+    return [None if tensor is None else tensor.detach().numpy() for tensor in tensors]
+
+
+def pack_mlp(
+    params: MLPParams,
+    *,
+    bf16: bool,
+    gradients: bool,
+    act_last: bool = False,
+    columns: tuple[int, int] = (0, 0),
+    bias: bool = True,
+) -> Any:
+    """Pack layers, or return the pack made before.
+
+    Args:
+        params: the layers, float32.
+        bf16: the precision they are packed in.
+        gradients: whether a backward pass needs them, too.
+        act_last: whether the activation follows the last layer as well.
+        columns: (first, number) of the first layer's columns; (0, 0) takes all.
+        bias: whether the first layer has its bias.
+    """
+    tensors = (*params.weights, *params.biases)
+    key = (bf16, act_last, columns, bias, params.activation, *(t.data_ptr() for t in tensors))
+
+    def make(gradients: bool) -> Any:
+        biases = list(params.biases) if bias else [None, *params.biases[1:]]
+        return _native.PackedMlp(
+            [t.detach().contiguous().numpy() for t in params.weights],
+            [None if t is None else t.detach().contiguous().numpy() for t in biases],
+            *(params.activation, act_last, bf16, gradients, *columns, 0, torch.get_num_threads()),
+        )
+
+    return _cached(key, tensors, gradients, make)
+
+
+def pack_gru(params: GRUParams, *, bf16: bool, gradients: bool) -> Any:
+    """The same for a GRU cell."""
+    key = (bf16, *(t.data_ptr() for t in params))
+
+    def make(gradients: bool) -> Any:
+        given = [t.detach().contiguous().numpy() for t in params]
+        return _native.PackedGru(*given, bf16, gradients, torch.get_num_threads())
+
+    return _cached(key, params, gradients, make)
+
+
+def _cached(key: tuple, tensors: tuple[Tensor, ...], gradients: bool, make: Any) -> Any:
+    key += tuple(t.stride() for t in tensors if not t.is_contiguous())
+    stamp = (_steps, *(t._version for t in tensors))
+    entry = _packs.get(key)
+    if entry is not None and entry.stamp == stamp and not any(s.expired() for s in entry.storages):
+        if entry.pack.gradients or not gradients:
+            _counts["reused"] += 1
+            return entry.pack
+    elif entry is not None:
+        # what was trained before is trained again: one pack serves both directions
+        gradients = gradients or entry.pack.gradients
+    _packs.pop(key, None)
+    while len(_packs) >= LIMIT:
+        _packs.pop(next(iter(_packs)))
+    _counts["packed"] += 1
+    pack = make(gradients)
+    _packs[key] = _Entry(pack, stamp, tuple(StorageWeakRef(t.untyped_storage()) for t in tensors))
+    return pack
