@@ -72,8 +72,8 @@ def _composed(
     start: State,
     **arguments: Any,
 ) -> Imagined:
-    seen = rollout(start=start, **arguments)
-    feat = torch.cat([seen.deter, seen.stoch], -1)  # [H, B, F], states 1..H
+    deter, stoch, action = rollout(start=start, **arguments)[:3]
+    feat = torch.cat([deter, stoch], -1)  # [H, B, F], states 1..H
     predict = lambda params, x: head(params, x)[..., 0].to(x.dtype)  # noqa: E731
     reward = predict(returns.reward, feat)
     bootstrap = predict(returns.critic.detach(), feat)
@@ -81,7 +81,7 @@ def _composed(
     values = None
     if value:
         values = predict(returns.critic, torch.cat([start.feat[None], feat[:-1].detach()]))
-    return Imagined(seen.deter, seen.stoch, seen.action, reward, result, values)
+    return Imagined(deter, stoch, action, reward, result, values)
 
 
 def _rollout(*, backend: str, **arguments: Any) -> Imagined:

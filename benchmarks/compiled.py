@@ -21,12 +21,13 @@ from torch import Tensor
 
 from fastdreamer.ops import cem as cem_module
 from fastdreamer.ops.imagine import OP as IMAGINE
-from fastdreamer.ops.imagine import Imagination
+from fastdreamer.ops.lambda_return import OP as LAMBDA_RETURN
 from fastdreamer.ops.observe import Observation
 from fastdreamer.ops.open_loop import OP as OPEN_LOOP
 from fastdreamer.ops.params import (
     ActorParams,
     Normal,
+    ReturnParams,
     RSSMParams,
     State,
     actor_dist,
@@ -44,7 +45,8 @@ ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorEr
 
 
 _unroll = False
-_open_loop, _imagine = OPEN_LOOP.eager, IMAGINE.eager  # themselves, whatever stands in for them
+# The bodies themselves, whatever stands in for them.
+_open_loop, _imagine, _lambda_return = OPEN_LOOP.eager, IMAGINE.eager, LAMBDA_RETURN.eager
 
 
 @contextlib.contextmanager
@@ -81,15 +83,23 @@ def open_loop(params: RSSMParams, start: State, action: Tensor, noise: Tensor) -
 
 
 def imagine(
-    params: RSSMParams, actor: ActorParams, start: State, state_noise: Tensor, action_noise: Tensor
-) -> Imagination:
+    params: RSSMParams,
+    actor: ActorParams,
+    start: State,
+    state_noise: Tensor,
+    action_noise: Tensor,
+    returns: ReturnParams | None = None,
+) -> tuple[Tensor, ...]:
     if _unroll:
-        return compiled(_imagine)(params, actor, start, state_noise, action_noise)
+        return compiled(_imagine)(params, actor, start, state_noise, action_noise, returns)
     steps, state = [], start
     for state_noise_t, action_noise_t in zip(state_noise, action_noise, strict=True):
         state, action = compiled(_act)(params, actor, state, state_noise_t, action_noise_t)
         steps.append((*state, action))
-    return Imagination(*(torch.stack(parts) for parts in zip(*steps, strict=True)))
+    deter, stoch, action = (torch.stack(parts) for parts in zip(*steps, strict=True))
+    if returns is None:
+        return deter, stoch, action
+    return deter, stoch, action, *compiled(_heads)(returns, start, deter, stoch)
 
 
 def _act(
@@ -98,6 +108,18 @@ def _act(
     action = torch.tanh(actor_dist(actor, state.feat.detach()).sample(action_noise))
     state, _ = img_step(params, state, action, state_noise)
     return state, action
+
+
+def _heads(
+    returns: ReturnParams, start: State, deter: Tensor, stoch: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    feat = torch.cat([deter, stoch], -1)
+    before = torch.cat([start.feat[None], feat[:-1]]).detach()
+    reward = mlp(returns.reward, feat)[..., 0].to(feat.dtype)
+    next_value = mlp((returns.target or returns.critic).detach(), feat)[..., 0].to(feat.dtype)
+    value = mlp(returns.critic, before)[..., 0].to(feat.dtype)
+    discount = torch.full_like(reward, returns.gamma)
+    return reward, value, _lambda_return(reward, next_value, discount, returns.lam)
 
 
 def observe(
