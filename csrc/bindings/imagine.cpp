@@ -30,10 +30,10 @@ const PackedMlp& mlp_of(ImagineRun& tape, py::handle object) {
 // actor, rssm, reward, critic). Arrays as in cpu/imagine.h; `outputs` are deter, stoch, prior_mean,
 // prior_std, reward, next_value, returns, value, each an array or None.
 std::unique_ptr<ImagineRun> imagine_forward(const char* op, py::tuple rssm, py::object actor,
-                                      py::object heads, py::handle start_deter,
-                                      py::handle start_stoch, py::handle state_noise,
-                                      py::handle action_noise, py::handle action, py::tuple outputs,
-                                      py::object wants, int threads) {
+                                            py::object heads, py::handle start_deter,
+                                            py::handle start_stoch, py::handle state_noise,
+                                            py::handle action_noise, py::handle action,
+                                            py::tuple outputs, py::object wants, int threads) {
   auto tape = std::make_unique<ImagineRun>(op);
   ImagineRun& t = *tape;
   ImagineWants w;
@@ -124,8 +124,9 @@ std::unique_ptr<ImagineRun> imagine_forward(const char* op, py::tuple rssm, py::
 // `grads`: those that reach deter, stoch, action, prior_mean, prior_std, reward, returns. `inputs`:
 // where those of start.deter, start.stoch and the given action go. Parameters: None, or a list of
 // (weight, bias) per layer, and for the GRU its four.
-void imagine_backward(ImagineRun& t, py::tuple grads, py::tuple inputs, py::object actor, py::object inp,
-                      py::object gru, py::object prior, py::object reward, int threads) {
+void imagine_backward(ImagineRun& t, py::tuple grads, py::tuple inputs, py::object actor,
+                      py::object inp, py::object gru, py::object prior, py::object reward,
+                      int threads) {
   const char* op = t.arrays.op();
   const ImagineArgs& x = t.tape.args;
   const ImagineWants& w = t.tape.wants;

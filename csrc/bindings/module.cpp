@@ -2,7 +2,9 @@
 // files of this folder bind the rest.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <chrono>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -80,6 +82,20 @@ void lambda_return_backward(py::handle grad, py::handle next_value, py::handle d
   lambda_return(args, threads);
 }
 
+void evaluate(const std::string& name, py::handle in, py::handle out, bool bf16) {
+  const char* names[] = {"exp", "expm1", "sigmoid", "tanh", "softplus"};
+  const auto found = std::find(std::begin(names), std::end(names), name);
+  if (found == std::end(names)) fail("evaluate: there is no function '" + name + "'");
+  const Array shape("evaluate", "x", in);
+  if (shape.ndim() != 1) fail("evaluate: x must have 1 dimension");
+  Arrays arrays("evaluate");
+  const float* from = arrays.in("x", in, {shape.size(0)});
+  float* to = arrays.out("out", out, {shape.size(0)});
+  arrays.check_overlap();
+  kernels(bf16 ? Precision::bf16 : Precision::fp32)
+      .evaluate(static_cast<Function>(found - std::begin(names)), from, to, shape.size(0));
+}
+
 // GFLOP/s of multiply-adds from registers, all threads together: what no kernel can exceed.
 double peak(bool bf16, int threads, double seconds) {
   if (threads < 1 || !(seconds > 0 && seconds <= 60)) {
@@ -146,6 +162,8 @@ PYBIND11_MODULE(_native, m) {
   bind_weights(m);
   bind_imagine(m);
   bind_observe(m);
+  m.def("evaluate", &evaluate, py::arg("name"), py::arg("x"), py::arg("out"), py::arg("bf16"),
+        "An elementary function of the core (csrc/cpu/functions.h), to measure its error.");
   m.def("peak", &peak, py::arg("bf16"), py::arg("threads"), py::arg("seconds"),
         "GFLOP/s of multiply-adds from registers, of all threads together.");
   m.def(

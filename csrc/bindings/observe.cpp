@@ -25,9 +25,10 @@ struct ObserveRun {
 // E] float32, or int16 (the bits of bfloat16) with bfloat16 weights. outputs: deter, stoch, mean
 // and std of the posterior, mean and std of the prior.
 std::unique_ptr<ObserveRun> observe_forward(py::tuple rssm, py::handle start_deter,
-                                      py::handle start_stoch, py::handle embed_array,
-                                      py::handle action, py::handle is_first, py::handle noise,
-                                      py::tuple outputs, bool keep, int threads) {
+                                            py::handle start_stoch, py::handle embed_array,
+                                            py::handle action, py::handle is_first,
+                                            py::handle noise, py::tuple outputs, bool keep,
+                                            int threads) {
   auto tape = std::make_unique<ObserveRun>();
   ObserveRun& t = *tape;
   if (threads < 1) fail("observe: threads must be at least 1");
@@ -134,13 +135,14 @@ void observe_backward(ObserveRun& t, py::tuple grads, py::tuple inputs, py::obje
 }  // namespace
 
 void bind_observe(py::module_& m) {
-  py::class_<ObserveRun>(m, "ObserveTape", "What a filtered sequence leaves for its backward pass.");
+  py::class_<ObserveRun>(m, "ObserveTape",
+                         "What a filtered sequence leaves for its backward pass.");
   m.def("observe_forward", &observe_forward, py::arg("rssm"), py::arg("start_deter"),
         py::arg("start_stoch"), py::arg("embed"), py::arg("action"), py::arg("is_first"),
         py::arg("noise"), py::arg("outputs"), py::arg("keep"), py::arg("threads"),
         "The posterior filter; see csrc/bindings/observe.cpp.");
-  m.def("observe_backward", &observe_backward, py::arg("tape"), py::arg("grads"),
-        py::arg("inputs"), py::arg("parameters"), py::arg("threads"), "Its gradients.");
+  m.def("observe_backward", &observe_backward, py::arg("tape"), py::arg("grads"), py::arg("inputs"),
+        py::arg("parameters"), py::arg("threads"), "Its gradients.");
 }
 
 }  // namespace fastdreamer

@@ -170,6 +170,25 @@ void copy(const CopyArgs& x) {
   }
 }
 
+template <class P>
+void evaluate(Function function, const float* in, float* out, Index n) {
+  by_vectors(0, n, [&](Index i, auto get, auto put) __attribute__((always_inline)) {
+    const Vec x = get(in + i);
+    switch (function) {
+      case Function::exp:
+        return put(out + i, exp<P::fast>(x));
+      case Function::expm1:
+        return put(out + i, expm1<P::fast>(x));
+      case Function::sigmoid:
+        return put(out + i, sigmoid<P::fast>(x));
+      case Function::tanh:
+        return put(out + i, tanh<P::fast>(x));
+      case Function::softplus:
+        return put(out + i, softplus<P::fast>(x));
+    }
+  });
+}
+
 // 24 independent accumulators, enough to hide the latency of every multiply-add unit.
 template <class P>
 double peak(Index iterations) {

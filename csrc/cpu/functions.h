@@ -39,10 +39,10 @@ FD_INLINE Vec exp(Vec x) {
   return scale(fill(1.0f) + e.q, e.n);
 }
 
-// e^x - 1 without the cancellation near 0: 2^n q + (2^n - 1).
+// e^x - 1 for x <= 0 (and 0 above), without the cancellation near 0: 2^n q + (2^n - 1).
 template <bool fast>
 FD_INLINE Vec expm1(Vec x) {
-  const Exponential e = exponential<fast>(x);
+  const Exponential e = exponential<fast>(min(fill(0.0f), x));
   const Vec power = scale(fill(1.0f), e.n);
   return fma(power, e.q, power - fill(1.0f));
 }

@@ -33,6 +33,7 @@ constexpr Kernels table() {
   k.weight_gradient = weight_gradient<P>;
   k.lambda_return_forward = lambda_return_forward;
   k.lambda_return_backward = lambda_return_backward;
+  k.evaluate = evaluate<P>;
   k.peak = peak<P>;
   return k;
 }

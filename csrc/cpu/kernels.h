@@ -189,6 +189,9 @@ struct LambdaReturnBackward {
 
 enum class Precision : int { fp32, bf16 };
 
+// The functions of functions.h, to be measured.
+enum class Function : int { exp, expm1, sigmoid, tanh, softplus };
+
 // A row's (in the scans a column's) result does not depend on the tile it is computed in.
 struct Kernels {
   int lanes;                               // floats in a vector
@@ -212,6 +215,7 @@ struct Kernels {
   void (*weight_gradient)(const WeightGradientArgs& args);
   void (*lambda_return_forward)(const LambdaReturnForward& args, Index begin, Index end);
   void (*lambda_return_backward)(const LambdaReturnBackward& args, Index begin, Index end);
+  void (*evaluate)(Function function, const float* in, float* out, Index n);
   double (*peak)(Index iterations);  // multiply-adds from registers; returns their FLOP
 };
 

@@ -18,7 +18,9 @@ FloatBuffer rows_of(const float* data, Index width) {
 }  // namespace
 
 Observe::Observe(const ObserveArgs& args, ObserveTape* tape, Arena& scratch, int threads)
-    : tape_(tape != nullptr ? tape : &own_), taped_(tape != nullptr), threads_(threads) {
+    : tape_(tape != nullptr ? tape : &own_),
+      taped_(tape != nullptr),
+      threads_(threads) {
   const Kernels& k = *args.kernels;
   const Rssm& rssm = *args.rssm;
   const Index all = args.T * args.B, E = args.embed->in;
@@ -104,15 +106,18 @@ void Observe::prior(Index begin, Index rows, int thread) const {
   const Rssm& rssm = *x.rssm;
   const Index S = rssm.S;
   const Floats raw = raw_.at(thread * batch_tile_);
-  forward(k, rssm.prior, tape.h.at(begin), rows, tape.prior,
-          taped_ ? begin : thread * batch_tile_, raw);
+  forward(k, rssm.prior, tape.h.at(begin), rows, tape.prior, taped_ ? begin : thread * batch_tile_,
+          raw);
   k.sample({S, rows, raw, kNone, rssm.min_std, kNothing, kNone, rows_of(x.prior_mean, S).at(begin),
             rows_of(x.prior_std, S).at(begin), tape.prior_slope.at(begin)});
 }
 
 ObserveBackward::ObserveBackward(const ObserveTape& tape, const ObserveGrads& grads, Arena& scratch,
                                  int threads)
-    : tape_(tape), grads_(grads), threads_(threads), weights_(*tape.args.kernels) {
+    : tape_(tape),
+      grads_(grads),
+      threads_(threads),
+      weights_(*tape.args.kernels) {
   const ObserveArgs& x = tape.args;
   const Kernels& k = *x.kernels;
   const Rssm& rssm = *x.rssm;

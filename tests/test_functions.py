@@ -1,0 +1,111 @@
+"""The C++ core's elementary functions: the errors that csrc/cpu/functions.h states, on every ISA.
+
+An instruction set is chosen before anything is imported, so each runs in a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+NAMES = ("exp", "expm1", "sigmoid", "tanh", "softplus")
+# Largest relative error of float32 results, and of those for bfloat16 arithmetic. tanh: absolute.
+LIMITS = {
+    "exp": (1.2e-7, 8e-6),
+    "expm1": (1.8e-7, 4e-5),
+    "sigmoid": (1.6e-7, 6e-5),
+    "tanh": (1e-7, 1.2e-4),
+    "softplus": (2.6e-7, 8e-6),
+}
+
+
+def points() -> np.ndarray:
+    """The range of float32's exponential, densely around 0, and magnitudes down to 1e-30."""
+    tiny = np.logspace(-30, 0, 4001)
+    parts = [np.linspace(-100, 100, 200001), np.linspace(-3, 3, 200001), tiny, -tiny]
+    return np.unique(np.concatenate(parts).astype(np.float32))
+
+
+def evaluate(name: str, x: np.ndarray, bf16: bool) -> np.ndarray:
+    import torch  # noqa: F401  (the extension shares its OpenMP runtime)
+
+    from fastdreamer import _native
+
+    out = np.full_like(x, np.nan)
+    _native.evaluate(name, x, out, bf16)
+    return out
+
+
+def exact(name: str, x: np.ndarray) -> np.ndarray:
+    x = x.astype(np.float64)
+    return {
+        "exp": lambda: np.exp(x),
+        "expm1": lambda: np.expm1(np.minimum(x, 0)),
+        "sigmoid": lambda: 1 / (1 + np.exp(-x)),
+        "tanh": lambda: np.tanh(x),
+        "softplus": lambda: np.logaddexp(0, x),
+    }[name]()
+
+
+def check() -> None:
+    x = points()
+    for name in NAMES:
+        truth = exact(name, x)
+        for bf16 in (False, True):
+            got = evaluate(name, x, bf16)
+            normal = (np.abs(truth) < 3e38) & ((np.abs(truth) > 1.2e-38) | (truth == 0))
+            error = np.abs(got - truth)[normal]
+            size = np.abs(truth[normal])
+            if name != "tanh":
+                error = error[size > 0] / size[size > 0]
+            assert error.max() <= LIMITS[name][bf16], (name, bf16, error.max())
+            assert np.isinf(got[truth > 3.5e38]).all(), (name, bf16)
+
+
+if __name__ == "__main__":
+    check()
+
+
+def host_isas() -> list[str]:
+    from fastdreamer import _native
+
+    return _native.host_isas()
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16"])
+def test_errors_are_as_stated(isa):
+    if isa not in host_isas():
+        pytest.skip(f"this CPU has no {isa}")
+    environment = {**os.environ, "FASTDREAMER_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_ends_of_the_line(bf16):
+    x = np.array([np.inf, -np.inf, np.nan], np.float32)
+    ends = {
+        "exp": (np.inf, 0, np.nan),
+        "expm1": (0, -1, np.nan),
+        "sigmoid": (1, 0, np.nan),
+        "tanh": (1, -1, np.nan),
+        "softplus": (np.inf, 0, np.nan),
+    }
+    for name, want in ends.items():
+        np.testing.assert_array_equal(evaluate(name, x, bf16), np.float32(want), err_msg=name)
+
+
+def test_wrong_arguments():
+    from fastdreamer import _native
+
+    x = np.zeros(4, np.float32)
+    with pytest.raises(ValueError, match="there is no function 'sine'"):
+        _native.evaluate("sine", x, x.copy(), False)
+    with pytest.raises(ValueError, match="out overlaps x"):
+        _native.evaluate("exp", x, x, False)
+    with pytest.raises(ValueError, match="x must have 1 dimension"):
+        _native.evaluate("exp", x.reshape(2, 2), x.copy(), False)
