@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bindings/array.h"
+#include "bindings/cem.h"
 #include "bindings/imagine.h"
 #include "bindings/weights.h"
 #include "cpu/arena.h"
@@ -144,6 +145,7 @@ PYBIND11_MODULE(_native, m) {
         py::arg("grad_discount"), py::arg("threads"));
   bind_weights(m);
   bind_imagine(m);
+  bind_cem(m);
   m.def("peak", &peak, py::arg("bf16"), py::arg("threads"), py::arg("seconds"),
         "GFLOP/s of multiply-adds from registers, of all threads together.");
   m.def(
