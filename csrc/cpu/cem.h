@@ -42,7 +42,7 @@ class Cem {
   MlpBuffers prior_, reward_hidden_, bootstrap_hidden_;
   FloatBuffer raw_;
   FloatBuffer reward_, value_, returns_;  // [H, rows]
-  float* discount_;                       // [H, rows], γ; for all threads
+  float* discount_ = nullptr;             // [H, rows], γ; for all threads
   // scratch of one refit a thread
   FloatBuffer elites_;  // [K, A]
   Index* order_;        // [N]
