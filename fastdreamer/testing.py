@@ -42,12 +42,10 @@ LIMITS = {
         "as many roundings a step as eager or, fused, fewer; with a single element eager may be "
         "exact by luck, hence one eps",
     ),
-    "cem": Limit(
-        2.0,
-        1.0,
-        "as many roundings as eager or, fused, fewer; few scores may be exact by luck, hence one "
-        "eps (a single one says nothing: it may be a small difference of large terms)",
-    ),
+    **{
+        op: Limit(2.0, 1.0, "the same sums in another order")
+        for op in ("rssm_step", "observe", "imagine", "open_loop", "cem")
+    },
 }
 """One limit per op; see :func:`assert_accurate`."""
 

@@ -9,6 +9,7 @@
 #include "bindings/array.h"
 #include "bindings/cem.h"
 #include "bindings/imagine.h"
+#include "bindings/observe.h"
 #include "bindings/weights.h"
 #include "cpu/arena.h"
 #include "cpu/isa.h"
@@ -145,6 +146,7 @@ PYBIND11_MODULE(_native, m) {
         py::arg("grad_discount"), py::arg("threads"));
   bind_weights(m);
   bind_imagine(m);
+  bind_observe(m);
   bind_cem(m);
   m.def("peak", &peak, py::arg("bf16"), py::arg("threads"), py::arg("seconds"),
         "GFLOP/s of multiply-adds from registers, of all threads together.");
