@@ -10,13 +10,11 @@ from unittest import mock
 import numpy as np
 import torch
 
-import fastdreamer.agent
 from benchmarks.synthetic import ACTION_DIM, OBS_SHAPES
 from benchmarks.variants import VARIANTS, Variant
 from fastdreamer.agent import Dreamer
 from fastdreamer.config import preset
 from fastdreamer.ops.backend import OPS, use_backend
-from fastdreamer.ops.params import mlp
 from fastdreamer.replay import Replay
 from fastdreamer.trainer import Trainer
 
@@ -81,10 +79,6 @@ def _stand_ins(variant: Variant) -> Iterator[None]:
         if variant.backend == "compiled":
             from benchmarks import compiled  # the compiler is large, and memory.py measures us
 
-            scan = compiled.compiled(OPS["lambda_return"].eager)
-            bodies = (compiled.observe, compiled.imagine, scan)
-            for name, body in zip(LOOPS, bodies, strict=True):
+            for name, body in zip(LOOPS, (compiled.observe, compiled.imagine), strict=True):
                 stack.enter_context(mock.patch.object(OPS[name], "eager", body))
-            head = compiled.compiled(mlp)
-            stack.enter_context(mock.patch.object(fastdreamer.agent, "mlp", head))
         yield

@@ -298,8 +298,8 @@ class Dreamer(nn.Module):
         """Backward, clip, step; return the gradients' norms before clipping.
 
         Args:
-            by_name: losses by the name of the optimiser whose parameters they reach, and no other's, so
-                that one backward pass serves them all.
+            by_name: losses by the name of the optimiser whose parameters they reach, and no
+                other's, so that one backward pass serves them all.
             optimizers: all of them.
             parts: terms of the losses, looked at first.
         """

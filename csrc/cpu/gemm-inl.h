@@ -1,11 +1,12 @@
 // Matrix products of a tile of rows with packed weights, and what ends in their registers.
 //
-// The microkernel holds kRows × kVectors accumulators: 25 of the 32 registers of AVX-512 (5 × 5
-// divides 400 = 25 · 16 columns and tiles of 50 rows), 12 of the 16 of AVX2. Weights stream from
-// L2 panel by panel while the tile's rows stay near; each activation is broadcast once per panel.
-// On a CPU with AMX, a third Precision whose multiply() is _tile_dpbf16ps on 16 × 16 tiles, with
-// panels of 16 columns and 32 k in the same pair order, would replace the loop in multiply();
-// epilogues and everything above stay as they are.
+// The microkernel holds kRows × kVectors accumulators: 24 of the 32 registers of AVX-512, 12 of the
+// 16 of AVX2. (On Zen 4, 5 × 5, 6 × 4, 8 × 3 and 12 × 2 reach 85 to 91 % of the peak alike at K = N
+// = 400; 6 × 4 loses least where K is 200.) Weights stream from L2 panel by panel while the tile's
+// rows stay near; each activation is broadcast once per panel. On a CPU with AMX, a third Precision
+// whose multiply() is _tile_dpbf16ps on 16 × 16 tiles, with panels of 16 columns and 32 k in the
+// same pair order, would replace the loop in multiply(); epilogues and everything above stay as
+// they are.
 #pragma once
 
 #include "cpu/functions.h"
@@ -16,7 +17,7 @@ namespace fastdreamer {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kRows = 5, kVectors = 5, kGruRows = 6;
+constexpr int kRows = 6, kVectors = 4, kGruRows = 6;
 #elif defined(__AVX2__)
 constexpr int kRows = 4, kVectors = 3, kGruRows = 3;
 #else
@@ -96,21 +97,21 @@ __attribute__((noinline)) void multiply(Operand<typename P::Elem> a, Index K,
                                         const typename P::Elem* w, float* sums) {
   constexpr int step = V * kLanes * P::pair;
   Vec acc[R][V];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v) acc[r][v] = fill(0.0f);
   }
   const auto one = [&](const typename P::Elem* from, auto broadcast)
                        __attribute__((always_inline)) {
                          typename P::Weight weights[V];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
                          for (int v = 0; v < V; ++v)
                            weights[v] = P::weight(w + v * kLanes * P::pair);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
                          for (int r = 0; r < R; ++r) {
                            const typename P::Broadcast x = broadcast(from + r * a.row);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
                            for (int v = 0; v < V; ++v)
                              acc[r][v] = P::multiply_add(acc[r][v], weights[v], x);
                          }
@@ -122,51 +123,24 @@ __attribute__((noinline)) void multiply(Operand<typename P::Elem> a, Index K,
   if (K % P::pair != 0) {
     one(from, [](const auto* p) __attribute__((always_inline)) { return P::broadcast_one(p); });
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v) store(sums + (r * V + v) * kLanes, acc[r][v]);
   }
 }
 
-template <class P, int R>
-FD_INLINE void multiply_vectors(int V, Operand<typename P::Elem> a, Index K,
-                                const typename P::Elem* w, float* sums) {
-  switch (V) {
-    case 1:
-      return multiply<P, R, 1>(a, K, w, sums);
-    case 2:
-      return multiply<P, R, 2>(a, K, w, sums);
-    case 3:
-      return multiply<P, R, 3>(a, K, w, sums);
-#if defined(__AVX512F__) || !defined(__AVX2__)
-    case 4:
-      return multiply<P, R, 4>(a, K, w, sums);
-#endif
-#if defined(__AVX512F__)
-    case 5:
-      return multiply<P, R, 5>(a, K, w, sums);
-#endif
-  }
-}
-
-template <class P>
-FD_INLINE void multiply_any(int R, int V, Operand<typename P::Elem> a, Index K,
+// multiply<P, R, V> with R <= rows of the kernel and V <= its vectors, known at run time.
+template <class P, int R = kRows, int V = kVectors>
+FD_INLINE void multiply_any(int rows, int vectors, Operand<typename P::Elem> a, Index K,
                             const typename P::Elem* w, float* sums) {
-  switch (R) {
-    case 1:
-      return multiply_vectors<P, 1>(V, a, K, w, sums);
-    case 2:
-      return multiply_vectors<P, 2>(V, a, K, w, sums);
-    case 3:
-      return multiply_vectors<P, 3>(V, a, K, w, sums);
-    case 4:
-      return multiply_vectors<P, 4>(V, a, K, w, sums);
-#if defined(__AVX512F__)
-    case 5:
-      return multiply_vectors<P, 5>(V, a, K, w, sums);
-#endif
+  if constexpr (V > 1) {
+    if (vectors < V) return multiply_any<P, R, V - 1>(rows, vectors, a, K, w, sums);
   }
+  if constexpr (R > 1) {
+    if (rows < R) return multiply_any<P, R - 1, V>(rows, vectors, a, K, w, sums);
+  }
+  multiply<P, R, V>(a, K, w, sums);
 }
 
 // Calls body(begin, count) on groups of at most `most` that cover [0, n), as even as they can be:
@@ -216,18 +190,45 @@ FD_INLINE void put_step(Bfloat16* to, Vec low, Vec high) {
   word_store(to, to_bfloat16(low) | up16(to_bfloat16(high)));
 }
 
-// Writes the steps of [K, N] by panels; row(k, column, n) loads n elements of a row.
-template <class P, class Load>
-FD_INLINE void pack_panels(Index K, Index N, typename P::Elem* to, Load row) {
+// Writes the steps of [K, N] by panels: step(to, k, whether there is a k + 1, column, n).
+template <class P, class Step>
+FD_INLINE void by_steps(Index K, Index N, typename P::Elem* to, Step step) {
   by_panels(N, [&](Index first_vector, int V) __attribute__((always_inline)) {
     for (Index k = 0; k < K; k += P::pair) {
       for (int v = 0; v < V; ++v, to += kLanes * P::pair) {
-        const Index column = (first_vector + v) * kLanes, n = least(kLanes, N - column);
-        const bool two = P::pair == 2 && k + 1 < K;
-        put_step(to, row(k, column, n), two ? row(k + 1, column, n) : fill(0.0f));
+        const Index column = (first_vector + v) * kLanes;
+        step(to, k, P::pair == 2 && k + 1 < K, column, least(kLanes, N - column));
       }
     }
   });
+}
+
+// row(k, column, n) loads n elements of a row of floats.
+template <class P, class Load>
+FD_INLINE void pack_panels(Index K, Index N, typename P::Elem* to, Load row) {
+  by_steps<P>(K, N, to,
+              [&](auto* step, Index k, bool two, Index column, Index n)
+                  __attribute__((always_inline)) {
+                    put_step(step, row(k, column, n), two ? row(k + 1, column, n) : fill(0.0f));
+                  });
+}
+
+// The same from stored elements, as they are.
+FD_INLINE void copy_step(float* to, const float* low, const float*, Index n) {
+  store(to, load(low, n));
+}
+FD_INLINE void copy_step(Bfloat16* to, const Bfloat16* low, const Bfloat16* high, Index n) {
+  const bool whole = n == kLanes;
+  Words step = whole ? widen(low) : widen(low, n);
+  if (high != nullptr) step = step | up16(whole ? widen(high) : widen(high, n));
+  word_store(to, step);
+}
+
+// What a step holds, as the sum of its one or two rows.
+FD_INLINE Vec step_sum(const float* step) { return load(step); }
+FD_INLINE Vec step_sum(const Bfloat16* step) {
+  const Words w = word_load(step);
+  return floats(up16(w)) + floats(w & word_fill(0xffff0000u));
 }
 
 FD_INLINE Index rotated(Index i, Index by, Index size) { return (i + by) % size; }
@@ -373,19 +374,19 @@ __attribute__((noinline)) void multiply_gru(Operand<typename P::Elem> x, Index K
                                             Operand<typename P::Elem> h, Index D,
                                             const typename P::Elem* w, float* sums) {
   Vec acc[R][4];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int g = 0; g < 4; ++g) acc[r][g] = fill(0.0f);
   }
   const auto one = [&](const typename P::Elem* from, Index row, auto broadcast, auto last)
                        __attribute__((always_inline)) {
                          typename P::Weight weights[3];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
                          for (int g = 0; g < 3; ++g)
                            weights[g] = P::weight(w + g * kLanes * P::pair);
                          w += 3 * kLanes * P::pair;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
                          for (int r = 0; r < R; ++r) {
                            const typename P::Broadcast a = broadcast(from + r * row);
                            acc[r][0] = P::multiply_add(acc[r][0], weights[0], a);
@@ -415,9 +416,9 @@ __attribute__((noinline)) void multiply_gru(Operand<typename P::Elem> x, Index K
   };
   part(x, K, Two{});
   part(h, D, Three{});
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int g = 0; g < 4; ++g) store(sums + (r * 4 + g) * kLanes, acc[r][g]);
   }
 }
@@ -507,28 +508,31 @@ void weight_gradient(const WeightGradientArgs& x) {
   const Index padded_out = vectors(x.out) * kLanes;
   for (Index begin = 0; begin < x.rows; begin += kBlock) {
     const Index rows = least(kBlock, x.rows - begin);
-    pack_panels<P>(rows, x.in, x_panels,
-                   [&](Index k, Index c, Index n) __attribute__((always_inline)) {
-                     const Elem* p = at<const Elem>(x.x, begin + k) + c;
-                     return n == kLanes ? load(p) : load(p, n);
-                   });
+    by_steps<P>(rows, x.in, x_panels,
+                [&](Elem* step, Index k, bool two, Index c, Index n)
+                    __attribute__((always_inline)) {
+                      const Elem* row = at<const Elem>(x.x, begin + k) + c;
+                      copy_step(step, row, two ? row + x.x.stride : nullptr, n);
+                    });
     // step by step, all columns side by side: the microkernel broadcasts from it
     Elem* to = deltas;
     for (Index k = 0; k < rows; k += P::pair) {
       const bool two = P::pair == 2 && k + 1 < rows;
       const Index r = begin + k;
+      const Elem* row = x.delta.data == nullptr ? nullptr : at<const Elem>(x.delta, r);
       const Vec low = fill(x.scale ? x.scale[r] : 1.0f);
       const Vec high = fill(two ? (x.scale ? x.scale[r + 1] : 1.0f) : 0.0f);
       for (Index c = 0; c < x.out; c += kLanes, to += kLanes * P::pair) {
         const Index n = least(kLanes, x.out - c);
-        const auto scaled = [&](Vec scale, Index row) __attribute__((always_inline)) {
-          return x.delta.data == nullptr ? scale
-                                         : scale * load(at<const Elem>(x.delta, row) + c, n);
-        };
-        const Vec first_row = scaled(low, r);
-        const Vec second_row = two ? scaled(high, r + 1) : fill(0.0f);
-        put_step(to, first_row, second_row);
-        const Vec sum = first_row + second_row;
+        if (row == nullptr) {
+          put_step(to, low, high);
+        } else if (x.scale == nullptr) {
+          copy_step(to, row + c, two ? row + x.delta.stride + c : nullptr, n);
+        } else {
+          const Vec second = two ? load(row + x.delta.stride + c, n) : high;
+          put_step(to, low * load(row + c, n), high * second);
+        }
+        const Vec sum = step_sum(to);
         store(delta_sums + c, k == 0 ? sum : load(delta_sums + c) + sum);
       }
     }

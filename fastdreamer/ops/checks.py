@@ -42,18 +42,16 @@ def check_tensor(
     sizes = tensor.shape
     if (
         len(sizes) == len(shape)
-        and all(
-            size == (dims.get(letter, size) if isinstance(letter, str) else letter)
-            for letter, size in zip(shape, sizes, strict=True)
-        )
         and (tensor.is_floating_point() if dtype is None else tensor.dtype == dtype)
         and (like is None or tensor.device == like.device)
         and (not contiguous or tensor.is_contiguous())
     ):
-        new = {}
+        new: dict[str, int] = {}  # entered only if all agree: the message names what was known
         for letter, size in zip(shape, sizes, strict=True):
-            # A letter that stands twice in one shape must agree with itself as well.
-            if isinstance(letter, str) and new.setdefault(letter, size) != size:
+            known = letter if isinstance(letter, int) else dims.get(letter)
+            if known is None:  # a letter that stands twice must agree with itself as well
+                known = new.setdefault(letter, size)
+            if known != size:
                 break
         else:
             dims.update(new)

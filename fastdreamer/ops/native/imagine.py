@@ -17,8 +17,8 @@ from fastdreamer.ops.native.packs import (
     autocast_bf16,
     flat,
     layers,
-    pack_gru,
     pack_mlp,
+    pack_rssm,
     split,
 )
 from fastdreamer.ops.params import (
@@ -37,10 +37,10 @@ class _Call:
         self,
         op: str,
         params: RSSMParams,
-        actor: ActorParams | None,
-        returns: ReturnParams | None,
+        actor: ActorParams | None = None,
+        returns: ReturnParams | None = None,
         *,
-        prior: bool,
+        prior: bool = False,
     ) -> None:
         self.op, self.params, self.actor, self.returns, self.prior = (
             op,
@@ -51,12 +51,8 @@ class _Call:
         )
         self.bf16 = autocast_bf16()
         self.tape: Any = None
-        critic = returns.critic if returns is not None else None
-        self.wants_critic = (
-            critic is not None
-            and torch.is_grad_enabled()
-            and any(t.requires_grad for t in (*critic.weights, *critic.biases))
-        )
+        critic = () if returns is None else flat(returns.critic)
+        self.wants_critic = torch.is_grad_enabled() and any([t.requires_grad for t in critic])
 
     def parameters(self) -> list[tuple[Tensor, ...]]:
         """The differentiable parameters: actor, input layer, GRU, prior, reward head."""
@@ -69,6 +65,65 @@ class _Call:
             () if returns is None else flat(returns.reward),
         ]
 
+    def __call__(self, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Run on start.deter, start.stoch, state_noise, action_noise and given action."""
+        if not torch.is_grad_enabled():  # without the node, which takes as long as a small step
+            return self.run(*inputs, wants=(False, False, False, False, False))
+        parameters = [tensor for group in self.parameters() for tensor in group]
+        outputs = _Rollout.apply(self, *inputs, *parameters)
+        # the nodes keep what they need; a tape is to live as long as they
+        self.params = self.actor = None
+        return outputs
+
+    def run(
+        self,
+        start_deter: Tensor,
+        start_stoch: Tensor,
+        state_noise: Tensor,
+        action_noise: Tensor | None,
+        action: Tensor | None,
+        *,
+        wants: tuple[bool, ...],
+    ) -> tuple[Tensor | None, ...]:
+        """deter, stoch, action, prior mean and std, reward, next_value, returns, value."""
+        through, keep = wants[0], wants[0] or self.wants_critic
+        policy, returns = self.actor, self.returns
+        pack = {"bf16": self.bf16, "gradients": through}
+        model = pack_rssm(self.params, **pack)
+        if policy is not None:
+            policy = (pack_mlp(policy.mlp, **pack), *policy[1:])
+        heads = None
+        if returns is not None:
+            pack["gradients"] = keep
+            heads = (
+                pack_mlp(returns.reward, **pack),
+                pack_mlp(returns.critic, **pack),
+                returns.target and pack_mlp(returns.target, **pack),
+                returns.gamma,
+                returns.lam,
+            )
+        H, B, S = state_noise.shape
+        new = torch.empty
+        if action is None:
+            action = new(action_noise.shape)
+        deter, stoch = new(H, B, start_deter.shape[1]), new(H, B, S)
+        mean = std = reward = next_value = total = value = None
+        if self.prior:
+            mean, std = new(H, B, S), new(H, B, S)
+        if heads is not None:
+            reward, next_value, total, value = new(H, B), new(H, B), new(H, B), new(H, B)
+        self.tape = _native.imagine_forward(
+            self.op,
+            model,
+            policy,
+            heads,
+            *arrays(start_deter, start_stoch, state_noise, action_noise, action),
+            tuple(arrays(deter, stoch, mean, std, reward, next_value, total, value)),
+            wants if keep else None,
+            torch.get_num_threads(),
+        )
+        return deter, stoch, action, mean, std, reward, next_value, total, value
+
 
 def imagine(
     params: RSSMParams,
@@ -77,100 +132,53 @@ def imagine(
     state_noise: Tensor,
     action_noise: Tensor,
     returns: ReturnParams | None,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     """See ``fastdreamer.ops.imagine``: deter, stoch, action, reward, value and returns."""
-    call = _Call("imagine", params, actor, returns, prior=False)
-    deter, stoch, action, _, _, reward, _, total, value = _Rollout.apply(
-        call, *start, state_noise, action_noise, None, *_all(call)
+    call = _Call("imagine", params, actor, returns)
+    deter, stoch, action, _, _, reward, _, total, value = call(
+        *start, state_noise, action_noise, None
     )
     if call.wants_critic:
-        value = _Value.apply(value, call, *flat(returns.critic))
-    call.params = call.actor = call.returns = None  # the nodes keep what they need
+        value = _Value.apply(value, call.tape, *flat(returns.critic))
     return deter, stoch, action, reward, value, total
 
 
 def open_loop(params: RSSMParams, start: State, action: Tensor, noise: Tensor) -> State:
     """See ``fastdreamer.ops.open_loop``."""
-    call = _Call("open_loop", params, None, None, prior=False)
-    deter, stoch, *_ = _Rollout.apply(call, *start, noise, None, action, *_all(call))
-    return State(deter, stoch)
+    return State(*_Call("open_loop", params)(*start, noise, None, action)[:2])
 
 
 def rssm_step(
     params: RSSMParams, state: State, action: Tensor, noise: Tensor
 ) -> tuple[State, Normal]:
     """See ``fastdreamer.ops.rssm_step``: a rollout of one step."""
-    call = _Call("rssm_step", params, None, None, prior=True)
-    deter, stoch, _, mean, std, *_ = _Rollout.apply(
-        call, *state, noise[None], None, action[None], *_all(call)
-    )
+    call = _Call("rssm_step", params, prior=True)
+    deter, stoch, _, mean, std, *_ = call(*state, noise[None], None, action[None])
     return State(deter[0], stoch[0]), Normal(mean[0], std[0])
 
 
 class _Rollout(torch.autograd.Function):
-    """deter, stoch, action, prior mean and std, reward, next_value, returns, value."""
-
     @staticmethod
-    def forward(
-        ctx, call, start_deter, start_stoch, state_noise, action_noise, action, *parameters
-    ):
-        sizes = [len(group) for group in call.parameters()]
-        asked = [any(group) for group in split(ctx.needs_input_grad[6:], sizes)]
-        actor, rssm, reward = asked[0], any(asked[1:4]), asked[4]
-        through = any(ctx.needs_input_grad)
-        wants = (through, actor, rssm, reward, call.wants_critic)
-
-        pack = dict(bf16=call.bf16, gradients=through)
-        params, policy, returns = call.params, call.actor, call.returns
-        model = (
-            pack_mlp(params.inp, act_last=True, **pack),
-            pack_gru(params.gru, **pack),
-            pack_mlp(params.prior, **pack),
-            params.min_std,
+    def forward(ctx, call, *tensors):
+        inputs, parameters = tensors[:5], tensors[5:]
+        ctx.sizes = [len(group) for group in call.parameters()]
+        asked = [any(group) for group in split(ctx.needs_input_grad[6:], ctx.sizes)]
+        ctx.wants = (
+            any(ctx.needs_input_grad),
+            *(asked[0], any(asked[1:4]), asked[4]),
+            call.wants_critic,
         )
-        policy = policy and (pack_mlp(policy.mlp, **pack), *policy[1:])
-        heads = None
-        if returns is not None:
-            pack["gradients"] = through or call.wants_critic
-            heads = (
-                pack_mlp(returns.reward, **pack),
-                pack_mlp(returns.critic, **pack),
-                returns.target and pack_mlp(returns.target, **pack),
-                returns.gamma,
-                returns.lam,
-            )
-
-        H, B, S = state_noise.shape
-        new = state_noise.new_empty
-        given = action is not None
-        if not given:
-            action = new(action_noise.shape)
-        deter, stoch = new(H, B, start_deter.shape[1]), new(H, B, S)
-        mean, std = (new(H, B, S), new(H, B, S)) if call.prior else (None, None)
-        reward_out = next_value = total = value = None
-        if heads is not None:
-            reward_out, next_value, total, value = (new(H, B) for _ in range(4))
-        outputs = (deter, stoch, mean, std, reward_out, next_value, total, value)
-        call.tape = _native.imagine_forward(
-            call.op,
-            model,
-            policy,
-            heads,
-            *arrays(start_deter, start_stoch, state_noise, action_noise, action),
-            tuple(arrays(*outputs)),
-            wants if through or call.wants_critic else None,
-            torch.get_num_threads(),
-        )
+        outputs = call.run(*inputs, wants=ctx.wants)
+        deter, stoch, action, mean, std, reward, next_value, total, value = outputs
         ctx.set_materialize_grads(False)
-        ctx.tape, ctx.sizes, ctx.wants, ctx.given = call.tape, sizes, wants, given
+        ctx.tape, ctx.given = call.tape, inputs[4] is not None
         # the tape points into these; saved, so that autograd refuses if they are changed
         ctx.save_for_backward(
-            state_noise, action_noise, action, next_value, total, start_deter, *parameters
+            inputs[2], inputs[3], action, next_value, total, inputs[0], *parameters
         )
-        ctx.mark_non_differentiable(*(t for t in (next_value, value) if t is not None))
-        if given:
-            return deter, stoch, None, mean, std, reward_out, next_value, total, value
-        return deter, stoch, action, mean, std, reward_out, next_value, total, value
+        ctx.mark_non_differentiable(*[t for t in (next_value, value) if t is not None])
+        given = None if ctx.given else action
+        return deter, stoch, given, mean, std, reward, next_value, total, value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -213,8 +221,8 @@ class _Value(torch.autograd.Function):
     """The critic's values of a rollout, differentiable by the critic's parameters."""
 
     @staticmethod
-    def forward(ctx, value, call, *critic):
-        ctx.tape = call.tape
+    def forward(ctx, value, tape, *critic):
+        ctx.tape = tape
         ctx.save_for_backward(*critic)
         return value.view_as(value)
 
@@ -227,7 +235,3 @@ class _Value(torch.autograd.Function):
             ctx.tape, grad.contiguous().numpy(), layers(grads), torch.get_num_threads()
         )
         return None, None, *grads
-
-
-def _all(call: _Call) -> list[Tensor]:
-    return [tensor for group in call.parameters() for tensor in group]

@@ -11,8 +11,8 @@ from fastdreamer.ops.native.packs import (
     autocast_bf16,
     flat,
     layers,
-    pack_gru,
     pack_mlp,
+    pack_rssm,
     split,
 )
 from fastdreamer.ops.params import Normal, RSSMParams, State
@@ -43,13 +43,10 @@ class _Observe(torch.autograd.Function):
         T, B, S = noise.shape
         D = deter.shape[1]
         keep = any(ctx.needs_input_grad)
-        pack = dict(bf16=bf16, gradients=keep)
+        pack = {"bf16": bf16, "gradients": keep}
         first = params.post._replace(weights=params.post.weights[:1], biases=params.post.biases[:1])
         model = (
-            pack_mlp(params.inp, act_last=True, **pack),
-            pack_gru(params.gru, **pack),
-            pack_mlp(params.prior, **pack),
-            params.min_std,
+            *pack_rssm(params, **pack),
             pack_mlp(params.post, columns=(0, D), bias=False, **pack),
             pack_mlp(first, columns=(D, embed.shape[2]), **pack),
         )
