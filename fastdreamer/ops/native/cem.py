@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastdreamer import _native
 from fastdreamer.ops.cem import Plan
-from fastdreamer.ops.native.packs import arrays, autocast_bf16, pack_gru, pack_mlp
+from fastdreamer.ops.native.packs import arrays, autocast_bf16, pack_mlp, pack_rssm
 from fastdreamer.ops.params import ReturnParams, RSSMParams, State
 
 
@@ -26,12 +26,6 @@ def cem(
 ) -> Plan:
     """See ``fastdreamer.ops.cem``."""
     pack = {"bf16": autocast_bf16(), "gradients": False}
-    model = (
-        pack_mlp(params.inp, act_last=True, **pack),
-        pack_gru(params.gru, **pack),
-        pack_mlp(params.prior, **pack),
-        params.min_std,
-    )
     bootstrap = (returns.target or returns.critic) if score == "lambda_return" else None
     heads = (
         pack_mlp(returns.reward, **pack),
@@ -42,7 +36,7 @@ def cem(
     mean, std = mean.clone(), std.clone()  # the extension refits them in place
     scores = mean.new_empty(iterations, batch, samples)
     _native.cem(
-        *(model, heads),
+        *(pack_rssm(params, **pack), heads),
         *arrays(*start, mean, std, action_noise, state_noise, scores),
         *(num_elites, min_std, clip, torch.get_num_threads()),
     )
