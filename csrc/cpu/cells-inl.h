@@ -106,6 +106,21 @@ void act_backward(const ActBackwardArgs& x) {
   }
 }
 
+// Multiplied, then added, as the eager body does: both plan with the same candidates.
+template <class P>
+void perturb(const PerturbArgs& x) {
+  const Vec low = fill(-x.clip), high = fill(x.clip);
+  for (Index row = 0; row < x.rows; ++row) {
+    const float* noise = at(x.noise, row);
+    by_vectors(0, x.A, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
+      const Vec free = get(x.mean + c) + get(x.std + c) * get(noise + c);
+      const Vec a = min(high, max(low, free));  // bounds first: NaN passes
+      if (x.out.data != nullptr) put(at<typename P::Elem>(x.out, row) + c, a);
+      if (x.out32.data != nullptr) put(at(x.out32, row) + c, a);
+    });
+  }
+}
+
 template <class P>
 void dot(const DotArgs& x) {
   for (Index row = 0; row < x.rows; ++row) {

@@ -126,6 +126,16 @@ struct ActBackwardArgs {
   Rows raw_grad;  // [2A]
 };
 
+// out = clamp(mean + std * noise, ±clip), the same mean and std for every row; NaN stays NaN.
+struct PerturbArgs {
+  Index A, rows;
+  const float *mean, *std;  // [A]
+  Floats noise;
+  float clip;
+  Rows out;      // null data: not wanted
+  Floats out32;  // likewise
+};
+
 // out[r] = in[r] · weight + bias.
 struct DotArgs {
   Rows in;
@@ -207,6 +217,7 @@ struct Kernels {
   void (*sample_backward)(const SampleBackwardArgs& args);
   void (*act)(const ActArgs& args);
   void (*act_backward)(const ActBackwardArgs& args);
+  void (*perturb)(const PerturbArgs& args);
   void (*dot)(const DotArgs& args);
   void (*dot_backward)(const DotBackwardArgs& args);
   void (*add_scaled)(const AddScaledArgs& args);

@@ -91,6 +91,10 @@ FD_INLINE Vec gather(const float* p, Index stride, Index n) {
 }
 // x * 2^n for integral n; overflows to inf, underflows to 0, NaN stays NaN.
 FD_INLINE Vec scale(Vec x, Vec n) { return {_mm512_scalef_ps(x.v, n.v)}; }
+// t - round(t), of anything but NaN a number in [-1/2, 1/2].
+FD_INLINE Vec fraction(Vec t) { return {_mm512_reduce_ps(t.v, 8)}; }
+// t where scale() can take it.
+FD_INLINE Vec exponent(Vec t) { return t; }
 
 #elif defined(__AVX2__)
 
@@ -178,6 +182,9 @@ FD_INLINE Vec scale(Vec x, Vec n) {
   return {_mm256_mul_ps(_mm256_mul_ps(x.v, power(half)), power(_mm256_sub_epi32(whole, half)))};
 }
 
+FD_INLINE Vec fraction(Vec t) { return t - round(t); }
+FD_INLINE Vec exponent(Vec t) { return min(fill(130.0f), max(fill(-150.0f), t)); }
+
 #else
 
 constexpr int kLanes = 1;
@@ -252,6 +259,8 @@ FD_INLINE Vec scale(Vec x, Vec n) {
   };
   return {x.v * power(half) * power(whole - half)};
 }
+FD_INLINE Vec fraction(Vec t) { return t - round(t); }
+FD_INLINE Vec exponent(Vec t) { return min(fill(130.0f), max(fill(-150.0f), t)); }
 
 #endif
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -152,4 +153,10 @@ def top(scores: Tensor, k: int) -> Tensor:
     return torch.sort(-scores, stable=True).indices[:, :k]
 
 
-OP = Op("cem", eager=eager)
+def _load_native() -> Callable:
+    from fastdreamer.ops.native.cem import cem
+
+    return cem
+
+
+OP = Op("cem", eager=eager, native=_load_native)

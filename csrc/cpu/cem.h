@@ -1,0 +1,51 @@
+// Planning by the cross-entropy method: all iterations, candidates, rollouts, scores and refits, in
+// one call. Rows are candidates; a thread takes a tile of them through the whole horizon.
+#pragma once
+
+#include "cpu/rssm.h"
+
+namespace fastdreamer {
+
+// Everything of a call. Float arrays, contiguous, the caller's, valid during the call; outputs
+// alias nothing. Candidate n of start state b is row b * N + n.
+struct CemArgs {
+  const Kernels* kernels;
+  const Rssm* rssm;
+  const Mlp *reward, *bootstrap;  // feat -> 1; bootstrap null: the score is the sum of rewards,
+  float gamma, lam, mix;          // else G_0 of the λ-return with these; mix = 1 - λ
+  Index I, H, B, N, K;            // I may be 0; 1 <= K <= N
+  float min_std, clip;
+  const float *start_deter, *start_stoch;   // [B, D], [B, S]
+  const float *action_noise, *state_noise;  // [I, H, B, N, A], [I, H, B, N, S]
+  float *mean, *std;  // [H, B, A]; in: the Normal to start from, out: the last
+  float* scores;      // [I, B, N]
+};
+
+// The constructor takes memory (with the GIL held), run() computes (without). Results are equal
+// for every number of threads.
+class Cem {
+ public:
+  Cem(const CemArgs& args, Arena& scratch, int threads);
+  void run() const;
+
+ private:
+  void tile(Index i, Index begin, Index rows, int thread) const;
+  void refit(Index i, Index b, int thread) const;
+
+  CemArgs args_;
+  int threads_;
+  // scratch of one tile a thread
+  Index tile_;     // rows
+  Buffer states_;  // twice: rows [h | s | a] of a state and of the next
+  FloatBuffer h_;  // twice: h in float
+  DeterBuffers deter_;
+  MlpBuffers prior_, reward_hidden_, bootstrap_hidden_;
+  FloatBuffer raw_;
+  FloatBuffer reward_, value_, returns_;  // [H, rows]
+  float* discount_ = nullptr;             // [H, rows], γ; for all threads
+  // scratch of one refit a thread
+  FloatBuffer elites_;  // [K, A]
+  Index* order_;        // [N]
+};
+
+}  // namespace fastdreamer

@@ -1,0 +1,43 @@
+"""Native body of :mod:`fastdreamer.ops.cem`: all iterations in one call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdreamer import _native
+from fastdreamer.ops.cem import Plan
+from fastdreamer.ops.native.packs import arrays, autocast_bf16, pack_mlp, pack_rssm
+from fastdreamer.ops.params import ReturnParams, RSSMParams, State
+
+
+def cem(
+    params: RSSMParams,
+    returns: ReturnParams,
+    start: State,
+    mean: Tensor,
+    std: Tensor,
+    action_noise: Tensor,
+    state_noise: Tensor,
+    num_elites: int,
+    min_std: float,
+    clip: float,
+    score: str,
+) -> Plan:
+    """See ``fastdreamer.ops.cem``."""
+    pack = {"bf16": autocast_bf16(), "gradients": False}
+    bootstrap = (returns.target or returns.critic) if score == "lambda_return" else None
+    heads = (
+        pack_mlp(returns.reward, **pack),
+        bootstrap and pack_mlp(bootstrap, **pack),
+        *((returns.gamma, returns.lam) if bootstrap else (1.0, 1.0)),
+    )
+    iterations, _, batch, samples, _ = action_noise.shape
+    mean, std = mean.clone(), std.clone()  # the extension refits them in place
+    scores = mean.new_empty(iterations, batch, samples)
+    _native.cem(
+        *(pack_rssm(params, **pack), heads),
+        *arrays(*start, mean, std, action_noise, state_noise, scores),
+        *(num_elites, min_std, clip, torch.get_num_threads()),
+    )
+    return Plan(mean, std, scores)
