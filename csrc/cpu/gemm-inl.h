@@ -17,7 +17,7 @@ namespace fastdreamer {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kRows = 6, kVectors = 4, kGruRows = 6;
+constexpr int kRows = 5, kVectors = 5, kGruRows = 6;
 #elif defined(__AVX2__)
 constexpr int kRows = 4, kVectors = 3, kGruRows = 3;
 #else
