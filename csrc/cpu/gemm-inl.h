@@ -1,12 +1,13 @@
 // Matrix products of a tile of rows with packed weights, and what ends in their registers.
 //
-// The microkernel holds kRows × kVectors accumulators: 24 of the 32 registers of AVX-512, 12 of the
-// 16 of AVX2. (On Zen 4, 5 × 5, 6 × 4, 8 × 3 and 12 × 2 reach 85 to 91 % of the peak alike at K = N
-// = 400; 6 × 4 loses least where K is 200.) Weights stream from L2 panel by panel while the tile's
-// rows stay near; each activation is broadcast once per panel. On a CPU with AMX, a third Precision
-// whose multiply() is _tile_dpbf16ps on 16 × 16 tiles, with panels of 16 columns and 32 k in the
-// same pair order, would replace the loop in multiply(); epilogues and everything above stay as
-// they are.
+// The microkernel holds kRows × kVectors accumulators: 25 of the 32 registers of AVX-512, 12 of the
+// 16 of AVX2. 5 × 5 divides 400 columns of 16 lanes and tiles of 50 rows; 6 × 4, 8 × 3 and 12 × 2
+// measured no better. Weights stream from L2 panel by panel while the tile's rows stay near; each
+// activation is broadcast once per panel.
+//
+// On a CPU with AMX, a third Precision whose multiply() is _tile_dpbf16ps on 16 × 16 tiles, with
+// panels of 16 columns and 32 k in the same pair order, would replace the loop in multiply();
+// epilogues and everything above stay as they are.
 #pragma once
 
 #include "cpu/functions.h"
