@@ -232,13 +232,53 @@ FD_INLINE Vec step_sum(const Bfloat16* step) {
   return floats(up16(w)) + floats(w & word_fill(0xffff0000u));
 }
 
+// The steps of V vectors of columns of a transposed source: row(v, i) is column i of vector v
+// there, K floats in order, or null where there is none.
+template <class P, class Row>
+FD_INLINE void pack_transposed(Index K, int V, typename P::Elem* to, Row row) {
+  constexpr Index block = kLanes < P::pair ? P::pair : kLanes;  // k at a time
+  for (Index k = 0; k < K; k += block) {
+    const Index n = least(block, K - k);
+    for (int v = 0; v < V; ++v) {
+      Vec square[block];  // of kLanes columns, then of block steps
+      if constexpr (kLanes == block) {
+        for (int i = 0; i < kLanes; ++i) {
+          const float* from = row(v, i);
+          square[i] = from == nullptr ? fill(0.0f) : load(from + k, n);
+        }
+        transpose(square);
+      } else {
+        for (Index i = 0; i < n; ++i) square[i] = load(row(v, 0) + k + i);
+      }
+      for (Index i = 0; i < n; i += P::pair) {
+        const bool two = P::pair == 2 && i + 1 < n;
+        put_step(to + ((k + i) / P::pair * V + v) * kLanes * P::pair, square[i],
+                 two ? square[i + 1] : fill(0.0f));
+      }
+    }
+  }
+}
+
 FD_INLINE Index rotated(Index i, Index by, Index size) { return (i + by) % size; }
 
 template <class P>
 void pack(const PackArgs& x) {
   auto* to = static_cast<typename P::Elem*>(x.to.data);
   const Index K = x.to.K, N = x.to.N;
-  if (x.rotate_n != 0) {  // rare (another's column order), so without care for speed
+  if (x.rotate_n == 0 && !x.transposed) {
+    pack_panels<P>(K, N, to, [&](Index k, Index column, Index n) __attribute__((always_inline)) {
+      return load(x.source + rotated(k, x.rotate_k, K) * x.stride + column, n);
+    });
+  } else if (x.rotate_n == 0 && x.rotate_k == 0) {
+    const Index per_vector = steps(K, P::pair) * kLanes * P::pair;
+    by_panels(N, [&](Index first_vector, int V) __attribute__((always_inline)) {
+      pack_transposed<P>(K, V, to + first_vector * per_vector,
+                         [&](int v, int i) __attribute__((always_inline)) -> const float* {
+                           const Index column = (first_vector + v) * kLanes + i;
+                           return column < N ? x.source + column * x.stride : nullptr;
+                         });
+    });
+  } else {  // another's column order: rare, so without care for speed
     pack_panels<P>(K, N, to, [&](Index k, Index column, Index n) {
       float row[kLanes] = {};
       const Index source_k = rotated(k, x.rotate_k, K);
@@ -248,14 +288,6 @@ void pack(const PackArgs& x) {
                                        : source_k * x.stride + source_n];
       }
       return load(row);
-    });
-  } else if (x.transposed) {
-    pack_panels<P>(K, N, to, [&](Index k, Index column, Index n) __attribute__((always_inline)) {
-      return gather(x.source + column * x.stride + rotated(k, x.rotate_k, K), x.stride, n);
-    });
-  } else {
-    pack_panels<P>(K, N, to, [&](Index k, Index column, Index n) __attribute__((always_inline)) {
-      return load(x.source + rotated(k, x.rotate_k, K) * x.stride + column, n);
     });
   }
 }
@@ -273,13 +305,11 @@ void pack_gru(const GruPackArgs& x) {
   for (Index unit = 0; unit < D; unit += kLanes) {
     const Index n = least(kLanes, D - unit);
     const auto part = [&](const float* weight, Index K) __attribute__((always_inline)) {
-      for (Index k = 0; k < K; k += P::pair) {
-        for (int gate = 0; gate < 3; ++gate, to += kLanes * P::pair) {
-          const float* from = weight + (gate * D + unit) * K + k;
-          const bool two = P::pair == 2 && k + 1 < K;
-          put_step(to, gather(from, K, n), two ? gather(from + 1, K, n) : fill(0.0f));
-        }
-      }
+      pack_transposed<P>(K, 3, to,
+                         [&](int gate, int i) __attribute__((always_inline)) -> const float* {
+                           return i < n ? weight + (gate * D + unit + i) * K : nullptr;
+                         });
+      to += 3 * kLanes * P::pair * steps(K, P::pair);
     };
     part(x.weight_ih, x.to.K);
     part(x.weight_hh, D);

@@ -83,11 +83,34 @@ FD_INLINE void narrow(Bfloat16* p, Words a) {
 FD_INLINE void narrow(Bfloat16* p, Words a, Index n) {
   _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtepi32_epi16(a.v));
 }
-// p[i * stride] for i in [0, n).
-FD_INLINE Vec gather(const float* p, Index stride, Index n) {
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i at = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(stride)));
-  return {_mm512_mask_i32gather_ps(_mm512_setzero_ps(), first(n), at, p, 4)};
+// Rows become columns.
+FD_INLINE void transpose(Vec (&r)[16]) {
+  __m512 t[16];
+#  pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i].v, r[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_ps(r[i].v, r[i + 1].v);
+  }
+  __m512 q[16];  // q[4i + j]: in 128-bit lane L column 4L + j of rows 4i to 4i + 3
+#  pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      const __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + 2 + j]);
+      q[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      q[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  }
+#  pragma GCC unroll 8
+  for (int j = 0; j < 4; ++j) {
+    const __m512 even_a = _mm512_shuffle_f32x4(q[j], q[4 + j], 0x88);
+    const __m512 even_b = _mm512_shuffle_f32x4(q[8 + j], q[12 + j], 0x88);
+    const __m512 odd_a = _mm512_shuffle_f32x4(q[j], q[4 + j], 0xdd);
+    const __m512 odd_b = _mm512_shuffle_f32x4(q[8 + j], q[12 + j], 0xdd);
+    r[j].v = _mm512_shuffle_f32x4(even_a, even_b, 0x88);
+    r[4 + j].v = _mm512_shuffle_f32x4(odd_a, odd_b, 0x88);
+    r[8 + j].v = _mm512_shuffle_f32x4(even_a, even_b, 0xdd);
+    r[12 + j].v = _mm512_shuffle_f32x4(odd_a, odd_b, 0xdd);
+  }
 }
 // x * 2^n for integral n; overflows to inf, underflows to 0, NaN stays NaN.
 FD_INLINE Vec scale(Vec x, Vec n) { return {_mm512_scalef_ps(x.v, n.v)}; }
@@ -167,10 +190,26 @@ FD_INLINE void narrow(Bfloat16* p, Words a, Index n) {
   narrow(all, a);
   for (Index i = 0; i < n; ++i) p[i] = all[i];
 }
-FD_INLINE Vec gather(const float* p, Index stride, Index n) {
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const __m256i at = _mm256_mullo_epi32(lane, _mm256_set1_epi32(static_cast<int>(stride)));
-  return {_mm256_mask_i32gather_ps(_mm256_setzero_ps(), p, at, _mm256_castsi256_ps(first(n)), 4)};
+FD_INLINE void transpose(Vec (&r)[8]) {
+  __m256 t[8], q[8];
+#  pragma GCC unroll 8
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i].v, r[i + 1].v);
+    t[i + 1] = _mm256_unpackhi_ps(r[i].v, r[i + 1].v);
+  }
+#  pragma GCC unroll 8
+  for (int i = 0; i < 8; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      const __m256d a = _mm256_castps_pd(t[i + j]), b = _mm256_castps_pd(t[i + 2 + j]);
+      q[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+      q[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+    }
+  }
+#  pragma GCC unroll 8
+  for (int j = 0; j < 4; ++j) {
+    r[j].v = _mm256_permute2f128_ps(q[j], q[4 + j], 0x20);
+    r[4 + j].v = _mm256_permute2f128_ps(q[j], q[4 + j], 0x31);
+  }
 }
 // In two halves, so that the ends of the range (n from -150 to 128) come out as 0 and inf.
 FD_INLINE Vec scale(Vec x, Vec n) {
@@ -251,7 +290,7 @@ FD_INLINE Words widen(const Bfloat16* p) { return {*p}; }
 FD_INLINE Words widen(const Bfloat16* p, Index) { return {*p}; }
 FD_INLINE void narrow(Bfloat16* p, Words a) { *p = static_cast<Bfloat16>(a.v); }
 FD_INLINE void narrow(Bfloat16* p, Words a, Index) { *p = static_cast<Bfloat16>(a.v); }
-FD_INLINE Vec gather(const float* p, Index, Index) { return {*p}; }
+FD_INLINE void transpose(Vec (&)[1]) {}
 FD_INLINE Vec scale(Vec x, Vec n) {
   const std::int32_t whole = static_cast<std::int32_t>(to_int(n).v), half = whole >> 1;
   const auto power = [](std::int32_t k) {
