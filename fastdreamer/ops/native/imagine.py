@@ -44,12 +44,13 @@ class _Call:
             prior,
         )
         self.bf16 = autocast_bf16()
+        self.recording = torch.is_grad_enabled()  # off inside of forward, and not in its ctx
         self.tape: Any = None
         critic = returns.critic if returns is not None else None
         self.wants_critic = (
             critic is not None
-            and torch.is_grad_enabled()
-            and any(t.requires_grad for t in (*critic.weights, *critic.biases))
+            and self.recording
+            and any(getattr(t, "requires_grad", False) for t in (*critic.weights, *critic.biases))
         )
 
     def parameters(self) -> list[tuple[Tensor, ...]]:
@@ -109,9 +110,10 @@ class _Rollout(torch.autograd.Function):
         ctx, call, start_deter, start_stoch, state_noise, action_noise, action, *parameters
     ):
         sizes = [len(group) for group in call.parameters()]
-        asked = [any(group) for group in _split(ctx.needs_input_grad[6:], sizes)]
+        needs = [call.recording and need for need in ctx.needs_input_grad]
+        asked = [any(group) for group in _split(needs[6:], sizes)]
         actor, rssm, reward = asked[0], any(asked[1:4]), asked[4]
-        through = any(ctx.needs_input_grad)
+        through = any(needs)
         wants = (through, actor, rssm, reward, call.wants_critic)
 
         pack = dict(bf16=call.bf16, gradients=through)

@@ -82,7 +82,7 @@ def pack_mlp(
         bias: whether the first layer has its bias.
     """
     tensors = (*params.weights, *params.biases)
-    key = (bf16, act_last, columns, bias, params.activation, *(t.data_ptr() for t in tensors))
+    key = (bf16, act_last, columns, bias, params.activation, *_layout(tensors))
 
     def make(gradients: bool) -> Any:
         biases = list(params.biases) if bias else [None, *params.biases[1:]]
@@ -97,7 +97,7 @@ def pack_mlp(
 
 def pack_gru(params: GRUParams, *, bf16: bool, gradients: bool) -> Any:
     """The same for a GRU cell."""
-    key = (bf16, *(t.data_ptr() for t in params))
+    key = (bf16, *_layout(params))
 
     def make(gradients: bool) -> Any:
         given = [t.detach().contiguous().numpy() for t in params]
@@ -106,9 +106,21 @@ def pack_gru(params: GRUParams, *, bf16: bool, gradients: bool) -> Any:
     return _cached(key, params, gradients, make)
 
 
+def _layout(tensors: tuple[Tensor, ...]) -> list[tuple]:
+    """All that tells a tensor from another view of the same memory."""
+    try:
+        return [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors]
+    except AttributeError:
+        kinds = ", ".join(sorted({type(t).__name__ for t in tensors} - {"Tensor", "Parameter"}))
+        raise TypeError(f"weights and biases must be tensors, got {kinds}") from None
+
+
 def _cached(key: tuple, tensors: tuple[Tensor, ...], gradients: bool, make: Any) -> Any:
-    key += tuple(t.stride() for t in tensors if not t.is_contiguous())
-    stamp = (_steps, *(t._version for t in tensors))
+    try:
+        stamp = (_steps, *(t._version for t in tensors))
+    except RuntimeError:  # made in inference mode: nothing counts their changes
+        _counts["packed"] += 1
+        return make(gradients)
     entry = _packs.get(key)
     if entry is not None and entry.stamp == stamp and not any(s.expired() for s in entry.storages):
         if entry.pack.gradients or not gradients:
@@ -118,8 +130,8 @@ def _cached(key: tuple, tensors: tuple[Tensor, ...], gradients: bool, make: Any)
         # what was trained before is trained again: one pack serves both directions
         gradients = gradients or entry.pack.gradients
     _packs.pop(key, None)
-    while len(_packs) >= LIMIT:
-        _packs.pop(next(iter(_packs)))
+    for old in list(_packs)[: len(_packs) - LIMIT + 1] if len(_packs) >= LIMIT else ():
+        _packs.pop(old, None)  # another thread may have been faster
     _counts["packed"] += 1
     pack = make(gradients)
     _packs[key] = _Entry(pack, stamp, tuple(StorageWeakRef(t.untyped_storage()) for t in tensors))
