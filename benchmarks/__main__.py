@@ -7,8 +7,7 @@ import subprocess
 import sys
 
 from benchmarks.machine import ROOT
-
-MEASUREMENTS = ("phases", "collection", "memory", "random_policy")
+from benchmarks.report import MEASUREMENTS
 
 
 def main() -> None:

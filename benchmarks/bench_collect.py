@@ -13,8 +13,6 @@ from fastdreamer.collector import random_policy, rollout_episode
 from fastdreamer.envs import Env
 from fastdreamer.envs.gl import GLError, select_gl
 
-REFERENCE = next(iter(VARIANTS))
-
 
 def _decide(env: Env) -> Callable[[], None]:
     """A function that makes one decision, and a reset where an episode is over."""
@@ -30,16 +28,15 @@ def _decide(env: Env) -> Callable[[], None]:
     return decide
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_decision(versus, variant: str) -> None:
+def test_decision(race) -> None:
     try:
         select_gl()
     except GLError as error:
         pytest.skip(str(error))
-    env, reference = make_env(variant, PhaseRecorder()), make_env(REFERENCE, PhaseRecorder())
+    envs = {name: make_env(name, PhaseRecorder()) for name in VARIANTS}
     # The gate: the same scene but for the quality of its edges and shadows.
-    first, expected = (e.reset(seed=0)["pixels"].astype(np.float64) for e in (env, reference))
-    assert np.abs(first - expected).mean() < 5  # of 255
-    versus(_decide(env), _decide(reference), rounds=100, warmup=5)
-    env.close()
-    reference.close()
+    images = [env.reset(seed=0)["pixels"].astype(np.float64) for env in envs.values()]
+    assert all(np.abs(image - images[0]).mean() < 5 for image in images)  # of 255
+    race({name: _decide(env) for name, env in envs.items()}, rounds=100, warmup=5)
+    for env in envs.values():
+        env.close()

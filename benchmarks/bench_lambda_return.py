@@ -1,76 +1,48 @@
-"""λ-return: native and torch.compile against eager, all fp32, forward and with backward."""
+"""λ-return: forward and with backward, all fp32, at the shapes of updates and of planning."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
+from benchmarks import compiled
+from benchmarks.race import Case
+from benchmarks.variants import VARIANTS
 from fastdreamer import testing
 from fastdreamer.ops.lambda_return import OP, lambda_return
 
 SHAPES = [(15, 400), (15, 800), (12, 1000), (50, 16)]  # H, B: presets report and walker; planning
-LAM = 0.95
 
 
-def _variant(name: str) -> Callable[..., Tensor]:
-    """A function with ``lambda_return``'s arguments that ignores ``backend``."""
-    if name == "torch.compile":
-        torch._dynamo.reset()  # a shape each time: dynamo must not settle for a dynamic one
-        body = torch.compile(OP.eager, dynamic=False)
-        return lambda *args, backend=None: body(*args)
-    return lambda *args, backend=None: lambda_return(*args, backend=name)
+def _leaves(inputs: dict[str, Any]) -> list[list[Tensor]]:
+    return [[x for x in inputs.values() if isinstance(x, Tensor)]]
 
 
-def _check(function: Callable[..., Tensor], H: int, B: int) -> None:
-    """The correctness gate: within the limits of ``testing``, or it is not timed."""
-    inputs = testing.lambda_return_inputs(H, B, lam=LAM)
-    results = {}
-    for who, op, dtype in (
-        ("truth", _variant("eager"), torch.float64),
-        ("eager", _variant("eager"), torch.float32),
-        ("got", function, torch.float32),
-    ):
-        arguments = {
-            k: v.to(dtype).requires_grad_() if isinstance(v, Tensor) else v
-            for k, v in inputs.items()
-        }
-        out = op(*arguments.values())
-        tensors = {k: v for k, v in arguments.items() if isinstance(v, Tensor)}
-        grads = torch.autograd.grad(out, list(tensors.values()), _weights(H, B).to(dtype))
-        results[who] = {"out0": out.detach()} | dict(zip(tensors, grads, strict=True))
-    testing.assert_accurate("lambda_return", results["got"], results["eager"], results["truth"])
+def _compiled(**inputs: Any) -> Tensor:
+    return compiled.compiled(OP.eager)(**inputs)
 
 
-def _weights(H: int, B: int) -> Tensor:
-    return torch.randn(H, B, generator=torch.Generator().manual_seed(0))
+CASES = [
+    Case(
+        f"lambda_return, H {H} B {B}{', + backward' * backward}",
+        OP,
+        functools.partial(testing.lambda_return_inputs, H, B),
+        0,  # no matrix product
+        lambda_return,
+        _compiled,
+        leaves=_leaves if backward else None,
+        rounds=200,
+    )
+    for H, B in SHAPES
+    for backward in (False, True)
+]
 
 
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-@pytest.mark.parametrize(("H", "B"), SHAPES, ids=lambda n: str(n))
-@pytest.mark.parametrize("variant", ["eager", "native", "torch.compile"])
-def test_lambda_return(versus, variant: str, H: int, B: int, direction: str) -> None:
-    if variant == "native" and (reason := OP.why_not("native", "cpu")):
-        pytest.skip(reason)
-    function, eager = _variant(variant), _variant("eager")
-    try:
-        _check(function, H, B)
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        pytest.skip(f"torch.compile does not work here: {error}")
-    inputs = testing.lambda_return_inputs(H, B, lam=LAM)
-    tensors = [v.float() for v in inputs.values() if isinstance(v, Tensor)]
-    if direction == "forward":
-
-        def run(op: Callable[..., Tensor]) -> None:
-            with torch.no_grad():
-                op(*tensors, LAM)
-    else:
-        tensors = [t.requires_grad_() for t in tensors]
-        weights = _weights(H, B)
-
-        def run(op: Callable[..., Tensor]) -> None:
-            torch.autograd.grad(op(*tensors, LAM), tensors, weights)
-
-    versus(lambda: run(function), lambda: run(eager), rounds=200, warmup=10)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_lambda_return(contest, case: Case) -> None:
+    # No matrix product either for autocast and "medium" to make less precise.
+    fp32 = {n: v for n, v in VARIANTS.items() if not v.bf16 and not v.medium}
+    contest(case, fp32)

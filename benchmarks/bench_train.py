@@ -1,33 +1,66 @@
-"""One whole update of preset `report`, data included: every variant against eager fp32."""
+"""One whole update of preset `report`, data included."""
 
 from __future__ import annotations
 
-import pytest
+import math
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
 
-from benchmarks import synthetic
-from benchmarks.learner import VARIANTS, Learner
+from benchmarks import compiled, synthetic
+from benchmarks.learner import Learner
+from benchmarks.race import Entries
+from benchmarks.variants import VARIANTS
+from fastdreamer.ops.backend import BackendError
+from fastdreamer.replay import Replay
 
-REFERENCE = next(iter(VARIANTS))
+REFERENCE = "eager fp32"
 # Of a loss of the first update, from the same weights, batch and noise. bf16 keeps 8 bits: one
 # rounding is up to 0.4 %, and the actor's loss stands behind 15 steps of dynamics. A wrong kernel
 # is off by far more; what each op may be off is tested op by op.
 TOLERANCE = 0.05
 
 
-@pytest.fixture(scope="module")
-def replay(tmp_path_factory: pytest.TempPathFactory):
-    directory = tmp_path_factory.mktemp("episodes")
+def open_replay(directory: Path) -> Replay:
+    """Two episodes of noise, written there and loaded."""
     synthetic.write_episodes(directory, 2)
     replay = synthetic.open_replay(directory)
     replay.load()
     return replay
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_update(versus, replay, variant: str) -> None:
-    learner, reference = (Learner(name, replay, "report") for name in (variant, REFERENCE))
-    ours, theirs = learner.step(), reference.step()
-    for name in theirs:
-        if name.endswith("_loss"):
-            assert ours[name] == pytest.approx(theirs[name], rel=TOLERANCE), name
-    versus(learner.step, reference.step, rounds=20)
+def entries(
+    replay: Replay, preset_name: str = "report", names: Iterable[str] = VARIANTS
+) -> Entries:
+    """A learner for each variant that is right in its first update; why the others are not there.
+
+    Raises:
+        AssertionError: a native variant's losses are not those of eager fp32.
+    """
+    expected = Learner(REFERENCE, replay, preset_name).step()
+    run, left_out = {}, {}
+    for name in names:
+        learner = Learner(name, replay, preset_name)
+        try:
+            got = learner.step()
+        except (BackendError, *compiled.ERRORS) as error:
+            left_out[name] = str(error).strip().partition("\n")[0]
+            continue
+        wrong = [
+            f"{loss} is {got[loss]:.4g}, expected {expected[loss]:.4g}"
+            for loss in expected
+            if loss.endswith("_loss")
+            and not math.isclose(got[loss], expected[loss], rel_tol=TOLERANCE)
+        ]
+        assert not wrong or VARIANTS[name].backend != "native", f"{name}: {', '.join(wrong)}"
+        if wrong:
+            left_out[name] = ", ".join(wrong)
+        else:
+            run[name] = learner.step
+    return Entries(run, left_out)
+
+
+def test_update(race) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        built = entries(open_replay(Path(folder)))
+        race(built.run, left_out=built.left_out, rounds=20, warmup=1)

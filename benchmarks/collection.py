@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="keep the result: JSON and README")
     args = parser.parse_args()
     result = measure(args.repeats, args.warmup)
-    report.publish("collection", result, table(result), write=args.write)
+    report.publish("collection", result, write=args.write)
 
 
 if __name__ == "__main__":

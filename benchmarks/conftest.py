@@ -1,16 +1,17 @@
-"""`pytest benchmarks/ --benchmark-only`: every time beside a reference timed in turn with it."""
+"""`pytest benchmarks/ --benchmark-only`: all variants of the same work, timed in turn."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 import torch._dynamo  # noqa: F401  (before any rendering: see below)
 
 from benchmarks import machine, report
-from benchmarks.timing import MIN_REPEATS, cell, summary
+from benchmarks.race import Case, race, round_trip
+from benchmarks.timing import MIN_REPEATS, cell
+from benchmarks.variants import VARIANTS, Variant
 
 # torch.compile imports triton, and a process that has drawn with Mesa's llvmpipe has another LLVM
 # loaded, with which importing triton ends in a segmentation fault. The other order works.
@@ -31,44 +32,59 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["fastdreamer"] = machine.record()
 
 
-@pytest.fixture
-def versus(benchmark, request: pytest.FixtureRequest) -> Callable:
-    """Time a function against a reference: ``versus(target, reference, rounds=20)``.
+@pytest.fixture(name="race")
+def race_fixture(benchmark, request: pytest.FixtureRequest) -> Callable:
+    """Time variants in turn: ``race({"name": function, ...}, rounds=20)``; see ``race.race``.
 
-    pytest-benchmark runs one test, so one variant, at a time, and on a shared machine the minutes
-    between two tests can change more than the variants differ. So a round of the reference is run
-    and timed before every round of the target; both medians, and their ratio, come from the same
-    stretch of time. They go to ``extra_info`` and to the table at the end; pytest-benchmark's own
-    table has the target alone. A time is never a reason to fail.
+    pytest-benchmark runs one test, so one function, at a time, and on a shared machine the minutes
+    between two tests can change more than the variants differ. So all variants are one test, and
+    each of its rounds is a round of every variant. pytest-benchmark's own record is of the first
+    variant; ``extra_info`` and the table at the end hold all of them. A time is never a reason to
+    fail.
     """
 
     def run(
-        target: Callable[[], object],
-        reference: Callable[[], object],
+        variants: Mapping[str, Callable[[], object]],
         *,
+        left_out: Mapping[str, str] | None = None,
         rounds: int = MIN_REPEATS,
         warmup: int = 2,
+        calls: int = 1,
+        pause: float = 0.0,
     ) -> None:
-        assert rounds >= MIN_REPEATS
-        reference_seconds = []
-
-        def turn() -> None:
-            start = time.perf_counter()
-            reference()
-            reference_seconds.append(time.perf_counter() - start)
-
-        if benchmark.enabled:
-            for _ in range(warmup):
-                reference()
-                target()
-        benchmark.pedantic(target, setup=turn, rounds=rounds)
         if not benchmark.enabled:
+            benchmark(lambda: round_trip(variants))
             return
-        ours, theirs = summary(benchmark.stats.stats.data), summary(reference_seconds)
-        ratio = theirs["median_ms"] / ours["median_ms"]
-        benchmark.extra_info.update(ours=ours, reference=theirs, speedup=ratio)
-        request.config.stash[_ROWS].append(
-            [request.node.name, cell(ours), cell(theirs), f"{ratio:.2f}×", str(rounds)]
+
+        def drive(first: Callable[[], object], others: Callable[[], object], rounds: int) -> None:
+            benchmark.pedantic(first, setup=others, rounds=rounds)
+
+        times = race(variants, rounds=rounds, warmup=warmup, calls=calls, pause=pause, drive=drive)
+        benchmark.extra_info.update(times=times, calls=calls, left_out=dict(left_out or {}))
+        first = next(iter(times))
+        request.config.stash[_ROWS].extend(
+            [request.node.name, name, cell(t), f"{t['median_ms'] / times[first]['median_ms']:.2f}×"]
+            for name, t in times.items()
+        )
+        request.config.stash[_ROWS].extend(
+            [request.node.name, name, "–", reason] for name, reason in (left_out or {}).items()
+        )
+
+    return run
+
+
+@pytest.fixture
+def contest(race) -> Callable[..., None]:
+    """Check and time variants of a ``Case``, by default all: ``contest(case, variants)``."""
+
+    def run(case: Case, variants: Mapping[str, Variant] = VARIANTS) -> None:
+        entries = case.entries(variants)
+        race(
+            entries.run,
+            left_out=entries.left_out,
+            rounds=case.rounds,
+            calls=case.calls,
+            pause=case.pause,
         )
 
     return run
@@ -78,7 +94,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     rows = terminalreporter.config.stash[_ROWS]
     if not rows:
         return
-    header = ["ms: median (p20–p80)", "this", "eager fp32 in turn", "speed-up", "rounds"]
+    header = ["work", "variant", "ms: median (p20–p80)", "÷ first"]
     terminalreporter.write_sep("=", "interleaved")
     terminalreporter.write_line(report.table(header, rows))
     terminalreporter.write_line(f"\nMeasured on: {machine.describe(machine.record())}.")

@@ -2,36 +2,58 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
+from unittest import mock
 
 import numpy as np
 import torch
 
+import fastdreamer.agent
 from benchmarks.synthetic import ACTION_DIM, OBS_SHAPES
+from benchmarks.variants import VARIANTS, Variant
 from fastdreamer.agent import Dreamer
 from fastdreamer.config import preset
-from fastdreamer.ops.backend import use_backend
+from fastdreamer.ops.backend import OPS, use_backend
+from fastdreamer.ops.params import mlp
 from fastdreamer.replay import Replay
 from fastdreamer.trainer import Trainer
 
-VARIANTS = {"eager fp32": ("eager", "fp32"), "eager bf16": ("eager", "bf16")}
-"""Name → backend and precision (bf16: autocast, float32 weights). The first is the reference."""
+LOOPS = ("observe", "imagine")
+"""The ops of an update."""
+
+
+def variants() -> list[str]:
+    """Names of the variants that a table of updates has: eager, and native where it is built."""
+    names = ["eager fp32", "eager bf16"]
+    if all(OPS[op].why_not("native", "cpu") is None for op in LOOPS):
+        names += ["native fp32", "native bf16"]
+    return names
 
 
 class Learner(Trainer):
     """A trainer that only learns: ``step()`` is one update by ``Trainer``'s own code.
 
     Args:
-        variant: a key of ``VARIANTS``.
+        variant: a key of ``race.VARIANTS``; compiled: encoder, decoder, heads and loops.
         replay: to sample from.
         preset_name: of the configuration.
     """
 
     def __init__(self, variant: str, replay: Replay, preset_name: str) -> None:
-        backend, precision = VARIANTS[variant]
-        config = dataclasses.replace(preset(preset_name), backend=backend, precision=precision)
+        self.variant = VARIANTS[variant]
+        config = dataclasses.replace(
+            preset(preset_name),
+            backend="native" if self.variant.backend == "native" else "eager",
+            precision="bf16" if self.variant.bf16 else "fp32",
+        )
         self.config = config
         self.agent = Dreamer(config, OBS_SHAPES, ACTION_DIM)
+        if self.variant.backend == "compiled":
+            model = self.agent.model
+            for module in (model.encoder, model.decoder, model.reward, self.agent.critic):
+                module.compile(dynamic=False)
         self.optimizers = self.agent.make_optimizers()
         self.generator = torch.Generator().manual_seed(config.seed)
         self.sample_rng = np.random.default_rng(config.seed)
@@ -39,8 +61,30 @@ class Learner(Trainer):
         self.update = 0
 
     def step(self) -> dict[str, float]:
-        """Sample a batch and learn from it; return the losses."""
-        with use_backend(self.config.backend):
+        """Sample a batch and learn from it; return the losses.
+
+        Raises:
+            BackendError: an op of the update has no native body.
+        """
+        with use_backend(self.config.backend), _stand_ins(self.variant):
             metrics = self._update()
         self.update += 1
         return metrics
+
+
+@contextlib.contextmanager
+def _stand_ins(variant: Variant) -> Iterator[None]:
+    """The variant's matrix products; compiled loops where the eager bodies would run."""
+    with contextlib.ExitStack() as stack:
+        # Precision alone: the agent enters autocast by itself, where its losses allow it.
+        stack.enter_context(variant._replace(bf16=False).context())
+        if variant.backend == "compiled":
+            from benchmarks import compiled  # the compiler is large, and memory.py measures us
+
+            scan = compiled.compiled(OPS["lambda_return"].eager)
+            bodies = (compiled.observe, compiled.imagine, scan)
+            for name, body in zip(LOOPS, bodies, strict=True):
+                stack.enter_context(mock.patch.object(OPS[name], "eager", body))
+            head = compiled.compiled(mlp)
+            stack.enter_context(mock.patch.object(fastdreamer.agent, "mlp", head))
+        yield

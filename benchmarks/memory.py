@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import machine, report, synthetic
-from benchmarks.learner import VARIANTS, Learner
+from benchmarks.learner import Learner, variants
 from fastdreamer.agent import Dreamer
 from fastdreamer.collector import Collector, Job, policy_weights
 from fastdreamer.config import preset
@@ -92,7 +92,7 @@ def measure(episodes: int, collected: int, threads: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder, "noise")
         synthetic.write_episodes(directory, episodes)
-        for variant in VARIANTS:
+        for variant in variants():
             child = [sys.executable, "-m", "benchmarks.memory", "--threads", str(threads),
                      "--episodes", str(episodes), "--child", variant, str(directory)]  # fmt: skip
             done = subprocess.run(
@@ -134,7 +134,7 @@ def main() -> None:
         print(json.dumps(learner_peaks(variant, Path(directory), args.episodes)))
         return
     result = measure(args.episodes, args.collected, args.threads)
-    report.publish("memory", result, table(result), write=args.write)
+    report.publish("memory", result, write=args.write)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="keep the result: JSON and README")
     args = parser.parse_args()
     result = measure(tuple(args.tasks), args.episodes)
-    report.publish("random_policy", result, table(result), write=args.write)
+    report.publish("random_policy", result, write=args.write)
 
 
 if __name__ == "__main__":

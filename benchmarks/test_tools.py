@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib
 import json
 import time
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import machine, report
-from benchmarks.__main__ import MEASUREMENTS
+from benchmarks import report
+from benchmarks.race import Case, race
 from benchmarks.timing import PhaseRecorder, cell, summary
+from benchmarks.variants import VARIANTS
+from fastdreamer import testing
+from fastdreamer.ops.backend import OPS
+from fastdreamer.ops.lambda_return import OP
 
 
 def test_time_of_nested_ranges_is_counted_once(monkeypatch):
@@ -63,17 +70,174 @@ def test_fill_replaces_one_place_only():
         report.fill(document, "z", "new")
 
 
-@pytest.mark.parametrize("name", MEASUREMENTS)
-def test_readme_holds_the_results(name):
+@pytest.mark.parametrize("name", report.MEASUREMENTS)
+def test_readmes_hold_the_results(name):
     path = report.RESULTS / f"{name}.json"
-    readme = report.README.read_text()
     if not path.exists():
-        assert f"<!-- {name} -->\nNot measured yet.\n<!-- end -->" in readme
+        readmes = [report.README]
+        if hasattr(importlib.import_module(f"benchmarks.{name}"), "headline"):
+            readmes.append(report.TOP_README)
+        for readme in readmes:
+            assert f"<!-- {name} -->\nNot measured yet.\n<!-- end -->" in readme.read_text()
         return
-    result = json.loads(path.read_text())
-    table = importlib.import_module(f"benchmarks.{name}").table(result)
-    text = f"{table}\n\nMeasured on: {machine.describe(result['machine'])}."
-    assert report.fill(readme, name, text) == readme, "run the measurement with --write"
+    if hasattr(importlib.import_module(f"benchmarks.{name}"), "plot"):
+        assert 0 < path.with_suffix(".png").stat().st_size < 300_000
+    for readme, expected in report.filled(name, json.loads(path.read_text())).items():
+        assert readme.read_text() == expected, "run `python -m benchmarks.report`"
+
+
+# ---------------------------------------------------------------- floating point operations
+
+
+SMALL = testing.Sizes(3, 10, 4, 7, 9, 11, 2, 3, 2, "elu")
+
+
+def counted(case):
+    """Operations of the eager work, as torch counts them."""
+    inputs, groups = case._prepared(torch.float32)
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(bool(groups)):
+        out = case.call(**inputs, backend="eager")
+        if groups:
+            case._backward(VARIANTS["eager fp32"], out)
+    return counter.get_total_flops()
+
+
+def small(monkeypatch, bench):
+    """The bench's module with cases of small sizes."""
+    monkeypatch.setattr(testing, "REPORT", SMALL)
+    module = importlib.import_module(f"benchmarks.bench_{bench}")
+    values = {"T": 5, "H": 4, "B": 3, "N": 6, "I": 2, "K": 2}
+    for name, value in values.items():
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, value)
+    return module
+
+
+def test_flops_of_the_dynamics(monkeypatch):
+    step = small(monkeypatch, "rssm_step")._case("", 3)
+    assert counted(step) == step.flops
+    loop = small(monkeypatch, "open_loop")._case()
+    assert counted(loop) == loop.flops == 4 * step.flops
+
+
+def test_flops_of_observe(monkeypatch):
+    bench = small(monkeypatch, "observe")
+    for backward in (False, True):
+        case = bench._case("", backward=backward)
+        assert counted(case) == case.flops
+
+
+def test_flops_of_imagine(monkeypatch):
+    bench = small(monkeypatch, "imagine")
+    *single, both = bench._cases(SMALL)
+    for case in single:
+        assert counted(case) == case.flops, case.name
+    # The eager critic runs again where a pass can share its values and input gradients.
+    weights = case.inputs()["returns"].critic.weights
+    again = 2 * sum(w.numel() for w in weights) - weights[0].numel()
+    assert counted(both) == both.flops + 2 * (4 - 1) * 3 * again
+
+
+def test_flops_of_cem(monkeypatch):
+    case = small(monkeypatch, "cem")._case()
+    assert counted(case) == case.flops
+
+
+# ------------------------------------------------------------------------------------ races
+
+
+def test_a_race_is_interleaved_and_prepares_outside_the_clock():
+    log = []
+
+    def runner(name):
+        def run():
+            log.append(name)
+
+        run.before = lambda: (log.append(f"before {name}"), time.sleep(0.01))
+        return run
+
+    times = race({"a": runner("a"), "b": runner("b")}, rounds=20, warmup=1, calls=2)
+    assert log == ["before b", "b", "before a", "a"] * 21
+    assert times.keys() == {"a", "b"}
+    assert all(t["repeats"] == 20 and t["p80_ms"] < 5 for t in times.values())
+    with pytest.raises(ValueError, match="at least 20"):
+        race({"a": runner("a")}, rounds=19)
+
+
+def wrong_case():
+    """A case whose native and compiled bodies are off by a thousandth."""
+
+    def call(*args, backend, **kwargs):
+        return OP.eager(*args, **kwargs) * (1.001 if backend == "native" else 1)
+
+    other = lambda *args, **kwargs: OP.eager(*args, **kwargs) * 1.001  # noqa: E731
+    inputs = functools.partial(testing.lambda_return_inputs, 3, 2)
+    return Case("case", OP, inputs, 0, call, other)
+
+
+def test_a_wrong_baseline_is_left_out_and_a_wrong_native_body_fails(monkeypatch):
+    names = ("native fp32", "eager fp32", "compiled fp32")
+    variants = {name: VARIANTS[name] for name in names}
+    monkeypatch.setattr(OP, "why_not", lambda *_: "not built")
+    entries = wrong_case().entries(variants)
+    assert list(entries.run) == ["eager fp32"]
+    assert entries.left_out["native fp32"] == "not built"
+    assert "error of out0" in entries.left_out["compiled fp32"]
+    monkeypatch.setattr(OP, "why_not", lambda *_: None)
+    with pytest.raises(AssertionError, match="error of out0"):
+        wrong_case().entries(variants)
+
+
+def test_precision_is_put_back():
+    before = torch.get_float32_matmul_precision()
+    with VARIANTS["eager medium"].context():
+        assert torch.get_float32_matmul_precision() == "medium"
+    with pytest.raises(KeyError), VARIANTS["eager medium"].context():
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_ops_are_measured_and_drawn(monkeypatch, tmp_path):
+    from benchmarks import ops
+
+    case = dataclasses.replace(
+        small(monkeypatch, "rssm_step")._case("rssm_step", 2),
+        compiled=lambda *args, **kwargs: OPS["rssm_step"].eager(*args, **kwargs),
+    )
+    threads = torch.get_num_threads()
+    try:
+        result = ops.measure(1, [case], update=None, rounds=20)
+    finally:
+        torch.set_num_threads(threads)
+    work = result["works"]["rssm_step"]
+    assert work["times"].keys() | work["left_out"].keys() == VARIANTS.keys()
+    assert set(ops.BASELINES) <= work["times"].keys()
+    for t in work["times"].values():
+        assert t["gflop_per_s"] == pytest.approx(case.flops / t["median_ms"] / 1e6)
+    result = json.loads(json.dumps(result))
+    for text in (ops.table(result), ops.headline(result)):
+        assert "| rssm_step |" in text
+    ops.plot(result, tmp_path / "ops.png")
+    assert 0 < (tmp_path / "ops.png").stat().st_size < 300_000
+
+
+def test_curves_are_measured_and_drawn(tmp_path):
+    from benchmarks import curves
+
+    axes = {"B": [1, 2], "H": [2], "threads": [1], "D": [8, 16]}
+    threads = torch.get_num_threads()
+    try:
+        result = curves.measure(1, axes, rounds=20, sizes=SMALL)
+    finally:
+        torch.set_num_threads(threads)
+    result = json.loads(json.dumps(result))
+    assert [len(r["times"]["eager bf16"]) for r in result["axes"].values()] == [2, 1, 1, 2]
+    assert "| D = 16 |" in curves.table(result)
+    curves.plot(result, tmp_path / "curves.png")
+    assert 0 < (tmp_path / "curves.png").stat().st_size < 300_000
+
+
+# ----------------------------------------------------------------------------------- phases
 
 
 def test_phases_of_a_tiny_update_add_up():

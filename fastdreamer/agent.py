@@ -21,10 +21,9 @@ from fastdreamer.nn import MLP, Actor, WorldModel
 from fastdreamer.nn.codec import float_to_pixels, pixels_to_float
 from fastdreamer.nn.dists import symexp, symlog
 from fastdreamer.ops.imagine import imagine
-from fastdreamer.ops.lambda_return import lambda_return
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.open_loop import open_loop
-from fastdreamer.ops.params import State, mlp
+from fastdreamer.ops.params import ReturnParams, State
 
 
 class PolicyState(NamedTuple):
@@ -209,7 +208,8 @@ class Dreamer(nn.Module):
             The losses and diagnostics by name.
 
         Raises:
-            NonFiniteLoss: a loss or gradient is NaN or infinite; its optimiser was not stepped.
+            NonFiniteLoss: a loss or gradient is NaN or infinite; its optimiser was not stepped,
+                and of actor and critic neither.
         """
         config, loss, rssm = self.config, self.config.loss, self.model.rssm
         T, B = batch["reward"].shape
@@ -247,37 +247,29 @@ class Dreamer(nn.Module):
             parts["state"] = losses.reconstruction_loss(means["state"].float(), target)
         model_loss = losses.model_loss(loss, parts)
         with nvtx.annotate("model backward"):
-            model_norm = self._step("model", model_loss, optimizers, parts)
+            norms = self._step({"model": model_loss}, optimizers, parts)
 
         # Behaviour: imagine from every state just filtered, dynamics frozen (report section 3).
         start = State(*(part.detach().flatten(0, 1) for part in seen.state))  # [T·B, ...]
-        with self._autocast():
-            with nvtx.annotate("imagine"):
-                imagined = imagine(
-                    rssm.params().detach(), self.actor.params(), start, state_noise, action_noise
-                )
-            with nvtx.annotate("heads"):
-                feat = torch.cat([imagined.deter, imagined.stoch], -1)  # [H, T·B, F], states 1..H
-                reward = mlp(self.model.reward.params().detach(), feat)[..., 0].float()
-                valued = self.critic if self.target_critic is None else self.target_critic
-                next_value = mlp(valued.params().detach(), feat)[..., 0].float()
-        discount = torch.full_like(reward, gamma)
-        returns = lambda_return(reward, next_value, discount, config.behavior.lam)  # G_0..G_{H-1}
+        with self._autocast(), nvtx.annotate("imagine"):
+            dream = imagine(
+                rssm.params().detach(),
+                self.actor.params(),
+                start,
+                state_noise,
+                action_noise,
+                returns=self._return_params(),
+            )
         weights = torch.ones(H, 1, device=self.device)
         if config.behavior.discount_weights:
             weights = gamma ** torch.arange(H, device=self.device, dtype=torch.float32)[:, None]
-        actor_loss = losses.actor_loss(returns, weights, self._return_scale(returns))
-        with nvtx.annotate("actor backward"):
-            actor_norm = self._step("actor", actor_loss, optimizers)
-
-        # Critic: the states that the actions were chosen in, 0..H-1, towards the same returns.
-        with nvtx.annotate("critic"):
-            feat = torch.cat([start.feat[None], feat[:-1].detach()])
-            with self._autocast():
-                value = self.critic(feat)[..., 0].float()
-            critic_loss = losses.critic_loss(value, returns, weights)
-            critic_loss = config.behavior.value_scale * critic_loss
-            critic_norm = self._step("critic", critic_loss, optimizers)
+        scale = self._return_scale(dream.returns)
+        actor_loss = losses.actor_loss(dream.returns, weights, scale)
+        # The critic: the states that the actions were chosen in, towards the same returns.
+        critic_loss = losses.critic_loss(dream.value, dream.returns, weights)
+        critic_loss = config.behavior.value_scale * critic_loss
+        with nvtx.annotate("behavior backward"):
+            norms |= self._step({"actor": actor_loss, "critic": critic_loss}, optimizers)
 
         names = {f"{name}_loss": part for name, part in parts.items()}
         values = names | {
@@ -285,11 +277,9 @@ class Dreamer(nn.Module):
             "model_loss": model_loss,
             "actor_loss": actor_loss,
             "critic_loss": critic_loss,
-            "model_grad_norm": model_norm,
-            "actor_grad_norm": actor_norm,
-            "critic_grad_norm": critic_norm,
-            "imagined_reward": reward.mean(),
-            "imagined_value": value.mean(),
+            **{f"{name}_grad_norm": norm for name, norm in norms.items()},
+            "imagined_reward": dream.reward.mean(),
+            "imagined_value": dream.value.mean(),
         }
         numbers = torch.stack([v.detach() for v in values.values()]).tolist()
         return dict(zip(values, numbers, strict=True))
@@ -301,27 +291,40 @@ class Dreamer(nn.Module):
 
     def _step(
         self,
-        name: str,
-        loss: Tensor,
+        by_name: dict[str, Tensor],
         optimizers: dict[str, torch.optim.Optimizer],
         parts: dict[str, Tensor] | None = None,
-    ) -> Tensor:
-        """Backward, clip, step; return the gradient's norm before clipping."""
-        checked = {f"{part} loss": value for part, value in (parts or {}).items()}
-        checked[f"{name} loss"] = loss
-        for part, value in checked.items():
+    ) -> dict[str, Tensor]:
+        """Backward, clip, step; return the gradients' norms before clipping.
+
+        Args:
+            by_name: losses by the name of the optimiser whose parameters they reach, and no other's, so
+                that one backward pass serves them all.
+            optimizers: all of them.
+            parts: terms of the losses, looked at first.
+        """
+        checked = {f"{name} loss": value for name, value in ((parts or {}) | by_name).items()}
+        for name, value in checked.items():
             if not torch.isfinite(value):
-                raise NonFiniteLoss(part, value.item())
-        optimizer = optimizers[name]
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(params, self.config.optim.clip)
-        if not torch.isfinite(norm):
-            raise NonFiniteLoss(f"gradient of the {name} loss", float(norm))
+                raise NonFiniteLoss(name, value.item())
+        for name in by_name:
+            optimizers[name].zero_grad(set_to_none=True)
+        torch.autograd.backward(list(by_name.values()))
+        norms = {}
+        for name in by_name:
+            params = [p for group in optimizers[name].param_groups for p in group["params"]]
+            norms[name] = nn.utils.clip_grad_norm_(params, self.config.optim.clip)
+            if not torch.isfinite(norms[name]):
+                raise NonFiniteLoss(f"gradient of the {name} loss", float(norms[name]))
         with nvtx.annotate("optimizer"):
-            optimizer.step()
-        return norm
+            for name in by_name:
+                optimizers[name].step()
+        return norms
+
+    def _return_params(self) -> ReturnParams:
+        target = None if self.target_critic is None else self.target_critic.params()
+        heads = (self.model.reward.params().detach(), self.critic.params(), target)
+        return ReturnParams(*heads, self.config.behavior.gamma, self.config.behavior.lam)
 
     def _return_scale(self, returns: Tensor) -> Tensor | float:
         """max(1, running range of the returns), as in DreamerV3; 1 when not asked for."""

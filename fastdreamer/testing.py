@@ -60,7 +60,7 @@ LIMITS = {
         "as many roundings a step as eager or, fused, fewer; with a single element eager may be "
         "exact by luck, hence one eps",
     ),
-} | dict.fromkeys(("rssm_step", "observe", "imagine", "open_loop"), _RECURRENT)
+} | dict.fromkeys(("rssm_step", "observe", "imagine", "open_loop", "cem"), _RECURRENT)
 """One limit per op; see :func:`assert_accurate`."""
 
 BF16_LIMITS = dict.fromkeys(("rssm_step", "observe", "imagine", "open_loop"), _RECURRENT_BF16)

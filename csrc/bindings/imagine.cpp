@@ -9,8 +9,8 @@ namespace fastdreamer {
 namespace {
 
 // What Python holds between forward and backward: the tape, and all that it points into.
-struct Tape {
-  explicit Tape(const char* op) : arrays(op) {}
+struct ImagineRun {
+  explicit ImagineRun(const char* op) : arrays(op) {}
 
   Rssm rssm;
   Actor actor;
@@ -20,7 +20,7 @@ struct Tape {
   ImagineTape tape;
 };
 
-const PackedMlp& mlp_of(Tape& tape, py::handle object) {
+const PackedMlp& mlp_of(ImagineRun& tape, py::handle object) {
   tape.packed.push_back(py::reinterpret_borrow<py::object>(object));
   return object.cast<const PackedMlp&>();
 }
@@ -29,13 +29,13 @@ const PackedMlp& mlp_of(Tape& tape, py::handle object) {
 // heads: (reward, critic or None, target or None, gamma, lam) or None. wants: None, or (through,
 // actor, rssm, reward, critic). Arrays as in cpu/imagine.h; `outputs` are deter, stoch, prior_mean,
 // prior_std, reward, next_value, returns, value, each an array or None.
-std::unique_ptr<Tape> imagine_forward(const char* op, py::tuple rssm, py::object actor,
+std::unique_ptr<ImagineRun> imagine_forward(const char* op, py::tuple rssm, py::object actor,
                                       py::object heads, py::handle start_deter,
                                       py::handle start_stoch, py::handle state_noise,
                                       py::handle action_noise, py::handle action, py::tuple outputs,
                                       py::object wants, int threads) {
-  auto tape = std::make_unique<Tape>(op);
-  Tape& t = *tape;
+  auto tape = std::make_unique<ImagineRun>(op);
+  ImagineRun& t = *tape;
   ImagineWants w;
   if (!wants.is_none()) {
     const py::tuple five = wants;
@@ -124,7 +124,7 @@ std::unique_ptr<Tape> imagine_forward(const char* op, py::tuple rssm, py::object
 // `grads`: those that reach deter, stoch, action, prior_mean, prior_std, reward, returns. `inputs`:
 // where those of start.deter, start.stoch and the given action go. Parameters: None, or a list of
 // (weight, bias) per layer, and for the GRU its four.
-void imagine_backward(Tape& t, py::tuple grads, py::tuple inputs, py::object actor, py::object inp,
+void imagine_backward(ImagineRun& t, py::tuple grads, py::tuple inputs, py::object actor, py::object inp,
                       py::object gru, py::object prior, py::object reward, int threads) {
   const char* op = t.arrays.op();
   const ImagineArgs& x = t.tape.args;
@@ -180,7 +180,7 @@ void imagine_backward(Tape& t, py::tuple grads, py::tuple inputs, py::object act
   pass.run();
 }
 
-void critic_backward(Tape& t, py::handle value_grad, py::list critic, int threads) {
+void critic_backward(ImagineRun& t, py::handle value_grad, py::list critic, int threads) {
   const char* op = t.arrays.op();
   if (!t.tape.wants.critic) fail(std::string(op) + ": this tape has no critic");
   if (threads < 1) fail(std::string(op) + ": threads must be at least 1");
@@ -199,7 +199,7 @@ void critic_backward(Tape& t, py::handle value_grad, py::list critic, int thread
 }  // namespace
 
 void bind_imagine(py::module_& m) {
-  py::class_<Tape>(m, "ImagineTape", "What a rollout leaves for its backward passes.");
+  py::class_<ImagineRun>(m, "ImagineTape", "What a rollout leaves for its backward passes.");
   m.def("imagine_forward", &imagine_forward, py::arg("op"), py::arg("rssm"), py::arg("actor"),
         py::arg("heads"), py::arg("start_deter"), py::arg("start_stoch"), py::arg("state_noise"),
         py::arg("action_noise"), py::arg("action"), py::arg("outputs"), py::arg("wants"),

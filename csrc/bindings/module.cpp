@@ -8,6 +8,7 @@
 
 #include "bindings/array.h"
 #include "bindings/imagine.h"
+#include "bindings/observe.h"
 #include "bindings/weights.h"
 #include "cpu/arena.h"
 #include "cpu/isa.h"
@@ -144,6 +145,7 @@ PYBIND11_MODULE(_native, m) {
         py::arg("grad_discount"), py::arg("threads"));
   bind_weights(m);
   bind_imagine(m);
+  bind_observe(m);
   m.def("peak", &peak, py::arg("bf16"), py::arg("threads"), py::arg("seconds"),
         "GFLOP/s of multiply-adds from registers, of all threads together.");
   m.def(

@@ -23,6 +23,7 @@ class PackedMlp {
   Precision precision() const { return precision_; }
   bool gradients() const { return gradients_; }
   Index rotate() const { return rotate_; }
+  Index first_column() const { return first_column_; }
 
   // Destinations for the gradients of these weights: a list of (weight, bias or None) arrays.
   std::vector<LayerGrad> grads(Arrays& arrays, py::list pairs) const;

@@ -37,16 +37,17 @@ template <class P>
 void sample(const SampleArgs& x) {
   const Index S = x.S;
   for (Index row = 0; row < x.rows; ++row) {
-    const float *raw = at(x.raw, row), *noise = at(x.noise, row);
+    const float* raw = at(x.raw, row);
     by_vectors(0, S, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
       const Vec mean = get(raw + c), y = get(raw + S + c);
       const Vec std = softplus<P::fast>(y) + fill(x.min_std);
-      const Vec s = fma(std, get(noise + c), mean);
-      put(at<typename P::Elem>(x.out, row) + c, s);
-      if (x.out32.data != nullptr) put(at(x.out32, row) + c, s);
       if (x.mean.data != nullptr) put(at(x.mean, row) + c, mean);
       if (x.std.data != nullptr) put(at(x.std, row) + c, std);
       if (x.slope.data != nullptr) put(at(x.slope, row) + c, sigmoid<P::fast>(y));
+      if (x.noise.data == nullptr) return;
+      const Vec s = fma(std, get(at(x.noise, row) + c), mean);
+      if (x.out.data != nullptr) put(at<typename P::Elem>(x.out, row) + c, s);
+      if (x.out32.data != nullptr) put(at(x.out32, row) + c, s);
     });
   }
 }

@@ -489,14 +489,21 @@ constexpr Index kBlock = 256;
 
 template <class P>
 Index weight_gradient_scratch(Index in, Index out) {
-  return panels_size<P>(kBlock, in) + panels_size<P>(kBlock, out) + 64;
+  return panels_size<P>(kBlock, in) + panels_size<P>(kBlock, out) + 128 +
+         vectors(out) * kLanes * Index{sizeof(float)};
 }
 
 template <class P>
 void weight_gradient(const WeightGradientArgs& x) {
   using Elem = typename P::Elem;
-  Elem* x_panels = static_cast<Elem*>(x.scratch);
-  Elem* deltas = x_panels + (panels_size<P>(kBlock, x.in) / Index{sizeof(Elem)} + 31) / 32 * 32;
+  const auto aligned = [](Index size) { return (size + 63) / 64 * 64; };
+  char* memory = static_cast<char*>(x.scratch);
+  Elem* x_panels = reinterpret_cast<Elem*>(memory);
+  memory += aligned(panels_size<P>(kBlock, x.in));
+  Elem* deltas = reinterpret_cast<Elem*>(memory);
+  memory += aligned(panels_size<P>(kBlock, x.out));
+  // of one block, so that the bias's sum over many rows is one of short sums, as the weight's is
+  float* delta_sums = reinterpret_cast<float*>(memory);
   const Index padded_out = vectors(x.out) * kLanes;
   for (Index begin = 0; begin < x.rows; begin += kBlock) {
     const Index rows = least(kBlock, x.rows - begin);
@@ -521,13 +528,15 @@ void weight_gradient(const WeightGradientArgs& x) {
         const Vec first_row = scaled(low, r);
         const Vec second_row = two ? scaled(high, r + 1) : fill(0.0f);
         put_step(to, first_row, second_row);
-        if (x.bias_grad != nullptr) {
-          Vec sum = first_row + second_row;
-          if (r > 0) sum = sum + load(x.bias_grad + c, n);
-          store(x.bias_grad + c, sum, n);
-        }
+        const Vec sum = first_row + second_row;
+        store(delta_sums + c, k == 0 ? sum : load(delta_sums + c) + sum);
       }
     }
+    by_vectors(0, x.bias_grad == nullptr ? 0 : x.out,
+               [&](Index c, auto get, auto put) __attribute__((always_inline)) {
+                 const Vec sum = load(delta_sums + c);
+                 put(x.bias_grad + c, begin == 0 ? sum : get(x.bias_grad + c) + sum);
+               });
     const Operand<Elem> delta{deltas, P::pair, padded_out * P::pair};
     // the packed rows are whole steps: the second of an odd last pair is zero
     const Panels w{x_panels, steps(rows, P::pair) * P::pair, x.in};

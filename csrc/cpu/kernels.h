@@ -96,14 +96,14 @@ struct GruBackwardArgs {
 // mean, y = raw; std = softplus(y) + min_std; sample = mean + std * noise.
 struct SampleArgs {
   Index S, rows;
-  Floats raw;  // [2S]
-  Floats noise;
+  Floats raw;    // [2S]
+  Floats noise;  // null data: only the distribution is wanted
   float min_std;
-  Rows out;
-  Floats out32, mean, std, slope;  // slope: d std / d y; null data: not wanted
+  Rows out;                        // the sample as Elem, and
+  Floats out32, mean, std, slope;  // slope: d std / d y; each null data: not wanted
 };
 
-// raw_grad [2S] of the gradient of the sample, of mean and of std (null: none).
+// raw_grad [2S] of the gradient of the sample, of mean and of std (null data: none).
 struct SampleBackwardArgs {
   Index S, rows;
   Floats grad, mean_grad, std_grad, noise, slope;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -63,8 +64,11 @@ def observe(
     check_tensor("observe", "noise", noise, ("T", "B", "S"), dims, like=like)
     if not len(embed):
         raise ValueError(f"observe: embed is empty, {list(embed.shape)}")
-    body = OP.select(backend, start.deter, start.stoch, embed, action, constant=(noise,))
-    return body(params, start, embed, action, is_first, noise)
+    # every body takes a bfloat16 embedding as it is: by its bits it is of no dtype to refuse
+    bits = embed.view(torch.int16) if embed.dtype == torch.bfloat16 else embed
+    given = (start.deter, start.stoch, bits, action, is_first)
+    body = OP.select(backend, *given, constant=(noise,))
+    return Observation(*body(params, start, embed, action, is_first, noise))
 
 
 def eager(
@@ -74,7 +78,7 @@ def eager(
     action: Tensor,
     is_first: Tensor,
     noise: Tensor,
-) -> Observation:
+) -> tuple[State, Normal, Normal]:
     first = is_first.unsqueeze(-1)  # [T, B, 1]
     action = action.masked_fill(first, 0)
     states, posts, state = [], [], start
@@ -90,7 +94,13 @@ def eager(
     post = Normal(*(torch.stack(parts) for parts in zip(*posts, strict=True)))
     # No step waits for its prior, so all of them are one matrix product.
     prior = latent_dist(mlp(params.prior, states.deter), params.min_std, noise.dtype)
-    return Observation(states, post, prior)
+    return states, post, prior
 
 
-OP = Op("observe", eager=eager)
+def _load_native() -> Callable:
+    from fastdreamer.ops.native.observe import observe
+
+    return observe
+
+
+OP = Op("observe", eager=eager, native=_load_native)

@@ -6,17 +6,23 @@ same tape, so that actor and critic can be differentiated together or one after 
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdreamer import _native
-from fastdreamer.ops.native.packs import arrays, autocast_bf16, pack_gru, pack_mlp
+from fastdreamer.ops.native.packs import (
+    arrays,
+    autocast_bf16,
+    flat,
+    layers,
+    pack_gru,
+    pack_mlp,
+    split,
+)
 from fastdreamer.ops.params import (
     ActorParams,
-    MLPParams,
     Normal,
     ReturnParams,
     RSSMParams,
@@ -57,11 +63,11 @@ class _Call:
         """The differentiable parameters: actor, input layer, GRU, prior, reward head."""
         params, actor, returns = self.params, self.actor, self.returns
         return [
-            () if actor is None else _flat(actor.mlp),
-            _flat(params.inp),
+            () if actor is None else flat(actor.mlp),
+            flat(params.inp),
             tuple(params.gru),
-            _flat(params.prior),
-            () if returns is None else _flat(returns.reward),
+            flat(params.prior),
+            () if returns is None else flat(returns.reward),
         ]
 
 
@@ -79,7 +85,7 @@ def imagine(
         call, *start, state_noise, action_noise, None, *_all(call)
     )
     if call.wants_critic:
-        value = _Value.apply(value, call, *_flat(returns.critic))
+        value = _Value.apply(value, call, *flat(returns.critic))
     call.params = call.actor = call.returns = None  # the nodes keep what they need
     return deter, stoch, action, reward, value, total
 
@@ -111,7 +117,7 @@ class _Rollout(torch.autograd.Function):
     ):
         sizes = [len(group) for group in call.parameters()]
         needs = [call.recording and need for need in ctx.needs_input_grad]
-        asked = [any(group) for group in _split(needs[6:], sizes)]
+        asked = [any(group) for group in split(needs[6:], sizes)]
         actor, rssm, reward = asked[0], any(asked[1:4]), asked[4]
         through = any(needs)
         wants = (through, actor, rssm, reward, call.wants_critic)
@@ -186,7 +192,7 @@ class _Rollout(torch.autograd.Function):
         grads = [
             [torch.empty_like(t, memory_format=torch.contiguous_format) for t in group] if want
             else None
-            for group, want in zip(_split(parameters, ctx.sizes), wanted, strict=True)
+            for group, want in zip(split(parameters, ctx.sizes), wanted, strict=True)
         ]  # fmt: skip
         actor, inp, gru, prior, head = grads
         _native.imagine_backward(
@@ -196,7 +202,7 @@ class _Rollout(torch.autograd.Function):
                 for g in (deter, stoch, action, mean, std, reward, total)
             ),
             tuple(arrays(*starts)),
-            *(_layers(actor), _layers(inp), gru and arrays(*gru), _layers(prior), _layers(head)),
+            *(layers(actor), layers(inp), gru and arrays(*gru), layers(prior), layers(head)),
             torch.get_num_threads(),
         )
         return (
@@ -220,27 +226,10 @@ class _Value(torch.autograd.Function):
         critic = ctx.saved_tensors
         grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in critic]
         _native.critic_backward(
-            ctx.tape, grad.contiguous().numpy(), _layers(grads), torch.get_num_threads()
+            ctx.tape, grad.contiguous().numpy(), layers(grads), torch.get_num_threads()
         )
         return None, None, *grads
 
 
-def _flat(mlp: MLPParams) -> tuple[Tensor, ...]:
-    return (*mlp.weights, *mlp.biases)
-
-
-def _split(items: Any, sizes: list[int]) -> list[Any]:
-    ends = list(itertools.accumulate(sizes))
-    return [items[end - size : end] for end, size in zip(ends, sizes, strict=True)]
-
-
 def _all(call: _Call) -> list[Tensor]:
     return [tensor for group in call.parameters() for tensor in group]
-
-
-def _layers(tensors: Any) -> list[tuple] | None:
-    """Weights then biases -> (weight, bias) arrays of each layer."""
-    if tensors is None:
-        return None
-    half = len(tensors) // 2
-    return list(zip(arrays(*tensors[:half]), arrays(*tensors[half:]), strict=True))

@@ -8,6 +8,8 @@ without counting a version, hence the hook. What neither sees is a change behind
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +64,25 @@ def arrays(*tensors: Tensor | None) -> list:
     return [None if tensor is None else tensor.detach().numpy() for tensor in tensors]
 
 
+def flat(mlp: MLPParams) -> tuple[Tensor, ...]:
+    """The weights, then the biases."""
+    return (*mlp.weights, *mlp.biases)
+
+
+def layers(tensors: list[Tensor] | None) -> list[tuple] | None:
+    """The inverse of :func:`flat`, as (weight, bias) arrays of each layer; None stays None."""
+    if tensors is None:
+        return None
+    half = len(tensors) // 2
+    return list(zip(arrays(*tensors[:half]), arrays(*tensors[half:]), strict=True))
+
+
+def split(items: Sequence, sizes: list[int]) -> list[Sequence]:
+    """Cut a sequence into consecutive groups of these sizes."""
+    ends = list(itertools.accumulate(sizes))
+    return [items[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+
 def pack_mlp(
     params: MLPParams,
     *,
@@ -81,7 +102,7 @@ def pack_mlp(
         columns: (first, number) of the first layer's columns; (0, 0) takes all.
         bias: whether the first layer has its bias.
     """
-    tensors = (*params.weights, *params.biases)
+    tensors = flat(params)
     key = (bf16, act_last, columns, bias, params.activation, *_layout(tensors))
 
     def make(gradients: bool) -> Any:

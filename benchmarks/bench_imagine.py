@@ -1,0 +1,159 @@
+"""``imagine``: the rollout, its heads and λ-return, and the updates of actor and critic."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from benchmarks import compiled, flops
+from benchmarks.race import Case
+from fastdreamer import losses, testing
+from fastdreamer.ops.imagine import OP, imagine
+from fastdreamer.ops.lambda_return import OP as LAMBDA_RETURN
+from fastdreamer.ops.params import MLPParams, ReturnParams, State, mlp
+
+H, B = 15, 400  # of preset report, from every state of a batch of 8 × 50
+LEARNING_RATE = 8e-5
+
+
+class Imagined(NamedTuple):
+    """What a behaviour update needs of a rollout; None: not asked for."""
+
+    deter: Tensor  # [H, B, D]
+    stoch: Tensor  # [H, B, S]
+    action: Tensor  # [H, B, A]
+    reward: Tensor | None = None  # [H, B]
+    returns: Tensor | None = None  # [H, B]
+    value: Tensor | None = None  # [H, B], of the states 0..H-1
+
+
+def inputs(H: int, B: int, sizes: testing.Sizes, *, heads: bool) -> dict[str, Any]:
+    """Arguments of ``imagine``; the report has no target critic."""
+    arguments = testing.imagine_inputs(sizes, H, B, heads=heads)
+    if heads:
+        arguments["returns"] = arguments["returns"]._replace(target=None)
+    return arguments
+
+
+def with_heads(
+    *, returns: ReturnParams, backend: str, value: bool = False, **rollout: Any
+) -> Imagined:
+    """``imagine`` with its heads by a backend.
+
+    The eager baseline does no more than it must: heads once for the states 1..H, and the critic
+    again in the states 0..H-1 only where its loss is wanted.
+    """
+    if backend == "native":
+        out = imagine(**rollout, returns=returns, backend=backend)
+        seen = out.deter, out.stoch, out.action, out.reward, out.returns
+        return Imagined(*seen, out.value if value else None)
+    plain = functools.partial(imagine, backend=backend)
+    return _composed(plain, mlp, LAMBDA_RETURN.eager, value, returns, **rollout)
+
+
+def _compiled(*, returns: ReturnParams, value: bool = False, **rollout: Any) -> Imagined:
+    scan = compiled.compiled(LAMBDA_RETURN.eager)
+    return _composed(compiled.imagine, compiled.compiled(mlp), scan, value, returns, **rollout)
+
+
+def _composed(
+    rollout: Callable[..., Any],
+    head: Callable[[MLPParams, Tensor], Tensor],
+    scan: Callable[..., Tensor],
+    value: bool,
+    returns: ReturnParams,
+    *,
+    start: State,
+    **arguments: Any,
+) -> Imagined:
+    deter, stoch, action = rollout(start=start, **arguments)[:3]
+    feat = torch.cat([deter, stoch], -1)  # [H, B, F], states 1..H
+    predict = lambda params, x: head(params, x)[..., 0].to(x.dtype)  # noqa: E731
+    reward = predict(returns.reward, feat)
+    bootstrap = predict(returns.critic.detach(), feat)
+    result = scan(reward, bootstrap, torch.full_like(reward, returns.gamma), returns.lam)
+    values = None
+    if value:
+        values = predict(returns.critic, torch.cat([start.feat[None], feat[:-1].detach()]))
+    return Imagined(deter, stoch, action, reward, result, values)
+
+
+def _rollout(*, backend: str, **arguments: Any) -> Imagined:
+    out = imagine(**arguments, backend=backend)
+    return Imagined(out.deter, out.stoch, out.action)
+
+
+def _tensors(*trees: Any) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(trees) if isinstance(x, Tensor)]
+
+
+def _actor_loss(out: Imagined) -> Tensor:
+    return losses.actor_loss(out.returns, torch.ones(H, 1))
+
+
+def _both_losses(out: Imagined) -> Tensor:
+    return _actor_loss(out) + losses.critic_loss(out.value, out.returns, torch.ones(H, 1))
+
+
+def heads_case(H: int, B: int, sizes: testing.Sizes) -> Case:
+    """The rollout and its heads, forward; ``curves`` varies the sizes."""
+    arguments = functools.partial(inputs, H, B, sizes, heads=True)
+    x = arguments()
+    count = flops.imagine(x["params"], x["actor"], H, B, x["returns"])
+    return Case("imagine + heads", OP, arguments, count, with_heads, _compiled)
+
+
+def _cases(sizes: testing.Sizes) -> list[Case]:
+    x = inputs(H, B, sizes, heads=True)
+    params, actor, returns = x["params"], x["actor"], x["returns"]
+    # Trained together, the two get their gradients from one pass: no term of the sum of the
+    # losses reaches the other's parameters.
+    both = functools.partial(with_heads, value=True)
+    both_compiled = functools.partial(_compiled, value=True)
+    update = functools.partial(
+        Case,
+        op=OP,
+        inputs=functools.partial(inputs, H, B, sizes, heads=True),
+        learning_rate=LEARNING_RATE,
+    )
+    return [
+        Case(
+            "imagine",
+            OP,
+            functools.partial(inputs, H, B, sizes, heads=False),
+            flops.imagine(params, actor, H, B),
+            _rollout,
+            compiled.imagine,
+        ),
+        heads_case(H, B, sizes),
+        update(
+            name="actor update",
+            flops=flops.actor_update(params, actor, H, B, returns),
+            call=with_heads,
+            compiled=_compiled,
+            leaves=lambda x: [_tensors(x["actor"])],
+            loss=_actor_loss,
+        ),
+        update(
+            name="actor + critic update",
+            flops=flops.actor_critic_update(params, actor, H, B, returns),
+            call=both,
+            compiled=both_compiled,
+            leaves=lambda x: [_tensors(x["actor"]), _tensors(x["returns"].critic)],
+            loss=_both_losses,
+        ),
+    ]
+
+
+CASES = _cases(testing.REPORT)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_imagine(contest, case: Case) -> None:
+    contest(case)

@@ -1,0 +1,146 @@
+#include "bindings/observe.h"
+
+#include <memory>
+
+#include "bindings/weights.h"
+#include "cpu/observe.h"
+
+namespace fastdreamer {
+namespace {
+
+constexpr const char* kOp = "observe";
+
+// What Python holds between forward and backward: the tape, and all that it points into.
+struct ObserveRun {
+  Rssm rssm;
+  Mlp post;
+  Layer embed;
+  py::object inp, gru, prior, post_pack, embed_pack;
+  Arrays arrays{kOp};
+  ObserveTape tape;
+};
+
+// rssm: (inp, gru, prior, min_std, post, embed): `post` is packed without the first layer's bias
+// from deter's columns, `embed` is the first layer alone from the embedding's. embed_array: [T, B,
+// E] float32, or int16 (the bits of bfloat16) with bfloat16 weights. outputs: deter, stoch, mean
+// and std of the posterior, mean and std of the prior.
+std::unique_ptr<ObserveRun> observe_forward(py::tuple rssm, py::handle start_deter,
+                                      py::handle start_stoch, py::handle embed_array,
+                                      py::handle action, py::handle is_first, py::handle noise,
+                                      py::tuple outputs, bool keep, int threads) {
+  auto tape = std::make_unique<ObserveRun>();
+  ObserveRun& t = *tape;
+  if (threads < 1) fail("observe: threads must be at least 1");
+  t.inp = rssm[0], t.gru = rssm[1], t.prior = rssm[2], t.post_pack = rssm[4];
+  t.embed_pack = rssm[5];
+  const PackedMlp& inp = t.inp.cast<const PackedMlp&>();
+  const PackedGru& gru = t.gru.cast<const PackedGru&>();
+  const PackedMlp& prior = t.prior.cast<const PackedMlp&>();
+  const PackedMlp& post = t.post_pack.cast<const PackedMlp&>();
+  const PackedMlp& embed = t.embed_pack.cast<const PackedMlp&>();
+  t.rssm = make_rssm(kOp, inp, gru, prior, rssm[3].cast<double>());
+  const Precision precision = gru.precision();
+  const Index A = t.rssm.A, D = t.rssm.D, S = t.rssm.S, E = embed.mlp().in();
+  check_mlp(kOp, "post", post, precision, D, 2 * S, keep);
+  check_mlp(kOp, "embed", embed, precision, E, post.mlp().layers[0].out, keep);
+  if (embed.mlp().depth != 1) fail("observe: embed must be one layer");
+  if (keep && !(inp.gradients() && gru.gradients() && prior.gradients())) {
+    fail("observe: the model was not packed for gradients");
+  }
+  t.post = post.mlp();
+  t.embed = embed.mlp().layers[0];
+
+  const Array shape(kOp, "noise", noise);
+  if (shape.ndim() != 3 || shape.size(0) < 1 || shape.size(1) < 1) {
+    fail("observe: noise must be [T, B, S], none of them 0");
+  }
+  const Index T = shape.size(0), B = shape.size(1);
+  ObserveArgs x{};
+  x.kernels = &kernels(precision);
+  x.rssm = &t.rssm;
+  x.post = &t.post;
+  x.embed = &t.embed;
+  x.T = T;
+  x.B = B;
+  x.start_deter = t.arrays.in("start.deter", start_deter, {B, D});
+  x.start_stoch = t.arrays.in("start.stoch", start_stoch, {B, S});
+  if (precision == Precision::bf16 && Array(kOp, "embed", embed_array).is('h')) {
+    x.embed_elem = t.arrays.in_format("embed", embed_array, {T, B, E}, 'h');
+  } else {
+    x.embed32 = t.arrays.in("embed", embed_array, {T, B, E});
+    if (precision == Precision::fp32) x.embed_elem = x.embed32;
+  }
+  x.action = t.arrays.in("action", action, {T, B, A});
+  x.is_first =
+      static_cast<const unsigned char*>(t.arrays.in_format("is_first", is_first, {T, B}, '?'));
+  x.noise = t.arrays.in("noise", noise, {T, B, S});
+  x.deter = t.arrays.out("deter", outputs[0], {T, B, D});
+  x.stoch = t.arrays.out("stoch", outputs[1], {T, B, S});
+  x.post_mean = t.arrays.out("post.mean", outputs[2], {T, B, S});
+  x.post_std = t.arrays.out("post.std", outputs[3], {T, B, S});
+  x.prior_mean = t.arrays.out("prior.mean", outputs[4], {T, B, S});
+  x.prior_std = t.arrays.out("prior.std", outputs[5], {T, B, S});
+  t.arrays.check_overlap();
+  Arena scratch;
+  const Observe pass(x, keep ? &t.tape : nullptr, scratch, threads);
+  {
+    py::gil_scoped_release release;
+    pass.run();
+  }
+  if (!keep) return nullptr;
+  return tape;
+}
+
+// grads: those that reach the six outputs, or None. inputs: where those of start.deter,
+// start.stoch, embed and action go, or None. parameters: None, or (inp, gru, prior, post) as lists
+// of (weight, bias) per layer, and for the GRU its four.
+void observe_backward(ObserveRun& t, py::tuple grads, py::tuple inputs, py::object parameters,
+                      int threads) {
+  const ObserveArgs& x = t.tape.args;
+  const Index A = t.rssm.A, D = t.rssm.D, S = t.rssm.S, T = x.T, B = x.B;
+  if (threads < 1) fail("observe: threads must be at least 1");
+  Arrays arrays(kOp);
+  ObserveGrads g{};
+  g.deter = arrays.maybe_in("grad of deter", grads[0], {T, B, D});
+  g.stoch = arrays.maybe_in("grad of stoch", grads[1], {T, B, S});
+  g.post_mean = arrays.maybe_in("grad of post.mean", grads[2], {T, B, S});
+  g.post_std = arrays.maybe_in("grad of post.std", grads[3], {T, B, S});
+  g.prior_mean = arrays.maybe_in("grad of prior.mean", grads[4], {T, B, S});
+  g.prior_std = arrays.maybe_in("grad of prior.std", grads[5], {T, B, S});
+  g.start_deter = arrays.maybe_out("grad of start.deter", inputs[0], {B, D});
+  g.start_stoch = arrays.maybe_out("grad of start.stoch", inputs[1], {B, S});
+  g.embed = arrays.maybe_out("grad of embed", inputs[2], {T, B, t.embed.in});
+  g.action = arrays.maybe_out("grad of action", inputs[3], {T, B, A});
+  g.parameters = !parameters.is_none();
+  if (g.parameters) {
+    const py::tuple groups = parameters;
+    const PackedMlp& inp = t.inp.cast<const PackedMlp&>();
+    const PackedMlp& post = t.post_pack.cast<const PackedMlp&>();
+    g.inp = inp.grads(arrays, groups[0]);
+    g.inp_rotate = inp.rotate();
+    t.gru.cast<const PackedGru&>().grads(arrays, groups[1], g.ih, g.hh);
+    g.prior = t.prior.cast<const PackedMlp&>().grads(arrays, groups[2]);
+    g.post = post.grads(arrays, groups[3]);
+    const Index from = t.embed_pack.cast<const PackedMlp&>().first_column();
+    g.embed_weight = {g.post[0].weight - post.first_column() + from, g.post[0].stride, nullptr};
+  }
+  arrays.check_overlap();
+  Arena scratch;
+  const ObserveBackward pass(t.tape, g, scratch, threads);
+  py::gil_scoped_release release;
+  pass.run();
+}
+
+}  // namespace
+
+void bind_observe(py::module_& m) {
+  py::class_<ObserveRun>(m, "ObserveTape", "What a filtered sequence leaves for its backward pass.");
+  m.def("observe_forward", &observe_forward, py::arg("rssm"), py::arg("start_deter"),
+        py::arg("start_stoch"), py::arg("embed"), py::arg("action"), py::arg("is_first"),
+        py::arg("noise"), py::arg("outputs"), py::arg("keep"), py::arg("threads"),
+        "The posterior filter; see csrc/bindings/observe.cpp.");
+  m.def("observe_backward", &observe_backward, py::arg("tape"), py::arg("grads"),
+        py::arg("inputs"), py::arg("parameters"), py::arg("threads"), "Its gradients.");
+}
+
+}  // namespace fastdreamer

@@ -1,0 +1,226 @@
+#include "cpu/observe.h"
+
+#include <algorithm>
+
+#include "cpu/parallel.h"
+
+namespace fastdreamer {
+namespace {
+
+constexpr Index kTile = 50;
+constexpr Floats kNone{nullptr, 0};
+constexpr Rows kNothing{nullptr, 0};
+
+FloatBuffer rows_of(const float* data, Index width) {
+  return {const_cast<float*>(data), width};  // read where the caller's data is const
+}
+
+}  // namespace
+
+Observe::Observe(const ObserveArgs& args, ObserveTape* tape, Arena& scratch, int threads)
+    : tape_(tape != nullptr ? tape : &own_), taped_(tape != nullptr), threads_(threads) {
+  const Kernels& k = *args.kernels;
+  const Rssm& rssm = *args.rssm;
+  const Index all = args.T * args.B, E = args.embed->in;
+  const Tiling by_batch(args.B, kTile, threads), by_row(all, kTile, threads);
+  scan_tile_ = by_batch.size;
+  batch_tile_ = by_row.size;
+  const Index tiles = by_batch.threads * scan_tile_;
+  const Index rows = taped_ ? all : tiles;
+  Arena& arena = taped_ ? tape->arena : scratch;
+  ObserveTape& t = *tape_;
+  t.args = args;
+  if (args.embed_elem != nullptr) {
+    t.embed = {static_cast<char*>(const_cast<void*>(args.embed_elem)), E, k.elem_size};
+  } else {
+    t.embed = take_rows(arena, k, all, E);
+  }
+  t.used = take_rows(arena, k, rows, rssm.width());
+  t.h = take_rows(arena, k, all, rssm.D);
+  t.deter = take_deter(arena, k, rssm, rows, taped_);
+  t.post = take_mlp(arena, k, *args.post, rows, taped_);
+  t.prior = take_mlp(arena, k, rssm.prior, taped_ ? all : by_row.threads * batch_tile_, taped_);
+  if (taped_) {
+    t.post_slope = take_floats(arena, all, rssm.S);
+    t.prior_slope = take_floats(arena, all, rssm.S);
+  }
+  projected_ = take_floats(scratch, all, args.embed->out);
+  raw_ = take_floats(scratch, std::max(tiles, by_row.threads * batch_tile_), 2 * rssm.S);
+  h32_ = take_floats(scratch, tiles, rssm.D);
+}
+
+void Observe::run() const {
+  const ObserveArgs& x = tape_->args;
+  const Tiling by_row(x.T * x.B, kTile, threads_);
+  parallel_tiles(by_row, [&](Index begin, Index rows, int) { embed(begin, rows); });
+  parallel_tiles(Tiling(x.B, kTile, threads_),
+                 [&](Index begin, Index rows, int thread) { scan(begin, rows, thread); });
+  parallel_tiles(by_row, [&](Index begin, Index rows, int thread) { prior(begin, rows, thread); });
+}
+
+// The embedding's part of the posterior's first layer, for rows of all steps.
+void Observe::embed(Index begin, Index rows) const {
+  const ObserveTape& tape = *tape_;
+  const ObserveArgs& x = tape.args;
+  const Kernels& k = *x.kernels;
+  const Index E = x.embed->in;
+  if (x.embed_elem == nullptr) {
+    k.copy({rows_of(x.embed32, E).at(begin), nullptr, E, rows, tape.embed.at(begin), kNone, false});
+  }
+  k.linear({x.embed->forward, tape.embed.at(begin), rows, x.embed->bias, kNone, Activation::none,
+            kNothing, kNothing, projected_.at(begin), kNothing});
+}
+
+void Observe::scan(Index begin, Index rows, int thread) const {
+  const ObserveTape& tape = *tape_;
+  const ObserveArgs& x = tape.args;
+  const Kernels& k = *x.kernels;
+  const Rssm& rssm = *x.rssm;
+  const Index A = rssm.A, D = rssm.D, S = rssm.S, B = x.B;
+  const Floats raw = raw_.at(thread * scan_tile_), h32 = h32_.at(thread * scan_tile_);
+  for (Index t = 0; t < x.T; ++t) {
+    const Index row = t * B + begin, kept = taped_ ? row : thread * scan_tile_;
+    const unsigned char* first = x.is_first + row;
+    // where an episode begins, nothing of what was counts
+    const Floats h = t == 0 ? rows_of(x.start_deter, D).at(begin) : rows_of(x.deter, D).at(row - B);
+    const Floats s = t == 0 ? rows_of(x.start_stoch, S).at(begin) : rows_of(x.stoch, S).at(row - B);
+    k.copy({h, first, D, rows, tape.used.at(kept), h32, false});
+    k.copy({s, first, S, rows, tape.used.at(kept, D), kNone, false});
+    k.copy({rows_of(x.action, A).at(row), first, A, rows, tape.used.at(kept, D + S), kNone, false});
+    // h' = GRU(act(W [s, a]), h); s' from the posterior of [h', embedding]
+    deter_step(k, rssm, tape.used.at(kept), h32, rows, tape.deter, kept, tape.h.at(row),
+               rows_of(x.deter, D).at(row));
+    forward(k, *x.post, tape.h.at(row), rows, tape.post, kept, raw, projected_.at(row));
+    k.sample({S, rows, raw, rows_of(x.noise, S).at(row), rssm.min_std, kNothing,
+              rows_of(x.stoch, S).at(row), rows_of(x.post_mean, S).at(row),
+              rows_of(x.post_std, S).at(row), tape.post_slope.at(row)});
+  }
+}
+
+void Observe::prior(Index begin, Index rows, int thread) const {
+  const ObserveTape& tape = *tape_;
+  const ObserveArgs& x = tape.args;
+  const Kernels& k = *x.kernels;
+  const Rssm& rssm = *x.rssm;
+  const Index S = rssm.S;
+  const Floats raw = raw_.at(thread * batch_tile_);
+  forward(k, rssm.prior, tape.h.at(begin), rows, tape.prior,
+          taped_ ? begin : thread * batch_tile_, raw);
+  k.sample({S, rows, raw, kNone, rssm.min_std, kNothing, kNone, rows_of(x.prior_mean, S).at(begin),
+            rows_of(x.prior_std, S).at(begin), tape.prior_slope.at(begin)});
+}
+
+ObserveBackward::ObserveBackward(const ObserveTape& tape, const ObserveGrads& grads, Arena& scratch,
+                                 int threads)
+    : tape_(tape), grads_(grads), threads_(threads), weights_(*tape.args.kernels) {
+  const ObserveArgs& x = tape.args;
+  const Kernels& k = *x.kernels;
+  const Rssm& rssm = *x.rssm;
+  const Index all = x.T * x.B;
+  const Tiling tiling(x.B, kTile, threads);
+  scan_tile_ = tiling.size;
+  const Index tiles = tiling.threads * scan_tile_;
+  deter_ = take_deter_deltas(scratch, k, rssm, all);
+  post_deltas_ = take_deltas(scratch, k, *x.post, all);
+  prior_deltas_ = take_deltas(scratch, k, rssm.prior, all);
+  if (grads.prior_mean != nullptr || grads.prior_std != nullptr) {
+    prior_dh_ = take_floats(scratch, all, rssm.D);
+  }
+  dh_ = take_floats(scratch, tiles, rssm.D);
+  ds_ = take_floats(scratch, tiles, rssm.S);
+  ds_da_ = take_floats(scratch, tiles, rssm.S + rssm.A);
+  if (!grads.parameters) return;
+  add_deter_gradients(weights_, k, rssm, tape.used, tape.deter, deter_, all,
+                      {grads.inp.data(), grads.ih, grads.hh, grads.inp_rotate});
+  weights_.add(*x.post, tape.h.at(0), tape.post, post_deltas_, all, nullptr, grads.post.data());
+  weights_.add(tape.embed.at(0), x.embed->in, post_deltas_.hidden[0].at(0), x.embed->out, all,
+               nullptr, grads.embed_weight);
+  if (prior_dh_.data != nullptr) {
+    weights_.add(rssm.prior, tape.h.at(0), tape.prior, prior_deltas_, all, nullptr,
+                 grads.prior.data());
+  }
+  weights_.prepare(scratch, threads);
+}
+
+void ObserveBackward::run() const {
+  const ObserveArgs& x = tape_.args;
+  const Tiling by_row(x.T * x.B, kTile, threads_);
+  if (prior_dh_.data != nullptr) {
+    parallel_tiles(by_row, [&](Index begin, Index rows, int) { prior(begin, rows); });
+  }
+  parallel_tiles(Tiling(x.B, kTile, threads_),
+                 [&](Index begin, Index rows, int thread) { scan(begin, rows, thread); });
+  if (grads_.embed != nullptr) {
+    parallel_tiles(by_row, [&](Index begin, Index rows, int) { embed(begin, rows); });
+  }
+  weights_.run();
+}
+
+void ObserveBackward::prior(Index begin, Index rows) const {
+  const ObserveArgs& x = tape_.args;
+  const Kernels& k = *x.kernels;
+  const Rssm& rssm = *x.rssm;
+  const Index S = rssm.S;
+  const auto grad = [&](const float* data) {
+    return data == nullptr ? kNone : rows_of(data, S).at(begin);
+  };
+  k.sample_backward({S, rows, kNone, grad(grads_.prior_mean), grad(grads_.prior_std), kNone,
+                     tape_.prior_slope.at(begin),
+                     prior_deltas_.hidden[rssm.prior.depth - 1].at(begin)});
+  backward(k, rssm.prior, tape_.prior, begin, prior_deltas_, begin, rows, prior_dh_.at(begin),
+           false);
+}
+
+void ObserveBackward::scan(Index begin, Index rows, int thread) const {
+  const ObserveArgs& x = tape_.args;
+  const ObserveGrads& g = grads_;
+  const Kernels& k = *x.kernels;
+  const Rssm& rssm = *x.rssm;
+  const Index A = rssm.A, D = rssm.D, S = rssm.S, B = x.B;
+  const Index scratch = thread * scan_tile_;
+  const Floats dh = dh_.at(scratch), ds = ds_.at(scratch), ds_da = ds_da_.at(scratch);
+  const Floats ds_before{ds_da.data, S + A}, da{ds_da.data + S, S + A};
+  const auto optional = [&](const float* data, Index width, Index row) {
+    return data == nullptr ? kNone : rows_of(data, width).at(row);
+  };
+  const auto add = [&](const float* data, Index width, Index row, Floats to) {
+    if (data == nullptr) return;
+    k.copy({rows_of(data, width).at(row), nullptr, width, rows, kNothing, to, true});
+  };
+  std::fill_n(dh.data, rows * D, 0.0f);
+  std::fill_n(ds.data, rows * S, 0.0f);
+  for (Index t = x.T - 1; t >= 0; --t) {
+    const Index row = t * B + begin;
+    const unsigned char* first = x.is_first + row;
+    add(g.deter, D, row, dh);
+    add(prior_dh_.data, D, row, dh);
+    add(g.stoch, S, row, ds);
+    k.sample_backward({S, rows, ds, optional(g.post_mean, S, row), optional(g.post_std, S, row),
+                       rows_of(x.noise, S).at(row), tape_.post_slope.at(row),
+                       post_deltas_.hidden[x.post->depth - 1].at(row)});
+    backward(k, *x.post, tape_.post, row, post_deltas_, row, rows, dh, true);
+    deter_step_backward(k, rssm, tape_.used.at(row), tape_.deter, row, deter_, row, rows, dh,
+                        ds_da);
+    // nothing reaches what was before an episode began
+    k.copy({dh, first, D, rows, kNothing, dh, false});
+    k.copy({ds_before, first, S, rows, kNothing, ds, false});
+    if (g.action != nullptr) {
+      k.copy({da, first, A, rows, kNothing, rows_of(g.action, A).at(row), false});
+    }
+  }
+  if (g.start_deter != nullptr) {
+    k.copy({dh, nullptr, D, rows, kNothing, rows_of(g.start_deter, D).at(begin), false});
+  }
+  if (g.start_stoch != nullptr) {
+    k.copy({ds, nullptr, S, rows, kNothing, rows_of(g.start_stoch, S).at(begin), false});
+  }
+}
+
+void ObserveBackward::embed(Index begin, Index rows) const {
+  const ObserveArgs& x = tape_.args;
+  x.kernels->linear({x.embed->backward, post_deltas_.hidden[0].at(begin), rows, nullptr, kNone,
+                     Activation::none, kNothing, kNothing,
+                     rows_of(grads_.embed, x.embed->in).at(begin), kNothing});
+}
+
+}  // namespace fastdreamer
