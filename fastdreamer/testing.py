@@ -63,7 +63,9 @@ LIMITS = {
 } | dict.fromkeys(("rssm_step", "observe", "imagine", "open_loop", "cem"), _RECURRENT)
 """One limit per op; see :func:`assert_accurate`."""
 
-BF16_LIMITS = dict.fromkeys(("rssm_step", "observe", "imagine", "open_loop"), _RECURRENT_BF16)
+BF16_LIMITS = dict.fromkeys(
+    ("rssm_step", "observe", "imagine", "open_loop", "cem"), _RECURRENT_BF16
+)
 """Those of a backend's bfloat16 against eager under autocast to bfloat16."""
 
 

@@ -1,4 +1,4 @@
-"""The native rollouts (imagine, open_loop, rssm_step) against eager float64.
+"""The native recurrent ops (imagine, observe, open_loop, rssm_step) against eager float64.
 
 Outputs and all gradients, fp32 and bf16, at Walker's sizes and at remainders around every tile, on
 every ISA of the host and for several numbers of threads. Instruction sets are chosen by the
@@ -19,35 +19,39 @@ from torch import Tensor
 from fastdreamer import testing
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.native.packs import arrays, pack_gru, pack_mlp
+from fastdreamer.ops.observe import observe
 from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.params import MLPParams
 from fastdreamer.ops.rssm_step import rssm_step
 from fastdreamer.testing import REPORT, Sizes, assert_accurate, error, evaluate
 
-# sizes, H, B, layers of inp and prior. Rows: tiles of 50 and vector loops; columns: panels of 16
-# and their remainders. The ReLU cases of few units are for float32: in bfloat16 a unit near its
-# kink may switch, in eager as well as here, and with five units one alone decides the error. The
-# wide one is for bfloat16: in float32 no unit of the small ones lies that near to its kink.
+# sizes, H or T, B, layers of inp and of prior and posterior. Rows: tiles of 50 and vector loops;
+# columns: panels of 16 and their remainders. The ReLU cases of few units are for float32: in
+# bfloat16 a unit near its kink may switch, in eager as well as here, and with five units one alone
+# decides the error. The wide one is for bfloat16: in float32 no unit of the small ones lies that
+# near to its kink.
 CASES = {
-    "one-row": (Sizes(1, 7, 1, 4, 17, 5, 0, 1, 2, "relu"), 2, 1, (1, 1)),
-    "long": (Sizes(3, 16, 5, 4, 17, 5, 3, 2, 1, "silu"), 15, 2, (2, 3)),
+    "one-row": (Sizes(1, 7, 1, 1, 17, 5, 0, 1, 2, "relu"), 2, 1, (1, 1)),
+    "long": (Sizes(3, 16, 5, 33, 17, 5, 3, 2, 1, "silu"), 15, 2, (2, 3)),
     "tile-1": (Sizes(6, 21, 30, 4, 17, 5, 1, 0, 3, "tanh"), 1, 49, (3, 1)),
-    "tile": (Sizes(1, 21, 5, 4, 17, 9, 2, 3, 0, "elu"), 2, 50, (1, 4)),
-    "tile+1": (Sizes(3, 7, 30, 4, 33, 400, 1, 1, 1, "silu"), 2, 51, (4, 2)),
+    "tile": (Sizes(1, 21, 5, 17, 17, 9, 2, 3, 0, "elu"), 2, 50, (1, 4)),
+    "tile+1": (Sizes(3, 7, 30, 8, 33, 400, 1, 1, 1, "silu"), 2, 51, (4, 2)),
     "tiles+1": (Sizes(6, 16, 1, 4, 17, 5, 2, 1, 2, "relu"), 2, 101, (1, 2)),
-    "wide": (Sizes(3, 200, 5, 4, 400, 17, 0, 2, 1, "tanh"), 1, 2, (2, 2)),
+    "wide": (Sizes(3, 200, 5, 70, 400, 17, 0, 2, 1, "tanh"), 1, 7, (2, 2)),
     "wide-relu": (Sizes(6, 200, 30, 4, 400, 400, 2, 3, 3, "relu"), 2, 16, (1, 2)),
 }
 ONLY_FP32 = ("one-row", "tiles+1")
 ONLY_BF16 = ("wide-relu",)
 SMALL = CASES["tile+1"][0]._replace(units=17)
-OPS = {"imagine": imagine, "open_loop": open_loop, "rssm_step": rssm_step}
+OPS = {"imagine": imagine, "observe": observe, "open_loop": open_loop, "rssm_step": rssm_step}
 
 
 def make_inputs(op: str, sizes: Sizes, H: int, B: int, layers=(1, 2), **options) -> dict[str, Any]:
-    """Arguments of an op whose input layer and prior have that many layers."""
+    """Arguments of an op whose input layer and latent heads have that many layers."""
     if op == "rssm_step":
         inputs = testing.rssm_step_inputs(sizes, B, **options)
+    elif op == "observe":
+        inputs = testing.observe_inputs(sizes, H, B, **options)
     elif op == "open_loop":
         inputs = testing.open_loop_inputs(sizes, H, B, **options)
     else:
@@ -63,10 +67,10 @@ def make_inputs(op: str, sizes: Sizes, H: int, B: int, layers=(1, 2), **options)
         weights = tuple(uniform(a, b, a) for a, b in pairs)
         return MLPParams(weights, tuple(uniform(a, b) for a, b in pairs), sizes.activation)
 
-    A, D, S, _, hidden = sizes[:5]
+    A, D, S, E, hidden = sizes[:5]
     inp = mlp(S + A, *[hidden] * layers[0])
-    prior = mlp(D, *[hidden] * (layers[1] - 1), 2 * S)
-    return inputs | {"params": params._replace(inp=inp, prior=prior)}
+    prior, post = (mlp(n, *[hidden] * (layers[1] - 1), 2 * S) for n in (D, D + E))
+    return inputs | {"params": params._replace(inp=inp, prior=prior, post=post)}
 
 
 def results(op: str, inputs: Mapping[str, Any], *, bf16: bool, **options) -> tuple[dict, ...]:
@@ -100,10 +104,11 @@ def test_sizes(op, name):
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_walker_from_pixels(bf16):
+@pytest.mark.parametrize(("op", "shape"), [("imagine", (15, 50)), ("observe", (50, 8))])
+def test_walker_from_pixels(op, shape, bf16):
     """And its errors over all in bfloat16 are no larger than autocast's."""
-    got, eager, truth = results("imagine", make_inputs("imagine", REPORT, 15, 50), bf16=bf16)
-    assert_accurate("imagine", got, eager, truth, bf16=bf16)
+    got, eager, truth = results(op, make_inputs(op, REPORT, *shape), bf16=bf16)
+    assert_accurate(op, got, eager, truth, bf16=bf16)
 
     def overall(result: Mapping[str, Tensor]) -> float:
         relative = (
@@ -117,11 +122,34 @@ def test_walker_from_pixels(bf16):
 
 @pytest.mark.parametrize("activation", ["elu", "relu", "silu", "tanh"])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_activations(activation, frozen):
+@pytest.mark.parametrize("op", ["imagine", "observe"])
+def test_activations(op, activation, frozen):
     sizes = Sizes(3, 21, 5, 7, 40, 40, 2, 3, 2, activation)
-    wrt = ("actor", "start", "returns") if frozen else None
+    wrt = ("actor", "start", "returns", "embed", "action") if frozen else None
     for bf16 in (False, True)[: 1 if activation == "relu" else 2]:
-        check("imagine", make_inputs("imagine", sizes, 4, 13), bf16=bf16, wrt=wrt)
+        check(op, make_inputs(op, sizes, 4, 13), bf16=bf16, wrt=wrt)
+
+
+def test_an_embedding_in_bfloat16():
+    """As the encoder hands it over under autocast; its gradient comes back in bfloat16."""
+    inputs = make_inputs("observe", *CASES["long"])
+    wide = evaluate(
+        observe,
+        {**inputs, "embed": inputs["embed"].bfloat16()},
+        backend="native", dtype=torch.float32, autocast=True,
+    )  # fmt: skip
+    grads = []
+    for embed in (inputs["embed"].bfloat16(), inputs["embed"].bfloat16().float()):
+        for bf16 in (True, False):
+            given = embed.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                seen = observe(**inputs | {"embed": given}, backend="native")
+            if bf16:
+                assert torch.equal(seen.post.mean, wide["out.post.mean"])
+            seen.state.stoch.square().sum().backward()
+            assert given.grad.dtype == embed.dtype
+            grads.append(given.grad.bfloat16())
+    assert torch.equal(grads[0], grads[2]) and torch.equal(grads[1], grads[3])
 
 
 # --- which gradients ----------------------------------------------------------------------------
@@ -155,6 +183,12 @@ def test_every_subset_of_gradients(target):
         ("rssm_step", "action"),
         ("rssm_step", "state.stoch"),
         ("rssm_step", "params"),
+        ("observe", "embed"),
+        ("observe", "action"),
+        ("observe", "start.deter"),
+        ("observe", "params.post.weights[0]"),
+        ("observe", "params.prior"),
+        ("observe", "params.gru.bias_ih"),
     ],
 )
 def test_gradient_of_one_input(op, wrt):
@@ -173,9 +207,11 @@ def test_every_subset_of_outputs(frozen):
     for op, outputs in [
         ("open_loop", ("out.deter", "out.stoch")),
         ("rssm_step", ("out[0].deter", "out[0].stoch", "out[1].mean", "out[1].std")),
+        ("observe", ("out.state.deter", "out.state.stoch", "out.post.std", "out.prior.mean")),
     ]:
-        for using in outputs:
-            check(op, make_inputs(op, SMALL, 3, 4), using=[using])
+        for n in range(1, len(outputs) + 1):
+            for using in itertools.combinations(outputs, n):
+                check(op, make_inputs(op, SMALL, 3, 4), using=using)
 
 
 def test_without_heads_and_without_gradients():
@@ -363,10 +399,47 @@ def check_buffers(name: str, bf16: bool, threads: int) -> None:
         g.check((name, with_actor, "backward"))
 
 
+def check_observe_buffers(name: str, bf16: bool, threads: int) -> None:
+    from fastdreamer import _native
+
+    sizes, T, B, layers = CASES[name]
+    A, D, S, E = sizes[:4]
+    given = make_inputs("observe", sizes, T, B, layers)
+    params = given["params"]
+    pack = {"bf16": bf16, "gradients": True}
+    post, g = params.post, Guarded()
+    first = post._replace(weights=post.weights[:1], biases=post.biases[:1])
+    tape = _native.observe_forward(
+        (
+            pack_mlp(params.inp, act_last=True, **pack),
+            pack_gru(params.gru, **pack),
+            pack_mlp(params.prior, **pack),
+            params.min_std,
+            pack_mlp(post, columns=(0, D), bias=False, **pack),
+            pack_mlp(first, columns=(D, E), **pack),
+        ),
+        *arrays(*given["start"], *(given[k] for k in ("embed", "action", "is_first", "noise"))),
+        tuple(g.new(T, B, n) for n in (D, S, S, S, S, S)),
+        True,
+        threads,
+    )
+    g.check((name, "forward"))
+    g = Guarded()
+    _native.observe_backward(
+        tape,
+        tuple(torch.ones(T, B, n).numpy() for n in (D, S, S, S, S, S)),
+        (g.new(B, D), g.new(B, S), g.new(T, B, E), g.new(T, B, A)),
+        (g.layers(params.inp), g.like(params.gru), g.layers(params.prior), g.layers(post)),
+        threads,
+    )
+    g.check((name, "backward"))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_buffers(name):
     for bf16, threads in itertools.product((False, True), (1, 3)):
         check_buffers(name, bf16, threads)
+        check_observe_buffers(name, bf16, threads)
 
 
 if __name__ == "__main__":
@@ -377,6 +450,7 @@ if __name__ == "__main__":
         for op in OPS:
             for bf16 in precisions(name):
                 check_case(op, name, bf16)
-        check_buffers(name, False, 2)
-        check_buffers(name, True, 2)
+        for bf16 in (False, True):
+            check_buffers(name, bf16, 2)
+            check_observe_buffers(name, bf16, 2)
     print(_native.isa())

@@ -134,6 +134,8 @@ def _layout(tensors: tuple[Tensor, ...]) -> list[tuple]:
     except AttributeError:
         kinds = ", ".join(sorted({type(t).__name__ for t in tensors} - {"Tensor", "Parameter"}))
         raise TypeError(f"weights and biases must be tensors, got {kinds}") from None
+    except RuntimeError as error:  # sparse, or of a subclass without memory
+        raise ValueError(f"weights and biases must be dense tensors: {error}") from None
 
 
 def _cached(key: tuple, tensors: tuple[Tensor, ...], gradients: bool, make: Any) -> Any:
