@@ -1,7 +1,8 @@
 """Inputs and the measure of error that tests and benchmarks share.
 
 The rule: the truth is the eager body in float64. The error of a backend's float32 result may be
-at most twice that of eager float32 on the same inputs, plus eps times the size of the result.
+at most twice that of eager float32 on the same inputs, plus a few eps times the size of the result;
+that of a bfloat16 run at most twice that of eager under autocast.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
 from fastdreamer.ops.backend import last_backend
 from fastdreamer.ops.params import (
@@ -33,8 +35,24 @@ class Limit(NamedTuple):
     factor: float
     rounding: float
     reason: str
+    sums: float | None = None  # rounding of the biases' gradients, where it is another
 
 
+_RECURRENT = Limit(
+    2.0,
+    8.0,
+    "sums of hundreds of products a step, in another order than eager's; eager's error itself is "
+    "luck where a result has few elements, hence a few eps (measured: 5)",
+    # Σ over H·B rows, whose terms nearly cancel where their signs are random: the error is that of
+    # the terms, ten times larger than the sum (measured: 21)
+    sums=32.0,
+)
+_RECURRENT_BF16 = Limit(
+    2.0,
+    1 / 16,
+    "as many roundings to bfloat16 as autocast or fewer (the errors' median ratio is 0.7); the "
+    "rest is luck where a result has few elements (measured: 0.03)",
+)
 LIMITS = {
     "lambda_return": Limit(
         2.0,
@@ -42,12 +60,13 @@ LIMITS = {
         "as many roundings a step as eager or, fused, fewer; with a single element eager may be "
         "exact by luck, hence one eps",
     ),
-    **{
-        op: Limit(2.0, 1.0, "the same sums in another order")
-        for op in ("rssm_step", "observe", "imagine", "open_loop", "cem")
-    },
-}
+} | dict.fromkeys(("rssm_step", "observe", "imagine", "open_loop", "cem"), _RECURRENT)
 """One limit per op; see :func:`assert_accurate`."""
+
+BF16_LIMITS = dict.fromkeys(
+    ("rssm_step", "observe", "imagine", "open_loop", "cem"), _RECURRENT_BF16
+)
+"""Those of a backend's bfloat16 against eager under autocast to bfloat16."""
 
 
 def lambda_return_inputs(H: int, B: int, *, lam: float = 0.95, seed: int = 0) -> dict[str, Any]:
@@ -246,38 +265,65 @@ def evaluate(
     backend: str,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
+    autocast: bool = False,
+    wrt: Collection[str] | None = None,
+    using: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
     """Run an op forward and backward and return its outputs and gradients by name.
 
     Args:
-        op: a public op that returns one tensor or a tuple of them; it takes ``backend=``.
-        inputs: its arguments by name; floating tensors are converted to ``dtype`` and get
-            gradients, all tensors are moved to ``device``.
+        op: a public op that returns tensors, nested in tuples as they like; it takes ``backend=``.
+        inputs: its arguments by name, nested alike; floating tensors are converted to ``dtype``,
+            all tensors are copied to ``device``.
         backend: the backend to name; asserted to have run.
         dtype, device: where and in what precision to compute.
+        autocast: whether under autocast to bfloat16.
+        wrt: the inputs that get gradients, by name or the beginning of one: ``"actor"`` is all of
+            ``"actor.mlp.weights[0]"`` and so on. None: all that are floating but the noise.
+        using: the outputs that a gradient reaches, likewise; None: all.
 
     Returns:
-        ``out0``, ``out1``, … and ``grad_<argument>``. The gradient that reaches the outputs is
-        standard normal, the same for every backend and dtype.
+        Every output, ``out`` and where it stands in what the op returns (``out.deter``,
+        ``out[0].deter``), and ``grad_`` with the name of every input in ``wrt``, zeros where no
+        gradient came. The gradient that reaches an output is standard normal, the same for every
+        backend and dtype.
     """
-    arguments = {}
-    for name, value in inputs.items():
-        if isinstance(value, Tensor):
-            value = value.detach().to(device, copy=True)
-            if value.is_floating_point():
-                value = value.to(dtype).requires_grad_()
-        arguments[name] = value
-    returned = op(**arguments, backend=backend)
+    leaves, spec = tree_flatten_with_path(dict(inputs))
+    named, arguments = {}, []
+    for path, leaf in leaves:
+        if isinstance(leaf, Tensor):
+            name = path[0].key + keystr(path[1:])
+            leaf = leaf.detach().to(device, copy=True)
+            if leaf.is_floating_point():
+                leaf = leaf.to(dtype)
+                if not name.endswith("noise") if wrt is None else _named(name, wrt):
+                    named[name] = leaf.requires_grad_()
+        arguments.append(leaf)
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast):
+        returned = op(**tree_unflatten(arguments, spec), backend=backend)
     assert last_backend(op.__name__) == backend, f"{last_backend(op.__name__)} ran, not {backend}"
-    outputs = (returned,) if isinstance(returned, Tensor) else tuple(returned)
+    outputs = {
+        "out" + keystr(path): leaf
+        for path, leaf in tree_flatten_with_path(returned)[0]
+        if isinstance(leaf, Tensor)
+    }
     generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(out.shape, generator=generator).to(out) for out in outputs]
-    torch.autograd.backward(outputs, weights)
-    result = {f"out{i}": out.detach() for i, out in enumerate(outputs)}
-    for name, value in arguments.items():
-        if isinstance(value, Tensor) and value.requires_grad:
-            result[f"grad_{name}"] = value.grad
+    reached, weights = [], []
+    for name, out in outputs.items():
+        weight = torch.randn(out.shape, generator=generator).to(out)
+        if out.requires_grad and (using is None or _named(name, using)):
+            reached.append(out)
+            weights.append(weight)
+    if reached:
+        torch.autograd.backward(reached, weights)
+    result = {name: out.detach() for name, out in outputs.items()}
+    for name, leaf in named.items():
+        result[f"grad_{name}"] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
     return result
+
+
+def _named(name: str, beginnings: Collection[str]) -> bool:
+    return any(name == b or name.startswith((f"{b}.", f"{b}[")) for b in beginnings)
 
 
 def error(got: Tensor, truth: Tensor) -> float:
@@ -287,23 +333,31 @@ def error(got: Tensor, truth: Tensor) -> float:
 
 
 def assert_accurate(
-    op: str, got: Mapping[str, Tensor], eager: Mapping[str, Tensor], truth: Mapping[str, Tensor]
+    op: str,
+    got: Mapping[str, Tensor],
+    eager: Mapping[str, Tensor],
+    truth: Mapping[str, Tensor],
+    *,
+    bf16: bool = False,
 ) -> None:
-    """Assert that every result of a float32 backend is within the op's limit.
+    """Assert that every result of a backend is within the op's limit.
 
     Args:
-        op: the op's name, a key of :data:`LIMITS`.
-        got: the backend's float32 results, by name as :func:`evaluate` returns them.
+        op: the op's name, a key of :data:`LIMITS` or :data:`BF16_LIMITS`.
+        got: the backend's results, float32 tensors by name as :func:`evaluate` returns them.
         eager, truth: those of eager float32 and eager float64 on the same inputs.
+        bf16: whether ``got`` and ``eager`` are of runs under autocast to bfloat16.
     """
     assert got.keys() == eager.keys() == truth.keys()
-    limit = LIMITS[op]
-    eps = torch.finfo(torch.float32).eps
+    limit = (BF16_LIMITS if bf16 else LIMITS)[op]
+    eps = torch.finfo(torch.bfloat16 if bf16 else torch.float32).eps
     for name, exact in truth.items():
         assert got[name].shape == exact.shape, f"{op}: {name} has shape {list(got[name].shape)}"
-        assert got[name].dtype == eager[name].dtype, f"{op}: {name} is {got[name].dtype}"
+        assert got[name].dtype == torch.float32, f"{op}: {name} is {got[name].dtype}"
+        is_sum = limit.sums is not None and name.startswith("grad_") and "bias" in name
+        rounding = limit.sums if is_sum else limit.rounding
         norm = float(torch.linalg.vector_norm(exact))
-        allowed = limit.factor * error(eager[name], exact) + limit.rounding * eps * norm
+        allowed = limit.factor * error(eager[name], exact) + rounding * eps * norm
         actual = error(got[name], exact)
         assert actual <= allowed, f"{op}: error of {name} is {actual:.3g}, allowed {allowed:.3g}"
 

@@ -27,7 +27,8 @@ CASES = [
 @pytest.mark.parametrize(("op", "make", "shape"), CASES, ids=[case[0].__name__ for case in CASES])
 def test_inputs_fit_their_op_and_are_the_same_numbers_in_every_dtype(op, make, shape, sizes):
     single, double = (make(sizes, *shape, dtype=d) for d in (torch.float32, torch.float64))
-    assert all(x.isfinite().all() for x in tree_leaves(op(**single, backend="eager")))
+    outputs = tree_leaves(op(**single, backend="eager"))
+    assert all(x.isfinite().all() for x in outputs if x is not None)
     for a, b in zip(tree_leaves(single), tree_leaves(double), strict=True):
         if isinstance(a, Tensor):
             assert torch.equal(a.double(), b.double()) and a.is_contiguous()

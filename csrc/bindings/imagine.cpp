@@ -1,6 +1,7 @@
 #include "bindings/imagine.h"
 
 #include <memory>
+#include <string>
 
 #include "bindings/weights.h"
 #include "cpu/imagine.h"
@@ -10,8 +11,9 @@ namespace {
 
 // What Python holds between forward and backward: the tape, and all that it points into.
 struct ImagineRun {
-  explicit ImagineRun(const char* op) : arrays(op) {}
+  explicit ImagineRun(const char* op) : op(op), arrays(this->op.c_str()) {}
 
+  std::string op;  // a copy: the caller's does not outlive the forward call
   Rssm rssm;
   Actor actor;
   Mlp reward, critic, target;
@@ -146,7 +148,8 @@ void imagine_backward(ImagineRun& t, py::tuple grads, py::tuple inputs, py::obje
   g.prior_std = arrays.maybe_in("grad of prior std", grads[4], {H, B, S});
   g.reward = arrays.maybe_in("grad of reward", grads[5], {H, B});
   g.returns = arrays.maybe_in("grad of returns", grads[6], {H, B});
-  if ((g.reward != nullptr || g.returns != nullptr) && x.reward == nullptr) {
+  if ((g.reward != nullptr && x.reward == nullptr) ||
+      (g.returns != nullptr && x.returns == nullptr)) {
     fail(std::string(op) + ": gradients of heads that are not there");
   }
   g.start_deter = arrays.maybe_out("grad of start.deter", inputs[0], {B, D});

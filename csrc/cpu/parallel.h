@@ -6,7 +6,11 @@
 
 #include "common/view.h"
 
-#if defined(_OPENMP)
+#if defined(__SANITIZE_THREAD__)  // cannot see OpenMP's barriers; see tests/sanitize.py
+#  include <atomic>
+#  include <thread>
+#  include <vector>
+#elif defined(_OPENMP)
 #  include <omp.h>
 #endif
 
@@ -16,8 +20,23 @@ namespace fastdreamer {
 // has none of its parent's (OpenMP would wait for them for ever).
 int usable_threads(int threads);
 
+#if defined(__SANITIZE_THREAD__)
+// The same as the loops below, on threads that the sanitizer follows.
+template <class Body>
+void sanitized_loop(Index n, int threads, const Body& body) {
+  std::atomic<Index> next{0};
+  std::vector<std::thread> pool;
+  for (int thread = 0; thread < threads; ++thread) {
+    pool.emplace_back([&, thread] {
+      for (Index i = next++; i < n; i = next++) body(i, thread);
+    });
+  }
+  for (std::thread& thread : pool) thread.join();
+}
+#endif
+
 inline int thread_index() {
-#if defined(_OPENMP)
+#if defined(_OPENMP) && !defined(__SANITIZE_THREAD__)
   return omp_get_thread_num();
 #else
   return 0;
@@ -32,8 +51,13 @@ void parallel_for(Index n, Index grain, int threads, const Body& body) {
   const Index size = ((n + wanted - 1) / wanted + 15) / 16 * 16;
   const Index ranges = (n + size - 1) / size;
   if (ranges <= 1) return body(Index{0}, n);
-#pragma omp parallel for num_threads(static_cast<int>(ranges)) schedule(static, 1)
+#if defined(__SANITIZE_THREAD__)
+  sanitized_loop(ranges, static_cast<int>(ranges),
+                 [&](Index i, int) { body(i * size, std::min(n, (i + 1) * size)); });
+#else
+#  pragma omp parallel for num_threads(static_cast<int>(ranges)) schedule(static, 1)
   for (Index i = 0; i < ranges; ++i) body(i * size, std::min(n, (i + 1) * size));
+#endif
 }
 
 // Rows cut into tiles of equal size (the last may be smaller), as many for every thread.
@@ -63,8 +87,12 @@ void parallel_tiles(const Tiling& tiling, const Body& body) {
     for (Index i = 0; i < tiling.count; ++i) tile(i, 0);
     return;
   }
-#pragma omp parallel for num_threads(tiling.threads) schedule(static)
+#if defined(__SANITIZE_THREAD__)
+  sanitized_loop(tiling.count, tiling.threads, tile);
+#else
+#  pragma omp parallel for num_threads(tiling.threads) schedule(static)
   for (Index i = 0; i < tiling.count; ++i) tile(i, thread_index());
+#endif
 }
 
 // Calls body(i, thread) for i in [0, n), in any order, on whichever thread is free.
@@ -75,8 +103,12 @@ void parallel_tasks(Index n, int threads, const Body& body) {
     for (Index i = 0; i < n; ++i) body(i, 0);
     return;
   }
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+#if defined(__SANITIZE_THREAD__)
+  sanitized_loop(n, threads, body);
+#else
+#  pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (Index i = 0; i < n; ++i) body(i, thread_index());
+#endif
 }
 
 }  // namespace fastdreamer

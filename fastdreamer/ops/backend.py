@@ -201,6 +201,10 @@ class Op:
         if body is None:
             try:
                 body = self._loaders[backend]()  # type: ignore[misc]
+                if backend == "native":
+                    # Traced, it would see parameters without the versions that tell the packed
+                    # weights from old ones. So it breaks the graph, and is called as it is.
+                    body = torch.compiler.disable(body)
             except ModuleNotFoundError as error:
                 missing = "extension not built" if backend == "native" else "not installed"
                 body = f"{missing}: {error}"

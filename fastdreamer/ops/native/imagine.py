@@ -42,17 +42,14 @@ class _Call:
         *,
         prior: bool = False,
     ) -> None:
-        self.op, self.params, self.actor, self.returns, self.prior = (
-            op,
-            params,
-            actor,
-            returns,
-            prior,
-        )
+        self.op, self.params, self.actor = op, params, actor
+        self.returns, self.prior = returns, prior
         self.bf16 = autocast_bf16()
         self.tape: Any = None
         critic = () if returns is None else flat(returns.critic)
-        self.wants_critic = torch.is_grad_enabled() and any([t.requires_grad for t in critic])
+        self.wants_critic = torch.is_grad_enabled() and any(
+            [getattr(t, "requires_grad", False) for t in critic]
+        )
 
     def parameters(self) -> list[tuple[Tensor, ...]]:
         """The differentiable parameters: actor, input layer, GRU, prior, reward head."""

@@ -31,18 +31,29 @@ def observe(
     if embed.dtype == torch.bfloat16 and not bf16:
         embed = embed.float()
     groups = (flat(params.inp), tuple(params.gru), flat(params.prior), flat(params.post))
+    recording = torch.is_grad_enabled()  # off inside of forward, and not in its ctx
     deter, stoch, *rest = _Observe.apply(
-        params, bf16, *start, embed, action, is_first, noise, *(t for g in groups for t in g)
+        params,
+        bf16,
+        recording,
+        *start,
+        embed,
+        action,
+        is_first,
+        noise,
+        *(t for g in groups for t in g),
     )
     return State(deter, stoch), Normal(*rest[:2]), Normal(*rest[2:])
 
 
 class _Observe(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, params, bf16, deter, stoch, embed, action, is_first, noise, *parameters):
+    def forward(
+        ctx, params, bf16, recording, deter, stoch, embed, action, is_first, noise, *parameters
+    ):
         T, B, S = noise.shape
         D = deter.shape[1]
-        keep = any(ctx.needs_input_grad)
+        keep = recording and any(ctx.needs_input_grad)
         pack = {"bf16": bf16, "gradients": keep}
         first = params.post._replace(weights=params.post.weights[:1], biases=params.post.biases[:1])
         model = (
@@ -73,13 +84,15 @@ class _Observe(torch.autograd.Function):
         needs = ctx.needs_input_grad
         inputs = [
             torch.empty(t.shape, dtype=torch.float32) if need else None
-            for t, need in zip((deter, stoch, embed, action), needs[2:6], strict=True)
+            for t, need in zip((deter, stoch, embed, action), needs[3:7], strict=True)
         ]
         parameters = saved[6:]
         groups = [[None] * n for n in ctx.sizes]
         given = None
-        if any(needs[8:]):
-            groups = split([torch.empty_like(t) for t in parameters], ctx.sizes)
+        if any(needs[9:]):
+            layout = torch.contiguous_format
+            new = [torch.empty_like(t, memory_format=layout) for t in parameters]
+            groups = split(new, ctx.sizes)
             inp, gru, prior, post = groups
             given = (layers(inp), arrays(*gru), layers(prior), layers(post))
         _native.observe_backward(
@@ -93,4 +106,4 @@ class _Observe(torch.autograd.Function):
             groups[2] = [None] * ctx.sizes[2]
         if inputs[2] is not None:
             inputs[2] = inputs[2].to(embed.dtype)
-        return None, None, *inputs, None, None, *(t for group in groups for t in group)
+        return None, None, None, *inputs, None, None, *(t for group in groups for t in group)

@@ -155,14 +155,26 @@ class _Model(NamedTuple):
     gradients: bool
 
 
+def _layout(tensors: Sequence[Tensor]) -> list[tuple]:
+    """All that tells a tensor from another view of the same memory."""
+    try:
+        return [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors]
+    except AttributeError:
+        kinds = ", ".join(sorted({type(t).__name__ for t in tensors} - {"Tensor", "Parameter"}))
+        raise TypeError(f"weights and biases must be tensors, got {kinds}") from None
+    except RuntimeError as error:  # sparse, or of a subclass without memory
+        raise ValueError(f"weights and biases must be dense tensors: {error}") from None
+
+
 def _cached(key: tuple, tensors: Sequence[Tensor], gradients: bool, make: Callable) -> Any:
-    key += tuple([t.data_ptr() for t in tensors])
-    entry = _packs.get(key)
-    stamp = [t._version for t in tensors]
+    key += (*_layout(tensors),)
+    try:
+        stamp = [t._version for t in tensors]
+    except RuntimeError:  # made in inference mode: nothing counts their changes
+        _counts["packed"] += 1
+        return make(gradients)
     stamp.append(_steps)
-    # a transposed view has the address of its base
-    if not all([t.is_contiguous() for t in tensors]):
-        stamp.append([t.stride() for t in tensors])
+    entry = _packs.get(key)
     if entry is not None:
         if entry.stamp == stamp and not any([_expired(s.cdata) for s in entry.storages]):
             if entry.pack.gradients or not gradients:
@@ -170,9 +182,9 @@ def _cached(key: tuple, tensors: Sequence[Tensor], gradients: bool, make: Callab
                 return entry.pack
         else:  # what was trained before is trained again: one pack serves both directions
             gradients = gradients or entry.pack.gradients
-        del _packs[key]
-    while len(_packs) >= LIMIT:
-        _packs.pop(next(iter(_packs)), None)
+        _packs.pop(key, None)
+    for old in list(_packs)[: len(_packs) - LIMIT + 1] if len(_packs) >= LIMIT else ():
+        _packs.pop(old, None)  # another thread may have been faster
     _counts["packed"] += 1
     pack = make(gradients)
     storages = [StorageWeakRef(t.untyped_storage()) for t in tensors]

@@ -1,0 +1,309 @@
+"""Native ops in company: threads, forks, modules that die first, exits, torch.compile."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdreamer import testing
+from fastdreamer.ops.backend import last_backend
+from fastdreamer.ops.imagine import imagine
+from fastdreamer.ops.native import packs
+from fastdreamer.ops.observe import observe
+from fastdreamer.ops.params import MLPParams
+from fastdreamer.testing import Sizes
+
+SIZES = Sizes(2, 13, 5, 6, 17, 9, 1, 1, 1, "elu")
+
+
+def train(mlp: MLPParams) -> MLPParams:
+    weights, biases = (tuple(t.requires_grad_() for t in part) for part in mlp[:2])
+    return MLPParams(weights, biases, mlp.activation)
+
+
+def case(seed: int = 0, B: int = 60) -> tuple[dict[str, Any], list[Tensor]]:
+    """Arguments of imagine with actor and critic to be trained, and those two's parameters."""
+    inputs = testing.imagine_inputs(SIZES, 3, B, heads=True, seed=seed)
+    actor, critic = train(inputs["actor"].mlp), train(inputs["returns"].critic)
+    inputs["actor"] = inputs["actor"]._replace(mlp=actor)
+    inputs["returns"] = inputs["returns"]._replace(critic=critic)
+    return inputs, [t for mlp in (actor, critic) for t in (*mlp.weights, *mlp.biases)]
+
+
+def loss(inputs: dict[str, Any]) -> Tensor:
+    dream = imagine(**inputs, backend="native")
+    return -dream.returns.mean() + (dream.value - dream.returns.detach()).square().mean()
+
+
+def gradients(inputs: dict[str, Any], leaves: list[Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(loss(inputs), leaves))
+
+
+def run(code: str, **environment: str) -> str:
+    """Run code that may import this file as ``company``."""
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", f"import test_company as company\n{code}"],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path]),
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, (done.returncode, done.stdout + done.stderr)
+    assert not done.stderr, done.stderr
+    return done.stdout.strip()
+
+
+# --- threads ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def switching_often():
+    """Threads give the interpreter away five times as often as usually."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-3)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("inner", [1, 2])
+def test_threads_that_call_at_once_compute_what_one_does(inner, monkeypatch):
+    """Eight of them, on shared and on own parameters, while an optimiser steps elsewhere and so
+    few packs are kept that each evicts those of the others."""
+    monkeypatch.setattr(packs, "LIMIT", 8)
+    cases = [case(0), case(0), *(case(seed) for seed in range(1, 4))]
+    cases += [cases[0], cases[1], cases[2]]  # shared
+    torch.set_num_threads(inner)
+    try:
+        want = [gradients(*given) for given in cases]
+        stop = threading.Event()
+
+        def optimise() -> None:
+            inputs, leaves = case(9)
+            optimiser = torch.optim.Adam(leaves, fused=True)
+            while not stop.is_set():
+                optimiser.zero_grad()
+                loss(inputs).backward()
+                optimiser.step()
+
+        def work(given: tuple) -> list[list[Tensor]]:
+            torch.set_num_threads(inner)
+            return [gradients(*given) for _ in range(3)]
+
+        with switching_often(), ThreadPoolExecutor(9) as pool:
+            background = pool.submit(optimise)
+            try:
+                results = list(pool.map(work, cases))
+            finally:
+                stop.set()
+            background.result()
+    finally:
+        torch.set_num_threads(1)
+    for expected, repeats in zip(want, results, strict=True):
+        for got in repeats:
+            assert all(map(torch.equal, got, expected))
+
+
+def test_backward_on_another_thread_than_forward():
+    inputs, leaves = case()
+    want = gradients(inputs, leaves)
+    total = loss(inputs)
+    with ThreadPoolExecutor(1) as pool:
+        got = pool.submit(torch.autograd.grad, total, leaves).result()
+    assert all(map(torch.equal, got, want))
+
+
+# --- forks --------------------------------------------------------------------------------------
+
+FORK = """
+import os, torch
+torch.set_num_threads(2)
+given = company.case()
+want = company.gradients(*given)
+tape = company.loss(given[0])
+child = os.fork()
+if child == 0:
+    ok = all(map(torch.equal, company.gradients(*given), want))
+    ok &= all(map(torch.equal, torch.autograd.grad(tape, given[1]), want))  # the parent's tape
+    company.packs.forget()
+    ok &= all(map(torch.equal, company.gradients(*given), want))
+    ok &= company.last_backend("imagine") == "native"
+    os._exit(0 if ok else 3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert all(map(torch.equal, company.gradients(*given), want))
+print("done")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_computes_the_same():
+    """After the parent ran on several threads, of which the child has none."""
+    assert run(FORK) == "done"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_while_other_threads_compute():
+    """The child finds the memory pool and the packs whole."""
+    code = """
+import os, threading, torch
+torch.set_num_threads(2)
+given = company.case()
+want = company.gradients(*given)
+stop = threading.Event()
+def work():
+    mine = company.case(1)
+    while not stop.is_set():
+        company.packs.forget()
+        company.gradients(*mine)
+threads = [threading.Thread(target=work) for _ in range(3)]
+for t in threads: t.start()
+for _ in range(5):
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if all(map(torch.equal, company.gradients(*given), want)) else 3)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+stop.set()
+for t in threads: t.join()
+print("done")
+"""
+    assert run(code, PYTHONWARNINGS="ignore") == "done"
+
+
+# --- lifetimes ----------------------------------------------------------------------------------
+
+
+def test_everything_may_be_freed_before_the_tape_is_used():
+    want = gradients(*case())
+    inputs, leaves = case()
+    total = loss(inputs)
+    del inputs  # the dynamics, the target critic, the noise and the start state
+    packs.forget()
+    filler = [torch.full((60, 64), float("nan")) for _ in range(200)]  # takes their memory
+    got = torch.autograd.grad(total, leaves)
+    assert all(map(torch.equal, got, want))
+    del filler
+
+    model = testing.observe_inputs(SIZES, 4, 3)
+    embed = model["embed"].requires_grad_()
+    expected = torch.autograd.grad(observe(**model, backend="native").state.stoch.sum(), embed)
+    total = observe(**model, backend="native").state.stoch.sum()
+    del model
+    packs.forget()
+    filler = [torch.full((60, 64), float("nan")) for _ in range(200)]
+    assert torch.equal(torch.autograd.grad(total, embed)[0], expected[0])
+    del filler
+
+
+def test_outputs_and_gradients_outlive_the_tape():
+    inputs, leaves = case()
+    dream = imagine(**inputs, backend="native")
+    grads = torch.autograd.grad(dream.returns.sum() + dream.value.sum(), leaves)
+    copies = [t.detach().clone() for t in (*dream, *grads)]
+    kept = [t.detach() for t in (*dream, *grads)]
+    del dream, grads
+    for seed in range(1, 5):
+        gradients(*case(seed))  # reuses the tape's memory
+    assert all(map(torch.equal, kept, copies))
+
+
+CHANGED = "modified by an inplace operation"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda inputs: inputs["state_noise"].add_(1),
+        lambda inputs: inputs["action_noise"].zero_(),
+        lambda inputs: inputs["start"].deter.mul_(2),
+        lambda inputs: inputs["actor"].mlp.weights[1].detach().zero_(),
+        lambda inputs: inputs["params"].gru.weight_hh.zero_(),
+        lambda inputs: torch.optim.SGD(inputs["actor"].mlp.biases, lr=1.0).step(),
+    ],
+    ids=["state-noise", "action-noise", "start", "weight", "dynamics", "optimiser"],
+)
+def test_inputs_changed_before_backward_are_an_error(change):
+    inputs, leaves = case()
+    total = loss(inputs)
+    for leaf in leaves:
+        leaf.grad = torch.ones_like(leaf)
+    change(inputs)
+    with pytest.raises(RuntimeError, match=CHANGED):
+        total.backward()
+
+
+def test_outputs_changed_before_backward_are_an_error_or_no_matter():
+    inputs, leaves = case()
+    want = torch.autograd.grad(imagine(**inputs, backend="native").returns.sum(), leaves[:4])
+    dream = imagine(**inputs, backend="native")
+    with torch.no_grad():
+        dream.deter.zero_()  # kept apart for the tape
+        dream.stoch.zero_()
+    got = torch.autograd.grad(dream.returns.sum(), leaves[:4])
+    assert all(map(torch.equal, got, want))
+    dream = imagine(**inputs, backend="native")
+    total = dream.returns.sum()
+    with torch.no_grad():
+        dream.action.zero_()
+    with pytest.raises(RuntimeError, match=CHANGED):
+        total.backward()
+
+
+def test_the_graph_is_freed_after_backward():
+    inputs, leaves = case()
+    total = loss(inputs)
+    torch.autograd.grad(total, leaves)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(total, leaves)
+
+
+def test_exit_with_live_tapes():
+    code = """
+import torch
+torch.set_num_threads(2)
+given = company.case()
+keep = [company.loss(given[0]) for _ in range(3)]
+company.tape = keep[0]
+cycle = [company.loss(given[0])]; cycle.append(cycle)
+print("done")
+"""
+    assert run(code) == "done"
+
+
+# --- torch.compile ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_code_around_the_ops(backend):
+    """The ops break the graph, and what is compiled around them computes the same."""
+    inputs, leaves = case()
+
+    def step(noise: Tensor) -> Tensor:
+        return 2 * loss({**inputs, "state_noise": noise * 1.5})
+
+    noise = inputs["state_noise"]
+    want = torch.autograd.grad(step(noise), leaves)
+    compiled: Callable = torch.compile(step, backend=backend)
+    for _ in range(3):
+        got = torch.autograd.grad(compiled(noise), leaves)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+    assert last_backend("imagine") == "native"
+    with torch.no_grad():
+        leaves[0].add_(0.1)  # no weights are baked in
+    got = torch.autograd.grad(compiled(noise), leaves)
+    for a, b in zip(got, torch.autograd.grad(step(noise), leaves), strict=True):
+        torch.testing.assert_close(a, b)
+    torch._dynamo.reset()
