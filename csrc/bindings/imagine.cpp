@@ -17,15 +17,13 @@ struct ImagineRun {
   Rssm rssm;
   Actor actor;
   Mlp reward, critic, target;
-  std::vector<py::object> packed;
+  // the packed weights, kept
+  py::object inp, gru, prior, actor_pack, reward_pack, critic_pack, target_pack;
   Arrays arrays;
   ImagineTape tape;
 };
 
-const PackedMlp& mlp_of(ImagineRun& tape, py::handle object) {
-  tape.packed.push_back(py::reinterpret_borrow<py::object>(object));
-  return object.cast<const PackedMlp&>();
-}
+const PackedMlp& mlp_of(const py::object& pack) { return pack.cast<const PackedMlp&>(); }
 
 // rssm: (inp, gru, prior, min_std). actor: (mlp, mean_scale, std_offset, min_std) or None.
 // heads: (reward, critic or None, target or None, gamma, lam) or None. wants: None, or (through,
@@ -36,8 +34,8 @@ std::unique_ptr<ImagineRun> imagine_forward(const char* op, py::tuple rssm, py::
                                             py::handle start_stoch, py::handle state_noise,
                                             py::handle action_noise, py::handle action,
                                             py::tuple outputs, py::object wants, int threads) {
-  auto tape = std::make_unique<ImagineRun>(op);
-  ImagineRun& t = *tape;
+  auto run = std::make_unique<ImagineRun>(op);
+  ImagineRun& t = *run;
   ImagineWants w;
   if (!wants.is_none()) {
     const py::tuple five = wants;
@@ -45,10 +43,10 @@ std::unique_ptr<ImagineRun> imagine_forward(const char* op, py::tuple rssm, py::
          five[4].cast<bool>()};
   }
   if (threads < 1) fail(std::string(op) + ": threads must be at least 1");
-  const PackedMlp& inp = mlp_of(t, rssm[0]);
-  const PackedGru& gru = rssm[1].cast<const PackedGru&>();
-  t.packed.push_back(rssm[1]);
-  const PackedMlp& prior = mlp_of(t, rssm[2]);
+  if (w.actor && actor.is_none()) fail(std::string(op) + ": gradients of no actor");
+  t.inp = rssm[0], t.gru = rssm[1], t.prior = rssm[2];
+  const PackedMlp &inp = mlp_of(t.inp), &prior = mlp_of(t.prior);
+  const PackedGru& gru = t.gru.cast<const PackedGru&>();
   t.rssm = make_rssm(op, inp, gru, prior, rssm[3].cast<double>());
   if (w.through && !(inp.gradients() && gru.gradients() && prior.gradients())) {
     fail(std::string(op) + ": the model was not packed for gradients");
@@ -71,7 +69,8 @@ std::unique_ptr<ImagineRun> imagine_forward(const char* op, py::tuple rssm, py::
     x.action = const_cast<float*>(t.arrays.in("action", action, {H, B, A}));
   } else {
     const py::tuple four = actor;
-    const PackedMlp& mlp = mlp_of(t, four[0]);
+    t.actor_pack = four[0];
+    const PackedMlp& mlp = mlp_of(t.actor_pack);
     check_mlp(op, "actor", mlp, precision, D + S, 2 * A, w.actor);
     t.actor = {mlp.mlp(), four[1].cast<float>(), four[2].cast<float>(), four[3].cast<float>()};
     x.actor = &t.actor;
@@ -84,17 +83,21 @@ std::unique_ptr<ImagineRun> imagine_forward(const char* op, py::tuple rssm, py::
   x.prior_std = t.arrays.maybe_out("prior_std", outputs[3], {H, B, S});
   if (!heads.is_none()) {
     const py::tuple five = heads;
-    const auto head = [&](const char* name, py::object object, Mlp& to, bool gradients) {
-      if (object.is_none()) return static_cast<const Mlp*>(nullptr);
-      const PackedMlp& mlp = mlp_of(t, object);
+    t.reward_pack = five[0], t.critic_pack = five[1], t.target_pack = five[2];
+    const auto head = [&](const char* name, const py::object& pack, Mlp& to, bool gradients) {
+      if (pack.is_none()) return static_cast<const Mlp*>(nullptr);
+      const PackedMlp& mlp = mlp_of(pack);
       check_mlp(op, name, mlp, precision, D + S, 1, gradients);
       to = mlp.mlp();
       return static_cast<const Mlp*>(&to);
     };
-    x.reward = head("reward", five[0], t.reward, w.through);
-    x.critic = head("critic", five[1], t.critic, w.through || w.critic);
-    x.target = head("target", five[2], t.target, w.through);
+    x.reward = head("reward", t.reward_pack, t.reward, w.through);
+    x.critic = head("critic", t.critic_pack, t.critic, w.through || w.critic);
+    x.target = head("target", t.target_pack, t.target, w.through);
     const double lam = five[4].cast<double>();
+    if (!(lam >= 0.0 && lam <= 1.0)) {
+      fail(std::string(op) + ": lam must be in [0, 1], got " + std::to_string(lam));
+    }
     x.gamma = five[3].cast<float>();
     x.lam = static_cast<float>(lam);
     x.mix = static_cast<float>(1.0 - lam);
@@ -120,7 +123,7 @@ std::unique_ptr<ImagineRun> imagine_forward(const char* op, py::tuple rssm, py::
     pass.run();
   }
   if (!taped) return nullptr;
-  return tape;
+  return run;
 }
 
 // `grads`: those that reach deter, stoch, action, prior_mean, prior_std, reward, returns. `inputs`:
@@ -155,27 +158,19 @@ void imagine_backward(ImagineRun& t, py::tuple grads, py::tuple inputs, py::obje
   g.start_deter = arrays.maybe_out("grad of start.deter", inputs[0], {B, D});
   g.start_stoch = arrays.maybe_out("grad of start.stoch", inputs[1], {B, S});
   g.given_action = arrays.maybe_out("grad of action", inputs[2], {H, B, A});
-  std::size_t next = 0;  // packed: inp, gru, prior, [actor], [reward]
-  const auto mlp = [&](std::size_t i) -> const PackedMlp& {
-    return t.packed[i].cast<const PackedMlp&>();
-  };
   if (w.rssm) {
-    g.inp = mlp(0).grads(arrays, inp);
-    g.inp_rotate = mlp(0).rotate();
-    t.packed[1].cast<const PackedGru&>().grads(arrays, gru, g.ih, g.hh);
-    g.prior = mlp(2).grads(arrays, prior);
+    g.inp = mlp_of(t.inp).grads(arrays, inp);
+    g.inp_rotate = mlp_of(t.inp).rotate();
+    t.gru.cast<const PackedGru&>().grads(arrays, gru, g.ih, g.hh);
+    g.prior = mlp_of(t.prior).grads(arrays, prior);
   }
-  next = 3;
-  if (x.actor != nullptr) {
-    if (w.actor) {
-      g.actor = mlp(next).grads(arrays, actor);
-      g.actor_rotate = mlp(next).rotate();
-    }
-    ++next;
+  if (w.actor) {
+    g.actor = mlp_of(t.actor_pack).grads(arrays, actor);
+    g.actor_rotate = mlp_of(t.actor_pack).rotate();
   }
   if (w.reward) {
-    g.reward_head = mlp(next).grads(arrays, reward);
-    g.reward_rotate = mlp(next).rotate();
+    g.reward_head = mlp_of(t.reward_pack).grads(arrays, reward);
+    g.reward_rotate = mlp_of(t.reward_pack).rotate();
   }
   arrays.check_overlap();
   Arena scratch;
@@ -190,8 +185,7 @@ void critic_backward(ImagineRun& t, py::handle value_grad, py::list critic, int 
   if (threads < 1) fail(std::string(op) + ": threads must be at least 1");
   Arrays arrays(op);
   const float* grad = arrays.in("grad of value", value_grad, {t.tape.args.H, t.tape.args.B});
-  const std::size_t at = t.tape.args.actor != nullptr ? 5 : 4;  // behind the reward head
-  const PackedMlp& packed = t.packed[at].cast<const PackedMlp&>();
+  const PackedMlp& packed = mlp_of(t.critic_pack);
   const std::vector<LayerGrad> grads = packed.grads(arrays, critic);
   arrays.check_overlap();
   Arena scratch;

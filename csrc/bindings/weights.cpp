@@ -78,7 +78,7 @@ PackedMlp::PackedMlp(py::list weights, py::list biases, const std::string& activ
     }
     const float* bias = arrays.maybe_in("bias", biases[static_cast<std::size_t>(i)], {out});
     if (bias != nullptr) layer.bias = copy_floats(arena_, bias, out);
-    if (out == 1 && bias != nullptr) {
+    if (out == 1) {
       float* row = arena_.take<float>(in);
       for (Index c = 0; c < in; ++c) row[c] = weight[(c + turn) % in];
       layer.row = row;

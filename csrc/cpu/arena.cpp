@@ -26,47 +26,74 @@ Pool& pool() {
   return *p;
 }
 
+// What a block takes of the system's memory.
+Index whole(Index size) {
+  const Index alignment = size >= kHugePage ? kHugePage : 64;
+  return (size + alignment - 1) / alignment * alignment;
+}
+
+void* allocate(Index size) {
+  const Index alignment = size >= kHugePage ? kHugePage : 64;
+  return std::aligned_alloc(static_cast<std::size_t>(alignment),
+                            static_cast<std::size_t>(whole(size)));
+}
+
+// Gives back to the system what nobody uses.
+void drop(Pool& p) {
+  for (auto& [size, blocks] : p.free) {
+    for (void* data : blocks) std::free(data);
+  }
+  p.free.clear();
+  p.kept = 0;
+}
+
 }  // namespace
 
 void* Arena::bytes(Index size) {
   size = (size + 63) / 64 * 64 + 64;  // never empty; a vector past the end may be read, not used
-  blocks_.reserve(blocks_.size() + 1);
   Pool& p = pool();
-  std::vector<void*>& same = p.free[size];
+  const auto same = p.free.find(size);
   void* data;
-  if (!same.empty()) {
-    data = same.back();
-    same.pop_back();
-    p.kept -= size;
+  if (same != p.free.end() && !same->second.empty()) {
+    data = same->second.back();
+    same->second.pop_back();
+    p.kept -= whole(size);
   } else {
-    const Index alignment = size >= kHugePage ? kHugePage : 64;
-    const Index whole = (size + alignment - 1) / alignment * alignment;
-    data = std::aligned_alloc(static_cast<std::size_t>(alignment), static_cast<std::size_t>(whole));
+    if (p.kept > kKeep / 2) drop(p);  // of sizes that were wanted once
+    data = allocate(size);
+    if (data == nullptr) {
+      drop(p);
+      data = allocate(size);
+    }
     if (data == nullptr) throw std::bad_alloc();
 #if defined(__linux__)
     // activations of a whole horizon: fewer page faults and TLB misses
-    if (alignment == kHugePage) madvise(data, static_cast<std::size_t>(whole), MADV_HUGEPAGE);
+    if (size >= kHugePage) {
+      madvise(data, static_cast<std::size_t>(whole(size)), MADV_HUGEPAGE);
+    }
 #endif
     ++p.allocations;
   }
-  blocks_.push_back({data, size});
+  try {
+    blocks_.push_back({data, size});
+  } catch (...) {
+    std::free(data);
+    throw;
+  }
   return data;
 }
 
-void Arena::clear() {
+Arena::~Arena() {
   Pool& p = pool();
   for (const Block& block : blocks_) {
-    if (p.kept + block.size > kKeep) {
+    if (p.kept + whole(block.size) > kKeep) {
       std::free(block.data);
     } else {
       p.free[block.size].push_back(block.data);
-      p.kept += block.size;
+      p.kept += whole(block.size);
     }
   }
-  blocks_.clear();
 }
-
-Arena::~Arena() { clear(); }
 
 ArenaStats arena_stats() { return {pool().kept, pool().allocations}; }
 

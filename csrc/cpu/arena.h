@@ -26,9 +26,6 @@ class Arena {
     return static_cast<T*>(bytes(count * Index{sizeof(T)}));
   }
 
-  // Gives everything back.
-  void clear();
-
  private:
   struct Block {
     void* data;

@@ -153,8 +153,10 @@ void dot_backward(const DotBackwardArgs& x) {
       return dot_backward_act<P, Activation::relu>(x);
     case Activation::silu:
       return dot_backward_act<P, Activation::silu>(x);
-    default:
+    case Activation::tanh:
       return dot_backward_act<P, Activation::tanh>(x);
+    default:
+      return dot_backward_act<P, Activation::none>(x);
   }
 }
 
@@ -207,13 +209,13 @@ void evaluate(Function function, const float* in, float* out, Index n) {
 // 24 independent accumulators, enough to hide the latency of every multiply-add unit.
 template <class P>
 double peak(Index iterations) {
-  typename P::Elem ones[kLanes * P::pair] = {};
+  typename P::Elem zeros[kLanes * P::pair] = {};
   constexpr int n = kLanes == 8 ? 12 : 24;
   Vec acc[n];
 #pragma GCC unroll 32
   for (int i = 0; i < n; ++i) acc[i] = fill(0.0f);
-  const typename P::Weight w = P::weight(ones);
-  const typename P::Broadcast a = P::broadcast(ones);
+  const typename P::Weight w = P::weight(zeros);
+  const typename P::Broadcast a = P::broadcast(zeros);
   for (Index k = 0; k < iterations; ++k) {
 #pragma GCC unroll 32
     for (int i = 0; i < n; ++i) {

@@ -8,16 +8,6 @@
 namespace fastdreamer {
 namespace {
 
-// Rows of a tile, as in a rollout of imagination: 100 candidates are one tile for each of 2
-// threads.
-constexpr Index kTile = 50;
-
-constexpr Floats kNone{nullptr, 0};
-
-Floats rows_of(const float* data, Index width, Index row) {
-  return {const_cast<float*>(data) + row * width, width};  // read where the caller's data is const
-}
-
 // Calls body(first, count, b) on the parts of the rows [begin, begin + rows) that share their start
 // state b; `first` counts from `begin`.
 template <class Body>
@@ -79,23 +69,23 @@ void Cem::tile(Index i, Index begin, Index rows, int thread) const {
 
   by_start(begin, rows, N, [&](Index first, Index count, Index b) {
     // one row for all of them
-    const Floats deter{rows_of(x.start_deter, D, b).data, 0};
-    const Floats stoch{rows_of(x.start_stoch, S, b).data, 0};
+    const Floats deter{rows_of(x.start_deter, D).at(b).data, 0};
+    const Floats stoch{rows_of(x.start_stoch, S).at(b).data, 0};
     k.copy({deter, nullptr, D, count, states_.at(turn(0) + first), h_.at(turn(0) + first), false});
-    k.copy({stoch, nullptr, S, count, states_.at(turn(0) + first, D), kNone, false});
+    k.copy({stoch, nullptr, S, count, states_.at(turn(0) + first, D), kNoFloats, false});
   });
   for (Index t = 0; t < H; ++t) {
     const Index row = (i * H + t) * B * N + begin;  // in the noise
     by_start(begin, rows, N, [&](Index first, Index count, Index b) {
       const Index at = (t * B + b) * A;
-      k.perturb({A, count, x.mean + at, x.std + at, rows_of(x.action_noise, A, row + first), x.clip,
-                 states_.at(turn(t) + first, D + S), kNone});
+      k.perturb({A, count, x.mean + at, x.std + at, rows_of(x.action_noise, A).at(row + first),
+                 x.clip, states_.at(turn(t) + first, D + S), kNoFloats});
     });
     deter_step(k, rssm, states(t, 0), h_.at(turn(t)), rows, deter_, scratch, states(t + 1, 0),
                h_.at(turn(t + 1)));
     forward(k, rssm.prior, states(t + 1, 0), rows, prior_, scratch, raw_.at(scratch));
-    k.sample({S, rows, raw_.at(scratch), rows_of(x.state_noise, S, row), rssm.min_std,
-              states(t + 1, D), kNone, kNone, kNone, kNone});
+    k.sample({S, rows, raw_.at(scratch), rows_of(x.state_noise, S).at(row), rssm.min_std,
+              states(t + 1, D), kNoFloats, kNoFloats, kNoFloats, kNoFloats});
     forward(k, *x.reward, states(t + 1, 0), rows, reward_hidden_, scratch, {reward + t * rows, 1});
     if (x.bootstrap != nullptr) {
       forward(k, *x.bootstrap, states(t + 1, 0), rows, bootstrap_hidden_, scratch,
@@ -145,8 +135,14 @@ void Cem::refit(Index i, Index b, int thread) const {
     // again, as they were never stored
     for (Index e = 0; e < count; ++e) {
       const Index row = ((i * H + t) * B + b) * N + order[e];
-      k.perturb(
-          {A, 1, mean, std, rows_of(x.action_noise, A, row), x.clip, {nullptr, 0}, elites.at(e)});
+      k.perturb({A,
+                 1,
+                 mean,
+                 std,
+                 rows_of(x.action_noise, A).at(row),
+                 x.clip,
+                 {nullptr, 0},
+                 elites.at(e)});
     }
     // in double, where K equal floats have exactly their own mean; of nothing, 0 / 0 is NaN
     for (Index a = 0; a < A; ++a) {

@@ -7,15 +7,6 @@
 namespace fastdreamer {
 namespace {
 
-// Rows of a tile: enough to make weights cheap, few enough that a layer's activations stay in L2.
-constexpr Index kTile = 50;
-
-constexpr Floats kNone{nullptr, 0};
-
-FloatBuffer rows_of(const float* data, Index width) {
-  return {const_cast<float*>(data), width};  // read where the caller's data is const
-}
-
 Head take_head(Arena& arena, const Kernels& k, const Mlp* mlp, Index rows, bool kept, Index first,
                bool gradients) {
   Head head;
@@ -73,7 +64,6 @@ Imagine::Imagine(const ImagineArgs& args, const ImagineWants& wants, ImagineTape
     t.discount = take_floats(arena, args.H, args.B);
     std::fill_n(t.discount.data, all, args.gamma);
   }
-  scores_ = take_floats(scratch, tiles, 1);
 }
 
 void Imagine::run() const {
@@ -98,12 +88,12 @@ void Imagine::tile(Index begin, Index rows, int thread) const {
     return h_.at((2 * thread + t % 2) * tile_);
   };
   const auto optional = [&](float* data, Index width, Index row) {
-    return data == nullptr ? kNone : rows_of(data, width).at(row);
+    return data == nullptr ? kNoFloats : rows_of(data, width).at(row);
   };
   const Floats raw = raw_.at(scratch);
 
-  k.copy({h(0), nullptr, D, rows, states(0, 0), kNone, false});
-  k.copy({rows_of(x.start_stoch, S).at(begin), nullptr, S, rows, states(0, D), kNone, false});
+  k.copy({h(0), nullptr, D, rows, states(0, 0), kNoFloats, false});
+  k.copy({rows_of(x.start_stoch, S).at(begin), nullptr, S, rows, states(0, D), kNoFloats, false});
   for (Index t = 0; t < x.H; ++t) {
     const Index row = t * B + begin;           // in the caller's arrays
     const Index kept = sweep ? row : scratch;  // in the tape
@@ -122,14 +112,14 @@ void Imagine::tile(Index begin, Index rows, int thread) const {
       k.act({A, rows, actor_raw, rows_of(x.action_noise, A).at(row), x.actor->mean_scale,
              x.actor->std_offset, x.actor->min_std, states(t, F), action});
     } else {
-      k.copy({action, nullptr, A, rows, states(t, F), kNone, false});
+      k.copy({action, nullptr, A, rows, states(t, F), kNoFloats, false});
     }
     // h_{t+1} = GRU(act(W [s_t, a_t]), h_t), s_{t+1} from the prior of it
     deter_step(k, rssm, states(t, 0), h(t), rows, tape.deter, kept, states(t + 1, 0), h(t + 1));
     forward(k, rssm.prior, states(t + 1, 0), rows, tape.prior, kept, raw);
     k.sample({S, rows, raw, rows_of(x.state_noise, S).at(row), rssm.min_std, states(t + 1, D),
               optional(x.stoch, S, row), optional(x.prior_mean, S, row),
-              optional(x.prior_std, S, row), sweep ? tape.slope.at(row) : kNone});
+              optional(x.prior_std, S, row), sweep ? tape.slope.at(row) : kNoFloats});
     // r_t = reward(feat_{t+1})
     if (x.reward != nullptr) {
       evaluate(tape.reward, t + 1, begin, rows, thread, states(t + 1, 0), x.reward_out + row,
@@ -164,7 +154,7 @@ void Imagine::evaluate(const Head& head, Index t, Index begin, Index rows, int t
   forward(k, *head.mlp, feat, rows, head.hidden, row, {out, 1});
   if (unit.data == nullptr && !(deltas && head.kept)) return;
   const Rows in_grad = unit.at((t - 1) * x.B + begin);
-  backward(k, *head.mlp, head.hidden, row, head.deltas, row, rows, kNone, false, in_grad);
+  backward(k, *head.mlp, head.hidden, row, head.deltas, row, rows, kNoFloats, false, in_grad);
 }
 
 ImagineBackward::ImagineBackward(const ImagineTape& tape, const ImagineGrads& grads, Arena& scratch,
@@ -224,7 +214,7 @@ void ImagineBackward::tile(Index begin, Index rows, int thread) const {
   const Floats dh = dh_.at(scratch), ds = ds_.at(scratch), ds_da = ds_da_.at(scratch);
   const Floats ds_before{ds_da.data, S + A}, da{ds_da.data + S, S + A};
   const auto optional = [&](const float* data, Index width, Index row) {
-    return data == nullptr ? kNone : rows_of(data, width).at(row);
+    return data == nullptr ? kNoFloats : rows_of(data, width).at(row);
   };
   const auto add = [&](const float* data, Index width, Index row, Floats to) {
     if (data == nullptr) return;
@@ -288,7 +278,7 @@ void ImagineBackward::tile(Index begin, Index rows, int thread) const {
       k.act_backward({A, rows, da, tape_.actor_raw.at(row), rows_of(x.action_noise, A).at(row),
                       rows_of(x.action, A).at(row), x.actor->mean_scale, x.actor->std_offset,
                       actor_.hidden[x.actor->mlp.depth - 1].at(row)});
-      backward(k, x.actor->mlp, tape_.actor, row, actor_, row, rows, kNone, false);
+      backward(k, x.actor->mlp, tape_.actor, row, actor_, row, rows, kNoFloats, false);
     }
   }
   if (g.start_deter != nullptr) {

@@ -17,8 +17,9 @@ struct ImagineWants {
   bool critic = false;
 };
 
-// Everything of a rollout. Float arrays [H, B, ...], contiguous, the caller's, valid and unchanged
-// as long as the tape is used; those marked * may be null.
+// Everything of a rollout. The model and the heads outlive the tape. Float arrays [H, B, ...],
+// contiguous, the caller's, valid and unchanged as long as the tape is used; those marked * may be
+// null.
 struct ImagineArgs {
   const Kernels* kernels;
   const Rssm* rssm;
@@ -76,14 +77,13 @@ class Imagine {
   ImagineTape* tape_;
   bool taped_;
   int threads_;
-  Index tile_;          // rows
-  FloatBuffer raw_;     // of one tile a thread
-  FloatBuffer h_;       // likewise, twice: h where the caller does not want it
-  FloatBuffer scores_;  // likewise: one head's output
+  Index tile_;       // rows
+  FloatBuffer raw_;  // of one tile a thread
+  FloatBuffer h_;    // likewise, twice: h where the caller does not want it
 };
 
 // Gradients that reach the outputs (null: none) and where those of the inputs go (null: not
-// wanted), shaped like them.
+// wanted), shaped like them; of parameters, per layer. The backward pass refers to it.
 struct ImagineGrads {
   const float *deter, *stoch, *action, *prior_mean, *prior_std, *reward, *returns;
   float *start_deter, *start_stoch, *given_action;

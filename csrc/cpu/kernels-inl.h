@@ -12,7 +12,6 @@ namespace {
 template <class P>
 constexpr Kernels table() {
   Kernels k{};
-  k.lanes = kLanes;
   k.elem_size = sizeof(typename P::Elem);
   k.panels_size = panels_size<P>;
   k.pack = pack<P>;

@@ -5,6 +5,10 @@
 // whole loop while its activations stay in cache. `Elem` is what activations and packed weights
 // are stored as, float or bfloat16 by the table's precision; sums, states, outputs and master
 // weights are float always. Strides count elements. Outputs alias no input unless said.
+//
+// Panels, biases and rows of weights belong to a PackedMlp or PackedGru (bindings/weights.h), which
+// outlives every call and tape that uses them; all other memory belongs to the caller for the
+// length of the call.
 #pragma once
 
 #include "common/view.h"
@@ -154,7 +158,7 @@ struct DotBackwardArgs {
   Rows out;
 };
 
-// to[r] += scale[r] * from[r, begin : begin + cols].
+// to[r] += scale[r] * from[r], `cols` elements.
 struct AddScaledArgs {
   Rows from;
   const float* scale;
@@ -162,7 +166,7 @@ struct AddScaledArgs {
   Floats to;
 };
 
-// to = from, zero in the rows whose skip is set.
+// to = from, zero in the rows whose skip is set. to32 may be from.
 struct CopyArgs {
   Floats from;
   const unsigned char* skip;  // [rows] or null

@@ -59,7 +59,7 @@ void forward(const Kernels& k, const Mlp& mlp, Rows in, Index rows, const MlpBuf
     const Layer& layer = mlp.layers[i];
     const bool raw = i == mlp.depth - 1 && !mlp.act_last;
     if (raw && layer.row != nullptr && add.data == nullptr && out.stride == 1) {
-      k.dot({in, layer.in, rows, layer.row, layer.bias[0], out.data});
+      k.dot({in, layer.in, rows, layer.row, layer.bias == nullptr ? 0.0f : *layer.bias, out.data});
     } else if (raw) {
       k.linear({layer.forward,
                 in,

@@ -33,6 +33,14 @@ struct FloatBuffer {
   }
 };
 
+constexpr Floats kNoFloats{nullptr, 0};
+constexpr Rows kNoRows{nullptr, 0};
+
+// Rows of a caller's array; they are only read where the caller's data is const.
+inline FloatBuffer rows_of(const float* data, Index width) {
+  return {const_cast<float*>(data), width};
+}
+
 Buffer take_rows(Arena& arena, const Kernels& k, Index rows, Index width);
 FloatBuffer take_floats(Arena& arena, Index rows, Index width);
 
@@ -61,7 +69,7 @@ struct MlpBuffers {
 };
 
 // Buffers for `rows` rows. With `keep` every layer has its own; else the layers take turns on two,
-// which is enough for a forward pass. `slopes`: room for what a backward pass needs, too.
+// which is enough for a forward pass.
 MlpBuffers take_mlp(Arena& arena, const Kernels& k, const Mlp& mlp, Index rows, bool keep);
 
 // Room for the gradients before the activations of every layer.

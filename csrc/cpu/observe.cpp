@@ -5,18 +5,6 @@
 #include "cpu/parallel.h"
 
 namespace fastdreamer {
-namespace {
-
-constexpr Index kTile = 50;
-constexpr Floats kNone{nullptr, 0};
-constexpr Rows kNothing{nullptr, 0};
-
-FloatBuffer rows_of(const float* data, Index width) {
-  return {const_cast<float*>(data), width};  // read where the caller's data is const
-}
-
-}  // namespace
-
 Observe::Observe(const ObserveArgs& args, ObserveTape* tape, Arena& scratch, int threads)
     : tape_(tape != nullptr ? tape : &own_),
       taped_(tape != nullptr),
@@ -67,10 +55,11 @@ void Observe::embed(Index begin, Index rows) const {
   const Kernels& k = *x.kernels;
   const Index E = x.embed->in;
   if (x.embed_elem == nullptr) {
-    k.copy({rows_of(x.embed32, E).at(begin), nullptr, E, rows, tape.embed.at(begin), kNone, false});
+    k.copy({rows_of(x.embed32, E).at(begin), nullptr, E, rows, tape.embed.at(begin), kNoFloats,
+            false});
   }
-  k.linear({x.embed->forward, tape.embed.at(begin), rows, x.embed->bias, kNone, Activation::none,
-            kNothing, kNothing, projected_.at(begin), kNothing});
+  k.linear({x.embed->forward, tape.embed.at(begin), rows, x.embed->bias, kNoFloats,
+            Activation::none, kNoRows, kNoRows, projected_.at(begin), kNoRows});
 }
 
 void Observe::scan(Index begin, Index rows, int thread) const {
@@ -87,13 +76,14 @@ void Observe::scan(Index begin, Index rows, int thread) const {
     const Floats h = t == 0 ? rows_of(x.start_deter, D).at(begin) : rows_of(x.deter, D).at(row - B);
     const Floats s = t == 0 ? rows_of(x.start_stoch, S).at(begin) : rows_of(x.stoch, S).at(row - B);
     k.copy({h, first, D, rows, tape.used.at(kept), h32, false});
-    k.copy({s, first, S, rows, tape.used.at(kept, D), kNone, false});
-    k.copy({rows_of(x.action, A).at(row), first, A, rows, tape.used.at(kept, D + S), kNone, false});
+    k.copy({s, first, S, rows, tape.used.at(kept, D), kNoFloats, false});
+    k.copy({rows_of(x.action, A).at(row), first, A, rows, tape.used.at(kept, D + S), kNoFloats,
+            false});
     // h' = GRU(act(W [s, a]), h); s' from the posterior of [h', embedding]
     deter_step(k, rssm, tape.used.at(kept), h32, rows, tape.deter, kept, tape.h.at(row),
                rows_of(x.deter, D).at(row));
     forward(k, *x.post, tape.h.at(row), rows, tape.post, kept, raw, projected_.at(row));
-    k.sample({S, rows, raw, rows_of(x.noise, S).at(row), rssm.min_std, kNothing,
+    k.sample({S, rows, raw, rows_of(x.noise, S).at(row), rssm.min_std, kNoRows,
               rows_of(x.stoch, S).at(row), rows_of(x.post_mean, S).at(row),
               rows_of(x.post_std, S).at(row), tape.post_slope.at(row)});
   }
@@ -108,8 +98,9 @@ void Observe::prior(Index begin, Index rows, int thread) const {
   const Floats raw = raw_.at(thread * batch_tile_);
   forward(k, rssm.prior, tape.h.at(begin), rows, tape.prior, taped_ ? begin : thread * batch_tile_,
           raw);
-  k.sample({S, rows, raw, kNone, rssm.min_std, kNothing, kNone, rows_of(x.prior_mean, S).at(begin),
-            rows_of(x.prior_std, S).at(begin), tape.prior_slope.at(begin)});
+  k.sample({S, rows, raw, kNoFloats, rssm.min_std, kNoRows, kNoFloats,
+            rows_of(x.prior_mean, S).at(begin), rows_of(x.prior_std, S).at(begin),
+            tape.prior_slope.at(begin)});
 }
 
 ObserveBackward::ObserveBackward(const ObserveTape& tape, const ObserveGrads& grads, Arena& scratch,
@@ -167,9 +158,9 @@ void ObserveBackward::prior(Index begin, Index rows) const {
   const Rssm& rssm = *x.rssm;
   const Index S = rssm.S;
   const auto grad = [&](const float* data) {
-    return data == nullptr ? kNone : rows_of(data, S).at(begin);
+    return data == nullptr ? kNoFloats : rows_of(data, S).at(begin);
   };
-  k.sample_backward({S, rows, kNone, grad(grads_.prior_mean), grad(grads_.prior_std), kNone,
+  k.sample_backward({S, rows, kNoFloats, grad(grads_.prior_mean), grad(grads_.prior_std), kNoFloats,
                      tape_.prior_slope.at(begin),
                      prior_deltas_.hidden[rssm.prior.depth - 1].at(begin)});
   backward(k, rssm.prior, tape_.prior, begin, prior_deltas_, begin, rows, prior_dh_.at(begin),
@@ -186,11 +177,11 @@ void ObserveBackward::scan(Index begin, Index rows, int thread) const {
   const Floats dh = dh_.at(scratch), ds = ds_.at(scratch), ds_da = ds_da_.at(scratch);
   const Floats ds_before{ds_da.data, S + A}, da{ds_da.data + S, S + A};
   const auto optional = [&](const float* data, Index width, Index row) {
-    return data == nullptr ? kNone : rows_of(data, width).at(row);
+    return data == nullptr ? kNoFloats : rows_of(data, width).at(row);
   };
   const auto add = [&](const float* data, Index width, Index row, Floats to) {
     if (data == nullptr) return;
-    k.copy({rows_of(data, width).at(row), nullptr, width, rows, kNothing, to, true});
+    k.copy({rows_of(data, width).at(row), nullptr, width, rows, kNoRows, to, true});
   };
   std::fill_n(dh.data, rows * D, 0.0f);
   std::fill_n(ds.data, rows * S, 0.0f);
@@ -207,25 +198,25 @@ void ObserveBackward::scan(Index begin, Index rows, int thread) const {
     deter_step_backward(k, rssm, tape_.used.at(row), tape_.deter, row, deter_, row, rows, dh,
                         ds_da);
     // nothing reaches what was before an episode began
-    k.copy({dh, first, D, rows, kNothing, dh, false});
-    k.copy({ds_before, first, S, rows, kNothing, ds, false});
+    k.copy({dh, first, D, rows, kNoRows, dh, false});
+    k.copy({ds_before, first, S, rows, kNoRows, ds, false});
     if (g.action != nullptr) {
-      k.copy({da, first, A, rows, kNothing, rows_of(g.action, A).at(row), false});
+      k.copy({da, first, A, rows, kNoRows, rows_of(g.action, A).at(row), false});
     }
   }
   if (g.start_deter != nullptr) {
-    k.copy({dh, nullptr, D, rows, kNothing, rows_of(g.start_deter, D).at(begin), false});
+    k.copy({dh, nullptr, D, rows, kNoRows, rows_of(g.start_deter, D).at(begin), false});
   }
   if (g.start_stoch != nullptr) {
-    k.copy({ds, nullptr, S, rows, kNothing, rows_of(g.start_stoch, S).at(begin), false});
+    k.copy({ds, nullptr, S, rows, kNoRows, rows_of(g.start_stoch, S).at(begin), false});
   }
 }
 
 void ObserveBackward::embed(Index begin, Index rows) const {
   const ObserveArgs& x = tape_.args;
-  x.kernels->linear({x.embed->backward, post_deltas_.hidden[0].at(begin), rows, nullptr, kNone,
-                     Activation::none, kNothing, kNothing,
-                     rows_of(grads_.embed, x.embed->in).at(begin), kNothing});
+  x.kernels->linear({x.embed->backward, post_deltas_.hidden[0].at(begin), rows, nullptr, kNoFloats,
+                     Activation::none, kNoRows, kNoRows,
+                     rows_of(grads_.embed, x.embed->in).at(begin), kNoRows});
 }
 
 }  // namespace fastdreamer

@@ -7,8 +7,8 @@
 
 namespace fastdreamer {
 
-// Float arrays [T, B, ...], contiguous, the caller's, valid and unchanged as long as the tape is
-// used; those marked * may be null.
+// The model outlives the tape. Float arrays [T, B, ...], contiguous, the caller's, valid and
+// unchanged as long as the tape is used; those marked * may be null.
 struct ObserveArgs {
   const Kernels* kernels;
   const Rssm* rssm;
@@ -59,7 +59,7 @@ class Observe {
 };
 
 // Gradients that reach the outputs (null: none) and where those of the inputs go (null: not
-// wanted), shaped like them. Parameters: all or none.
+// wanted), shaped like them; of parameters, per layer, all or none. The backward pass refers to it.
 struct ObserveGrads {
   const float *deter, *stoch, *post_mean, *post_std, *prior_mean, *prior_std;
   float *start_deter, *start_stoch, *embed, *action;

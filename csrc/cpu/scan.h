@@ -1,4 +1,4 @@
-// λ-return over [H, B], columns split over threads; the equations stand in kernels-inl.h.
+// λ-return over [H, B], columns split over threads; the equations stand in scan-inl.h.
 #pragma once
 
 #include "cpu/kernels.h"

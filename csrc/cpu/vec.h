@@ -53,7 +53,6 @@ FD_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}
 FD_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 FD_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 FD_INLINE Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, 8)}; }
-FD_INLINE Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
 FD_INLINE Vec reciprocal14(Vec a) { return {_mm512_rcp14_ps(a.v)}; }  // 2^-14 relative
 FD_INLINE Mask operator<(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 FD_INLINE Vec select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_ps(m.v, b.v, a.v)}; }
@@ -149,7 +148,6 @@ FD_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}
 FD_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 FD_INLINE Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
 FD_INLINE Vec round(Vec a) { return {_mm256_round_ps(a.v, 8)}; }
-FD_INLINE Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
 FD_INLINE Vec reciprocal14(Vec a) { return {_mm256_div_ps(_mm256_set1_ps(1), a.v)}; }
 FD_INLINE Mask operator<(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
 FD_INLINE Vec select(Mask m, Vec a, Vec b) { return {_mm256_blendv_ps(b.v, a.v, m.v)}; }
@@ -251,7 +249,6 @@ FD_INLINE Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 FD_INLINE Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 FD_INLINE Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
 FD_INLINE Vec round(Vec a) { return {__builtin_rintf(a.v)}; }
-FD_INLINE Vec sqrt(Vec a) { return {__builtin_sqrtf(a.v)}; }
 FD_INLINE Vec reciprocal14(Vec a) { return {1.0f / a.v}; }
 FD_INLINE Mask operator<(Vec a, Vec b) { return {a.v < b.v}; }
 FD_INLINE Vec select(Mask m, Vec a, Vec b) { return m.v ? a : b; }

@@ -190,6 +190,8 @@ class Op:
         for tensor in tensors:
             if tensor.is_floating_point() and tensor.dtype != torch.float32:
                 return f"tensor is {str(tensor.dtype)[6:]}, {backend} needs float32"
+            if not tensor.numel():
+                return f"tensor is empty, {list(tensor.shape)}"
             if not tensor.is_contiguous():
                 return f"tensor has strides {tensor.stride()}, {backend} needs it contiguous"
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in constant):

@@ -271,9 +271,19 @@ def test_actor_and_critic_in_any_order_together_and_twice(target):
 def test_there_is_no_second_derivative():
     inputs, actor, _ = leaves_of(make_inputs("imagine", SMALL, 2, 3))
     dream = imagine(**inputs, backend="native")
-    grads = torch.autograd.grad(dream.returns.sum(), actor, create_graph=True)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        grads[0].sum().backward()
+    # at once: later, where other terms of a loss have one, nobody would notice that it is missing
+    with pytest.raises(RuntimeError, match="native gradients have none of their own"):
+        torch.autograd.grad(dream.returns.sum(), actor, create_graph=True)
+
+
+def test_what_nothing_reaches_gets_no_gradient():
+    """As with eager: an optimiser would move a parameter with a gradient of zeros."""
+    inputs, _, _ = leaves_of(make_inputs("imagine", SMALL, 2, 3))
+    reward = [t.requires_grad_() for t in inputs["returns"].reward.weights]
+    dream = imagine(**inputs, backend="native")
+    assert torch.autograd.grad(dream.stoch.sum(), reward, allow_unused=True) == (None,) * len(
+        reward
+    )
 
 
 # --- threads and ISAs ---------------------------------------------------------------------------

@@ -6,7 +6,7 @@ same tape, so that actor and critic can be differentiated together or one after 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from fastdreamer import _native
 from fastdreamer.ops.native.packs import (
     arrays,
     autocast_bf16,
+    first_order,
     flat,
     layers,
     pack_mlp,
@@ -28,6 +29,16 @@ from fastdreamer.ops.params import (
     RSSMParams,
     State,
 )
+
+
+class _Wants(NamedTuple):
+    """Which gradients a rollout's tape is for; as ImagineWants in csrc/cpu/imagine.h."""
+
+    through: bool = False
+    actor: bool = False
+    rssm: bool = False
+    reward: bool = False
+    critic: bool = False
 
 
 class _Call:
@@ -65,7 +76,7 @@ class _Call:
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
         """Run on start.deter, start.stoch, state_noise, action_noise and given action."""
         if not torch.is_grad_enabled():  # without the node, which takes as long as a small step
-            return self.run(*inputs, wants=(False, False, False, False, False))
+            return self.run(*inputs, wants=_Wants())
         parameters = [tensor for group in self.parameters() for tensor in group]
         outputs = _Rollout.apply(self, *inputs, *parameters)
         # the nodes keep what they need; a tape is to live as long as they
@@ -80,25 +91,19 @@ class _Call:
         action_noise: Tensor | None,
         action: Tensor | None,
         *,
-        wants: tuple[bool, ...],
+        wants: _Wants,
     ) -> tuple[Tensor | None, ...]:
         """deter, stoch, action, prior mean and std, reward, next_value, returns, value."""
-        through, keep = wants[0], wants[0] or self.wants_critic
-        policy, returns = self.actor, self.returns
-        pack = {"bf16": self.bf16, "gradients": through}
+        keep = wants.through or wants.critic
+        pack = {"bf16": self.bf16, "gradients": keep}
         model = pack_rssm(self.params, **pack)
-        if policy is not None:
-            policy = (pack_mlp(policy.mlp, **pack), *policy[1:])
-        heads = None
-        if returns is not None:
-            pack["gradients"] = keep
-            heads = (
-                pack_mlp(returns.reward, **pack),
-                pack_mlp(returns.critic, **pack),
-                returns.target and pack_mlp(returns.target, **pack),
-                returns.gamma,
-                returns.lam,
-            )
+        actor = heads = None
+        if self.actor is not None:
+            actor = (pack_mlp(self.actor.mlp, **pack), *self.actor[1:])
+        if (returns := self.returns) is not None:
+            target = returns.target and pack_mlp(returns.target, **pack)
+            heads = (pack_mlp(returns.reward, **pack), pack_mlp(returns.critic, **pack), target)
+            heads += (returns.gamma, returns.lam)
         H, B, S = state_noise.shape
         new = torch.empty
         if action is None:
@@ -112,7 +117,7 @@ class _Call:
         self.tape = _native.imagine_forward(
             self.op,
             model,
-            policy,
+            actor,
             heads,
             *arrays(start_deter, start_stoch, state_noise, action_noise, action),
             tuple(arrays(deter, stoch, mean, std, reward, next_value, total, value)),
@@ -158,40 +163,37 @@ class _Rollout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, *tensors):
         inputs, parameters = tensors[:5], tensors[5:]
+        start_deter, start_stoch, state_noise, action_noise, given = inputs
         ctx.sizes = [len(group) for group in call.parameters()]
-        asked = [any(group) for group in split(ctx.needs_input_grad[6:], ctx.sizes)]
-        ctx.wants = (
-            any(ctx.needs_input_grad),
-            *(asked[0], any(asked[1:4]), asked[4]),
-            call.wants_critic,
+        actor, *rssm, reward = split(ctx.needs_input_grad[6:], ctx.sizes)
+        ctx.wants = _Wants(
+            through=any(ctx.needs_input_grad),
+            actor=any(actor),
+            rssm=any(map(any, rssm)),
+            reward=any(reward),
+            critic=call.wants_critic,
         )
         outputs = call.run(*inputs, wants=ctx.wants)
         deter, stoch, action, mean, std, reward, next_value, total, value = outputs
         ctx.set_materialize_grads(False)
-        ctx.tape, ctx.given = call.tape, inputs[4] is not None
+        ctx.tape, ctx.given = call.tape, given is not None
         # the tape points into these; saved, so that autograd refuses if they are changed
-        ctx.save_for_backward(
-            inputs[2], inputs[3], action, next_value, total, inputs[0], *parameters
-        )
+        used = (start_deter, start_stoch, state_noise, action_noise, action, next_value, total)
+        ctx.save_for_backward(*used, *parameters)
         ctx.mark_non_differentiable(*[t for t in (next_value, value) if t is not None])
-        given = None if ctx.given else action
-        return deter, stoch, given, mean, std, reward, next_value, total, value
+        drawn = None if ctx.given else action
+        return deter, stoch, drawn, mean, std, reward, next_value, total, value
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, deter, stoch, action, mean, std, reward, _, total, __):
-        saved = ctx.saved_tensors
-        parameters = saved[6:]
-        start_deter, S = saved[5], saved[0].shape[2]
-        _, wants_actor, wants_rssm, wants_reward, _ = ctx.wants
-        needs = ctx.needs_input_grad
-        new = start_deter.new_empty
-        starts = (
-            new(start_deter.shape) if needs[1] else None,
-            new(len(start_deter), S) if needs[2] else None,
-            torch.empty_like(saved[2]) if ctx.given and needs[5] else None,
-        )
-        wanted = (wants_actor, wants_rssm, wants_rssm, wants_rssm, wants_reward)
+    @first_order
+    def backward(ctx, deter, stoch, action, mean, std, reward, _next_value, total, _value):
+        start_deter, start_stoch, _, _, given, _, _, *parameters = ctx.saved_tensors
+        _, needs_deter, needs_stoch, _, _, needs_action, *_ = ctx.needs_input_grad
+        d_deter = torch.empty_like(start_deter) if needs_deter else None
+        d_stoch = torch.empty_like(start_stoch) if needs_stoch else None
+        d_action = torch.empty_like(given) if needs_action else None
+        wants = ctx.wants
+        wanted = (wants.actor, wants.rssm, wants.rssm, wants.rssm, wants.reward)
         grads = [
             [torch.empty_like(t, memory_format=torch.contiguous_format) for t in group] if want
             else None
@@ -204,12 +206,14 @@ class _Rollout(torch.autograd.Function):
                 None if g is None else g.contiguous().numpy()
                 for g in (deter, stoch, action, mean, std, reward, total)
             ),
-            tuple(arrays(*starts)),
+            tuple(arrays(d_deter, d_stoch, d_action)),
             *(layers(actor), layers(inp), gru and arrays(*gru), layers(prior), layers(head)),
             torch.get_num_threads(),
         )
+        if reward is None and total is None:  # nothing reaches the head
+            grads[4] = None
         return (
-            *(None, starts[0], starts[1], None, None, starts[2]),
+            *(None, d_deter, d_stoch, None, None, d_action),
             *(t for group, n in zip(grads, ctx.sizes, strict=True) for t in group or [None] * n),
         )
 
@@ -224,7 +228,7 @@ class _Value(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, grad):
         critic = ctx.saved_tensors
         grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in critic]

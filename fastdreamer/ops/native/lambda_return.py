@@ -3,7 +3,7 @@
 import torch
 
 from fastdreamer import _native
-from fastdreamer.ops.native.packs import arrays
+from fastdreamer.ops.native.packs import arrays, first_order
 
 
 class LambdaReturn(torch.autograd.Function):
@@ -18,7 +18,7 @@ class LambdaReturn(torch.autograd.Function):
         return returns
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, grad):
         next_value, discount, returns = ctx.saved_tensors
         grads = [torch.empty_like(returns) for _ in range(3)]

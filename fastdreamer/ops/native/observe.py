@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,7 @@ from fastdreamer import _native
 from fastdreamer.ops.native.packs import (
     arrays,
     autocast_bf16,
+    first_order,
     flat,
     layers,
     pack_mlp,
@@ -30,66 +34,66 @@ def observe(
     bf16 = autocast_bf16()
     if embed.dtype == torch.bfloat16 and not bf16:
         embed = embed.float()
-    groups = (flat(params.inp), tuple(params.gru), flat(params.prior), flat(params.post))
-    recording = torch.is_grad_enabled()  # off inside of forward, and not in its ctx
-    deter, stoch, *rest = _Observe.apply(
-        params,
-        bf16,
-        recording,
-        *start,
-        embed,
-        action,
-        is_first,
-        noise,
-        *(t for g in groups for t in g),
-    )
+    inputs = (*start, embed, action, is_first, noise)
+    if torch.is_grad_enabled():
+        groups = (flat(params.inp), params.gru, flat(params.prior), flat(params.post))
+        sizes = [len(group) for group in groups]
+        parameters = [tensor for group in groups for tensor in group]
+        outputs = _Observe.apply(params, bf16, sizes, *inputs, *parameters)
+    else:  # without the node, which takes as long as a step of one row
+        outputs, _ = _run(params, bf16, inputs, keep=False)
+    deter, stoch, *rest = outputs
     return State(deter, stoch), Normal(*rest[:2]), Normal(*rest[2:])
+
+
+def _run(
+    params: RSSMParams, bf16: bool, inputs: Sequence[Tensor], *, keep: bool
+) -> tuple[tuple[Tensor, ...], Any]:
+    """deter, stoch, mean and std of posterior and prior; and the tape, if it is to be kept."""
+    deter, stoch, embed, action, is_first, noise = inputs
+    T, B, _ = noise.shape
+    D = deter.shape[1]
+    pack = {"bf16": bf16, "gradients": keep}
+    first = params.post._replace(weights=params.post.weights[:1], biases=params.post.biases[:1])
+    model = (
+        *pack_rssm(params, **pack),
+        pack_mlp(params.post, columns=(0, D), bias=False, **pack),
+        pack_mlp(first, columns=(D, embed.shape[2]), **pack),
+    )
+    outputs = (noise.new_empty(T, B, D), *(torch.empty_like(noise) for _ in range(5)))
+    bits = embed.view(torch.int16) if embed.dtype == torch.bfloat16 else embed
+    tape = _native.observe_forward(
+        model,
+        *arrays(deter, stoch, bits, action, is_first, noise),
+        tuple(arrays(*outputs)),
+        keep,
+        torch.get_num_threads(),
+    )
+    return outputs, tape
 
 
 class _Observe(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, params, bf16, recording, deter, stoch, embed, action, is_first, noise, *parameters
-    ):
-        T, B, S = noise.shape
-        D = deter.shape[1]
-        keep = recording and any(ctx.needs_input_grad)
-        pack = {"bf16": bf16, "gradients": keep}
-        first = params.post._replace(weights=params.post.weights[:1], biases=params.post.biases[:1])
-        model = (
-            *pack_rssm(params, **pack),
-            pack_mlp(params.post, columns=(0, D), bias=False, **pack),
-            pack_mlp(first, columns=(D, embed.shape[2]), **pack),
-        )
-        outputs = (noise.new_empty(T, B, D), *(torch.empty_like(noise) for _ in range(5)))
-        bits = embed.view(torch.int16) if embed.dtype == torch.bfloat16 else embed
-        ctx.tape = _native.observe_forward(
-            model,
-            *arrays(deter, stoch, bits, action, is_first, noise),
-            tuple(arrays(*outputs)),
-            keep,
-            torch.get_num_threads(),
-        )
+    def forward(ctx, params, bf16, sizes, *tensors):
+        inputs, parameters = tensors[:6], tensors[6:]
+        outputs, ctx.tape = _run(params, bf16, inputs, keep=any(ctx.needs_input_grad))
         ctx.set_materialize_grads(False)
-        ctx.sizes = [2 * len(params.inp.weights), 4, 2 * len(params.prior.weights)]
-        ctx.sizes.append(2 * len(params.post.weights))
+        ctx.sizes = sizes
         # the tape points into these; saved, so that autograd refuses if they are changed
-        ctx.save_for_backward(deter, stoch, embed, action, is_first, noise, *outputs, *parameters)
+        ctx.save_for_backward(*inputs, *outputs, *parameters)
         return outputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, *grads):
-        deter, stoch, embed, action, _, _, *saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        inputs = [
-            torch.empty(t.shape, dtype=torch.float32) if need else None
-            for t, need in zip((deter, stoch, embed, action), needs[3:7], strict=True)
+        inputs, parameters = ctx.saved_tensors[:4], ctx.saved_tensors[12:]
+        needs = ctx.needs_input_grad[3:]
+        starts = [
+            torch.empty(t.shape) if need else None for t, need in zip(inputs, needs, strict=False)
         ]
-        parameters = saved[6:]
         groups = [[None] * n for n in ctx.sizes]
         given = None
-        if any(needs[9:]):
+        if any(needs[6:]):
             layout = torch.contiguous_format
             new = [torch.empty_like(t, memory_format=layout) for t in parameters]
             groups = split(new, ctx.sizes)
@@ -98,12 +102,14 @@ class _Observe(torch.autograd.Function):
         _native.observe_backward(
             ctx.tape,
             tuple(None if g is None else g.contiguous().numpy() for g in grads),
-            tuple(arrays(*inputs)),
+            tuple(arrays(*starts)),
             given,
             torch.get_num_threads(),
         )
         if grads[4] is None and grads[5] is None:  # nothing reaches the prior
             groups[2] = [None] * ctx.sizes[2]
-        if inputs[2] is not None:
-            inputs[2] = inputs[2].to(embed.dtype)
-        return None, None, None, *inputs, None, None, *(t for group in groups for t in group)
+        d_deter, d_stoch, d_embed, d_action = starts
+        if d_embed is not None:
+            d_embed = d_embed.to(inputs[2].dtype)
+        parts = (d_deter, d_stoch, d_embed, d_action, None, None)
+        return None, None, None, *parts, *(t for group in groups for t in group)

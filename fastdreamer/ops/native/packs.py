@@ -3,11 +3,14 @@
 A pack is immutable. It is used again while every parameter it was made from is the same memory with
 the same version counter, and no optimiser has stepped since: fused optimisers change parameters
 without counting a version, hence the hook. What neither sees is a change behind autograd's back
-(``p.data.copy_(…)`` or a write through ``p.detach().numpy()``): call :func:`forget` after such.
+(``p.data.copy_(…)`` or a write through ``p.detach().numpy()``): call :func:`forget` after such, and
+pass ``p`` or ``p.detach()``, never ``p.data``, whose versions are its own. Parameters in shared
+memory, which another process may change, are packed for every call.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -33,13 +36,15 @@ class _Entry(NamedTuple):
 
 _packs: dict[tuple, _Entry] = {}
 _expired = torch.UntypedStorage._expired
+_sweep_at = 32
+_step_counter = itertools.count(1)
 _steps = 0
 _counts = {"packed": 0, "reused": 0}
 
 
 def _stepped(*_: Any) -> None:
     global _steps
-    _steps += 1
+    _steps = next(_step_counter)  # in one step: two threads' optimisers may step at once
 
 
 register_optimizer_step_post_hook(_stepped)
@@ -63,6 +68,18 @@ def autocast_bf16() -> bool:
 def arrays(*tensors: Tensor | None) -> list:
     """NumPy views (no copies) for the extension; None stays None."""
     return [None if t is None else t.detach().numpy() for t in tensors]
+
+
+def first_order(backward: Callable) -> Callable:
+    """Decorate a node's backward pass, which autograd cannot differentiate again."""
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():  # only where gradients are to have gradients
+            raise RuntimeError("native gradients have none of their own: choose backend='eager'")
+        return backward(ctx, *grads)
+
+    return checked
 
 
 def flat(mlp: MLPParams) -> tuple[Tensor, ...]:
@@ -158,7 +175,11 @@ class _Model(NamedTuple):
 def _layout(tensors: Sequence[Tensor]) -> list[tuple]:
     """All that tells a tensor from another view of the same memory."""
     try:
-        return [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors]
+        layout = [(t.data_ptr(), t.shape, t.stride()) for t in tensors]
+        if any([t.dtype is not torch.float32 for t in tensors]):
+            kinds = ", ".join(sorted({str(t.dtype)[6:] for t in tensors}))
+            raise ValueError(f"weights and biases must be float32, got {kinds}")
+        return layout
     except AttributeError:
         kinds = ", ".join(sorted({type(t).__name__ for t in tensors} - {"Tensor", "Parameter"}))
         raise TypeError(f"weights and biases must be tensors, got {kinds}") from None
@@ -183,10 +204,22 @@ def _cached(key: tuple, tensors: Sequence[Tensor], gradients: bool, make: Callab
         else:  # what was trained before is trained again: one pack serves both directions
             gradients = gradients or entry.pack.gradients
         _packs.pop(key, None)
-    for old in list(_packs)[: len(_packs) - LIMIT + 1] if len(_packs) >= LIMIT else ():
-        _packs.pop(old, None)  # another thread may have been faster
     _counts["packed"] += 1
     pack = make(gradients)
+    _make_room()
     storages = [StorageWeakRef(t.untyped_storage()) for t in tensors]
-    _packs[key] = _Entry(pack, stamp, storages)
+    if not any([t.is_shared() for t in tensors]):
+        _packs[key] = _Entry(pack, stamp, storages)
     return pack
+
+
+def _make_room() -> None:
+    """Drop the packs of dead parameters, now and then, and the oldest where there are too many."""
+    global _sweep_at
+    if len(_packs) >= _sweep_at:
+        for key, entry in list(_packs.items()):
+            if any([_expired(s.cdata) for s in entry.storages]):
+                _packs.pop(key, None)  # another thread may have been faster, here and below
+        _sweep_at = max(32, 2 * len(_packs))
+    for key in list(_packs)[: len(_packs) - LIMIT + 1] if len(_packs) >= LIMIT else ():
+        _packs.pop(key, None)
