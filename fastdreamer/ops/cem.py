@@ -98,7 +98,8 @@ def cem(
             raise ValueError("cem: returns.critic is None, but the λ-return needs a critic")
         if not 0.0 <= returns.lam <= 1.0:
             raise ValueError(f"cem: returns.lam must be in [0, 1], got {returns.lam}")
-    body = OP.select(backend, start.deter, start.stoch, mean, std, action_noise, state_noise)
+    noise = (action_noise, state_noise)
+    body = OP.select(backend, start.deter, start.stoch, mean, std, constant=noise)
     return body(
         params, returns, start, mean, std, action_noise, state_noise,
         num_elites, float(min_std), float(clip), score,
