@@ -87,9 +87,6 @@ void Imagine::tile(Index begin, Index rows, int thread) const {
     if (x.deter != nullptr) return rows_of(x.deter, D).at((t - 1) * B + begin);
     return h_.at((2 * thread + t % 2) * tile_);
   };
-  const auto optional = [&](float* data, Index width, Index row) {
-    return data == nullptr ? kNoFloats : rows_of(data, width).at(row);
-  };
   const Floats raw = raw_.at(scratch);
 
   k.copy({h(0), nullptr, D, rows, states(0, 0), kNoFloats, false});
@@ -118,8 +115,8 @@ void Imagine::tile(Index begin, Index rows, int thread) const {
     deter_step(k, rssm, states(t, 0), h(t), rows, tape.deter, kept, states(t + 1, 0), h(t + 1));
     forward(k, rssm.prior, states(t + 1, 0), rows, tape.prior, kept, raw);
     k.sample({S, rows, raw, rows_of(x.state_noise, S).at(row), rssm.min_std, states(t + 1, D),
-              optional(x.stoch, S, row), optional(x.prior_mean, S, row),
-              optional(x.prior_std, S, row), sweep ? tape.slope.at(row) : kNoFloats});
+              rows_of(x.stoch, S).at(row), rows_of(x.prior_mean, S).at(row),
+              rows_of(x.prior_std, S).at(row), sweep ? tape.slope.at(row) : kNoFloats});
     // r_t = reward(feat_{t+1})
     if (x.reward != nullptr) {
       evaluate(tape.reward, t + 1, begin, rows, thread, states(t + 1, 0), x.reward_out + row,
@@ -213,13 +210,6 @@ void ImagineBackward::tile(Index begin, Index rows, int thread) const {
   const Index scratch = thread * tile_;
   const Floats dh = dh_.at(scratch), ds = ds_.at(scratch), ds_da = ds_da_.at(scratch);
   const Floats ds_before{ds_da.data, S + A}, da{ds_da.data + S, S + A};
-  const auto optional = [&](const float* data, Index width, Index row) {
-    return data == nullptr ? kNoFloats : rows_of(data, width).at(row);
-  };
-  const auto add = [&](const float* data, Index width, Index row, Floats to) {
-    if (data == nullptr) return;
-    k.copy({rows_of(data, width).at(row), nullptr, width, rows, {nullptr, 0}, to, true});
-  };
 
   // What reaches every reward and bootstrap value, before the sweep: the λ-return is linear.
   if (x.reward != nullptr) {
@@ -249,8 +239,8 @@ void ImagineBackward::tile(Index begin, Index rows, int thread) const {
     const Index row = t * B + begin;
     const Index delta = tape_.wants.rssm ? row : scratch;
     // all that reaches state t + 1 from outside
-    add(g.deter, D, row, dh);
-    add(g.stoch, S, row, ds);
+    add_rows(k, rows_of(g.deter, D).at(row), D, rows, dh);
+    add_rows(k, rows_of(g.stoch, S).at(row), S, rows, ds);
     if (x.reward != nullptr) {
       k.add_scaled({tape_.reward_unit.at(row), d_reward_.data + row, D, rows, dh});
       k.add_scaled({tape_.reward_unit.at(row, D), d_reward_.data + row, S, rows, ds});
@@ -260,16 +250,16 @@ void ImagineBackward::tile(Index begin, Index rows, int thread) const {
       }
     }
     // s_{t+1} ~ prior(h_{t+1})
-    k.sample_backward({S, rows, ds, optional(g.prior_mean, S, row), optional(g.prior_std, S, row),
-                       rows_of(x.state_noise, S).at(row), tape_.slope.at(row),
-                       prior_.hidden[rssm.prior.depth - 1].at(delta)});
+    k.sample_backward({S, rows, ds, rows_of(g.prior_mean, S).at(row),
+                       rows_of(g.prior_std, S).at(row), rows_of(x.state_noise, S).at(row),
+                       tape_.slope.at(row), prior_.hidden[rssm.prior.depth - 1].at(delta)});
     backward(k, rssm.prior, tape_.prior, row, prior_, delta, rows, dh, true);
     // h_{t+1} = GRU(act(W [s_t, a_t]), h_t)
     deter_step_backward(k, rssm, tape_.states.at(row), tape_.deter, row, deter_, delta, rows, dh,
                         ds_da);
     k.copy({ds_before, nullptr, S, rows, {nullptr, 0}, ds, false});
     // a_t: the actor's input is detached, so this leaves the sweep here
-    add(g.action, A, row, da);
+    add_rows(k, rows_of(g.action, A).at(row), A, rows, da);
     if (x.actor == nullptr) {
       if (g.given_action != nullptr) {
         k.copy({da, nullptr, A, rows, {nullptr, 0}, rows_of(g.given_action, A).at(row), false});

@@ -6,6 +6,15 @@
 
 namespace fastdreamer {
 
+Rows columns(const Kernels& k, Rows rows, Index begin) {
+  if (rows.data == nullptr) return rows;
+  return {static_cast<char*>(rows.data) + begin * k.elem_size, rows.stride};
+}
+
+void add_rows(const Kernels& k, Floats from, Index cols, Index rows, Floats to) {
+  if (from.data != nullptr) k.copy({from, nullptr, cols, rows, kNoRows, to, true});
+}
+
 Buffer take_rows(Arena& arena, const Kernels& k, Index rows, Index width) {
   return {static_cast<char*>(arena.bytes(rows * width * k.elem_size)), width, k.elem_size};
 }
@@ -135,22 +144,18 @@ constexpr Index kChunk = 200;
 
 void WeightGradients::add(Rows x, Index in, Rows delta, Index out, Index rows, const float* scale,
                           LayerGrad grad, Index rotate) {
-  const auto shifted = [&](Rows r, Index by) {
-    return r.data == nullptr ? r
-                             : Rows{static_cast<char*>(r.data) + by * kernels_.elem_size, r.stride};
-  };
   const Index chunks = (out + kChunk - 1) / kChunk, size = (out + chunks - 1) / chunks;
   for (Index begin = 0; begin < out; begin += size) {
     const Index count = std::min(size, out - begin);
     float* weight = grad.weight + begin * grad.stride;
     float* bias = grad.bias == nullptr ? nullptr : grad.bias + begin;
-    const Rows d = shifted(delta, begin);
+    const Rows d = columns(kernels_, delta, begin);
     // columns [0, in - rotate) go behind the first `rotate` of the gradient, the rest before
     const Index head = in - rotate;
     jobs_.push_back(
         {x, d, head, count, rows, scale, {weight + rotate, grad.stride}, bias, nullptr});
     if (rotate > 0) {
-      jobs_.push_back({shifted(x, head),
+      jobs_.push_back({columns(kernels_, x, head),
                        d,
                        rotate,
                        count,

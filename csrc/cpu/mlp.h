@@ -36,7 +36,13 @@ struct FloatBuffer {
 constexpr Floats kNoFloats{nullptr, 0};
 constexpr Rows kNoRows{nullptr, 0};
 
-// Rows of a caller's array; they are only read where the caller's data is const.
+// The same rows from column `begin` on; no data stays none.
+Rows columns(const Kernels& k, Rows rows, Index begin);
+
+// to += from, unless `from` has no data.
+void add_rows(const Kernels& k, Floats from, Index cols, Index rows, Floats to);
+
+// Rows of a caller's array, or none of null; they are only read where the caller's data is const.
 inline FloatBuffer rows_of(const float* data, Index width) {
   return {const_cast<float*>(data), width};
 }

@@ -157,11 +157,8 @@ void ObserveBackward::prior(Index begin, Index rows) const {
   const Kernels& k = *x.kernels;
   const Rssm& rssm = *x.rssm;
   const Index S = rssm.S;
-  const auto grad = [&](const float* data) {
-    return data == nullptr ? kNoFloats : rows_of(data, S).at(begin);
-  };
-  k.sample_backward({S, rows, kNoFloats, grad(grads_.prior_mean), grad(grads_.prior_std), kNoFloats,
-                     tape_.prior_slope.at(begin),
+  k.sample_backward({S, rows, kNoFloats, rows_of(grads_.prior_mean, S).at(begin),
+                     rows_of(grads_.prior_std, S).at(begin), kNoFloats, tape_.prior_slope.at(begin),
                      prior_deltas_.hidden[rssm.prior.depth - 1].at(begin)});
   backward(k, rssm.prior, tape_.prior, begin, prior_deltas_, begin, rows, prior_dh_.at(begin),
            false);
@@ -176,22 +173,15 @@ void ObserveBackward::scan(Index begin, Index rows, int thread) const {
   const Index scratch = thread * scan_tile_;
   const Floats dh = dh_.at(scratch), ds = ds_.at(scratch), ds_da = ds_da_.at(scratch);
   const Floats ds_before{ds_da.data, S + A}, da{ds_da.data + S, S + A};
-  const auto optional = [&](const float* data, Index width, Index row) {
-    return data == nullptr ? kNoFloats : rows_of(data, width).at(row);
-  };
-  const auto add = [&](const float* data, Index width, Index row, Floats to) {
-    if (data == nullptr) return;
-    k.copy({rows_of(data, width).at(row), nullptr, width, rows, kNoRows, to, true});
-  };
   std::fill_n(dh.data, rows * D, 0.0f);
   std::fill_n(ds.data, rows * S, 0.0f);
   for (Index t = x.T - 1; t >= 0; --t) {
     const Index row = t * B + begin;
     const unsigned char* first = x.is_first + row;
-    add(g.deter, D, row, dh);
-    add(prior_dh_.data, D, row, dh);
-    add(g.stoch, S, row, ds);
-    k.sample_backward({S, rows, ds, optional(g.post_mean, S, row), optional(g.post_std, S, row),
+    add_rows(k, rows_of(g.deter, D).at(row), D, rows, dh);
+    add_rows(k, rows_of(prior_dh_.data, D).at(row), D, rows, dh);
+    add_rows(k, rows_of(g.stoch, S).at(row), S, rows, ds);
+    k.sample_backward({S, rows, ds, rows_of(g.post_mean, S).at(row), rows_of(g.post_std, S).at(row),
                        rows_of(x.noise, S).at(row), tape_.post_slope.at(row),
                        post_deltas_.hidden[x.post->depth - 1].at(row)});
     backward(k, *x.post, tape_.post, row, post_deltas_, row, rows, dh, true);

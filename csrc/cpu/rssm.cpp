@@ -1,14 +1,6 @@
 #include "cpu/rssm.h"
 
 namespace fastdreamer {
-namespace {
-
-Rows columns(const Kernels& k, Rows rows, Index begin) {
-  return {static_cast<char*>(rows.data) + begin * k.elem_size, rows.stride};
-}
-
-}  // namespace
-
 DeterBuffers take_deter(Arena& arena, const Kernels& k, const Rssm& rssm, Index rows, bool keep) {
   DeterBuffers buffers;
   buffers.inp = take_mlp(arena, k, rssm.inp, rows, keep);
