@@ -94,6 +94,17 @@ def read_config(run_dir: Path) -> Config:
         raise RunError(f"{path}: {error}") from error
 
 
+@contextlib.contextmanager
+def lock_run(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from training this run; RunError where one does already."""
+    with open(run_dir / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{run_dir} is being trained by another process") from None
+        yield
+
+
 class Trainer:
     """One run, from wherever its newest checkpoint left it.
 
@@ -108,8 +119,12 @@ class Trainer:
         self.run_dir = run_dir
         self.config = read_config(run_dir)
 
-    def train(self) -> None:
+    def train(self, until: int | None = None) -> None:
         """Train to the end of the schedule.
+
+        Args:
+            until: end where the schedule is at so many env frames, saved; training from there on
+                equals training in one go.
 
         Raises:
             BackendError: the backend or device cannot run here.
@@ -118,12 +133,13 @@ class Trainer:
         """
         config = self.config
         check_backend(config.backend, config.device)
+        self._until = config.train.frames if until is None else min(until, config.train.frames)
         if config.threads:
             torch.set_num_threads(config.threads)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self._lock())
+            stack.enter_context(lock_run(self.run_dir))
             stack.enter_context(use_backend(config.backend))
-            self._stop = stack.enter_context(_stop_signals())
+            self._stop = stack.enter_context(stop_signals())
             self._open(stack)
             self._run()
 
@@ -190,15 +206,6 @@ class Trainer:
         self.progress.message(f"resumed from {path} at update {self.update}")
         return cursor["metric_lines"]
 
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        with open(self.run_dir / "lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(f"{self.run_dir} is being trained by another process") from None
-            yield
-
     # --------------------------------------------------------------- schedule
 
     def _run(self) -> None:
@@ -261,7 +268,7 @@ class Trainer:
         config = self.config
         if self.job is not None:
             self._enter(self.job)
-        if self.env_frames >= config.train.frames:
+        if self.env_frames >= self._until:
             return False
         if self.episodes < config.collect.prefill:
             self._submit(episode=self.episodes, random=True)
@@ -326,7 +333,7 @@ class Trainer:
 
     def _finish(self) -> None:
         """Evaluate the final weights."""
-        if self.config.eval.every:
+        if self.config.eval.every and self._until >= self.config.train.frames:
             self.progress.update(phase="evaluating the final weights")
             self._submit(episode=None, evaluations=self.config.eval.episodes)
             self._enter(self.job)
@@ -385,7 +392,7 @@ def _oldest_episode(checkpoints: list[Path]) -> int:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[Any]:
+def stop_signals() -> Iterator[Any]:
     """Note Ctrl-C and SIGTERM in ``.asked`` instead of raising in the middle of an update."""
 
     class Asked:

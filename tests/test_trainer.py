@@ -28,7 +28,7 @@ from fastdreamer.collector import POLICY_PARTS, actor_policy, collect, episode_s
 from fastdreamer.config import preset, to_dict
 from fastdreamer.envs import make_env
 from fastdreamer.replay import episode_path, read_episode
-from fastdreamer.trainer import RunError, Trainer, create_run, read_config
+from fastdreamer.trainer import RunError, Trainer, create_run, lock_run, read_config
 
 TINY = preset("tiny")
 # 10 episodes of 20 decisions; 5 + 8 · 20 updates. Every 7 updates a checkpoint, so that they fall
@@ -566,7 +566,7 @@ def test_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
 def test_a_second_trainer_of_a_run_is_refused(tmp_path):
     run_dir = new_run(tmp_path / "run")
     with (
-        Trainer(run_dir)._lock(),
+        lock_run(run_dir),
         pytest.raises(RunError, match="is being trained by another process"),
     ):
         Trainer(run_dir).train()
