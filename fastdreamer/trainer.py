@@ -192,7 +192,8 @@ class Trainer:
             groups.setdefault(group, {})[rest] = value
         self.agent.load_state_dict(groups["agent"])
         for name, optimizer in self.optimizers.items():
-            checkpoint.restore_optimizer(optimizer, groups[f"{name}_optimizer"])
+            # Saved before the first update, an optimiser has no state yet.
+            checkpoint.restore_optimizer(optimizer, groups.get(f"{name}_optimizer", {}))
         self.generator.set_state(groups["generators"]["update"])
         self.sample_rng.bit_generator.state = meta["sample_rng"]
         cursor = meta["cursor"]
