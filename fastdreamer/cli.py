@@ -370,6 +370,8 @@ def _compare(command: Compare, argv: list[str], console: Console) -> int:
         again = shlex.join(["fastdreamer", *argv])
         console.print(f"stopped; go on with: {again}", highlight=False, soft_wrap=True)
         return 130
+    except NonFiniteLoss as error:
+        return _fail(Console(stderr=True), f"compare: the {error} in the run named last")
     for name, path in zip(("curves", "picture", "table"), results, strict=True):
         console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
     console.print(results[-1].read_text("utf-8"), highlight=False, soft_wrap=True)

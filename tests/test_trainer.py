@@ -164,6 +164,13 @@ def killing(self, *args):
         os.kill(self._process.pid, signal.SIGKILL)
 trainer.Collector.submit = killing
 """
+IN_STAGES = """
+train = trainer.Trainer.train
+def staged(self):
+    for until in (40, 120, 130, None):  # among random episodes, before an evaluation, any
+        train(trainer.Trainer(self.run_dir), until)
+trainer.Trainer.train = staged
+"""
 ENDLESS_JOB = """
 import dataclasses
 submit = trainer.Collector.submit
@@ -332,6 +339,13 @@ def test_undisturbed_run_follows_the_schedule(reference):
     assert [m["update"] for m in lines if m["kind"] == "train"] == list(range(5, UPDATES + 1, 5))
     for line in lines:
         assert all(np.isfinite(v) for k, v in line.items() if k != "kind")
+
+
+def test_a_run_in_stages_equals_one_in_one_go(tmp_path, reference, launcher):
+    run_dir = new_run(tmp_path / "run")
+    assert launcher.run(run_dir, IN_STAGES) == 0
+    assert_equals(run_dir, reference[0])
+    assert (run_dir / "log.txt").read_text().count("resumed from") == 3
 
 
 def test_checkpoints_come_on_time_and_few_are_kept(reference):
