@@ -177,6 +177,10 @@ class TrainConfig:
     """Updates between checkpoints."""
     keep_checkpoints: int = 3
     """Newest checkpoints kept."""
+    snapshot_every: int = 10_000
+    """Env frames between snapshots, weights kept for good; 0: none but the final one."""
+    keep_snapshots: int = 50
+    """Most snapshots kept; where there are more, every second one goes."""
     log_every: int = 50
     """Updates between logged losses."""
 
@@ -238,7 +242,7 @@ class Config:
             "loss": ("kl_scale", "free_nats"),
             "behavior": ("actor_layers", "critic_layers", "target_every"),
             "collect": ("noise",),
-            "train": ("pretrain",),
+            "train": ("pretrain", "snapshot_every"),
             "eval": ("every",),
         }
         for names, accepts, low in ((positive, "> 0", 0), (not_negative, ">= 0", -1)):
@@ -250,6 +254,8 @@ class Config:
         for name in ("gamma", "lam"):
             value = getattr(self.behavior, name)
             _require(0 <= value <= 1, f"behavior.{name}", "between 0 and 1", value)
+        keep = self.train.keep_snapshots
+        _require(keep >= 2, "train.keep_snapshots", ">= 2", keep)
         balance = self.loss.kl_balance
         _require(balance is None or 0 <= balance <= 1, "loss.kl_balance", "none or 0..1", balance)
         _require(self.replay.length >= 2, "replay.length", ">= 2", self.replay.length)
@@ -333,7 +339,12 @@ def _tiny() -> Config:
         behavior=BehaviorConfig(imag_horizon=3, actor_layers=2, critic_layers=2),
         collect=CollectConfig(prefill=2),
         train=TrainConfig(
-            frames=400, replay_ratio=32.0, checkpoint_every=10, keep_checkpoints=2, log_every=5
+            frames=400,
+            replay_ratio=32.0,
+            checkpoint_every=10,
+            keep_checkpoints=2,
+            log_every=5,
+            snapshot_every=120,
         ),
         eval=EvalConfig(every=120, episodes=1, video=False),
     )
