@@ -29,7 +29,7 @@ from fastdreamer.checkpoint import (
     list_snapshots,
     load_checkpoint,
 )
-from fastdreamer.collector import POLICY_PARTS, actor_policy, collect, episode_seed, random_policy
+from fastdreamer.collector import POLICY_PARTS, agent_policy, collect, episode_seed, random_policy
 from fastdreamer.config import preset, to_dict
 from fastdreamer.envs import make_env
 from fastdreamer.replay import episode_path, read_episode
@@ -407,7 +407,7 @@ def test_episodes_come_from_the_weights_of_their_cycles_first_update(reference):
     agent.load_state_dict(weights, strict=False)
     env = make_env("walker-walk", obs="state", action_repeat=2, time_limit=1.0)
     seed = episode_seed(CONFIG.seed, "collect", 7)
-    played, frames = collect(env, actor_policy(agent, seed, CONFIG.collect.noise), seed)
+    played, frames = collect(env, agent_policy(agent, seed, CONFIG.collect.noise), seed)
     recorded, about = read_episode(episode_path(run_dir / "episodes", 7))
     assert frames == about["env_frames"] == 40
     for name, array in played.items():
