@@ -141,7 +141,8 @@ class Compare:
     task: Annotated[Positional[str], tyro.conf.arg(metavar="TASK")]
     """DeepMind Control task, domain-task; walker is walker-walk."""
     methods: Annotated[str, tyro.conf.arg(metavar="NAME,NAME,...")] = "dreamer,sac,ppo"
-    """Among dreamer, sac, ppo; sac and ppo need the extra `compare` (stable-baselines3)."""
+    """Among dreamer, dreamer-mpc (the same runs, planning), planet, sac, ppo; the last two need the
+    extra `compare` (stable-baselines3)."""
     obs: Literal["state", "pixels"] = "state"
     """What every method sees; sac and ppo learn from state only."""
     frames: int = 100_000

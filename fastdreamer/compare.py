@@ -30,7 +30,7 @@ from fastdreamer import viz
 from fastdreamer._version import __version__
 from fastdreamer.agent import load
 from fastdreamer.checkpoint import list_checkpoints
-from fastdreamer.collector import actor_policy, config_env, episode_seed, rollout_episode
+from fastdreamer.collector import agent_policy, config_env, episode_seed, rollout_episode
 from fastdreamer.config import Config, ConfigError, preset
 from fastdreamer.doctor import cpu_model
 from fastdreamer.logger import Progress, format_seconds, read_metrics
@@ -45,10 +45,13 @@ class Method:
 
     training: str  # whose run it evaluates; methods that share one train once
     label: str  # for the table and the plot
+    controller: str | None = None  # who acts in a world model's evaluations
 
 
 METHODS = {
-    "dreamer": Method("dreamer", "Dreamer, actor"),
+    "dreamer": Method("dreamer", "Dreamer, actor", "actor"),
+    "dreamer-mpc": Method("dreamer", "Dreamer, MPC", "mpc"),
+    "planet": Method("planet", "PlaNet", "planet"),
     "sac": Method("sac", "SAC"),
     "ppo": Method("ppo", "PPO"),
 }
@@ -130,11 +133,16 @@ def compare(
     _check(settings, methods, seeds)
     _start(out, settings)
     runs = [(method, seed) for seed in range(seeds) for method in methods]
-    with stop_signals() as stop:
-        for i, (method, seed) in enumerate(runs, 1):
-            console.rule(f"{method}, seed {seed} (run {i} of {len(runs)})")
-            _run(out, settings, method, seed, stop, console)
-            results = write_results(out)
+    try:
+        with stop_signals() as stop:
+            for i, (method, seed) in enumerate(runs, 1):
+                console.rule(f"{method}, seed {seed} ({i} of {len(runs)})")
+                _run(out, settings, method, seed, stop, console)
+                results = write_results(out)
+    except Stopped:
+        with contextlib.suppress(RunError):  # nothing was evaluated yet
+            write_results(out)
+        raise
     return results
 
 
@@ -247,7 +255,8 @@ class _WorldModel:
     """A run of ``fastdreamer train``, stopped and gone on with at every evaluation."""
 
     def __init__(self, directory: Path, training: str, config: Config, stop: Any) -> None:
-        self.directory, self.config, self.run_dir = directory, config, directory / "run"
+        self.directory, self.run_dir = directory, directory / "run"
+        self.config = dataclasses.replace(config, agent=training).validate()
 
     def train(self, before: Stage | None, until: int) -> Stage:
         if not (self.run_dir / "config.json").exists():
@@ -263,7 +272,7 @@ class _WorldModel:
 
     def policies(self, stage: Stage, method: str) -> Callable[[int], Policy]:
         agent = load(self.directory / stage.file)
-        return lambda seed: actor_policy(agent, seed, 0.0)
+        return lambda seed: agent_policy(agent, seed, 0.0, METHODS[method].controller)
 
 
 class _ModelFree:

@@ -24,7 +24,7 @@ from fastdreamer.config import ConfigError
 from fastdreamer.trainer import RunError, Stopped
 
 # Episodes of 40 env frames, 20 decisions.
-TINY = Settings("walker-stand", frames=200, eval_every=120, eval_episodes=2, preset="tiny")
+TINY = Settings("walker-stand", frames=160, eval_every=80, eval_episodes=2, preset="tiny")
 # SAC draws 100 decisions, 200 env frames, at random before its first update.
 LEARNING = dataclasses.replace(TINY, frames=320, eval_every=160)
 
@@ -51,23 +51,29 @@ def outcomes(path):
 
 @pytest.fixture(scope="module")
 def dreamer(tmp_path_factory):
-    """A finished comparison of Dreamer alone."""
+    """A finished comparison of Dreamer's actor and planner."""
     out = tmp_path_factory.mktemp("compare") / "dreamer"
-    run(out, TINY, ["dreamer"])
+    run(out, TINY, ["dreamer", "dreamer-mpc"])
     return out
 
 
-# ----------------------------------------------------------------------------- Dreamer
+# ----------------------------------------------------------------------- world models
 
 
 def test_dreamer_is_trained_to_the_frame_and_evaluated_on_fixed_episodes(dreamer):
     rows = rows_of(dreamer / "compare.csv")
-    assert [int(row["env_frames"]) for row in rows] == [120, 200]
+    assert [(row["method"], int(row["env_frames"])) for row in rows] == [
+        ("dreamer", 80), ("dreamer", 160), ("dreamer-mpc", 80), ("dreamer-mpc", 160),
+    ]  # fmt: skip
     assert 0 < float(rows[0]["seconds"]) < float(rows[1]["seconds"])
+    assert [row["seconds"] for row in rows[2:]] == [row["seconds"] for row in rows[:2]]
+    assert not (dreamer / "dreamer-mpc-seed0").exists()  # the same run
     for row in rows:
         agent = load(dreamer / "dreamer-seed0" / f"stage-{int(row['env_frames']):09d}.safetensors")
         env = config_env(agent.config)
-        returns = [evaluate(agent, env, episode_seed(0, "evaluate", i)) for i in range(2)]
+        controller = {"dreamer": "actor", "dreamer-mpc": "mpc"}[row["method"]]
+        seeds = [episode_seed(0, "evaluate", i) for i in range(2)]
+        returns = [evaluate(agent, env, seed, controller=controller) for seed in seeds]
         assert float(row["return_mean"]) == np.mean(returns)
         assert float(row["return_std"]) == np.std(returns)
         assert int(row["episodes"]) == 2
@@ -83,12 +89,22 @@ def test_what_is_done_is_not_done_again(dreamer, capsys):
         return {path: path.stat().st_mtime_ns for path in files if path.name != "lock"}
 
     before = times()
-    argv = ["compare", "walker-stand", "--methods", "dreamer", "--preset", "tiny"]
-    argv += ["--frames", "200", "--eval-every", "120", "--eval-episodes", "2", "--seeds", "1"]
+    argv = ["compare", "walker-stand", "--methods", "dreamer-mpc,dreamer", "--preset", "tiny"]
+    argv += ["--frames", "160", "--eval-every", "80", "--eval-episodes", "2", "--seeds", "1"]
     assert main([*argv, "--out", str(dreamer)]) == 0
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert "| Dreamer, actor | 1 |" in text and str(dreamer / "compare.png") in text
     assert times() == before
+
+
+def test_planet_collects_and_is_evaluated_with_its_planner(tmp_path):
+    settings = dataclasses.replace(TINY, frames=120, eval_every=120, eval_episodes=1)
+    table, *_ = run(tmp_path, settings, ["planet"])
+    (row,) = rows_of(table)
+    agent = load(tmp_path / "planet-seed0" / "stage-000000120.safetensors")
+    assert agent.config.agent == "planet" and agent.actor is None
+    value = evaluate(agent, config_env(agent.config), episode_seed(0, "evaluate", 0))
+    assert (row["method"], float(row["return_mean"])) == ("planet", value)
 
 
 # ------------------------------------------------------------------------- model-free
@@ -141,11 +157,11 @@ def test_methods_and_seeds_can_be_added(dreamer, tmp_path):
     rows = outcomes(table)
     assert [(row["method"], row["seed"], row["env_frames"]) for row in rows] == [
         (method, seed, frames)
-        for method, seed in (("dreamer", "0"), ("sac", "0"), ("sac", "1"))
-        for frames in ("120", "200")
+        for method, seed in (("dreamer", "0"), ("dreamer-mpc", "0"), ("sac", "0"), ("sac", "1"))
+        for frames in ("80", "160")
     ]
-    assert rows[:4] == first and rows[:2] == outcomes(dreamer / "compare.csv")
-    assert rows[2:4] != rows[4:]
+    assert rows[:6] == first and rows[:4] == outcomes(dreamer / "compare.csv")
+    assert [row["return_mean"] for row in rows[4:6]] != [row["return_mean"] for row in rows[6:]]
     assert plot.stat().st_size > 10_000
     assert "| Dreamer, actor | 1 |" in text.read_text() and "| SAC | 2 |" in text.read_text()
 
@@ -258,7 +274,7 @@ def test_a_missing_extra_is_named_before_anything_runs(tmp_path, monkeypatch):
 
 
 def test_another_setting_in_the_same_directory_is_refused(dreamer):
-    with pytest.raises(ConfigError, match="was started with frames 200, not 400"):
+    with pytest.raises(ConfigError, match="was started with frames 160, not 400"):
         run(dreamer, dataclasses.replace(TINY, frames=400), ["dreamer"])
 
 
