@@ -34,6 +34,7 @@ from fastdreamer.collector import agent_policy, config_env, episode_seed, rollou
 from fastdreamer.config import Config, ConfigError, preset
 from fastdreamer.doctor import cpu_model
 from fastdreamer.logger import Progress, format_seconds, read_metrics
+from fastdreamer.ops.backend import check_backend
 from fastdreamer.trainer import RunError, Stopped, Trainer, create_run, lock_run, stop_signals
 
 Policy = Callable[[dict[str, np.ndarray]], np.ndarray]
@@ -127,7 +128,8 @@ def compare(
 
     Raises:
         ConfigError: an unknown method, a setting that cannot run or differs from the first
-            command's, or a missing extra.
+            command's, or a missing extra. BackendError: the device cannot run here.
+        RunError: another process is at one of the runs, or a file is damaged.
         Stopped: a signal asked to stop; the same call goes on.
     """
     _check(settings, methods, seeds)
@@ -159,7 +161,8 @@ def _check(settings: Settings, methods: Sequence[str], seeds: int) -> None:
         raise ConfigError(f"a method is named twice: {', '.join(methods)}")
     if seeds < 1:
         raise ConfigError(f"seeds must be at least 1, got {seeds}")
-    settings.config(0)
+    config = settings.config(0)
+    check_backend(config.backend, config.device)
     free = [name for name in methods if METHODS[name].training in MODEL_FREE]
     if free and settings.obs != "state":
         raise ConfigError(

@@ -256,6 +256,11 @@ def test_what_is_no_comparison_is_named(tmp_path, text):
         (["--preset", "huge"], "valid presets"),
         (["--threads", "-1"], "threads must be >= 0"),
         (["--obs", "pixels", "--methods", "dreamer,ppo"], "ppo: from state only"),
+        pytest.param(
+            ["--device", "cuda"],
+            "cannot run",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="it can run here"),
+        ),
     ],
 )
 def test_mistakes_are_explained(options, says, capsys, monkeypatch, tmp_path):
