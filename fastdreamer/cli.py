@@ -1,4 +1,4 @@
-"""The ``fastdreamer`` command: train, eval, dream, plot, compare, doctor.
+"""The ``fastdreamer`` command: train, eval, dream, report, plot, compare, doctor.
 
 Arguments come from typed dataclasses through tyro: the configuration is one already, so every
 field is an option with its help text and type, and nothing is declared twice.
@@ -9,24 +9,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import functools
 import logging
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
-import torch
 import tyro
 from rich.console import Console
 from rich.logging import RichHandler
 
 from fastdreamer import viz
 from fastdreamer._version import __version__
-from fastdreamer.agent import Dreamer, NonFiniteLoss, load
+from fastdreamer.agent import NonFiniteLoss, load
 from fastdreamer.checkpoint import CheckpointError, list_checkpoints, load_meta
 from fastdreamer.collector import CollectorError, config_env, episode_seed, evaluate
 from fastdreamer.config import PRESETS, Config, ConfigError, PlanConfig, from_dict, preset
@@ -35,6 +33,7 @@ from fastdreamer.envs.gl import GLError
 from fastdreamer.ops.backend import BackendError
 from fastdreamer.planning import PlanningError
 from fastdreamer.replay import EpisodeError
+from fastdreamer.report import dream_and_live, write_report
 from fastdreamer.trainer import RunError, Stopped, Trainer, create_run, read_config, write_config
 
 _CONTROLLERS = {
@@ -112,6 +111,28 @@ class Dream:
     """Decisions dreamed."""
     seed: int = 0
     """Seeds the episode."""
+
+
+@dataclass
+class Report:
+    """Draw the report's Figures 3, 4 and 5 from a run's snapshots; what is done is not done again.
+
+    The same episodes are played by the actor and by MPC at points along the run.
+    """
+
+    run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """Run directory; its snapshots are evaluated (its checkpoints where it has none)."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("report")
+    """Where figures, curves and episodes.csv go; episodes found there are not played again."""
+    controllers: tuple[Literal["actor", "mpc", "planet"], ...] = ()
+    """Who plays; default: actor and mpc, or planet for a PlaNet agent."""
+    episodes: int = 10
+    """Episodes a snapshot and controller, without exploration noise."""
+    points: int = 0
+    """Snapshots used at most, spread evenly over the run; 0: all."""
+    seed: int = 0
+    """Seeds the episodes."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 @dataclass
@@ -204,6 +225,7 @@ def _parse(argv: list[str], plan: PlanConfig | None = None) -> Any:
         Annotated[Train, subcommand("train", default=_train_default(argv))]
         | Annotated[Eval, subcommand("eval", default=Eval(**planned))]
         | Annotated[Dream, subcommand("dream")]
+        | Annotated[Report, subcommand("report", default=Report(**planned))]
         | Annotated[Plot, subcommand("plot")]
         | Annotated[Compare, subcommand("compare")]
         | Annotated[Doctor, subcommand("doctor")]
@@ -305,7 +327,7 @@ def _eval(command: Eval, argv: list[str], console: Console) -> None:
     agent = load(command.run, plan=command.plan)
     controller = agent.controller(command.controller)
     env = config_env(agent.config)
-    returns, begin = [], time.monotonic()
+    returns = []
     for i in range(command.episodes):
         video = command.video if i == 0 else None
         seed = episode_seed(command.seed, "evaluate", i)
@@ -316,8 +338,7 @@ def _eval(command: Eval, argv: list[str], console: Console) -> None:
     frames = env.max_decisions * env.action_repeat
     console.print(
         f"{agent.config.env.task}: return {mean:.1f} ± {std:.1f} "
-        f"({len(returns)} episodes of up to {frames} env frames, {_CONTROLLERS[controller]}, "
-        f"{time.monotonic() - begin:.0f} s)",
+        f"({len(returns)} episodes of up to {frames} env frames, {_CONTROLLERS[controller]})",
         highlight=False,
         soft_wrap=True,
     )
@@ -336,7 +357,10 @@ def _dream(command: Dream, argv: list[str], console: Console) -> None:
             f"--context and --decisions must be at least 1 and fit in an episode of "
             f"{env.max_decisions} decisions, got {command.context} and {command.decisions}"
         )
-    imagined, real = _dream_and_live(agent, env, command)
+    dreamed = dream_and_live(
+        agent, env, context=command.context, decisions=command.decisions, seed=command.seed
+    )
+    imagined, real = (part["pixels"] for part in dreamed)
     out = command.out or (command.run / "videos" if command.run.is_dir() else command.run.parent)
     out.mkdir(parents=True, exist_ok=True)
     picture = viz.dream_figure(imagined, real, out / "dream.png")
@@ -344,25 +368,20 @@ def _dream(command: Dream, argv: list[str], console: Console) -> None:
     console.print(f"picture: {picture}\nvideo: {video}", highlight=False, soft_wrap=True)
 
 
-def _dream_and_live(agent: Dreamer, env: Any, command: Dream) -> tuple[np.ndarray, np.ndarray]:
-    """Imagined and real images [decisions, h, w, 3] under the same actions."""
-    seed = episode_seed(command.seed, "evaluate", 0)
-    generator = torch.Generator().manual_seed(seed)
-    obs, state = env.reset(seed=seed), None
-    for _ in range(command.context):
-        action, state = agent.act(obs, state, generator=generator)
-        obs, _, terminated, _, _ = env.step(action)
-        if terminated:
-            raise RunError("the episode ended during --context; choose a smaller one")
-    _, state = agent.act(obs, state, generator=generator)
-    actions, seen = agent.dream(state, command.decisions, generator)
-    real = []
-    for action in actions:
-        obs, _, terminated, _, _ = env.step(action)
-        real.append(obs["pixels"])
-        if terminated:
-            break
-    return seen["pixels"][: len(real)], np.stack(real)
+def _report(command: Report, argv: list[str], console: Console) -> None:
+    say = functools.partial(console.print, highlight=False, soft_wrap=True)
+    files = write_report(
+        command.run,
+        command.out,
+        controllers=command.controllers,
+        episodes=command.episodes,
+        points=command.points,
+        seed=command.seed,
+        plan=command.plan,
+        say=say,
+    )
+    for path in files:
+        say(f"wrote {path}")
 
 
 def _plot(command: Plot, argv: list[str], console: Console) -> None:
@@ -415,6 +434,7 @@ _COMMANDS = {
     Train: _train,
     Eval: _eval,
     Dream: _dream,
+    Report: _report,
     Plot: _plot,
     Compare: _compare,
     Doctor: _doctor,
