@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastdreamer import losses
 from fastdreamer.checkpoint import CheckpointError, load_checkpoint, load_newest
 from fastdreamer.config import Config, from_dict
+from fastdreamer.exploration import Explorer, spread, upper_bound
 from fastdreamer.nn import MLP, Actor, WorldModel
 from fastdreamer.nn.codec import float_to_pixels, pixels_to_float
 from fastdreamer.nn.dists import symexp, symlog
@@ -24,6 +25,7 @@ from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.params import ReturnParams, State
+from fastdreamer.safety import Guard, Shield
 
 
 class PolicyState(NamedTuple):
@@ -74,6 +76,11 @@ class Dreamer(nn.Module):
                 min_std=behavior.min_std,
             )
             self.critic = MLP([feat, *[model.units] * behavior.critic_layers, 1], model.activation)
+            self.explorer = self.guard = None
+            if config.explore.method == "ucb":
+                self.explorer = Explorer(config, feat, action_dim)
+            if config.safety.signal != "none":
+                self.guard = Guard(config, feat, self.obs_shapes["state"][0])
         self.target_critic = None
         if behavior.target_every:
             self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
@@ -88,16 +95,27 @@ class Dreamer(nn.Module):
         return self.return_range.device
 
     def make_optimizers(self) -> dict[str, torch.optim.Adam]:
-        """One Adam each for ``model``, ``actor`` and ``critic``; ``update`` takes them."""
+        """One Adam each for ``model``, ``actor`` and ``critic``; ``update`` takes them.
+
+        With an explorer also ``rewards``, ``explorer`` and ``critics``, as far as it has them;
+        with a guard ``barrier``.
+        """
         optim = self.config.optim
         make = lambda module, lr: torch.optim.Adam(  # noqa: E731
             module.parameters(), lr=lr, eps=optim.eps, fused=True
         )
-        return {
-            "model": make(self.model, optim.model_lr),
-            "actor": make(self.actor, optim.actor_lr),
-            "critic": make(self.critic, optim.critic_lr),
+        modules = {
+            "model": (self.model, optim.model_lr),
+            "actor": (self.actor, optim.actor_lr),
+            "critic": (self.critic, optim.critic_lr),
         }
+        if self.explorer is not None:
+            modules["rewards"] = (self.explorer.rewards, optim.model_lr)
+            modules["explorer"] = (self.explorer.actor, optim.actor_lr)
+            modules["critics"] = (self.explorer.critics, optim.critic_lr)
+        if self.guard is not None:
+            modules["barrier"] = (self.guard.barrier, self.config.safety.lr)
+        return {name: make(*pair) for name, pair in modules.items() if pair[0] is not None}
 
     # ---------------------------------------------------------------- acting
 
@@ -113,6 +131,8 @@ class Dreamer(nn.Module):
         state: PolicyState | None = None,
         *,
         noise: float = 0.0,
+        explore: bool = False,
+        shield: Shield | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[np.ndarray, PolicyState]:
         """Filter one observation and choose an action.
@@ -123,16 +143,21 @@ class Dreamer(nn.Module):
             state: what the last call returned; None at the start of an episode.
             noise: standard deviation of Gaussian exploration noise. The action is clipped to
                 [-1, 1], and the noisy, clipped one is what the filter sees next.
-            generator: of the posterior sample and the exploration noise; None uses the agent's
-                own, seeded with ``config.seed``.
+            explore: the explorer's actor chooses in place of the greedy one.
+            shield: of ``make_shield()``; has the last word on the action, noise included, and
+                counts what it does.
+            generator: of the posterior sample, the exploration noise and the shield's candidates;
+                None uses the agent's own, seeded with ``config.seed``.
 
         Returns:
             The action, float32 [A] or [B, A] in [-1, 1], and the state for the next call. With
             ``noise=0`` the action is the actor's tanh(mean).
 
         Raises:
-            ValueError: an observation does not fit the agent.
+            ValueError: an observation does not fit the agent, or it has no explorer's actor where
+                that is asked for.
         """
+        actor = self._explorer_actor() if explore else self.actor
         tensors, batched = self._observation(obs)
         batch = len(next(iter(tensors.values())))
         if state is None:
@@ -151,11 +176,28 @@ class Dreamer(nn.Module):
             draw(self.model.rssm.stoch)[None],
         ).state
         deter, stoch = filtered.deter[0], filtered.stoch[0]
-        action = torch.tanh(self.actor(torch.cat([deter, stoch], -1)).mean)
+        action = torch.tanh(actor(torch.cat([deter, stoch], -1)).mean)
         if noise:
             action = (action + noise * draw(self.action_dim)).clamp(-1, 1)
+        if shield is not None:
+            action = shield(State(deter, stoch), action, generator)
         out = action.cpu().numpy().copy()  # the caller may change it, the filter must not see that
         return (out if batched else out[0]), PolicyState(deter, stoch, action)
+
+    def make_shield(self) -> Shield:
+        """A shield by this agent's barrier, with counts of its own; ``act`` takes it.
+
+        Raises:
+            ValueError: the agent has learned no barrier.
+        """
+        if self.guard is None:
+            raise ValueError("make_shield: this agent has no barrier; train one with --safety")
+        return Shield(self.config.safety, self.model.rssm, self.guard.barrier)
+
+    def _explorer_actor(self) -> Actor:
+        if self.explorer is None or self.explorer.actor is None:
+            raise ValueError("act: this agent has no exploring actor; train one with --explore ucb")
+        return self.explorer.actor
 
     def _observation(self, obs: object) -> tuple[dict[str, Tensor], bool]:
         """Check an observation; return it as a batch, and whether it was one already."""
@@ -265,11 +307,24 @@ class Dreamer(nn.Module):
             weights = gamma ** torch.arange(H, device=self.device, dtype=torch.float32)[:, None]
         scale = self._return_scale(dream.returns)
         actor_loss = losses.actor_loss(dream.returns, weights, scale)
+        behavior, more = {"actor": actor_loss}, {}
+        if self.guard is not None:
+            margin = torch.from_numpy(self.guard.signal(batch["state"].cpu().numpy()))
+            imagined = torch.cat([start.feat[None], State(dream.deter, dream.stoch).feat])
+            with self._autocast():
+                barrier_loss, price, more = self.guard.losses(feat, margin.to(feat), imagined)
+            behavior = {"actor": actor_loss + price, "barrier": barrier_loss}
         # The critic: the states that the actions were chosen in, towards the same returns.
         critic_loss = losses.critic_loss(dream.value, dream.returns, weights)
         critic_loss = config.behavior.value_scale * critic_loss
         with nvtx.annotate("behavior backward"):
-            norms |= self._step({"actor": actor_loss, "critic": critic_loss}, optimizers)
+            norms |= self._step({**behavior, "critic": critic_loss}, optimizers)
+        if self.guard is not None:
+            self.guard.update_multiplier(more["safety_shortfall"])
+        if self.explorer is not None:
+            seen = (feat, batch["reward"])
+            noise = (state_noise, action_noise)
+            more |= self._explore(optimizers, seen, start, noise, weights, scale, generator)
 
         names = {f"{name}_loss": part for name, part in parts.items()}
         values = names | {
@@ -280,6 +335,7 @@ class Dreamer(nn.Module):
             **{f"{name}_grad_norm": norm for name, norm in norms.items()},
             "imagined_reward": dream.reward.mean(),
             "imagined_value": dream.value.mean(),
+            **more,
         }
         numbers = torch.stack([v.detach() for v in values.values()]).tolist()
         return dict(zip(values, numbers, strict=True))
@@ -288,6 +344,43 @@ class Dreamer(nn.Module):
         """Copy the critic to the target critic; call every ``behavior.target_every`` updates."""
         if self.target_critic is not None:
             self.target_critic.load_state_dict(self.critic.state_dict())
+        if self.explorer is not None:
+            self.explorer.update_target()
+
+    def _explore(
+        self,
+        optimizers: dict[str, torch.optim.Optimizer],
+        seen: tuple[Tensor, Tensor],
+        start: State,
+        noise: tuple[Tensor, Tensor],
+        weights: Tensor,
+        scale: Tensor | float,
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """Learn the reward heads and, in imagination, the optimist; return metrics."""
+        explorer, (feat, reward) = self.explorer, seen
+        each = torch.empty(explorer.rewards.members, 1, feat.shape[1])
+        each = each.exponential_(generator=generator).to(self.device)
+        metrics = {"explore_beta": torch.tensor(explorer.beta)}
+        with self._autocast(), nvtx.annotate("explore"):
+            found = {"rewards": explorer.reward_loss(feat, reward, each)}
+            if explorer.imagines:
+                # Critics of a planner that is the optimist learn from the greedy actor's dreams.
+                actor = (explorer.actor or self.actor).params()
+                critic = (self.target_critic or self.critic).params().detach()
+                rssm = self.model.rssm.params().detach()
+                before, returns = explorer.imagine(rssm, actor, start, noise, critic)
+                metrics["explore_return"] = returns.mean()
+                metrics["explore_spread"] = spread(returns.detach()).mean()
+            if explorer.critics is not None:
+                loss = explorer.critic_loss(before, returns, weights)
+                found["critics"] = self.config.behavior.value_scale * loss
+        if explorer.actor is not None:
+            bound = upper_bound(returns, explorer.beta)
+            found["explorer"] = losses.actor_loss(bound, weights, scale)
+        norms = self._step(found, optimizers)
+        metrics |= {f"{name}_loss": loss for name, loss in found.items()}
+        return metrics | {f"{name}_grad_norm": norm for name, norm in norms.items()}
 
     def _step(
         self,

@@ -30,11 +30,15 @@ from fastdreamer.agent import Dreamer
 from fastdreamer.config import Config, from_dict, to_dict
 from fastdreamer.envs import make_env
 from fastdreamer.replay import write_episode
+from fastdreamer.safety import Shield, Violations, safety_rates
 from fastdreamer.viz import write_video
 
 _log = logging.getLogger("fastdreamer")
-POLICY_PARTS = ("model.encoder.", "model.rssm.", "actor.")
-"""Prefixes of the weights that acting needs."""
+POLICY_PARTS = ("model.encoder.", "model.rssm.", "actor.", "explorer.actor.", "guard.barrier.")
+"""Prefixes of the weights that acting needs, as far as an agent has them."""
+
+Watch = Callable[[int, dict[str, np.ndarray], np.ndarray, float], None]
+"""Looks on at an episode: called with t, the observation, the action that led to it, its reward."""
 
 
 class CollectorError(RuntimeError):
@@ -58,6 +62,8 @@ class Result:
 
     episode_return: float | None = None
     eval_returns: list[float] = field(default_factory=list)
+    episode_safety: dict[str, float] = field(default_factory=dict)  # see Violations and Shield
+    eval_safety: dict[str, float] = field(default_factory=dict)
 
 
 class Collector:
@@ -209,22 +215,30 @@ def random_policy(action_dim: int, seed: int) -> Callable[[dict[str, np.ndarray]
 
 
 def actor_policy(
-    agent: Dreamer, seed: int, noise: float
+    agent: Dreamer, seed: int, noise: float, *, explore: bool = False, shield: Shield | None = None
 ) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
-    """The actor with exploration noise (0: deterministic), for one episode."""
+    """The actor, or the exploring one, with exploration noise (0: deterministic), for one episode.
+
+    The shield, if any, has the last word.
+    """
     generator = torch.Generator().manual_seed(seed)
     state = None
 
     def policy(obs: dict[str, np.ndarray]) -> np.ndarray:
         nonlocal state
-        action, state = agent.act(obs, state, noise=noise, generator=generator)
+        action, state = agent.act(
+            obs, state, noise=noise, explore=explore, shield=shield, generator=generator
+        )
         return action
 
     return policy
 
 
 def collect(
-    env: Any, policy: Callable[[dict[str, np.ndarray]], np.ndarray], seed: int
+    env: Any,
+    policy: Callable[[dict[str, np.ndarray]], np.ndarray],
+    seed: int,
+    watch: Watch | None = None,
 ) -> tuple[dict[str, np.ndarray], int]:
     """Play one episode for replay.
 
@@ -233,19 +247,32 @@ def collect(
     """
     steps: list[dict[str, Any]] = []
     env_frames = 0
-    for obs, action, reward, terminated, frames in rollout_episode(env, policy, seed):
+    for t, step in enumerate(rollout_episode(env, policy, seed)):
+        obs, action, reward, terminated, frames = step
         env_frames += frames
+        if watch is not None:
+            watch(t, obs, action, reward)
         steps.append({**obs, "action": action, "reward": np.float32(reward),
                       "terminated": np.bool_(terminated)})  # fmt: skip
     return {key: np.stack([step[key] for step in steps]) for key in steps[0]}, env_frames
 
 
-def evaluate(agent: Dreamer, env: Any, seed: int, video: Path | None = None) -> float:
+def evaluate(
+    agent: Dreamer,
+    env: Any,
+    seed: int,
+    video: Path | None = None,
+    *,
+    shield: Shield | None = None,
+    watch: Watch | None = None,
+) -> float:
     """Return of one episode of the deterministic actor; optionally write a video of it."""
     images, total = [], 0.0
-    policy = actor_policy(agent, seed, 0.0)
-    for t, (_, _, reward, _, _) in enumerate(rollout_episode(env, policy, seed)):
+    policy = actor_policy(agent, seed, 0.0, shield=shield)
+    for t, (obs, action, reward, _, _) in enumerate(rollout_episode(env, policy, seed)):
         total += reward
+        if watch is not None:
+            watch(t, obs, action, reward)
         if video is not None and t % 2 == 0:
             images.append(env.render(height=240, width=320))
     if video is not None:
@@ -291,15 +318,20 @@ def _exit_with_trainer() -> None:
 
 
 def _run_job(job: Job, config: Config, agent: Dreamer, env: Any, episodes: Path) -> Result:
-    episode_return = None
+    episode_return, episode_safety = None, {}
+    signal = agent.guard.signal if agent.guard is not None else None
     if job.episode is not None:
         seed = episode_seed(config.seed, "collect", job.episode)
+        shield = agent.make_shield() if config.safety.shield and not job.random else None
+        explore = config.explore.method == "ucb" and config.explore.at == "actor"
         policy = (
             random_policy(env.action_dim, seed)
             if job.random
-            else actor_policy(agent, seed, config.collect.noise)
+            else actor_policy(agent, seed, config.collect.noise, explore=explore, shield=shield)
         )
-        arrays, frames = collect(env, policy, seed)
+        watch = Violations(signal) if signal is not None else None
+        arrays, frames = collect(env, policy, seed, watch)
+        episode_safety = safety_rates(watch, shield)
         episode_return = float(arrays["reward"].sum(dtype=np.float64))
         meta = {
             "env_frames": frames,
@@ -310,11 +342,12 @@ def _run_job(job: Job, config: Config, agent: Dreamer, env: Any, episodes: Path)
         }
         write_episode(episodes, job.episode, arrays, meta)
     returns = []
+    watch = Violations(signal) if signal is not None and job.evaluations else None
     for i in range(job.evaluations):
         video = Path(job.video) if job.video and i == 0 else None
         seed = episode_seed(config.seed, "evaluate", i)
-        returns.append(evaluate(agent, env, seed, video))
-    return Result(episode_return, returns)
+        returns.append(evaluate(agent, env, seed, video, watch=watch))
+    return Result(episode_return, returns, episode_safety, safety_rates(watch, None))
 
 
 def config_env(config: Config) -> Any:

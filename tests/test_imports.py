@@ -34,7 +34,7 @@ ALLOWED = {
     "logger": {"config", "_version"},
     "viz": {"logger"},
     "agent": MODEL | {"losses", "planning", "exploration", "safety", "checkpoint"},
-    "collector": {"config", "agent", "envs", "replay", "viz"},
+    "collector": {"config", "agent", "envs", "replay", "safety", "viz"},
     "trainer": PUBLIC - {"trainer", "rollout", "viz"},
     "rollout": {"ops", "nn"},
     "adapters": {"ops", "nn", "rollout"},
