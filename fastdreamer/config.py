@@ -191,7 +191,7 @@ class SafetyConfig:
     """none, walker (torso height and joint speed), or module:function: state to margin."""
     min_height: float = 0.5
     """Of "walker": least height of the torso in metres."""
-    max_joint_speed: float = 15.0
+    max_joint_speed: float = 20.0
     """Of "walker": greatest speed of a joint in rad/s."""
     alpha: float = 0.2
     """The barrier may lose this part of itself in a decision: B(next) ≥ (1 − α)·B(now)."""

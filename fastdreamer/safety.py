@@ -267,7 +267,7 @@ def filter_actions(
             margins.append(margin(rows, tried[-1]))
             order = _preference(margins[-1], (tried[-1] - proposal).norm(dim=-1))
             elites = tried[-1].take_along_dim(top(order, num_elites).unsqueeze(-1), 1)
-            mean, deviation = elites.mean(1, True), elites.std(1, True, correction=0)
+            mean, deviation = elites.mean(1, True), elites.std(1, False, True)
         # The proposal and all candidates, [b, 1 + I·N, ...].
         all_tried, all_margins = torch.cat(tried, 1), torch.cat(margins, 1)
         first = top(_preference(all_margins, (all_tried - proposal).norm(dim=-1)), 1)  # [b, 1]
