@@ -12,10 +12,11 @@ import datetime
 import logging
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -26,15 +27,21 @@ from rich.logging import RichHandler
 from fastdreamer import viz
 from fastdreamer._version import __version__
 from fastdreamer.agent import Dreamer, NonFiniteLoss, load
-from fastdreamer.checkpoint import CheckpointError, list_checkpoints
+from fastdreamer.checkpoint import CheckpointError, list_checkpoints, load_meta
 from fastdreamer.collector import CollectorError, config_env, episode_seed, evaluate
-from fastdreamer.config import PRESETS, Config, ConfigError, preset
+from fastdreamer.config import PRESETS, Config, ConfigError, PlanConfig, from_dict, preset
 from fastdreamer.envs import canonical_task
 from fastdreamer.envs.gl import GLError
 from fastdreamer.ops.backend import BackendError
+from fastdreamer.planning import PlanningError
 from fastdreamer.replay import EpisodeError
 from fastdreamer.trainer import RunError, Stopped, Trainer, create_run, read_config, write_config
 
+_CONTROLLERS = {
+    "actor": "deterministic actor",
+    "mpc": "MPC ranked by λ-return",
+    "planet": "MPC ranked by reward",
+}
 Positional = tyro.conf.Positional
 _EXPECTED = (
     BackendError,
@@ -43,6 +50,7 @@ _EXPECTED = (
     ConfigError,
     EpisodeError,
     GLError,
+    PlanningError,
     RunError,
 )
 """Errors whose message is all that a user needs."""
@@ -74,13 +82,16 @@ class Eval:
     """Evaluate a trained agent: mean and standard deviation of the return over episodes."""
 
     run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """Run directory (its newest checkpoint) or one checkpoint file."""
+    """Run directory (its newest checkpoint) or one checkpoint or snapshot file."""
+    controller: Literal["auto", "actor", "mpc", "planet"] = "auto"
+    """The actor, a plan ranked by λ-return (mpc) or by reward (planet); auto: the agent's own."""
     episodes: int = 10
-    """Episodes of the deterministic actor."""
+    """Episodes, without exploration noise."""
     seed: int = 0
     """Seeds the episodes."""
     video: Annotated[Path | None, tyro.conf.arg(metavar="MP4")] = None
     """Also write a video of the first episode."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 @dataclass
@@ -137,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         command = _parse(argv)
+        if hasattr(command, "plan"):  # again: its plan starts from what the run says
+            command = _parse(argv, _plan_of(command.run))
         return _COMMANDS[type(command)](command, argv, console) or 0
     except _EXPECTED as error:
         return _fail(errors, str(error))
@@ -149,11 +162,12 @@ def _fail(errors: Console, text: str, status: int = 1) -> int:
     return status
 
 
-def _parse(argv: list[str]) -> Any:
+def _parse(argv: list[str], plan: PlanConfig | None = None) -> Any:
     subcommand = tyro.conf.subcommand
+    planned = {"run": tyro.MISSING, "plan": plan or PlanConfig()}
     commands = (
         Annotated[Train, subcommand("train", default=_train_default(argv))]
-        | Annotated[Eval, subcommand("eval")]
+        | Annotated[Eval, subcommand("eval", default=Eval(**planned))]
         | Annotated[Dream, subcommand("dream")]
         | Annotated[Plot, subcommand("plot")]
         | Annotated[Doctor, subcommand("doctor")]
@@ -177,6 +191,15 @@ def _train_default(argv: list[str]) -> Train:
     if known.resume is not None:
         return Train(config=read_config(known.resume))
     return Train(config=preset(known.preset))
+
+
+def _plan_of(path: Path) -> PlanConfig:
+    """The planner's settings of a run or checkpoint; the default where ``load`` will refuse it."""
+    if (path / "config.json").is_file():
+        return read_config(path).plan
+    if path.is_file():
+        return from_dict(load_meta(path)["config"]).plan
+    return PlanConfig()
 
 
 def _train(command: Train, argv: list[str], console: Console) -> int:
@@ -228,7 +251,7 @@ def _resumed_run(command: Train) -> Path:
     old, new = read_config(run_dir), command.config.validate()
     if command.task and canonical_task(command.task) != old.env.task:
         raise ConfigError(f"{run_dir} is a run of {old.env.task}, not of {command.task}")
-    fixed = ("seed", "env", "model", "collect")
+    fixed = ("agent", "seed", "env", "model", "collect")
     for name in fixed:
         if getattr(old, name) != getattr(new, name):
             raise ConfigError(
@@ -243,19 +266,22 @@ def _resumed_run(command: Train) -> Path:
 def _eval(command: Eval, argv: list[str], console: Console) -> None:
     if command.episodes < 1:
         raise ConfigError(f"--episodes must be at least 1, got {command.episodes}")
-    agent = load(command.run)
+    agent = load(command.run, plan=command.plan)
+    controller = agent.controller(command.controller)
     env = config_env(agent.config)
-    returns = []
+    returns, begin = [], time.monotonic()
     for i in range(command.episodes):
         video = command.video if i == 0 else None
-        returns.append(evaluate(agent, env, episode_seed(command.seed, "evaluate", i), video))
+        seed = episode_seed(command.seed, "evaluate", i)
+        returns.append(evaluate(agent, env, seed, video, controller))
         console.print(f"episode {i + 1}: return {returns[-1]:.1f}", highlight=False)
     mean = sum(returns) / len(returns)
     std = (sum((r - mean) ** 2 for r in returns) / len(returns)) ** 0.5
     frames = env.max_decisions * env.action_repeat
     console.print(
         f"{agent.config.env.task}: return {mean:.1f} ± {std:.1f} "
-        f"({len(returns)} episodes of up to {frames} env frames, deterministic actor)",
+        f"({len(returns)} episodes of up to {frames} env frames, {_CONTROLLERS[controller]}, "
+        f"{time.monotonic() - begin:.0f} s)",
         highlight=False,
         soft_wrap=True,
     )

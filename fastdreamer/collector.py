@@ -34,8 +34,11 @@ from fastdreamer.safety import Shield, Violations, safety_rates
 from fastdreamer.viz import write_video
 
 _log = logging.getLogger("fastdreamer")
-POLICY_PARTS = ("model.encoder.", "model.rssm.", "actor.", "explorer.actor.", "guard.barrier.")
-"""Prefixes of the weights that acting needs, as far as an agent has them."""
+POLICY_PARTS = ("model.encoder.", "model.rssm.", "actor.")
+"""Prefixes of the weights that the actor needs to act."""
+PLANNER_PARTS = ("model.encoder.", "model.rssm.", "model.reward.")
+"""Prefixes of the weights that planning needs; ranking by λ-return needs the critics as well."""
+CRITIC_PARTS = ("critic.", "target_critic.")
 
 Watch = Callable[[int, dict[str, np.ndarray], np.ndarray, float], None]
 """Looks on at an episode: called with t, the observation, the action that led to it, its reward."""
@@ -52,7 +55,7 @@ class Job:
     update: int  # that the weights are of
     episode: int | None  # index of the episode to collect, or none
     random: bool  # uniformly random actions instead of the actor's
-    evaluations: int  # episodes to evaluate with the deterministic actor
+    evaluations: int  # episodes to evaluate, without noise
     video: str | None  # file for a video of the first evaluation episode
 
 
@@ -177,12 +180,31 @@ class Collector:
 
 
 def policy_weights(agent: Dreamer) -> dict[str, Tensor]:
-    """A copy of the weights that acting needs, on the CPU, by name."""
+    """A copy of the weights that the worker acts with, on the CPU, by name."""
+    parts = policy_parts(agent.config)
     return {
         name: value.detach().to("cpu", copy=True)
         for name, value in agent.state_dict().items()
-        if name.startswith(POLICY_PARTS)
+        if name.startswith(parts)
     }
+
+
+def policy_parts(config: Config) -> tuple[str, ...]:
+    """Prefixes of the weights that collecting and evaluating need."""
+    own = ("guard.barrier.",) if config.safety.shield else ()
+    if config.explore.method == "ucb":
+        own += ("explorer.",)
+    if config.agent == "planet":
+        return PLANNER_PARTS + own
+    asked = {config.collect.controller, config.eval.controller}
+    planner = PLANNER_PARTS if asked & {"mpc", "mixed", "planet"} else ()
+    return POLICY_PARTS + own + planner + (CRITIC_PARTS if asked & {"mpc", "mixed"} else ())
+
+
+def collecting_controller(config: Config, episode: int) -> str:
+    """Who acts in an episode that is collected."""
+    chosen = config.collect.controller
+    return ("actor", "mpc")[episode % 2] if chosen == "mixed" else chosen
 
 
 def rollout_episode(
@@ -214,20 +236,29 @@ def random_policy(action_dim: int, seed: int) -> Callable[[dict[str, np.ndarray]
     return lambda obs: rng.uniform(-1, 1, action_dim).astype(np.float32)
 
 
-def actor_policy(
-    agent: Dreamer, seed: int, noise: float, *, explore: bool = False, shield: Shield | None = None
+def agent_policy(
+    agent: Dreamer,
+    seed: int,
+    noise: float,
+    controller: str | None = None,
+    *,
+    explore: bool = False,
+    shield: Shield | None = None,
 ) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
-    """The actor, or the exploring one, with exploration noise (0: deterministic), for one episode.
-
-    The shield, if any, has the last word.
-    """
+    """The agent with exploration noise (0: none), for one episode; see ``Dreamer.act``."""
     generator = torch.Generator().manual_seed(seed)
     state = None
 
     def policy(obs: dict[str, np.ndarray]) -> np.ndarray:
         nonlocal state
         action, state = agent.act(
-            obs, state, noise=noise, explore=explore, shield=shield, generator=generator
+            obs,
+            state,
+            controller=controller,
+            noise=noise,
+            explore=explore,
+            shield=shield,
+            generator=generator,
         )
         return action
 
@@ -262,13 +293,14 @@ def evaluate(
     env: Any,
     seed: int,
     video: Path | None = None,
+    controller: str | None = None,
     *,
     shield: Shield | None = None,
     watch: Watch | None = None,
 ) -> float:
-    """Return of one episode of the deterministic actor; optionally write a video of it."""
+    """Return of one episode without exploration noise; optionally write a video of it."""
     images, total = [], 0.0
-    policy = actor_policy(agent, seed, 0.0, shield=shield)
+    policy = agent_policy(agent, seed, 0.0, controller, shield=shield)
     for t, (obs, action, reward, _, _) in enumerate(rollout_episode(env, policy, seed)):
         total += reward
         if watch is not None:
@@ -323,11 +355,17 @@ def _run_job(job: Job, config: Config, agent: Dreamer, env: Any, episodes: Path)
     if job.episode is not None:
         seed = episode_seed(config.seed, "collect", job.episode)
         shield = agent.make_shield() if config.safety.shield and not job.random else None
-        explore = config.explore.method == "ucb" and config.explore.at == "actor"
         policy = (
             random_policy(env.action_dim, seed)
             if job.random
-            else actor_policy(agent, seed, config.collect.noise, explore=explore, shield=shield)
+            else agent_policy(
+                agent,
+                seed,
+                config.collect.noise,
+                collecting_controller(config, job.episode),
+                explore=agent.explorer is not None,
+                shield=shield,
+            )
         )
         watch = Violations(signal) if signal is not None else None
         arrays, frames = collect(env, policy, seed, watch)
@@ -346,7 +384,8 @@ def _run_job(job: Job, config: Config, agent: Dreamer, env: Any, episodes: Path)
     for i in range(job.evaluations):
         video = Path(job.video) if job.video and i == 0 else None
         seed = episode_seed(config.seed, "evaluate", i)
-        returns.append(evaluate(agent, env, seed, video, watch=watch))
+        controller = config.eval.controller
+        returns.append(evaluate(agent, env, seed, video, controller, watch=watch))
     return Result(episode_return, returns, episode_safety, safety_rates(watch, None))
 
 
@@ -364,4 +403,6 @@ def config_env(config: Config) -> Any:
 
 
 def _on_cpu(config: Config) -> Config:
-    return replace(config, device="cpu", precision="fp32")
+    """The learner's settings for the worker; a GPU's precision is no advice to a CPU."""
+    precision = config.precision if config.device == "cpu" else "auto"
+    return replace(config, device="cpu", precision=precision)

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -171,6 +172,27 @@ class Explorer(nn.Module):
         discount = torch.full_like(wide(reward), self.behavior.gamma)
         total = lambda_return(wide(reward), wide(value), discount, self.behavior.lam)
         return total.view(H, M, B).transpose(0, 1)
+
+    def score(
+        self, critic: nn.Module | None, by: Literal["lambda_return", "reward"]
+    ) -> Callable[[Tensor], Tensor]:
+        """A score for ``ops.cem``: feat [H, B, F] of trajectories -> their upper bounds [B].
+
+        Args:
+            critic: whose value the members share where there is no ensemble of critics.
+            by: the bound of the λ-return G_0, or of the sum of the H rewards.
+        """
+        beta = self.beta
+
+        def score(feat: Tensor) -> Tensor:
+            if by == "reward":
+                total = self.rewards(feat).squeeze(-1).to(feat.dtype).sum(1)  # [M, B]
+            else:
+                value = critic(feat).squeeze(-1).to(feat.dtype) if self.critics is None else None
+                total = self.member_returns(feat, value)[:, 0]
+            return upper_bound(total, beta)
+
+        return score
 
     def critic_loss(self, feat: Tensor, returns: Tensor, weights: Tensor) -> Tensor:
         """Sum over the critics of their weighted mean squared errors to their own returns.

@@ -121,7 +121,7 @@ def test_act_on_one_and_on_a_batch(kinds):
     single, batch = make_obs(kinds), make_obs(kinds, 4)
     action, state = agent.act(single)
     assert action.shape == (A,) and action.dtype == np.float32 and np.abs(action).max() <= 1
-    assert [tuple(x.shape) for x in state] == [(1, 16), (1, 4), (1, A)]
+    assert [tuple(x.shape) for x in state[:3]] == [(1, 16), (1, 4), (1, A)] and state.plan is None
     action, state = agent.act(single, state)
     assert action.shape == (A,)
 
