@@ -170,7 +170,6 @@ class Dreamer(nn.Module):
             ValueError: an observation does not fit the agent. ConfigError: it has no such
             controller, or no explorer. PlanningError: a plan came to nothing but NaN.
         """
-        actor = self._explorer_actor() if explore else self.actor
         tensors, batched = self._observation(obs)
         batch = len(next(iter(tensors.values())))
         if state is None:
@@ -366,8 +365,10 @@ class Dreamer(nn.Module):
             norms = self._step({"model": model_loss}, optimizers, parts)
         values = {f"{name}_loss": part for name, part in parts.items()}
         values |= {"kl": kl_nats, "model_loss": model_loss}
+        heads = (feat, batch["reward"], generator)  # what an explorer's reward heads learn from
         if self.actor is None:
-            return _numbers(values, norms)
+            more = {} if self.explorer is None else self._explore(optimizers, *heads)
+            return _numbers(values, norms, more)
 
         # Behaviour: imagine from every state just filtered, dynamics frozen (report section 3).
         start = State(*(part.detach().flatten(0, 1) for part in seen.state))  # [T·B, ...]
@@ -400,9 +401,8 @@ class Dreamer(nn.Module):
         if self.guard is not None:
             self.guard.update_multiplier(more["safety_shortfall"])
         if self.explorer is not None:
-            seen = (feat, batch["reward"])
-            noise = (state_noise, action_noise)
-            more |= self._explore(optimizers, seen, start, noise, weights, scale, generator)
+            imagination = (start, (state_noise, action_noise), weights, scale)
+            more |= self._explore(optimizers, *heads, imagination)
 
         values |= {"actor_loss": actor_loss, "critic_loss": critic_loss}
         imagined = {
@@ -422,15 +422,16 @@ class Dreamer(nn.Module):
     def _explore(
         self,
         optimizers: dict[str, torch.optim.Optimizer],
-        seen: tuple[Tensor, Tensor],
-        start: State,
-        noise: tuple[Tensor, Tensor],
-        weights: Tensor,
-        scale: Tensor | float,
+        feat: Tensor,
+        reward: Tensor,
         generator: torch.Generator,
+        imagination: tuple[State, tuple[Tensor, Tensor], Tensor, Tensor | float] | None = None,
     ) -> dict[str, Tensor]:
-        """Learn the reward heads and, in imagination, the optimist; return metrics."""
-        explorer, (feat, reward) = self.explorer, seen
+        """Learn the reward heads and, in imagination, the optimist; return metrics.
+
+        ``imagination`` is where the greedy actor learned: start, noise, weights and scale.
+        """
+        explorer = self.explorer
         each = torch.empty(explorer.rewards.members, 1, feat.shape[1])
         each = each.exponential_(generator=generator).to(self.device)
         metrics = {"explore_beta": torch.tensor(explorer.beta)}
@@ -441,6 +442,7 @@ class Dreamer(nn.Module):
                 actor = (explorer.actor or self.actor).params()
                 critic = (self.target_critic or self.critic).params().detach()
                 rssm = self.model.rssm.params().detach()
+                start, noise, weights, scale = imagination
                 before, returns = explorer.imagine(rssm, actor, start, noise, critic)
                 metrics["explore_return"] = returns.mean()
                 metrics["explore_spread"] = spread(returns.detach()).mean()

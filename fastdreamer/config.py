@@ -205,6 +205,8 @@ class ExploreConfig:
     """Who maximises the bound: a second actor that collects, or the planner that collects."""
     heads: int = 5
     """M, reward heads, at least 2."""
+    units: int | None = None
+    """Units of the ensembles' hidden layers; none: those of the agent's own heads."""
     critics: bool = False
     """An ensemble of critics, too; without it the members share the agent's critic."""
     beta: float = 1.0
@@ -231,8 +233,8 @@ class SafetyConfig:
     """Hidden layers of the barrier."""
     lr: float = 3e-4
     """Learning rate of the barrier."""
-    hinge: float = 0.1
-    """The barrier is to be at least this on safe states and at most its negative on others."""
+    hinge: float = 0.3
+    """On safe states the barrier is to reach the signal or at least this; unsafe: its negative."""
     step_scale: float = 1.0
     """Factor of the condition's shortfall in the barrier's loss."""
     limit: float = 0.01
@@ -379,6 +381,7 @@ class Config:
             ("env.time_limit", self.env.time_limit),
             ("model.encoder_linear", self.model.encoder_linear),
             ("plan.budget_ms", self.plan.budget_ms),
+            ("explore.units", self.explore.units),
         ):
             _require(value is None or value > 0, name, "none or > 0", value)
         self._validate_explore()

@@ -80,8 +80,9 @@ class Explorer(nn.Module):
         super().__init__()
         self.config, self.behavior = config.explore, config.behavior
         model, behavior = config.model, config.behavior
+        units = config.explore.units or model.units
         head = lambda layers: Ensemble(  # noqa: E731
-            config.explore.heads, [feat_size, *[model.units] * layers, 1], model.activation
+            config.explore.heads, [feat_size, *[units] * layers, 1], model.activation
         )
         self.rewards = head(model.reward_layers)
         self.critics = head(behavior.critic_layers) if config.explore.critics else None

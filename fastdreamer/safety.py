@@ -134,7 +134,9 @@ class Guard(nn.Module):
     def sign_loss(self, feat: Tensor, margin: Tensor) -> Tensor:
         """Positive on safe states, negative on unsafe ones, each by a hinge and a mean of its own.
 
-        mean over safe of max(0, m − B) + mean over unsafe of max(0, m + B), m ``safety.hinge``.
+        With b = clamp(margin, −m, m), m ``safety.hinge``: mean over safe states of max(0, b − B) +
+        mean over unsafe ones of max(0, B − b). What is demanded goes to 0 at the edge, so that the
+        barrier crosses it as smoothly as the signal does.
 
         Args:
             feat: [..., F] of states that were observed; no gradient flows into it.
@@ -142,8 +144,8 @@ class Guard(nn.Module):
         """
         value = self.barrier(feat.detach()).squeeze(-1).float()
         safe = margin > 0
-        sign = torch.where(safe, 1.0, -1.0)
-        miss = F.relu(self.config.hinge - sign * value)
+        bound = margin.clamp(-self.config.hinge, self.config.hinge)
+        miss = F.relu(torch.where(safe, bound - value, value - bound))
         mean = lambda mask: (miss * mask).sum() / mask.sum().clamp(min=1)  # noqa: E731
         return mean(safe) + mean(~safe)
 
