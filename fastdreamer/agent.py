@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastdreamer import losses
 from fastdreamer.checkpoint import CheckpointError, load_checkpoint, load_newest
-from fastdreamer.config import Config, ConfigError, PlanConfig, from_dict
+from fastdreamer.config import Config, ConfigError, PlanConfig, SafetyConfig, from_dict
 from fastdreamer.exploration import Explorer, spread, upper_bound
 from fastdreamer.nn import MLP, Actor, WorldModel
 from fastdreamer.nn.codec import float_to_pixels, pixels_to_float
@@ -266,10 +266,10 @@ class Dreamer(nn.Module):
         """A shield by this agent's barrier, with counts of its own; ``act`` takes it.
 
         Raises:
-            ValueError: the agent has learned no barrier.
+            ConfigError: the agent has learned no barrier.
         """
         if self.guard is None:
-            raise ValueError("make_shield: this agent has no barrier; train one with --safety")
+            raise ConfigError("make_shield: this agent has no barrier; train one with --safety")
         return Shield(self.config.safety, self.model.rssm, self.guard.barrier)
 
     def _observation(self, obs: object) -> tuple[dict[str, Tensor], bool]:
@@ -582,12 +582,19 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bf16" if has_bf16 else "fp32"
 
 
-def load(run_or_file: str | os.PathLike, *, plan: PlanConfig | None = None) -> Dreamer:
+def load(
+    run_or_file: str | os.PathLike,
+    *,
+    plan: PlanConfig | None = None,
+    safety: SafetyConfig | None = None,
+) -> Dreamer:
     """Load a trained agent.
 
     Args:
         run_or_file: a run directory (its newest checkpoint) or one checkpoint or snapshot file.
         plan: settings of the planner in place of the run's own.
+        safety: settings of the shield and the safety signal in place of the run's own; the barrier
+            stays the run's.
 
     Returns:
         The agent on the CPU, ready for ``act(obs, state)``.
@@ -609,4 +616,6 @@ def load(run_or_file: str | os.PathLike, *, plan: PlanConfig | None = None) -> D
     agent = Dreamer(config, meta["obs_shapes"], meta["action_dim"])
     weights = {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith("agent/")}
     agent.load_state_dict(weights)
+    if safety is not None:
+        agent.config = dataclasses.replace(config, safety=safety).validate()
     return agent.eval()

@@ -288,6 +288,25 @@ def collect(
     return {key: np.stack([step[key] for step in steps]) for key in steps[0]}, env_frames
 
 
+class Recorder:
+    """A Watch that keeps what it sees, episode by episode."""
+
+    def __init__(self) -> None:
+        self._steps: list[list[dict[str, Any]]] = []
+
+    def __call__(
+        self, t: int, obs: dict[str, np.ndarray], action: np.ndarray, reward: float
+    ) -> None:
+        """See one step; t = 0 starts an episode."""
+        if t == 0:
+            self._steps.append([])
+        self._steps[-1].append({**obs, "action": action, "reward": np.float32(reward)})
+
+    def episodes(self) -> list[dict[str, np.ndarray]]:
+        """The arrays of every episode, time first."""
+        return [{k: np.stack([s[k] for s in steps]) for k in steps[0]} for steps in self._steps]
+
+
 def evaluate(
     agent: Dreamer,
     env: Any,

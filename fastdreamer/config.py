@@ -295,8 +295,6 @@ class EvalConfig:
 class Config:
     """Every setting of a run. Presets: report, walker, state, tiny."""
 
-    agent: Literal["dreamer", "planet"] = "dreamer"
-    """dreamer: actor and critic learn in imagination; planet: a world model and a planner alone."""
     seed: int = 0
     """Fixes every random number of the run."""
     backend: Literal["auto", "eager", "native", "triton"] = "auto"
@@ -307,6 +305,8 @@ class Config:
     """cpu, cuda or cuda:N."""
     threads: int = 0
     """CPU threads of the learner; 0 is torch's own choice."""
+    agent: Literal["dreamer", "planet"] = "dreamer"
+    """dreamer: actor and critic learn in imagination; planet: a world model and a planner alone."""
     env: EnvConfig = field(default_factory=EnvConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
