@@ -231,7 +231,7 @@ class SafetyConfig:
     """The barrier may lose this part of itself in a decision: B(next) ≥ (1 − α)·B(now)."""
     layers: int = 2
     """Hidden layers of the barrier."""
-    lr: float = 3e-4
+    lr: float = 1e-3
     """Learning rate of the barrier."""
     hinge: float = 0.3
     """On safe states the barrier is to reach the signal or at least this; unsafe: its negative."""
@@ -239,9 +239,9 @@ class SafetyConfig:
     """Factor of the condition's shortfall in the barrier's loss."""
     limit: float = 0.01
     """Mean shortfall that the actor may cause before its multiplier grows."""
-    multiplier_lr: float = 0.05
+    multiplier_lr: float = 2.0
     """Step of the Lagrange multiplier an update; 0: the actor does not know of the barrier."""
-    multiplier_max: float = 100.0
+    multiplier_max: float = 200.0
     """The multiplier's greatest value."""
     shield: bool = False
     """Filter the actions of collection, too."""
