@@ -217,7 +217,8 @@ def filter_actions(
     A replacement is searched by the cross-entropy method: in each of I iterations N candidates
     a = clamp(mean + std·ε, ±clip) are judged, from the proposal as the first mean; the Normal is
     then fitted to the K best, which are those that keep the condition, nearest to the proposal
-    first, and after them those with the greatest margin. Of all candidates of all iterations the
+    first, and after them those with the greatest margin; its standard deviation stays ``std`` until
+    a candidate keeps the condition. Of all candidates of all iterations the
     nearest one that keeps the condition is returned, or, where none does, the one with the greatest
     margin, the proposal included. The next state is the mean of its prior: the dynamics' noise is
     left out.
@@ -269,7 +270,9 @@ def filter_actions(
             margins.append(margin(rows, tried[-1]))
             order = _preference(margins[-1], (tried[-1] - proposal).norm(dim=-1))
             elites = tried[-1].take_along_dim(top(order, num_elites).unsqueeze(-1), 1)
-            mean, deviation = elites.mean(1, True), elites.std(1, False, True)
+            found = (margins[-1] >= 0).any(1)[:, None, None]
+            mean = elites.mean(1, True)
+            deviation = torch.where(found, elites.std(1, False, True), std)
         # The proposal and all candidates, [b, 1 + I·N, ...].
         all_tried, all_margins = torch.cat(tried, 1), torch.cat(margins, 1)
         first = top(_preference(all_margins, (all_tried - proposal).norm(dim=-1)), 1)  # [b, 1]

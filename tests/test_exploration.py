@@ -294,16 +294,16 @@ def test_cem_ranks_by_a_function_as_by_its_name():
     def summed(feat):
         return mlp(given["returns"].reward, feat).squeeze(-1).sum(0)
 
-    want = cem(**given, score="reward", backend="eager")
-    got = cem(**given, score=summed, backend="eager")
+    want = cem(**given | {"score": "reward"}, backend="eager")
+    got = cem(**given | {"score": summed}, backend="eager")
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     with use_backend("native"):
-        native = cem(**given, score=summed)
+        native = cem(**given | {"score": summed})
     assert last_backend("open_loop") == "native"
     torch.testing.assert_close(native.mean, want.mean, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="or a function, got 'best'"):
-        cem(**given, score="best")
+        cem(**given | {"score": "best"})
 
 
 # ---------------------------------------------------------------- calibration
