@@ -1,14 +1,19 @@
 """Optimism: the bound, the ensemble, who maximises it, its schedule and its calibration."""
 
 import dataclasses
+import json
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
 import torch
 
-from fastdreamer.agent import Dreamer
-from fastdreamer.config import ConfigError, ExploreConfig, preset, to_dict
+from fastdreamer.agent import Dreamer, load
+from fastdreamer.checkpoint import load_newest
+from fastdreamer.cli import main
+from fastdreamer.config import ConfigError, ExploreConfig, SafetyConfig, preset, to_dict
 from fastdreamer.exploration import (
     Explorer,
     beta_at,
@@ -18,6 +23,7 @@ from fastdreamer.exploration import (
     spread,
     upper_bound,
 )
+from fastdreamer.logger import read_metrics
 from fastdreamer.nn import Ensemble
 from fastdreamer.ops.backend import last_backend, use_backend
 from fastdreamer.ops.cem import cem
@@ -25,6 +31,7 @@ from fastdreamer.ops.lambda_return import lambda_return
 from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.params import MLPParams, State, mlp
 from fastdreamer.testing import Sizes, cem_inputs
+from fastdreamer.trainer import Stopped, Trainer, create_run
 
 A, STATE, T, B = 2, 5, 6, 3
 
@@ -362,3 +369,100 @@ def test_explorer_counts_its_rounds_in_its_state():
     twin = make_agent(schedule="gp-ucb")
     twin.load_state_dict(agent.state_dict())
     assert twin.explorer.beta == agent.explorer.beta
+
+
+# ---------------------------------------------------------------- a run
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+    """With explorer, guard and a collecting shield, weights and metrics are the same."""
+    tiny = preset("tiny")
+    config = dataclasses.replace(
+        tiny,
+        explore=ExploreConfig("ucb", critics=True, schedule="gp-ucb"),
+        safety=SafetyConfig("walker", shield=True, multiplier_lr=0.5),
+        behavior=dataclasses.replace(tiny.behavior, target_every=7),
+        train=dataclasses.replace(tiny.train, frames=200, checkpoint_every=8),
+    )
+    runs = [tmp_path / "straight", tmp_path / "stopped"]
+    for run in runs:
+        create_run(run, config)
+    Trainer(runs[0]).train()
+
+    update, calls = Dreamer.update, []
+
+    def signalled(*args):
+        calls.append(args)
+        if len(calls) == 31:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(*args)
+
+    monkeypatch.setattr(Dreamer, "update", signalled)
+    with pytest.raises(Stopped):
+        Trainer(runs[1]).train()
+    Trainer(runs[1]).train()
+
+    (_, straight, said), (_, resumed, _) = (load_newest(run / "checkpoints") for run in runs)
+    assert straight.keys() == resumed.keys() and said["cursor"]["update"] == 60
+    assert {"agent/explorer.rounds", "agent/guard.multiplier"} <= straight.keys()
+    assert any(name.startswith("explorer_optimizer/") for name in straight)
+    assert any(name.startswith("barrier_optimizer/") for name in straight)
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert straight["agent/explorer.rounds"] == 3  # two of five episodes were random
+    lines = [read_metrics(run) for run in runs]
+    for one, other in zip(*lines, strict=True):
+        assert {k: v for k, v in one.items() if k not in ("seconds", "updates_per_s")} == {
+            k: v for k, v in other.items() if k not in ("seconds", "updates_per_s")
+        }
+    collected = [line for line in lines[0] if line["kind"] == "episode"]
+    assert all("violations" in line for line in collected)
+    assert ["shield_changed" in line for line in collected] == [False, False, True, True, True]
+
+    # What the run leaves is what the commands read.
+    agent = load(runs[0])
+    assert agent.explorer.rounds == 3 and agent.make_shield().decisions == 0
+    out = tmp_path / "calibration"
+    argv = ["eval", str(runs[0]), "--episodes", "2", "--calibration", str(out)]
+    assert main([*argv, "--shield", "--safety.max-joint-speed", "5"]) == 0
+    rows = (out / "calibration.csv").read_text().splitlines()
+    assert rows[0].startswith("ahead,count,rmse,spread,scale,coverage_50") and len(rows) == 5
+    assert (out / "calibration.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--shield"], "has no barrier; train one with --safety"),
+        (["--calibration", "out"], "has no reward heads; train some with --explore ucb"),
+        (["--safety", "nowhere:f"], "cannot be loaded"),
+        (["--safety", "height"], "safety.signal must be none, walker or module:function"),
+    ],
+)
+def test_what_an_agent_has_not_learned_is_not_evaluated(argv, says, plain_run, capsys):
+    assert main(["eval", str(plain_run), "--episodes", "1", *argv]) == 1
+    assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_violations_of_any_agent_that_sees_the_state_are_counted(plain_run, capsys):
+    assert main(["eval", str(plain_run), "--episodes", "1", "--safety", "walker"]) == 0
+    assert "violations: " in capsys.readouterr().out
+
+
+def test_what_fixes_a_run_stays(plain_run, capsys):
+    for change in (["--explore", "ucb"], ["--safety", "walker"]):
+        assert main(["train", "--resume", str(plain_run), *change]) == 1
+        assert "fixed when a run starts" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory):
+    """A finished run with neither explorer nor guard, from before there were such settings."""
+    run = tmp_path_factory.mktemp("runs") / "plain"
+    config = preset("tiny")
+    train = dataclasses.replace(config.train, frames=120)
+    create_run(run, dataclasses.replace(config, train=train))
+    Trainer(run).train()
+    settings = json.loads((run / "config.json").read_text())
+    del settings["explore"], settings["safety"]
+    (run / "config.json").write_text(json.dumps(settings))
+    return run
