@@ -185,6 +185,9 @@ class PlanConfig:
     """The least standard deviation of a refit."""
     clip: float = 0.9999
     """Bound on the candidates' actions."""
+    common_noise: bool = False
+    """Roll all candidates of an iteration out under the same latent noise, so that their scores
+    differ by their actions alone."""
     proposals: int = 0
     """So many of the candidates are rollouts of the stochastic actor."""
     warm_start: bool = False
@@ -446,6 +449,7 @@ def _walker() -> Config:
             target_every=100,
         ),
         collect=CollectConfig(prefill=5),
+        plan=PlanConfig(plan_horizon=15, init_std=0.5, common_noise=True),
         train=TrainConfig(replay_ratio=160.0, pretrain=100),
     )
 
@@ -462,6 +466,7 @@ def _state() -> Config:
             walker.behavior, imag_horizon=10, actor_layers=2, critic_layers=2
         ),
         optim=OptimConfig(actor_lr=3e-4, critic_lr=3e-4),
+        plan=dataclasses.replace(walker.plan, plan_horizon=10),
         train=TrainConfig(frames=300_000, replay_ratio=50.0, pretrain=100),
     )
 

@@ -115,8 +115,10 @@ def plan(
         """action_noise and state_noise of so many iterations."""
         shape = (count, horizon, batch, samples)
         action, latent = like.new_empty(*shape, dims["A"]), like.new_empty(*shape, dims["S"])
+        each = 1 if config.common_noise else samples
         for i in range(count):  # one at a time, so that the count does not change them
-            action[i], latent[i] = draw(*action.shape[1:]), draw(*latent.shape[1:])
+            action[i] = draw(*action.shape[1:])
+            latent[i] = draw(horizon, batch, each, dims["S"])
         return action, latent
 
     def search(mean: Tensor, std: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
