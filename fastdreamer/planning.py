@@ -9,13 +9,13 @@ and refits included, is :mod:`fastdreamer.ops.cem`.
 from __future__ import annotations
 
 import time
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdreamer.config import PlanConfig
-from fastdreamer.ops.cem import cem
+from fastdreamer.ops.cem import Score, cem
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.params import ActorParams, ReturnParams, RSSMParams, State
 
@@ -46,7 +46,7 @@ def plan(
     config: PlanConfig,
     *,
     actor: ActorParams | None = None,
-    score: Literal["lambda_return", "reward"] = "lambda_return",
+    score: Score = "lambda_return",
     last: Tensor | None = None,
     generator: torch.Generator | None = None,
     backend: str | None = None,
@@ -115,8 +115,10 @@ def plan(
         """action_noise and state_noise of so many iterations."""
         shape = (count, horizon, batch, samples)
         action, latent = like.new_empty(*shape, dims["A"]), like.new_empty(*shape, dims["S"])
+        each = 1 if config.common_noise else samples
         for i in range(count):  # one at a time, so that the count does not change them
-            action[i], latent[i] = draw(*action.shape[1:]), draw(*latent.shape[1:])
+            action[i] = draw(*action.shape[1:])
+            latent[i] = draw(horizon, batch, each, dims["S"])
         return action, latent
 
     def search(mean: Tensor, std: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
