@@ -40,6 +40,7 @@ def cem(
     min_std: float = 0.0,
     clip: float = 0.9999,
     score: Literal["lambda_return", "reward"] = "lambda_return",
+    proposals: Tensor | None = None,
     backend: str | None = None,
 ) -> Plan:
     """Plan H decisions from each start state; not differentiable, nothing returned has a gradient.
@@ -65,6 +66,8 @@ def cem(
         clip: bound on the candidates' |a|, positive.
         score: ``"lambda_return"``, G_0 of the predicted rewards and values of states 1..H, or
             ``"reward"``, the sum of the H rewards.
+        proposals: [H, B, P, A], P in 0..N, action sequences that are the first P candidates of
+            every iteration (clamped like the others); their action noise is not used.
         backend: see ``fastdreamer.ops.backend``.
 
     Returns:
@@ -84,6 +87,10 @@ def cem(
     check_tensor("cem", "std", std, ("H", "B", "A"), dims, like=like)
     check_tensor("cem", "action_noise", action_noise, ("I", "H", "B", "N", "A"), dims, like=like)
     check_tensor("cem", "state_noise", state_noise, ("I", "H", "B", "N", "S"), dims, like=like)
+    if proposals is not None:
+        check_tensor("cem", "proposals", proposals, ("H", "B", "P", "A"), dims, like=like)
+        if dims["P"] > dims["N"]:
+            raise ValueError(f"cem: {dims['P']} proposals, but only N={dims['N']} candidates")
     if not mean.numel():
         raise ValueError(f"cem: mean is empty, {list(mean.shape)}")
     if not 1 <= num_elites <= dims["N"]:
@@ -103,7 +110,7 @@ def cem(
     body = OP.select(backend, start.deter, start.stoch, mean, std, constant=noise)
     return body(
         params, returns, start, mean, std, action_noise, state_noise,
-        num_elites, float(min_std), float(clip), score,
+        num_elites, float(min_std), float(clip), score, proposals,
     )  # fmt: skip
 
 
@@ -119,6 +126,7 @@ def eager(
     min_std: float,
     clip: float,
     score: str,
+    proposals: Tensor | None,
 ) -> Plan:
     iterations, _, batch, samples, _ = action_noise.shape
     mean, std = mean.clone(), std.clone()
@@ -126,6 +134,8 @@ def eager(
     start = State(*(part.repeat_interleave(samples, 0) for part in start))  # row b·N + n
     for i in range(iterations):
         action = mean.unsqueeze(2) + std.unsqueeze(2) * action_noise[i]
+        if proposals is not None:
+            action[:, :, : proposals.shape[2]] = proposals
         action = action.clamp(-clip, clip)  # [H, B, N, A]
         states = open_loop(params, start, action.flatten(1, 2), state_noise[i].flatten(1, 2))
         scores[i] = evaluate(returns, states.concat(returns.stoch_first), score).view(
