@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch.nn.functional import elu, softplus
 
-from fastdreamer.ops.params import ACTIVATIONS, GRUParams, State, actor_dist, gru_cell, latent_dist
+from fastdreamer.ops.params import (
+    ACTIVATIONS,
+    GRUParams,
+    State,
+    StdTransform,
+    actor_dist,
+    gru_cell,
+    latent_dist,
+)
 from fastdreamer.ops.rssm_step import rssm_step
 
 
