@@ -174,9 +174,10 @@ class Trainer:
         for name, value in tensors.items():
             group, _, rest = name.partition("/")
             groups.setdefault(group, {})[rest] = value
-        self.agent.load_state_dict(groups["agent"])
+        self._load_agent(groups["agent"])
         for name, optimizer in self.optimizers.items():
-            checkpoint.restore_optimizer(optimizer, groups[f"{name}_optimizer"])
+            if f"{name}_optimizer" in groups:
+                checkpoint.restore_optimizer(optimizer, groups[f"{name}_optimizer"])
         self.generator.set_state(groups["generators"]["update"])
         self.sample_rng.bit_generator.state = meta["sample_rng"]
         cursor = meta["cursor"]
@@ -193,6 +194,14 @@ class Trainer:
             if frames > self.env_frames:
                 snapshot.unlink()
         return cursor["metric_lines"]
+
+    def _load_agent(self, weights: dict[str, Tensor]) -> None:
+        """Load weights; an explorer or guard that the run has only now been given starts here."""
+        for part in ("explorer.", "guard."):
+            if not any(name.startswith(part) for name in weights):
+                own = self.agent.state_dict()
+                weights = weights | {n: v for n, v in own.items() if n.startswith(part)}
+        self.agent.load_state_dict(weights)
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
