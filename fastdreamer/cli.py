@@ -337,8 +337,10 @@ def _resumed_run(command: Train) -> Path:
     if command.task and canonical_task(command.task) != old.env.task:
         raise ConfigError(f"{run_dir} is a run of {old.env.task}, not of {command.task}")
     fixed = ("agent", "seed", "env", "model", "collect", "explore", "safety")
+    # A trained agent may be given an explorer or a guard later; they start with what it knows.
+    later = {"explore": old.explore.method == "none", "safety": old.safety.signal == "none"}
     for name in fixed:
-        if getattr(old, name) != getattr(new, name):
+        if getattr(old, name) != getattr(new, name) and not later.get(name):
             raise ConfigError(
                 f"{name} is fixed when a run starts; make a new run to change it "
                 f"(fixed: {', '.join(fixed)})"

@@ -190,9 +190,10 @@ class Trainer:
         for name, value in tensors.items():
             group, _, rest = name.partition("/")
             groups.setdefault(group, {})[rest] = value
-        self.agent.load_state_dict(groups["agent"])
+        self._load_agent(groups["agent"])
         for name, optimizer in self.optimizers.items():
-            # Saved before the first update, an optimiser has no state yet.
+            # Saved before the first update, or before the run was given it, an optimiser has no
+            # state yet.
             checkpoint.restore_optimizer(optimizer, groups.get(f"{name}_optimizer", {}))
         self.generator.set_state(groups["generators"]["update"])
         self.sample_rng.bit_generator.state = meta["sample_rng"]
@@ -210,6 +211,14 @@ class Trainer:
             if frames > self.env_frames:
                 snapshot.unlink()
         return cursor["metric_lines"]
+
+    def _load_agent(self, weights: dict[str, Tensor]) -> None:
+        """Load weights; an explorer or guard that the run has only now been given starts here."""
+        for part in ("explorer.", "guard."):
+            if not any(name.startswith(part) for name in weights):
+                own = self.agent.state_dict()
+                weights = weights | {n: v for n, v in own.items() if n.startswith(part)}
+        self.agent.load_state_dict(weights)
 
     # --------------------------------------------------------------- schedule
 

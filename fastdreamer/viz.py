@@ -275,7 +275,8 @@ def calibration_figure(table: Path, out: Path) -> Path:
         axes.plot([0, 100], [0, 100], color="#8c8c8c", lw=1, ls="--", label="calibrated")
         for i, row in enumerate(rows):
             points = {float(n[9:]): 100 * float(v) for n, v in row.items() if n[:9] == "coverage_"}
-            label = f"{row['ahead']} decisions ahead" if row["ahead"] != "0" else "filtered"
+            ahead = "1 decision" if row["ahead"] == "1" else f"{row['ahead']} decisions"
+            label = "filtered" if row["ahead"] == "0" else f"{ahead} ahead"
             axes.plot(points.keys(), points.values(), "o-", color=_COLOURS[i % 7], label=label)
         axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="nominal level, %")
         axes.set_ylabel("true rewards inside the interval, %")
