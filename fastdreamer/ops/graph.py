@@ -323,12 +323,14 @@ def _unrolled(
 
 
 def _range(value: Affine, counts: Mapping[str, int], where: str) -> tuple[int, int]:
-    """The least and greatest value; exact where each loop has one term, else a bound."""
-    low = high = value.base
+    """The least and greatest value."""
+    terms: dict[str, list[Term]] = {}
     for term in value.terms:
         if term.loop not in counts:
             raise ValueError(f"{where} uses the index of loop {term.loop}, which is not around it")
-        count = counts[term.loop]
-        seen = [term.value(i) for i in (range(count) if term.modulo else {0, count - 1})]
+        terms.setdefault(term.loop, []).append(term)
+    low = high = value.base
+    for loop, of_loop in terms.items():  # loops run independently of each other
+        seen = [sum(term.value(i) for term in of_loop) for i in range(counts[loop])]
         low, high = low + min(seen), high + max(seen)
     return low, high
