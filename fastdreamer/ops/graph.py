@@ -2,7 +2,8 @@
 
 A compiled loop (imagination, its backward sweep, the iterations of CEM) is a :class:`Program`:
 named tensors and nested loops of launches, whose pointers move by affine functions of the loops'
-indices. Building one needs no GPU. :func:`run_direct` launches kernel by kernel, under Triton's
+indices. Building one needs no GPU. :func:`run` replays it from a CUDA graph
+(:mod:`fastdreamer.ops.cuda_graph`); :func:`run_direct` launches kernel by kernel, under Triton's
 interpreter too. ::
 
     deter = Slot("deter", (H, B, D), torch.float32, "output")
@@ -18,13 +19,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 ALIGNMENT = 16  # bytes; kernels may be told that a pointer is a multiple of it
+POINTER_TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
+"""How Triton writes a pointer to a dtype; no other dtype can be a slot's."""
 
 
 class Term(NamedTuple):
@@ -169,6 +181,27 @@ class Kernel:
         return f"Kernel({self.name}, {self.constants}, {self.options})"
 
 
+class Spec(NamedTuple):
+    """What has to be compiled for a launch; equal ones share their kernel."""
+
+    fn: Any
+    constants: tuple[tuple[str, Any], ...]
+    options: tuple[tuple[str, Any], ...]
+    types: tuple[tuple[str, str], ...]  # of the run-time arguments in order, as Triton writes them
+    aligned: frozenset[str]  # pointers that are always multiples of ALIGNMENT
+
+
+class Compiled(NamedTuple):
+    """A kernel as the driver loads it, and how it takes its parameters."""
+
+    name: str
+    image: bytes
+    kinds: tuple[str, ...]  # "pointer", "i32", "i64", "f32" or "u8"
+    hidden: int  # pointers after them, to be null
+    threads: int  # of a block
+    shared_bytes: int  # of a block
+
+
 class Launch:
     """One kernel over a grid of up to three dimensions, every run-time argument by name.
 
@@ -189,6 +222,33 @@ class Launch:
         self.args: dict[str, Value] = {
             name: Arg(value) if isinstance(value, Slot) else value for name, value in given.items()
         }
+        for name, value in self.args.items():
+            if not isinstance(value, Value):
+                raise TypeError(f"{kernel.name}: {name} is a {type(value).__name__}")
+
+    def spec(self, counts: Mapping[str, int], misaligned: Collection[str] = ()) -> Spec:
+        """What to compile.
+
+        Args:
+            counts: of the loops around, by name.
+            misaligned: slots whose first byte is at no multiple of ALIGNMENT.
+        """
+        types, aligned = {}, set()
+        for name, value in self.args.items():
+            if isinstance(value, Arg):
+                types[name] = POINTER_TYPES[value.slot.dtype]
+                if value.aligned and value.slot.name not in misaligned:
+                    aligned.add(name)
+            elif isinstance(value, bool):
+                types[name] = "i1"
+            elif isinstance(value, float):
+                types[name] = "fp32"
+            else:
+                low, high = _range(affine(value), counts, name)
+                types[name] = "i32" if low >= -(2**31) and high < 2**31 else "i64"
+        kernel = self.kernel
+        parts = (kernel.constants.items(), kernel.options.items(), types.items())
+        return Spec(kernel.fn, *map(tuple, parts), frozenset(aligned))
 
 
 class Loop:
@@ -221,6 +281,9 @@ class Program:
         self.body = tuple(body)
         if len(self.slots) != len(slots):
             raise ValueError(f"{name}: two slots share a name")
+        for slot in slots:
+            if slot.dtype not in POINTER_TYPES:
+                raise ValueError(f"{name}: slot {slot.name} cannot be {slot.dtype}")
         self._check(self.body, {})
 
     def of_kind(self, kind: str) -> list[Slot]:
@@ -287,6 +350,26 @@ class Program:
 def empty(slot: Slot, device: torch.device) -> Tensor:
     """Return a new tensor for a slot."""
     return torch.empty(slot.shape, dtype=slot.dtype, device=device)
+
+
+def run(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Run a program on torch's current stream; return its outputs, new tensors.
+
+    CUDA tensors take one graph launch, captured in the first call. Kernel by kernel go CPU tensors
+    (Triton's interpreter), a stream that is already being captured, and everything where
+    ``FASTDREAMER_GRAPH=0`` is set, as profilers and sanitizers may want it.
+
+    Raises:
+        ValueError: an input is missing, unknown, or not what its slot says.
+        RuntimeError: a call of the driver failed.
+    """
+    device = program.check(inputs)
+    graph = device.type == "cuda" and os.environ.get("FASTDREAMER_GRAPH") != "0"
+    if not graph or torch.cuda.is_current_stream_capturing():
+        return run_direct(program, inputs)
+    from fastdreamer.ops.cuda_graph import GRAPHS
+
+    return GRAPHS.run(program, inputs)
 
 
 def run_direct(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
