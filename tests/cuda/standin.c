@@ -90,7 +90,7 @@ enum {
   STALE_POINTERS,  /* writing new parameters into a node does nothing */
   WRONG_BLOCK,     /* twice the threads */
   WRONG_SHARED,    /* 16 bytes fewer, or 16 where there are none */
-  WRONG_SCALAR,    /* the last visible 4-byte value is one more in its bits */
+  WRONG_SCALAR,    /* the first 4-byte value is one more */
   SWAP_POINTERS,   /* the first two pointers change places */
   SHORT_GRID,      /* one block fewer along the longest axis, or none */
   REPEAT_NODE,     /* runs twice */
@@ -448,7 +448,7 @@ static void seed(struct node* node) {
     memcpy(&value, node->values + f->offset[i], f->size[i]);
     if (f->size[i] == 8 && value != 0) pointers[count++] = i;
     if (f->size[i] == 8 && value == 0) hidden[1] = i;
-    if (f->size[i] == 4) scalar = i;
+    if (f->size[i] == 4 && scalar < 0) scalar = i;
   }
   unsigned char* values = node->values;
   if (fault == SWAP_POINTERS && count > 1) {
