@@ -63,15 +63,16 @@ static_assert(ours::kFuncMaxShared == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_
 static_assert(ours::kNonBlocking == CU_STREAM_NON_BLOCKING);
 static_assert(ours::kCaptureThreadLocal == CU_STREAM_CAPTURE_MODE_THREAD_LOCAL);
 
-#define FIELD(mine, theirs)                               \
-  static_assert(offsetof(ours::KernelNodeParams, mine) == \
-                offsetof(CUDA_KERNEL_NODE_PARAMS_v2, theirs))
+#define FIELD(mine, theirs, count)                                                              \
+  static_assert(                                                                                \
+      offsetof(ours::KernelNodeParams, mine) == offsetof(CUDA_KERNEL_NODE_PARAMS_v2, theirs) && \
+      sizeof(ours::KernelNodeParams::mine) == count * sizeof(CUDA_KERNEL_NODE_PARAMS_v2::theirs))
 static_assert(sizeof(ours::KernelNodeParams) == sizeof(CUDA_KERNEL_NODE_PARAMS_v2));
-FIELD(func, func);
-FIELD(grid, gridDimX);
-FIELD(block, blockDimX);
-FIELD(shared_bytes, sharedMemBytes);
-FIELD(params, kernelParams);
-FIELD(extra, extra);
-FIELD(kern, kern);
-FIELD(ctx, ctx);
+FIELD(func, func, 1);
+FIELD(grid, gridDimX, 3);
+FIELD(block, blockDimX, 3);
+FIELD(shared_bytes, sharedMemBytes, 1);
+FIELD(params, kernelParams, 1);
+FIELD(extra, extra, 1);
+FIELD(kern, kern, 1);
+FIELD(ctx, ctx, 1);

@@ -605,3 +605,22 @@ EXPORT CUresult CUDAAPI cuPointerGetAttribute(void* data, CUpointer_attribute at
   memcpy(data, &pointer, sizeof(pointer));
   return CUDA_SUCCESS;
 }
+EXPORT CUresult CUDAAPI cuCtxGetDevice(CUdevice* device) {
+  *device = 0;
+  return CUDA_SUCCESS;
+}
+EXPORT CUresult CUDAAPI cuCtxGetLimit(size_t* value, CUlimit limit) {
+  (void)limit;
+  *value = 0;
+  return CUDA_SUCCESS;
+}
+EXPORT CUresult CUDAAPI cuCtxSetLimit(CUlimit limit, size_t value) {
+  (void)limit;
+  (void)value;
+  return CUDA_SUCCESS;
+}
+EXPORT CUresult CUDAAPI cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status) {
+  *status = stream != NULL && stream->capturing != NULL ? CU_STREAM_CAPTURE_STATUS_ACTIVE
+                                                        : CU_STREAM_CAPTURE_STATUS_NONE;
+  return CUDA_SUCCESS;
+}
