@@ -95,7 +95,7 @@ def _measure(program: Program, rounds: int) -> dict[str, Any]:
         seconds["replay with every pointer moved, a node"].append(spent / nodes)
         with mock.patch("fastdreamer.ops.cuda_graph.empty", lambda slot, _: outputs[slot.name]):
             graphs.run(program, inputs)
-                start = time.perf_counter()
+            start = time.perf_counter()
             for _ in range(REPLAYS):
                 graphs.run(program, inputs)
         seconds["whole call"].append((time.perf_counter() - start) / REPLAYS)
