@@ -18,7 +18,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 #define MAX_PARAMS 64
-#define MAX_BYTES 512
+#define MAX_BYTES 384
 #define MAX_CALLS 65536
 
 enum { CONTEXT, MODULE, STREAM, GRAPH, EXEC, KINDS };
