@@ -23,8 +23,6 @@ from fastdreamer.ops.triton.build import (
     Builder,
     Precision,
     autocast_bf16,
-    gru_inputs,
-    mlp_inputs,
 )
 from fastdreamer.ops.triton.layout import (
     MlpShape,
