@@ -74,8 +74,6 @@ struct KernelNodeParams {
   X(cuStreamDestroy_v2, (Stream stream))                                                          \
   X(cuStreamBeginCapture_v2, (Stream stream, int mode))                                           \
   X(cuStreamEndCapture, (Stream stream, Graph * graph))                                           \
-  X(cuStreamGetCaptureInfo_v2, (Stream stream, int* status, std::uint64_t* id, Graph* graph,      \
-                                const Node** dependencies, std::size_t* num_dependencies))        \
   X(cuLaunchKernel, (Function function, unsigned grid_x, unsigned grid_y, unsigned grid_z,        \
                      unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes, \
                      Stream stream, void** params, void** extra))                                 \
@@ -85,6 +83,11 @@ struct KernelNodeParams {
   X(cuGraphExecDestroy, (Exec exec))                                                              \
   X(cuGraphDestroy, (Graph graph))
 
+// As the others; but newer headers declare a newer version only, which older drivers lack.
+#define FASTDREAMER_CUDA_VERSIONED(X)                                                        \
+  X(cuStreamGetCaptureInfo_v2, (Stream stream, int* status, std::uint64_t* id, Graph* graph, \
+                                const Node** dependencies, std::size_t* num_dependencies))
+
 // Null where the driver is older than CUDA 12.4.
 #define FASTDREAMER_CUDA_OPTIONAL(X) \
   X(cuFuncGetParamInfo,              \
@@ -93,6 +96,7 @@ struct KernelNodeParams {
 struct Api {
 #define FASTDREAMER_MEMBER(symbol, arguments) Result(*symbol) arguments = nullptr;
   FASTDREAMER_CUDA_REQUIRED(FASTDREAMER_MEMBER)
+  FASTDREAMER_CUDA_VERSIONED(FASTDREAMER_MEMBER)
   FASTDREAMER_CUDA_OPTIONAL(FASTDREAMER_MEMBER)
 #undef FASTDREAMER_MEMBER
 };

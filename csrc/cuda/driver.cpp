@@ -67,6 +67,7 @@ const cu::Api& open_driver() {
   FASTDREAMER_FIND(symbol, arguments)       \
   if (opened.api.symbol == nullptr) missing += " " #symbol;
   FASTDREAMER_CUDA_REQUIRED(FASTDREAMER_NEED)
+  FASTDREAMER_CUDA_VERSIONED(FASTDREAMER_NEED)
   FASTDREAMER_CUDA_OPTIONAL(FASTDREAMER_FIND)
 #undef FASTDREAMER_FIND
 #undef FASTDREAMER_NEED

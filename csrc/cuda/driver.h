@@ -69,7 +69,7 @@ class Device {
   // The same for destructors.
   template <class Body>
   void run_release(Body body) const noexcept {
-    const bool entered = enter_quietly();
+    const bool entered = enter_quietly() || enter_quietly();  // the first may tell of old errors
     body();  // most calls that free something need no context
     if (entered) leave_quietly();
   }

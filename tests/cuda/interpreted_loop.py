@@ -105,11 +105,11 @@ def search_inputs(iterations=3, H=3, B=2, N=5):
 
 def test_nested_loops(bench):
     inputs = bench.inputs(search_inputs())
-    outputs = bench.run(toy.search(3, 3, 2, 5), inputs)
-    means, scores = toy.eager_search(**inputs, H=3)
-    torch.testing.assert_close(outputs["means"], means, **LIMIT)
-    torch.testing.assert_close(outputs["score"], scores, **LIMIT)
+    program = toy.search(3, 3, 2, 5)
+    outputs = bench.run(program, inputs)
+    check_search(outputs, inputs)
     assert len(bench.launched) == 3 * (2 + 3)
+    bench.check_launches(program, {**inputs, **outputs})
 
 
 # ---------------------------------------------------------------- graphs
@@ -257,39 +257,53 @@ def test_a_fault_in_the_program_is_caught(bench, fault):
         check_forward(bench.run(program, inputs), inputs)
 
 
+def caught(bench, program, inputs, compare):
+    """How a fault shows: by the launches' parameters, by the numbers."""
+    ways = set()
+    try:
+        outputs = bench.run(program, inputs)
+    except AssertionError:  # a stray pointer, a wrong block, a touched guard
+        return {"launches", "numbers"}
+    try:
+        compare(outputs, inputs)
+    except AssertionError:
+        ways.add("numbers")
+    try:
+        bench.check_launches(program, {**inputs, **outputs})
+    except AssertionError:
+        ways.add("launches")
+    return ways
+
+
+# Twice the same launch gives the same numbers, and a row too many may be overwritten by the next.
+MAY_LEAVE_THE_NUMBERS = ("repeat node", "wrong scalar")
+
+
 @pytest.mark.parametrize("node", [0, 2])
-@pytest.mark.parametrize("fault", [f for f in standin.FAULTS if f not in ("none", "repeat node")])
+@pytest.mark.parametrize("fault", standin.FAULTS)
 def test_a_fault_of_the_loop_is_caught(bench, driver, fault, node):
     program = toy.forward(H, B)
-    first = bench.inputs(forward_inputs(0))
     if fault == "stale pointers":  # the first call has none
-        bench.run(program, first)
+        bench.run(program, bench.inputs(forward_inputs(0)))
     driver.fault(fault, node)
-    inputs = bench.inputs(forward_inputs(1))
-    with pytest.raises(AssertionError):
-        check_forward(bench.run(program, inputs), inputs)
-    driver.fault()
+    ways = caught(bench, program, bench.inputs(forward_inputs(1)), check_forward)
+    assert ("launches" in ways) == (fault != "none")
+    if fault not in MAY_LEAVE_THE_NUMBERS:
+        assert ("numbers" in ways) == (fault != "none")
 
 
-def test_a_repeated_node_is_caught(bench, driver):
-    """Twice the same launch gives the same numbers; the number of launches tells."""
-    driver.fault("repeat node", 1)
-    bench.run(toy.forward(H, B), bench.inputs(forward_inputs(0)))
-    assert len(bench.launched) == H + 1
+def check_search(outputs, inputs):
+    means, scores = toy.eager_search(**inputs, H=3)
+    torch.testing.assert_close(outputs["means"], means, **LIMIT)
+    torch.testing.assert_close(outputs["score"], scores, **LIMIT)
 
 
-@pytest.mark.parametrize("fault", ["reverse order", "drop node", "swap pointers", "wrong scalar"])
+@pytest.mark.parametrize("fault", ["none", "reverse order", "drop node", "swap pointers"])
 @pytest.mark.parametrize("node", [1, 8, 14])
 def test_a_fault_in_nested_loops_is_caught(bench, driver, fault, node):
-    inputs = bench.inputs(search_inputs())
-    program = toy.search(3, 3, 2, 5)
-    means, scores = toy.eager_search(**inputs, H=3)
     driver.fault(fault, node)
-    with pytest.raises(AssertionError):
-        outputs = bench.run(program, inputs)
-        torch.testing.assert_close(outputs["means"], means, **LIMIT)
-        torch.testing.assert_close(outputs["score"], scores, **LIMIT)
-    driver.fault()
+    ways = caught(bench, toy.search(3, 3, 2, 5), bench.inputs(search_inputs()), check_search)
+    assert ways == (set() if fault == "none" else {"launches", "numbers"})
 
 
 # ---------------------------------------------------------------- errors and leaks
@@ -297,11 +311,13 @@ def test_a_fault_in_nested_loops_is_caught(bench, driver, fault, node):
 TWICE = toy.forward(2, 3)
 
 
-def scenario(bench):
+def scenario(bench, compare=True):
     """Capture, replay with moved pointers, give up everything."""
     for seed in (0, 1):
         inputs = bench.inputs(forward_inputs(seed, 2, 3))
-        check_forward(bench.run(TWICE, inputs), inputs)
+        outputs = bench.run(TWICE, inputs)
+        if compare:
+            check_forward(outputs, inputs)
     bench.graphs.clear()
     gc.collect()
 
@@ -323,13 +339,15 @@ def test_an_error_of_every_single_call_is_one_error_and_leaks_nothing(bench, dri
         "cuGraphExecDestroy", "cuGraphDestroy", "cuModuleUnload", "cuDevicePrimaryCtxRelease_v2",
     }  # fmt: skip
     assert set(names) == wanted, "every kind of call is made"
+    driver.on_launch(None)  # which calls are made is all that matters here
+    gc.freeze()  # else each collection looks through all of torch
     for i, name in enumerate(names):
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             driver.fail(i)
             raised = []
             try:
-                scenario(bench)
+                scenario(bench, compare=False)
             except _native.DriverError as error:
                 raised.append(str(error))
                 del error
@@ -340,6 +358,8 @@ def test_an_error_of_every_single_call_is_one_error_and_leaks_nothing(bench, dri
         assert messages == [f"{name}: CUDA_ERROR_OUT_OF_MEMORY: out of memory"], f"call {i}"
         assert driver.live() == {}, f"call {i}, {name}"
         assert driver.context_depth == 0, f"call {i}, {name}"
+    gc.unfreeze()
+    driver.on_launch(bench._launch)
     scenario(bench)  # and all is well again
 
 
@@ -515,8 +535,12 @@ def test_a_forked_child_refuses_and_leaves_the_parents_objects_alone(bench, driv
 
 
 def in_a_process(code, **environment):
+    """What it prints, or the last line of its error; the extension comes alone, without torch."""
+    load = "import importlib.util as u\n"
+    load += f"spec = u.spec_from_file_location('_native', {_native.__file__!r})\n"
+    load += "_native = u.module_from_spec(spec)\nspec.loader.exec_module(_native)\n"
     done = subprocess.run(
-        [sys.executable, "-c", f"from fastdreamer import _native\n{code}"],
+        [sys.executable, "-c", load + code],
         capture_output=True,
         text=True,
         env={**os.environ, **environment},

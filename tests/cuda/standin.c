@@ -90,7 +90,7 @@ enum {
   STALE_POINTERS,  /* writing new parameters into a node does nothing */
   WRONG_BLOCK,     /* twice the threads */
   WRONG_SHARED,    /* 16 bytes fewer, or 16 where there are none */
-  WRONG_SCALAR,    /* the last visible 4-byte value is one more in its bits */
+  WRONG_SCALAR,    /* the first 4-byte value is one more */
   SWAP_POINTERS,   /* the first two pointers change places */
   SHORT_GRID,      /* one block fewer along the longest axis, or none */
   REPEAT_NODE,     /* runs twice */
@@ -448,7 +448,7 @@ static void seed(struct node* node) {
     memcpy(&value, node->values + f->offset[i], f->size[i]);
     if (f->size[i] == 8 && value != 0) pointers[count++] = i;
     if (f->size[i] == 8 && value == 0) hidden[1] = i;
-    if (f->size[i] == 4) scalar = i;
+    if (f->size[i] == 4 && scalar < 0) scalar = i;
   }
   unsigned char* values = node->values;
   if (fault == SWAP_POINTERS && count > 1) {
@@ -603,5 +603,24 @@ EXPORT CUresult CUDAAPI cuPointerGetAttribute(void* data, CUpointer_attribute at
                                               CUdeviceptr pointer) {
   (void)attribute;
   memcpy(data, &pointer, sizeof(pointer));
+  return CUDA_SUCCESS;
+}
+EXPORT CUresult CUDAAPI cuCtxGetDevice(CUdevice* device) {
+  *device = 0;
+  return CUDA_SUCCESS;
+}
+EXPORT CUresult CUDAAPI cuCtxGetLimit(size_t* value, CUlimit limit) {
+  (void)limit;
+  *value = 0;
+  return CUDA_SUCCESS;
+}
+EXPORT CUresult CUDAAPI cuCtxSetLimit(CUlimit limit, size_t value) {
+  (void)limit;
+  (void)value;
+  return CUDA_SUCCESS;
+}
+EXPORT CUresult CUDAAPI cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status) {
+  *status = stream != NULL && stream->capturing != NULL ? CU_STREAM_CAPTURE_STATUS_ACTIVE
+                                                        : CU_STREAM_CAPTURE_STATUS_NONE;
   return CUDA_SUCCESS;
 }

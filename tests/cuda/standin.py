@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -171,9 +172,9 @@ def serve() -> None:
 class Arena:
     """Memory for tensors, with guards of NaN between them; in place of ``torch.empty``."""
 
-    GUARD = 4096
+    GUARD = 1024
 
-    def __init__(self, size: int = 64 << 20) -> None:
+    def __init__(self, size: int = 8 << 20) -> None:
         self._memory = torch.full((size // 4,), torch.nan).view(torch.uint8)
         self._base = self._memory.data_ptr()
         self._used = 0
@@ -229,8 +230,8 @@ class Bench:
         self._compiler = compiler
         self._specs: dict[int, tuple[graph.Spec, graph.Compiled]] = {}
         self._lock = threading.Lock()  # the interpreter is for one thread
-        self.failure: BaseException | None = None
-        self.launched: list[tuple[str, tuple[int, ...]]] = []
+        self.failure: str | None = None
+        self.launched: list[tuple] = []  # name, grid and the visible parameters of each launch
         self.graphs = Graphs(capacity, compile_kernel=self._compile, on_host=True)
         driver.on_launch(self._launch)
 
@@ -238,18 +239,40 @@ class Bench:
         return {n: self.arena.copy(x, shift=shifts.get(n, 0)) for n, x in tensors.items()}
 
     def run(self, program: graph.Program, inputs) -> dict[str, torch.Tensor]:
-        """Replay it; raises what a launch raised, and checks guards and that inputs are kept."""
+        """Replay it; raises what a launch raised, and checks guards and that inputs are kept.
+
+        What was launched is not compared with the program: see :meth:`check_launches`.
+        """
         before = {name: tensor.clone() for name, tensor in inputs.items()}
         self.failure = None
         self.launched = []
         outputs = self.graphs.run(program, inputs)
         if self.failure is not None:
-            raise self.failure
+            raise AssertionError(self.failure)
         self.arena.check_guards()
         for name, tensor in inputs.items():
             same = tensor.view(torch.uint8) == before[name].view(torch.uint8)
             assert same.all(), f"the input {name} was written"
         return outputs
+
+    def check_launches(self, program: graph.Program, tensors) -> None:
+        """Compare what ran last with the program unrolled in Python, parameter by parameter."""
+        (entry,) = [g for (p, *_), g in self.graphs._graphs.items() if p is program]
+        addresses = {n: x.data_ptr() for n, x in {**tensors, **entry._scratch}.items()}
+
+        def value(v, indices):
+            if isinstance(v, graph.Arg):
+                size = v.slot.dtype.itemsize
+                return addresses[v.slot.name] + v.offset.value(indices) * size
+            if isinstance(v, float):
+                return float(np.float32(v))
+            return graph.affine(v).value(indices)
+
+        expected = [
+            (x.kernel.name, x.grid, tuple(value(v, indices) for v in x.args.values()))
+            for x, indices in program.launches()
+        ]
+        assert self.launched == expected
 
     def _compile(self, spec: graph.Spec, capability: int) -> graph.Compiled:
         made = self._compiler(spec, capability)
@@ -262,31 +285,33 @@ class Bench:
         try:
             with self._lock:
                 self._interpret(identity, name, grid, block, shared, values)
-        except BaseException as error:  # ctypes would swallow it
-            self.failure = error
+        except BaseException:  # ctypes would swallow it; kept, it would keep the graph
+            self.failure = traceback.format_exc()
 
     def _interpret(self, identity, name, grid, block, shared, values) -> None:
         spec, made = self._specs[identity]
-        self.launched.append((name, grid))
         assert name == made.name
         assert block == (made.threads, 1, 1), f"{name}: block is {block}"
         assert shared == made.shared_bytes, f"{name}: shared memory is {shared} bytes"
-        at, args = 0, {}
+        at, args, raw_args = 0, {}, []
         for (argument, type_), kind in zip(spec.types, made.kinds, strict=True):
             size = _SIZES[kind]
             at = -(-at // size) * size
             raw, at = values[at : at + size], at + size
             if kind == "pointer":
                 address = int.from_bytes(raw, "little")
+                raw_args.append(address)
                 if argument in spec.aligned:
                     assert address % 16 == 0, f"{name}: {argument} is not aligned as promised"
                 args[argument] = self.arena.find(address, _DTYPES[type_])
             else:
                 value = np.frombuffer(raw, _NUMBERS[kind])[0].item()
+                raw_args.append(value)
                 args[argument] = bool(value) if kind == "u8" else value
         at = -(-at // 8) * 8 if made.hidden else at
         hidden = values[at:]
         assert len(hidden) == 8 * made.hidden and not any(hidden), f"{name}: a hidden pointer"
+        self.launched.append((name, grid, tuple(raw_args)))
         spec.fn[grid](**args, **dict(spec.constants), **dict(spec.options))
 
 

@@ -125,7 +125,10 @@ def backward(H, B):
     """Gradients of start and weight from those [H, B, D] of the states behind each step."""
     grad, y = Slot("grad", (H, B, D), F32), Slot("y", (H, B, D), F32)
     weight, states = Slot("weight", (D, D), F32), Slot("states", (H, B, D), F32)
-    delta, carry = Slot("delta", (H, B, D), F32, "scratch"), Slot("carry", (2, B, D), F32, "scratch")
+    delta, carry = (
+        Slot("delta", (H, B, D), F32, "scratch"),
+        Slot("carry", (2, B, D), F32, "scratch"),
+    )
     grad_start = Slot("grad_start", (B, D), F32, "output")
     grad_weight = Slot("grad_weight", (D, D), F32, "output")
     t, size = index("t"), B * D
@@ -139,7 +142,9 @@ def backward(H, B):
 
     inner = back(carry.at(t % 2 * size), carry.at((t + 1) % 2 * size), at, t)
     final = back(carry.at((H - 1) % 2 * size), grad_start, 0, H - 1)
-    outer = Launch(OUTER, (1,), {"delta": delta, "state": states, "total": grad_weight, "rows": H * B})
+    outer = Launch(
+        OUTER, (1,), {"delta": delta, "state": states, "total": grad_weight, "rows": H * B}
+    )
     slots = [grad, y, weight, states, delta, carry, grad_start, grad_weight]
     return Program("toy backward", slots, [Loop("t", H - 1, [inner]), final, outer])
 
