@@ -172,7 +172,7 @@ def backward_kernel(
                 d *= 1.0 - a * a
                 d_s = d * tl.load(noise + block * N + at, mask=mask, other=0.0)
             else:
-                d_s = tl.load(d_std + block * OUT + at, mask=mask, other=0.0)
+                d_s = tl.load(d_std + block * N + at, mask=mask, other=0.0)
             on = row[:, None] * TAPE + LAYERS * W + column[None, :]
             if BOUNDED:
                 t = tanh(tl.load(tape + on, mask=inside, other=0.0).to(tl.float32) / bound)
