@@ -43,8 +43,7 @@ ROWS = (50, 2500)  # around the tiles' switch
 SHARED = 99 * 1024  # what the least of the four architectures lends a block
 MATRIX = re.compile(r"\b(HMMA|HGMMA|UTCHMMA)\b")
 PRODUCTS = ("rssm_step", "mlp", "gradient_kernel")  # of modules or functions: they multiply
-# The gradients' tile is the only other one; these have no block sizes of their own to vary.
-BLOCKS = ("BM", "BN", "BK", "BG", "BS", "BO", "BI", "BR", "BLOCK", "BLOCK_K", "BLOCK_N", "NP_CEM")
+BLOCKS = ("BM", "BN", "BK", "BG", "BS", "BO", "BI", "BR", "BLOCK", "BLOCK_K", "BLOCK_N")
 
 
 class Usage(NamedTuple):
@@ -57,7 +56,7 @@ class Usage(NamedTuple):
     local: int
     shared: int
     matrix: tuple[str, ...]  # kinds of matrix instructions
-    barriers: int  # that the kernel itself asks for
+    order: str  # of stores (any number is one S) and barriers (B) in its TTGIR
     seconds: float  # of compiling
 
 
@@ -132,8 +131,8 @@ def _optional(spec: Spec) -> list[str]:
     return [n for n, _ in spec.types if n in ("first", "extra", "d_mean", "d_x1")]
 
 
-def compile_for(spec: Spec, arch: int) -> tuple[Usage, str]:
-    """Compile a kernel and return what it uses, and its TTGIR."""
+def compile_for(spec: Spec, arch: int) -> Usage:
+    """Compile a kernel and return what it uses."""
     began = time.perf_counter()
     made = triton.compile(
         source(spec), target=GPUTarget("cuda", arch, 32), options=dict(spec.options)
@@ -153,12 +152,12 @@ def compile_for(spec: Spec, arch: int) -> tuple[Usage, str]:
         code = tool(triton.knobs.nvidia.nvdisasm, "-c")
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     assert used["LOCAL"] or not re.search(r"\b(LDL|STL)\b", code), label(spec)
-    ttgir = made.asm["ttgir"]
-    usage = Usage(
+    events = re.findall(r"\b(tt\.store|barrier)\b", made.asm["ttgir"])
+    order = "".join("S" if event == "tt.store" else "B" for event in events)
+    return Usage(
         label(spec), arch, used["REG"], used["STACK"], used["LOCAL"], made.metadata.shared,
-        tuple(sorted(set(MATRIX.findall(code)))), len(re.findall(r"\bbarrier\b", ttgir)), seconds,
+        tuple(sorted(set(MATRIX.findall(code)))), re.sub("S+", "S", order), seconds,
     )  # fmt: skip
-    return usage, ttgir
 
 
 def faults(spec: Spec, usage: Usage) -> list[str]:
@@ -172,8 +171,8 @@ def faults(spec: Spec, usage: Usage) -> list[str]:
     multiplies = any(name in usage.kernel for name in PRODUCTS)
     if bf16 and multiplies and not usage.matrix:
         wrong.append("no matrix instructions")
-    if (want := barriers(spec)) != usage.barriers:
-        wrong.append(f"{usage.barriers} barriers, not {want}")
+    if (want := "S" + "BS" * barriers(spec)) != usage.order:
+        wrong.append(f"stores and barriers in the order {usage.order}, not {want}")
     return wrong
 
 
@@ -183,9 +182,9 @@ def barriers(spec: Spec) -> int:
     module = spec.fn.fn.__module__.rpartition(".")[2]
     backward = spec.fn.fn.__name__ == "backward_kernel"
     if module == "rssm_step":
-        # gates and latent layers and, forward, all input layers or, backward, all but the last,
-        # the outputs, and what lies between the gates and that last one
-        return c["IL"] + 1 + c["LL"] + (1 if backward else 0) + (1 if backward else 0) - backward
+        # forward: input layers, gates, latent layers; backward: outputs, latent layers, gates,
+        # input layers, and what the recurrent weights and the last input layer share
+        return c["IL"] + c["LL"] + (2 if backward else 1)
     if module == "mlp":
         return c["LAYERS"] + (1 if backward and c["HEAD"] != "ready" else 0)
     return 0
@@ -194,7 +193,7 @@ def barriers(spec: Spec) -> int:
 def check(task: tuple[Sizes, int, bool, int, int]) -> tuple[Usage, list[str]]:
     sizes, rows, bf16, arch, number = task
     spec = kernels(sizes, rows, Precision(bf16, arch))[number]
-    usage, _ = compile_for(spec, arch)
+    usage = compile_for(spec, arch)
     return usage, faults(spec, usage)
 
 
@@ -221,7 +220,7 @@ def main() -> int:
             failed += bool(wrong)
             print(
                 f"{used.kernel:64} {used.arch:<3} {used.registers:4} {used.stack:5} "
-                f"{used.local:5} {used.shared:6} {used.barriers:8} {used.seconds:6.1f}s  "
+                f"{used.local:5} {used.shared:6} {used.order.count('B'):8} {used.seconds:6.1f}s  "
                 f"{' '.join(used.matrix)}{'  FAULT: ' if wrong else ''}{'; '.join(wrong)}",
                 flush=True,
             )

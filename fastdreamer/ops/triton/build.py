@@ -321,7 +321,9 @@ class Builder:
             if i == 0:
                 pieces = [
                     (arg, width, size, begin)
-                    for (arg, width), size, begin in zip(x, layer.pieces, layer.begins, strict=False)
+                    for (arg, width), size, begin in zip(
+                        x, layer.pieces, layer.begins, strict=False
+                    )
                 ] + ([more] if more else [])
             else:
                 below = tape._replace(offset=tape.offset + (i - 1) * shape.width)

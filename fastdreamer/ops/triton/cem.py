@@ -119,7 +119,9 @@ def refit_kernel(
         row = (e // A).to(tl.int64) * B + b
         mask = elite[:, None] & inside[None, :]
         a = tl.load(
-            action + (row[None, :] * N + index[:, None]) * A + (e % A)[None, :], mask=mask, other=0.0
+            action + (row[None, :] * N + index[:, None]) * A + (e % A)[None, :],
+            mask=mask,
+            other=0.0,
         )
         m = tl.sum(a, 0) / count
         off = tl.where(mask, a - m[None, :], 0.0)

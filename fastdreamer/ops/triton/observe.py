@@ -63,7 +63,10 @@ def forward_program(spec: _Spec) -> Program:
     embed = b.slot("embed", (T, B, E), dtype=spec.embed_dtype)
     action, noise = b.slot("action", (T, B, A)), b.slot("noise", (T, B, S))
     is_first = b.slot("is_first", (T, B), dtype=torch.bool)
-    deter, stoch = b.slot("deter", (T + 1, B, D), "output"), b.slot("stoch", (T + 1, B, S), "output")
+    deter, stoch = (
+        b.slot("deter", (T + 1, B, D), "output"),
+        b.slot("stoch", (T + 1, B, S), "output"),
+    )
     moments = {name: b.slot(name, (T, B, S), "output") for name in OUTPUTS[2:]}
     keep = "output" if spec.save else "scratch"
     stride = B if spec.save else 0
