@@ -169,6 +169,22 @@ class Builder:
         )
         return Weights(packed.at(0), biases and biases.at(0))
 
+    def pack_embed(self, shape: MlpShape, *, transposed: bool = False) -> Weights:
+        """Pack the embedding's columns of the posterior's first weight; no bias, it is the step's."""
+        packed = self.operands("embed.packed", (shape.weights,), "scratch")
+        weight = self.slot("post.weight0", (shape.out, shape.columns))
+        layer = shape.layer(0)
+        self._pack(
+            weight, None, packed.at(0), None, transposed,
+            layer.columns, layer.begins, layer.pieces, layer.padded,
+            layer.n, layer.n_padded, layer.groups,
+        )  # fmt: skip
+        if transposed:
+            return Weights(packed.at(0), None)
+        biases = self.slot("embed.biases", (shape.biases,), "scratch")
+        self.copy(None, biases, 1, shape.biases)
+        return Weights(packed.at(0), biases.at(0))
+
     def gru_slots(self, shape: StepShape) -> tuple[Slot, Slot, Slot, Slot]:
         D = shape.D
         return (
@@ -256,6 +272,7 @@ class Builder:
         rows: int,
         *,
         d_x: tuple[Arg | None, Arg | None] = (None, None),
+        grads_width: int | None = None,
         head: str = "plain",
         d_std: Arg | None = None,
         noise: Arg | None = None,
@@ -275,7 +292,7 @@ class Builder:
                 "rows": rows, "bound": bound if bounded else 1.0, **normal.scalars,
             },
             {
-                **shape.constants(), **normal.constants, "GRADS": shape.grads, "HEAD": head,
+                **shape.constants(), **normal.constants, "GRADS": grads_width or shape.grads, "HEAD": head,
                 "BOUNDED": bounded, **_blocks(tile, shape),
             },
             tile,
@@ -293,18 +310,21 @@ class Builder:
         rows: int,
         *,
         first: Arg | None = None,
+        more: tuple[Arg, int, int, int] | None = None,
     ) -> None:
         """Outputs ``d_`` and the parameter's name for each of an MLP's parameters.
 
         ``x`` holds each piece of the input and its columns, ``tape`` and ``grads`` begin at the
-        MLP's hidden layers.
+        MLP's hidden layers. ``more`` is a further piece of the input, as in :meth:`gradient`.
         """
         for i, layer in enumerate(shape.all_layers()):
             if i == 0:
                 pieces = [
                     (arg, width, size, begin)
-                    for (arg, width), size, begin in zip(x, layer.pieces, layer.begins, strict=False)
-                ]
+                    for (arg, width), size, begin in zip(
+                        x, layer.pieces, layer.begins, strict=False
+                    )
+                ] + ([more] if more else [])
             else:
                 below = tape._replace(offset=tape.offset + (i - 1) * shape.width)
                 pieces = [(below, tape_width, layer.columns, 0)]
@@ -419,6 +439,7 @@ class Builder:
         rows: int,
         *,
         first: Arg | None = None,
+        more: tuple[Arg, int, int, int] | None = None,
     ) -> None:
         """Outputs for the parameters of the dynamics and of ``latent``."""
         T, G, D, DP = shape.tape, shape.grads, shape.D, shape.d_padded
@@ -440,7 +461,7 @@ class Builder:
         self.mlp_gradients(
             latent, shape.latent, [(new_deter, D)],
             tape._replace(offset=tape.offset + shape.latents), T,
-            grads._replace(offset=grads.offset + shape.latents), G, rows,
+            grads._replace(offset=grads.offset + shape.latents), G, rows, more=more,
         )  # fmt: skip
 
 

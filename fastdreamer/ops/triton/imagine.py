@@ -23,8 +23,6 @@ from fastdreamer.ops.triton.build import (
     Builder,
     Precision,
     autocast_bf16,
-    gru_inputs,
-    mlp_inputs,
 )
 from fastdreamer.ops.triton.layout import (
     MlpShape,
@@ -80,7 +78,10 @@ def forward_program(spec: _Spec) -> Program:
     b = Builder(spec.op, spec.precision)
     start = b.slot("start.deter", (B, D)), b.slot("start.stoch", (B, S))
     state_noise = b.slot("state_noise", (H, B, S))
-    deter, stoch = b.slot("deter", (H + 1, B, D), "output"), b.slot("stoch", (H + 1, B, S), "output")
+    deter, stoch = (
+        b.slot("deter", (H + 1, B, D), "output"),
+        b.slot("stoch", (H + 1, B, S), "output"),
+    )
     action = b.slot("action", (H, B, A), "output" if spec.actor else "input")
     rows, keep = (H * B, "output") if spec.through else (B, "scratch")
     tape = b.operands("tape", (rows, step.tape), keep)
@@ -255,14 +256,10 @@ def _heads_backward(b: Builder, spec: _Spec, wants: _Wants, reaching, arrived, d
         packed = b.pack_mlp(name, shape, transposed=True)
         tape = b.operands(tape_name, (rows, shape.tape))
         grads = b.operands(f"{name}.grads", (rows, shape.grads), "scratch")
-        b.mlp_backward(
-            shape, packed, d_out.at(0), tape.at(0), grads.at(0), rows, d_x=d_arrived
-        )
+        b.mlp_backward(shape, packed, d_out.at(0), tape.at(0), grads.at(0), rows, d_x=d_arrived)
         if name == "reward" and wants.reward:
             x = [(arrived[0], spec.step.D), (arrived[1], spec.step.S)]
-            b.mlp_gradients(
-                name, shape, x, tape.at(0), shape.tape, grads.at(0), shape.grads, rows
-            )
+            b.mlp_gradients(name, shape, x, tape.at(0), shape.tape, grads.at(0), shape.grads, rows)
 
 
 @functools.lru_cache(maxsize=64)
@@ -423,14 +420,14 @@ class _Rollout(torch.autograd.Function):
         if not reached:
             return (None,) * (4 + len(ctx.names))
         program = backward_program(spec, ctx.wants, frozenset(reached))
-        tensors = {n: t.detach().contiguous() for n, t in zip(ctx.kept, ctx.saved_tensors, strict=True)}
+        tensors = {
+            n: t.detach().contiguous() for n, t in zip(ctx.kept, ctx.saved_tensors, strict=True)
+        }
         tensors |= {f"d_out.{name}": grad for name, grad in reached.items()}
         found = run(program, chosen(program, tensors))
         found = {name.removeprefix("d_"): grad for name, grad in found.items()}
         found["start.deter"], found["start.stoch"] = found.pop("deter")[0], found.pop("stoch")[0]
-        return (None,) * 4 + tuple(
-            found.get(name) if needs[name] else None for name in ctx.names
-        )
+        return (None,) * 4 + tuple(found.get(name) if needs[name] else None for name in ctx.names)
 
 
 class _Value(torch.autograd.Function):

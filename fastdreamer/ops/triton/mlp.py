@@ -172,7 +172,7 @@ def backward_kernel(
                 d *= 1.0 - a * a
                 d_s = d * tl.load(noise + block * N + at, mask=mask, other=0.0)
             else:
-                d_s = tl.load(d_std + block * OUT + at, mask=mask, other=0.0)
+                d_s = tl.load(d_std + block * N + at, mask=mask, other=0.0)
             on = row[:, None] * TAPE + LAYERS * W + column[None, :]
             if BOUNDED:
                 t = tanh(tl.load(tape + on, mask=inside, other=0.0).to(tl.float32) / bound)
@@ -198,13 +198,14 @@ def backward_kernel(
             mask = real[:, None] & (column < K1)[None, :]
             acc += tl.load(d_x1 + at, mask=mask, other=0.0)
             tl.store(d_x1 + at, acc, mask=mask)
-        for start in range(0, K2P, BO):
-            column = start + tl.arange(0, BO)
-            acc = input_gradient(
-                weights, grads, row, real, K1P + column, column < K2P,
-                KP, W, LAYERS, TOTAL, GRADS, BM, BO, BK,
-            )  # fmt: skip
-            at = block * K2 + row[:, None] * K2 + column[None, :]
-            mask = real[:, None] & (column < K2)[None, :]
-            acc += tl.load(d_x2 + at, mask=mask, other=0.0)
-            tl.store(d_x2 + at, acc, mask=mask)
+        if K2 > 0:
+            for start in range(0, K2P, BO):
+                column = start + tl.arange(0, BO)
+                acc = input_gradient(
+                    weights, grads, row, real, K1P + column, column < K2P,
+                    KP, W, LAYERS, TOTAL, GRADS, BM, BO, BK,
+                )  # fmt: skip
+                at = block * K2 + row[:, None] * K2 + column[None, :]
+                mask = real[:, None] & (column < K2)[None, :]
+                acc += tl.load(d_x2 + at, mask=mask, other=0.0)
+                tl.store(d_x2 + at, acc, mask=mask)
