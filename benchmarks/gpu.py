@@ -115,7 +115,9 @@ def measure(
         for variant, t in times.items() if flops else ():
             t["gflop_per_s"] = flops / t["median_ms"] / 1e6
             t["gb_per_s"] = size / t["median_ms"] / 1e6
-            t["flop_share"] = t["gflop_per_s"] / limits["bf16" if variants[variant].bf16 else "fp32"]
+            t["flop_share"] = (
+                t["gflop_per_s"] / limits["bf16" if variants[variant].bf16 else "fp32"]
+            )
             t["byte_share"] = t["gb_per_s"] / limits["gb_per_s"]
         results[name] = {"gflop": flops / 1e9, "bytes": size, "times": times}
         results[name]["left_out"] = entries.left_out

@@ -76,19 +76,22 @@ class Case:
     def entries(self, variants: Mapping[str, Variant] = VARIANTS) -> Entries:
         """Build every variant and check it; return those that are right.
 
-        Native and triton are held to the limits of their op. A baseline is not ours to make accurate (compiled
-        code sums biases' gradients row by row, for one, with ten times eager's error); it must do
-        the same work. One that does not, or that the compiler cannot make, is left out with the
+        Native and triton are held to the limits of their op. A baseline is not ours to make
+        accurate (compiled code sums biases' gradients row by row, for one, with ten times eager's
+        error); it must do the same work. One that does not, or that the compiler cannot make, is
+        left out with the
         reason.
 
         Raises:
             AssertionError: a variant of native or triton is outside its limits.
         """
         device = next(iter(variants.values())).device
-        truth = self._results(Variant("eager", device=device), *self._prepared(torch.float64, device))
+        truth = self._results(
+            Variant("eager", device=device), *self._prepared(torch.float64, device)
+        )
         eager = {
             bf16: self._results(
-                Variant("eager", bf16=bf16, device=device), *self._prepared(torch.float32, device)
+                reference._replace(bf16=bf16), *self._prepared(torch.float32, device)
             )
             for bf16 in (False, True)
         }
@@ -134,6 +137,7 @@ class Case:
         self, dtype: torch.dtype, device: str = "cpu"
     ) -> tuple[dict[str, Any], list[list[Tensor]]]:
         """Inputs of its own, every parameter as an ``nn.Parameter`` is (autocast caches those)."""
+
         def cast(x: Any) -> Any:
             if _floating(x):
                 return x.detach().to(device, dtype, copy=True)

@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import importlib
 import json
+import subprocess
+import sys
 import time
 
 import pytest
