@@ -79,16 +79,14 @@ class Case:
         Native and triton are held to the limits of their op. A baseline is not ours to make
         accurate (compiled code sums biases' gradients row by row, for one, with ten times eager's
         error); it must do the same work. One that does not, or that the compiler cannot make, is
-        left out with the
-        reason.
+        left out with the reason.
 
         Raises:
             AssertionError: a variant of native or triton is outside its limits.
         """
         device = next(iter(variants.values())).device
-        truth = self._results(
-            Variant("eager", device=device), *self._prepared(torch.float64, device)
-        )
+        reference = Variant("eager", device=device)
+        truth = self._results(reference, *self._prepared(torch.float64, device))
         eager = {
             bf16: self._results(
                 reference._replace(bf16=bf16), *self._prepared(torch.float32, device)
