@@ -180,16 +180,19 @@ def faults(spec: Spec, usage: Usage) -> list[str]:
 
 
 def barriers(spec: Spec) -> int:
-    """How often layers hand over through global memory inside a kernel."""
+    """How many places inside a kernel hand over through global memory.
+
+    Hidden layers are the first one and a loop over the others.
+    """
     c = dict(spec.constants)
     module = spec.fn.fn.__module__.rpartition(".")[2]
     backward = spec.fn.fn.__name__ == "backward_kernel"
     if module == "rssm_step":
         # forward: input layers, gates, latent layers; backward: outputs, latent layers, gates,
-        # input layers, and what the recurrent weights and the last input layer share
-        return c["IL"] + c["LL"] + (2 if backward else 1)
+        # what the recurrent weights and the last input layer share, the other input layers
+        return min(c["IL"] - backward, 2) + min(c["LL"], 2) + (3 if backward else 1)
     if module == "mlp":
-        return c["LAYERS"] + (1 if backward and c["HEAD"] != "ready" else 0)
+        return min(c["LAYERS"], 2) + (1 if backward and c["HEAD"] != "ready" else 0)
     return 0
 
 
