@@ -67,8 +67,8 @@ def check_case(op: str, name: str, *precisions: bool) -> None:
 
 
 def check_rssm_step() -> None:
-    check_case("rssm_step", "blocks", False, True)
-    check_case("rssm_step", "silu", False, True)
+    check_case("rssm_step", "blocks", False)
+    check_case("rssm_step", "silu", True)
     inputs = make_inputs("rssm_step", SMALL, 1, 2)
     check("rssm_step", inputs, using=("out[1].std",))
     check("rssm_step", inputs, wrt=())
@@ -187,9 +187,8 @@ def check_misuse() -> None:
     action = inputs["action"].requires_grad_()
     states = open_loop(**inputs, backend="triton")
     states.deter.sum().backward(retain_graph=True)
-    (grad,) = torch.autograd.grad(states.deter.sum(), action, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="triton gradients have none of their own"):
+        torch.autograd.grad(states.deter.sum(), action, create_graph=True)
     with torch.no_grad():
         inputs["params"].gru.weight_hh.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

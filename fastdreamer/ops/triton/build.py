@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -510,3 +511,15 @@ def autocast_bf16(device: torch.device) -> bool:
     """Whether the call is under autocast to bfloat16, which the kernels take as their precision."""
     kind = device.type
     return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+
+
+def first_order(backward: Callable) -> Callable:
+    """Decorate a node's backward pass, which autograd cannot differentiate again."""
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():  # only where gradients are to have gradients
+            raise RuntimeError("triton gradients have none of their own: choose backend='eager'")
+        return backward(ctx, *grads)
+
+    return checked

@@ -21,7 +21,10 @@ def sigmoid(x):
 
 @triton.jit
 def tanh(x):
-    return 2.0 * sigmoid(2.0 * x) - 1.0
+    """±(1 - 2u / (1 + u)), u = exp(-2|x|): correctly rounded near ±1, where slopes 1 - y² cancel."""
+    u = tl.exp(-2.0 * tl.abs(x))
+    y = 1.0 - 2.0 * (u / (1.0 + u))
+    return tl.where(x < 0, -y, y)
 
 
 @triton.jit
@@ -218,28 +221,40 @@ def hidden_layers(
     BK: tl.constexpr,
 ):
     """Layers of W columns, each followed by the activation and a barrier."""
-    for layer in tl.static_range(LAYERS):
-        w = weights + (0 if layer == 0 else (K1P + K2P + (layer - 1) * W) * W)
+    if LAYERS > 0:
+        for start in range(0, W, BN):
+            column = start + tl.arange(0, BN)
+            inside = column < W
+            mask = real[:, None] & inside[None, :]
+            acc = bias_block(biases, column, inside, BM, BN)
+            if extra is not None:
+                acc += tl.load(extra + row[:, None] * W + column[None, :], mask=mask, other=0.0)
+            acc = accumulate_inputs(
+                acc, x1, x2, weights, row, alive, column, inside, K1, K1P, K2, W, BK
+            )
+            store_hidden(tape, row[:, None] * TAPE + column[None, :], acc, mask, PRE, ACT)
+        tl.debug_barrier()
+    # A loop at run time, which keeps the code small whatever the depth. It must never be pipelined:
+    # a layer's loads belong behind the barrier of the layer below.
+    for layer in tl.range(1, LAYERS, num_stages=1):
+        w = weights + (K1P + K2P + (layer - 1) * W) * W
+        below = tape + (layer - 1) * W
         for start in range(0, W, BN):
             column = start + tl.arange(0, BN)
             inside = column < W
             acc = bias_block(biases + layer * W, column, inside, BM, BN)
+            acc = accumulate(acc, below, w, row, real, column, inside, W, TAPE, W, BK)
+            at = row[:, None] * TAPE + column[None, :]
             mask = real[:, None] & inside[None, :]
-            at = row[:, None] * TAPE + layer * W + column[None, :]
-            if layer == 0:
-                if extra is not None:
-                    acc += tl.load(extra + row[:, None] * W + column[None, :], mask=mask, other=0.0)
-                acc = accumulate_inputs(
-                    acc, x1, x2, w, row, alive, column, inside, K1, K1P, K2, W, BK
-                )
-            else:
-                acc = accumulate(
-                    acc, tape + (layer - 1) * W, w, row, real, column, inside, W, TAPE, W, BK
-                )
-            if PRE > 0:
-                tl.store(tape + at + PRE, acc.to(tape.dtype.element_ty), mask=mask)
-            tl.store(tape + at, activate(acc, ACT).to(tape.dtype.element_ty), mask=mask)
+            store_hidden(below + W, at, acc, mask, PRE, ACT)
         tl.debug_barrier()
+
+
+@triton.jit
+def store_hidden(tape, at, acc, mask, PRE: tl.constexpr, ACT: tl.constexpr):
+    if PRE > 0:
+        tl.store(tape + at + PRE, acc.to(tape.dtype.element_ty), mask=mask)
+    tl.store(tape + at, activate(acc, ACT).to(tape.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -303,24 +318,52 @@ def hidden_backward(
     BK: tl.constexpr,
 ):
     """The hidden layers' gradients, last to first, a barrier behind each."""
-    for done in tl.static_range(LAYERS):
-        layer = LAYERS - 1 - done
-        for start in range(0, W, BN):
-            column = start + tl.arange(0, BN)
-            inside = column < W
-            acc = tl.zeros([BM, BN], tl.float32)
-            above, w = grads + (layer + 1) * W, weights + (KP + layer * W) * W
-            if done == 0:
-                acc = accumulate(acc, above, w, row, real, column, inside, OUT, GRADS, W, BK)
-            else:
-                acc = accumulate(acc, above, w, row, real, column, inside, W, GRADS, W, BK)
-            mask = real[:, None] & inside[None, :]
-            at = row[:, None] * TAPE + layer * W + column[None, :]
-            value = tl.load(tape + at + PRE, mask=mask, other=0.0).to(tl.float32)
-            acc *= activation_slope(value, ACT)
-            at = row[:, None] * GRADS + layer * W + column[None, :]
-            tl.store(grads + at, acc.to(grads.dtype.element_ty), mask=mask)
+    if LAYERS > 0:
+        above = grads + LAYERS * W
+        w = weights + (KP + (LAYERS - 1) * W) * W
+        at = tape + (LAYERS - 1) * W + PRE
+        hidden_gradient(
+            above, w, at, row, real, OUT, W, TAPE, GRADS, ACT, BM, BN, BK,
+        )  # fmt: skip
         tl.debug_barrier()
+    for done in tl.range(1, LAYERS, num_stages=1):  # never pipelined, see hidden_layers
+        layer = LAYERS - done  # whose gradient is there
+        above = grads + layer * W
+        w = weights + (KP + (layer - 1) * W) * W
+        at = tape + (layer - 1) * W + PRE
+        hidden_gradient(
+            above, w, at, row, real, W, W, TAPE, GRADS, ACT, BM, BN, BK,
+        )  # fmt: skip
+        tl.debug_barrier()
+
+
+@triton.jit
+def hidden_gradient(
+    above,  # gradients by the sums of the layer above, OUT columns
+    w,  # [OUT][W]
+    value,  # the layer's value, or its sum
+    row,
+    real,
+    OUT: tl.constexpr,
+    W: tl.constexpr,
+    TAPE: tl.constexpr,
+    GRADS: tl.constexpr,
+    ACT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """The gradient by one layer's sums, written W columns before ``above``."""
+    for start in range(0, W, BN):
+        column = start + tl.arange(0, BN)
+        inside = column < W
+        mask = real[:, None] & inside[None, :]
+        acc = tl.zeros([BM, BN], tl.float32)
+        acc = accumulate(acc, above, w, row, real, column, inside, OUT, GRADS, W, BK)
+        y = tl.load(value + row[:, None] * TAPE + column[None, :], mask=mask, other=0.0)
+        acc *= activation_slope(y.to(tl.float32), ACT)
+        at = row[:, None] * GRADS + column[None, :]
+        tl.store(above - W + at, acc.to(above.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastdreamer.ops.graph import Program, run
 from fastdreamer.ops.params import ActorParams, MLPParams, Normal, ReturnParams, RSSMParams, State
@@ -23,6 +22,7 @@ from fastdreamer.ops.triton.build import (
     Builder,
     Precision,
     autocast_bf16,
+    first_order,
 )
 from fastdreamer.ops.triton.layout import (
     MlpShape,
@@ -406,7 +406,7 @@ class _Rollout(torch.autograd.Function):
         return tuple(shown[name] for name in _outputs(spec))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, *grads):
         spec, needs = ctx.spec, ctx.needs
         reached = {
@@ -440,7 +440,7 @@ class _Value(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):
         tensors = dict(zip([*ctx.names, *ctx.results], ctx.saved_tensors, strict=True))
         tensors = {name: t.detach().contiguous() for name, t in tensors.items()}

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastdreamer.ops.graph import Program, run
 from fastdreamer.ops.params import Normal, RSSMParams, State
 from fastdreamer.ops.triton import tiles
-from fastdreamer.ops.triton.build import Builder, Precision, autocast_bf16
+from fastdreamer.ops.triton.build import Builder, Precision, autocast_bf16, first_order
 from fastdreamer.ops.triton.imagine import chosen, named
 from fastdreamer.ops.triton.layout import (
     MlpShape,
@@ -238,7 +237,7 @@ class _Observe(torch.autograd.Function):
         return tuple(shown[name] for name in OUTPUTS)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, *grads):
         spec, needs = ctx.spec, ctx.needs
         reached = {
