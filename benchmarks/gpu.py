@@ -27,11 +27,10 @@ from benchmarks import bench_train, machine, report
 from benchmarks.ops import UPDATE, cases
 from benchmarks.race import Case, Entries, race
 from benchmarks.timing import MIN_REPEATS, cell
-from benchmarks.variants import GPU, Variant
+from benchmarks.variants import GPU, OURS, Variant
 from fastdreamer.ops.backend import why_no_cuda
 from fastdreamer.ops.cuda_graph import driver_state
 
-UPDATE_VARIANTS = [name for name, v in GPU.items() if v.backend in ("triton", "eager")]
 WHY_NOT_UPDATE = "the update as a whole is not captured: encoder, decoder and optimisers are torch"
 
 
@@ -130,9 +129,9 @@ def measure(
         print(f"{UPDATE} …", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as folder:
             replay = bench_train.open_replay(Path(folder))
-            names = [name for name in variants if name in UPDATE_VARIANTS]
-            entries = bench_train.entries(replay, update, names, "eager fp32")
-            left = dict.fromkeys([n for n in variants if n not in names], WHY_NOT_UPDATE)
+            able = {n: v for n, v in variants.items() if v.backend in (*OURS, "eager")}
+            entries = bench_train.entries(replay, update, able)
+            left = dict.fromkeys([n for n in variants if n not in able], WHY_NOT_UPDATE)
             entries = Entries(_waiting(entries.run, device), entries.left_out | left)
             add(UPDATE, 0, 0, entries, rounds=rounds or MIN_REPEATS, warmup=3)
     return result

@@ -155,34 +155,33 @@ def backward_kernel(
     grads += block * GRADS
     if HEAD != "ready":
         d_out += block * N
-    else:
-        d_out = grads  # the loop below does not run, but it is compiled
     g_out = grads + LAYERS * W
     KP: tl.constexpr = K1P + K2P
-    for start in range(0, 0 if HEAD == "ready" else NP, BO):
-        column = start + tl.arange(0, BO)
-        inside = real[:, None] & (column < NP)[None, :]
-        at = row[:, None] * N + column[None, :]
-        mask = real[:, None] & (column < N)[None, :]
-        to = row[:, None] * GRADS + column[None, :]
-        d = tl.load(d_out + at, mask=mask, other=0.0)
-        if HEAD == "plain":
-            tl.store(g_out + to, d.to(grads.dtype.element_ty), mask=inside)
-        else:
-            if HEAD == "action":
-                a = tl.load(action + block * N + at, mask=mask, other=0.0)
-                d *= 1.0 - a * a
-                d_s = d * tl.load(noise + block * N + at, mask=mask, other=0.0)
+    if HEAD != "ready":  # also for the compiler, which would read the body of an empty loop
+        for start in range(0, NP, BO):
+            column = start + tl.arange(0, BO)
+            inside = real[:, None] & (column < NP)[None, :]
+            at = row[:, None] * N + column[None, :]
+            mask = real[:, None] & (column < N)[None, :]
+            to = row[:, None] * GRADS + column[None, :]
+            d = tl.load(d_out + at, mask=mask, other=0.0)
+            if HEAD == "plain":
+                tl.store(g_out + to, d.to(grads.dtype.element_ty), mask=inside)
             else:
-                d_s = tl.load(d_std + block * N + at, mask=mask, other=0.0)
-            on = row[:, None] * TAPE + LAYERS * W + column[None, :]
-            if BOUNDED:
-                t = tanh(tl.load(tape + on, mask=inside, other=0.0).to(tl.float32) / bound)
-                d *= 1.0 - t * t
-            y = tl.load(tape + on + NP, mask=inside, other=0.0).to(tl.float32)
-            d_s *= std_slope(y, scale, slope, offset, least, STD, CLAMP)
-            tl.store(g_out + to, d.to(grads.dtype.element_ty), mask=inside)
-            tl.store(g_out + to + NP, d_s.to(grads.dtype.element_ty), mask=inside)
+                if HEAD == "action":
+                    a = tl.load(action + block * N + at, mask=mask, other=0.0)
+                    d *= 1.0 - a * a
+                    d_s = d * tl.load(noise + block * N + at, mask=mask, other=0.0)
+                else:
+                    d_s = tl.load(d_std + block * N + at, mask=mask, other=0.0)
+                on = row[:, None] * TAPE + LAYERS * W + column[None, :]
+                if BOUNDED:
+                    t = tanh(tl.load(tape + on, mask=inside, other=0.0).to(tl.float32) / bound)
+                    d *= 1.0 - t * t
+                y = tl.load(tape + on + NP, mask=inside, other=0.0).to(tl.float32)
+                d_s *= std_slope(y, scale, slope, offset, least, STD, CLAMP)
+                tl.store(g_out + to, d.to(grads.dtype.element_ty), mask=inside)
+                tl.store(g_out + to + NP, d_s.to(grads.dtype.element_ty), mask=inside)
     if HEAD != "ready":
         tl.debug_barrier()
     hidden_backward(
