@@ -294,7 +294,8 @@ class Builder:
             },
             {
                 **shape.constants(), **normal.constants,
-                "GRADS": grads_width or shape.grads, "HEAD": head, "BOUNDED": bounded, **_blocks(tile, shape),
+                "GRADS": grads_width or shape.grads, "HEAD": head,
+                "BOUNDED": bounded, **_blocks(tile, shape),
             },
             tile,
         )  # fmt: skip
