@@ -162,6 +162,101 @@ class CollectConfig:
     noise: float = 0.3
     """Standard deviation of the Gaussian added to the actor's action."""
 
+    controller: Annotated[Literal["auto", "actor", "mpc", "mixed"], _short("--collect")] = "auto"
+    """Who acts: the actor, the planner (mpc), or both, every other episode; auto: the agent's own,
+    which is Dreamer's actor and PlaNet's planner."""
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Model-predictive control (report, Algorithm 2), and PlaNet's planner."""
+
+    plan_horizon: int = 20
+    """Decisions planned ahead."""
+    num_samples: int = 100
+    """Candidate action sequences an iteration."""
+    num_elites: int = 20
+    """The best of them, which the next Normal is fitted to."""
+    iterations: int = 15
+    """Refits; with 0 the actor's own action is taken."""
+    init_std: float = 1.0
+    """Standard deviation of the first candidates around the start (the report: 1)."""
+    min_std: float = 0.0
+    """The least standard deviation of a refit."""
+    clip: float = 0.9999
+    """Bound on the candidates' actions."""
+    common_noise: bool = False
+    """Roll all candidates of an iteration out under the same latent noise, so that their scores
+    differ by their actions alone."""
+    proposals: int = 0
+    """So many of the candidates are rollouts of the stochastic actor."""
+    warm_start: bool = False
+    """Start from the last plan, one decision later, instead of the actor's rollout."""
+    warm_iterations: int = 5
+    """Refits of a warm start."""
+    budget_ms: Annotated[float | None, _short("--plan-ms")] = None
+    """Milliseconds a plan may take: as many iterations as fit, at least one; none: all."""
+
+
+@dataclass(frozen=True)
+class ExploreConfig:
+    """Optimism: the upper confidence bound of the λ-return over an ensemble of heads."""
+
+    method: Annotated[Literal["none", "ucb"], _short("--explore")] = "none"
+    """none: collect for the return alone; ucb: for mean + β·std of the members' λ-returns."""
+    at: Literal["actor", "plan"] = "actor"
+    """Who maximises the bound: a second actor that collects, or the planner that collects."""
+    heads: int = 5
+    """M, reward heads, at least 2."""
+    units: int | None = None
+    """Units of the ensembles' hidden layers; none: those of the agent's own heads."""
+    critics: bool = False
+    """An ensemble of critics, too; without it the members share the agent's critic."""
+    beta: float = 1.0
+    """Weight of the spread."""
+    schedule: Literal["constant", "gp-ucb"] = "constant"
+    """gp-ucb: β grows with round t of collection as √(2·ln(t²π²/(6δ)))."""
+    delta: float = 0.1
+    """The δ of that schedule."""
+
+
+@dataclass(frozen=True)
+class SafetyConfig:
+    """A control barrier function, learned from a safety signal on the state observation."""
+
+    signal: Annotated[str, _short("--safety")] = "none"
+    """none, walker (torso height and joint speed), or module:function: state to margin."""
+    min_height: float = 0.5
+    """Of "walker": least height of the torso in metres."""
+    max_joint_speed: float = 20.0
+    """Of "walker": greatest speed of a joint in rad/s."""
+    alpha: float = 0.2
+    """The barrier may lose this part of itself in a decision: B(next) ≥ (1 − α)·B(now)."""
+    layers: int = 2
+    """Hidden layers of the barrier."""
+    lr: float = 1e-3
+    """Learning rate of the barrier."""
+    hinge: float = 0.3
+    """On safe states the barrier is to reach the signal or at least this; unsafe: its negative."""
+    step_scale: float = 1.0
+    """Factor of the condition's shortfall in the barrier's loss."""
+    limit: float = 0.01
+    """Mean shortfall that the actor may cause before its multiplier grows."""
+    multiplier_lr: float = 2.0
+    """Step of the Lagrange multiplier an update; 0: the actor does not know of the barrier."""
+    multiplier_max: float = 200.0
+    """The multiplier's greatest value."""
+    shield: bool = False
+    """Filter the actions of collection, too."""
+    shield_samples: int = 64
+    """Candidates an iteration of the shield."""
+    shield_elites: int = 8
+    """Candidates that the next iteration starts from."""
+    shield_iterations: int = 3
+    """Iterations of the shield."""
+    shield_std: float = 0.5
+    """Standard deviation of its first candidates around the proposed action."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -177,13 +272,17 @@ class TrainConfig:
     """Updates between checkpoints."""
     keep_checkpoints: int = 3
     """Newest checkpoints kept."""
+    snapshot_every: int = 10_000
+    """Env frames between snapshots, weights kept for good; 0: none but the final one."""
+    keep_snapshots: int = 50
+    """Most snapshots kept; where there are more, every second one goes."""
     log_every: int = 50
     """Updates between logged losses."""
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation with the deterministic actor."""
+    """Evaluation, without exploration noise."""
 
     every: int = 10_000
     """Env frames between evaluations; 0: never."""
@@ -191,6 +290,8 @@ class EvalConfig:
     """Episodes an evaluation."""
     video: bool = True
     """Keep a video of the first episode of each evaluation (pixels only)."""
+    controller: Literal["auto", "actor", "mpc", "planet"] = "auto"
+    """Who acts; auto: the agent's own."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +308,8 @@ class Config:
     """cpu, cuda or cuda:N."""
     threads: int = 0
     """CPU threads of the learner; 0 is torch's own choice."""
+    agent: Literal["dreamer", "planet"] = "dreamer"
+    """dreamer: actor and critic learn in imagination; planet: a world model and a planner alone."""
     env: EnvConfig = field(default_factory=EnvConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -214,6 +317,9 @@ class Config:
     behavior: BehaviorConfig = field(default_factory=BehaviorConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     collect: CollectConfig = field(default_factory=CollectConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    explore: ExploreConfig = field(default_factory=ExploreConfig)
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
@@ -228,6 +334,9 @@ class Config:
             "behavior": ("imag_horizon", "mean_scale", "min_std", "value_scale"),
             "optim": ("model_lr", "actor_lr", "critic_lr", "eps", "clip"),
             "collect": ("prefill",),
+            "plan": ("plan_horizon", "num_samples", "num_elites", "init_std", "warm_iterations"),
+            "safety": ("min_height", "max_joint_speed", "lr", "hinge", "multiplier_max",
+                       "shield_samples", "shield_elites", "shield_iterations", "shield_std"),
             "train": ("frames", "replay_ratio", "checkpoint_every", "keep_checkpoints",
                       "log_every"),
             "eval": ("episodes",),
@@ -238,7 +347,10 @@ class Config:
             "loss": ("kl_scale", "free_nats"),
             "behavior": ("actor_layers", "critic_layers", "target_every"),
             "collect": ("noise",),
-            "train": ("pretrain",),
+            "explore": ("beta",),
+            "safety": ("layers", "step_scale", "limit", "multiplier_lr"),
+            "plan": ("iterations", "min_std", "proposals"),
+            "train": ("pretrain", "snapshot_every"),
             "eval": ("every",),
         }
         for names, accepts, low in ((positive, "> 0", 0), (not_negative, ">= 0", -1)):
@@ -250,6 +362,18 @@ class Config:
         for name in ("gamma", "lam"):
             value = getattr(self.behavior, name)
             _require(0 <= value <= 1, f"behavior.{name}", "between 0 and 1", value)
+        keep = self.train.keep_snapshots
+        _require(keep >= 2, "train.keep_snapshots", ">= 2", keep)
+        for name in ("num_elites", "proposals"):
+            value, samples = getattr(self.plan, name), self.plan.num_samples
+            _require(value <= samples, f"plan.{name}", f"<= plan.num_samples = {samples}", value)
+        _require(0 < self.plan.clip <= 1, "plan.clip", "> 0 and <= 1", self.plan.clip)
+        if self.agent == "planet":  # it has no actor to ask
+            collect, evaluate = self.collect.controller, self.eval.controller
+            _require(collect == "auto", "collect.controller", "'auto' for planet", collect)
+            ok = evaluate in ("auto", "planet")
+            _require(ok, "eval.controller", "'auto' or 'planet' for planet", evaluate)
+            _require(not self.plan.proposals, "plan.proposals", "0 for planet", self.plan.proposals)
         balance = self.loss.kl_balance
         _require(balance is None or 0 <= balance <= 1, "loss.kl_balance", "none or 0..1", balance)
         _require(self.replay.length >= 2, "replay.length", ">= 2", self.replay.length)
@@ -259,11 +383,43 @@ class Config:
         for name, value in (
             ("env.time_limit", self.env.time_limit),
             ("model.encoder_linear", self.model.encoder_linear),
+            ("plan.budget_ms", self.plan.budget_ms),
+            ("explore.units", self.explore.units),
         ):
             _require(value is None or value > 0, name, "none or > 0", value)
+        self._validate_explore()
+        self._validate_safety()
         ok = re.fullmatch(r"cpu|cuda(:\d+)?", self.device) is not None
         _require(ok, "device", "cpu, cuda or cuda:N", self.device)
         return self
+
+    def _validate_explore(self) -> None:
+        explore = self.explore
+        _require(explore.heads >= 2, "explore.heads", ">= 2", explore.heads)
+        _require(0 < explore.delta < 1, "explore.delta", "between 0 and 1", explore.delta)
+        if explore.method == "none":
+            return
+        plans = self.agent == "planet" or self.collect.controller in ("mpc", "mixed")
+        if explore.at == "plan":
+            accepts = "'actor' where no planner collects (--collect mpc)"
+            _require(plans, "explore.at", accepts, explore.at)
+        if self.agent == "planet":
+            _require(explore.at == "plan", "explore.at", "'plan' for planet", explore.at)
+            _require(not explore.critics, "explore.critics", "false for planet", True)
+
+    def _validate_safety(self) -> None:
+        safety = self.safety
+        _require(0 < safety.alpha <= 1, "safety.alpha", "> 0 and <= 1", safety.alpha)
+        elites, samples = safety.shield_elites, safety.shield_samples
+        _require(elites <= samples, "safety.shield_elites", f"<= {samples} candidates", elites)
+        if safety.signal == "none":
+            _require(not safety.shield, "safety.shield", "false without safety.signal", True)
+            return
+        ok = safety.signal == "walker" or re.fullmatch(r"[\w.]+:\w+", safety.signal) is not None
+        _require(ok, "safety.signal", "none, walker or module:function", safety.signal)
+        _require(self.agent == "dreamer", "agent", "'dreamer' with safety", self.agent)
+        ok = self.env.obs != "pixels"
+        _require(ok, "env.obs", "state or both with safety (it reads the state)", self.env.obs)
 
 
 def _report() -> Config:
@@ -293,6 +449,7 @@ def _walker() -> Config:
             target_every=100,
         ),
         collect=CollectConfig(prefill=5),
+        plan=PlanConfig(plan_horizon=15, init_std=0.5, common_noise=True),
         train=TrainConfig(replay_ratio=160.0, pretrain=100),
     )
 
@@ -309,6 +466,7 @@ def _state() -> Config:
             walker.behavior, imag_horizon=10, actor_layers=2, critic_layers=2
         ),
         optim=OptimConfig(actor_lr=3e-4, critic_lr=3e-4),
+        plan=dataclasses.replace(walker.plan, plan_horizon=10),
         train=TrainConfig(frames=300_000, replay_ratio=50.0, pretrain=100),
     )
 
@@ -332,8 +490,14 @@ def _tiny() -> Config:
         ),
         behavior=BehaviorConfig(imag_horizon=3, actor_layers=2, critic_layers=2),
         collect=CollectConfig(prefill=2),
+        plan=PlanConfig(plan_horizon=3, num_samples=8, num_elites=3, iterations=2),
         train=TrainConfig(
-            frames=400, replay_ratio=32.0, checkpoint_every=10, keep_checkpoints=2, log_every=5
+            frames=400,
+            replay_ratio=32.0,
+            checkpoint_every=10,
+            keep_checkpoints=2,
+            log_every=5,
+            snapshot_every=120,
         ),
         eval=EvalConfig(every=120, episodes=1, video=False),
     )

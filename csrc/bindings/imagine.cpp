@@ -126,6 +126,40 @@ std::unique_ptr<ImagineRun> imagine_forward(const char* op, py::tuple rssm, py::
   return run;
 }
 
+// One step without gradients, of rows [B, ...]: what a call for a single row does besides computing
+// takes as long as computing it, so this is the shortest way. `outputs`: deter, stoch, prior_mean,
+// prior_std.
+void rssm_step_forward(py::tuple rssm, py::handle deter, py::handle stoch, py::handle action,
+                       py::handle noise, py::tuple outputs, int threads) {
+  const char* op = "rssm_step";
+  if (threads < 1) fail("rssm_step: threads must be at least 1");
+  const PackedMlp &inp = mlp_of(rssm[0]), &prior = mlp_of(rssm[2]);
+  const PackedGru& gru = rssm[1].cast<const PackedGru&>();
+  const Rssm model = make_rssm(op, inp, gru, prior, rssm[3].cast<double>());
+  const Index A = model.A, D = model.D, S = model.S;
+  Arrays arrays(op);
+  const Array shape(op, "noise", noise);
+  if (shape.ndim() != 2 || shape.size(0) < 1) fail("rssm_step: noise must be [B, S], B not 0");
+  ImagineArgs x{};
+  x.kernels = &kernels(gru.precision());
+  x.rssm = &model;
+  x.H = 1;
+  const Index B = x.B = shape.size(0);
+  x.start_deter = arrays.in("state.deter", deter, {B, D});
+  x.start_stoch = arrays.in("state.stoch", stoch, {B, S});
+  x.action = const_cast<float*>(arrays.in("action", action, {B, A}));
+  x.state_noise = arrays.in("noise", noise, {B, S});
+  x.deter = arrays.out("deter", outputs[0], {B, D});
+  x.stoch = arrays.out("stoch", outputs[1], {B, S});
+  x.prior_mean = arrays.out("prior_mean", outputs[2], {B, S});
+  x.prior_std = arrays.out("prior_std", outputs[3], {B, S});
+  arrays.check_overlap();
+  Arena scratch;
+  const Imagine pass(x, {}, nullptr, scratch, threads);
+  py::gil_scoped_release release;
+  pass.run();
+}
+
 // `grads`: those that reach deter, stoch, action, prior_mean, prior_std, reward, returns. `inputs`:
 // where those of start.deter, start.stoch and the given action go. Parameters: None, or a list of
 // (weight, bias) per layer, and for the GRU its four.
@@ -202,6 +236,9 @@ void bind_imagine(py::module_& m) {
         py::arg("heads"), py::arg("start_deter"), py::arg("start_stoch"), py::arg("state_noise"),
         py::arg("action_noise"), py::arg("action"), py::arg("outputs"), py::arg("wants"),
         py::arg("threads"), "A rollout; see csrc/bindings/imagine.cpp.");
+  m.def("rssm_step", &rssm_step_forward, py::arg("rssm"), py::arg("deter"), py::arg("stoch"),
+        py::arg("action"), py::arg("noise"), py::arg("outputs"), py::arg("threads"),
+        "One step without gradients; see csrc/bindings/imagine.cpp.");
   m.def("imagine_backward", &imagine_backward, py::arg("tape"), py::arg("grads"), py::arg("inputs"),
         py::arg("actor"), py::arg("inp"), py::arg("gru"), py::arg("prior"), py::arg("reward"),
         py::arg("threads"), "Its gradients.");

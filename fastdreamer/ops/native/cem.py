@@ -23,6 +23,7 @@ def cem(
     min_std: float,
     clip: float,
     score: str,
+    proposals: Tensor | None,
 ) -> Plan:
     """See ``fastdreamer.ops.cem``."""
     pack = {"bf16": autocast_bf16(), "gradients": False}
@@ -37,7 +38,7 @@ def cem(
     scores = mean.new_empty(iterations, batch, samples)
     _native.cem(
         *(pack_rssm(params, **pack), heads),
-        *arrays(*start, mean, std, action_noise, state_noise, scores),
+        *arrays(*start, mean, std, action_noise, state_noise, scores, proposals),
         *(num_elites, min_std, clip, torch.get_num_threads()),
     )
     return Plan(mean, std, scores)

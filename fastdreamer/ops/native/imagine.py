@@ -154,6 +154,14 @@ def rssm_step(
     params: RSSMParams, state: State, action: Tensor, noise: Tensor
 ) -> tuple[State, Normal]:
     """See ``fastdreamer.ops.rssm_step``: a rollout of one step."""
+    if not torch.is_grad_enabled():  # the latency of acting: nothing that is not needed
+        model = pack_rssm(params, bf16=autocast_bf16(), gradients=False)
+        new = torch.empty_like
+        deter, stoch, mean, std = new(state.deter), new(noise), new(noise), new(noise)
+        outputs = tuple(arrays(deter, stoch, mean, std))
+        inputs = arrays(*state, action, noise)
+        _native.rssm_step(model, *inputs, outputs, torch.get_num_threads())
+        return State(deter, stoch), Normal(mean, std)
     call = _Call("rssm_step", params, prior=True)
     deter, stoch, _, mean, std, *_ = call(*state, noise[None], None, action[None])
     return State(deter[0], stoch[0]), Normal(mean[0], std[0])
