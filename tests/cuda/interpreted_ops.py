@@ -27,8 +27,10 @@ CASES = {
     "open_loop": lambda dtype: testing.open_loop_inputs(SMALL, 3, 5, dtype=dtype),
     "imagine": lambda dtype: testing.imagine_inputs(SMALL, 3, 5, heads=True, dtype=dtype),
     "observe": lambda dtype: testing.observe_inputs(SMALL, 3, 3, dtype=dtype),
-    "cem": lambda dtype: testing.cem_inputs(SMALL, 3, 2, 6, 2, dtype=dtype)
-    | {"proposals": torch.full((3, 2, 1, 2), 0.25, dtype=dtype)},
+    "cem": lambda dtype: (
+        testing.cem_inputs(SMALL, 3, 2, 6, 2, dtype=dtype)
+        | {"proposals": torch.full((3, 2, 1, 2), 0.25, dtype=dtype)}
+    ),
 }
 ONLY = os.environ.get("FASTDREAMER_GRAPH_OPS", "").split() or list(CASES)
 

@@ -171,7 +171,7 @@ class Builder:
         return Weights(packed.at(0), biases and biases.at(0))
 
     def pack_embed(self, shape: MlpShape, *, transposed: bool = False) -> Weights:
-        """Pack the embedding's columns of the posterior's first weight; no bias, it is the step's."""
+        """Pack the embedding's columns of the posterior's first weight; the bias is the step's."""
         packed = self.operands("embed.packed", (shape.weights,), "scratch")
         weight = self.slot("post.weight0", (shape.out, shape.columns))
         layer = shape.layer(0)
@@ -293,7 +293,8 @@ class Builder:
                 "rows": rows, "bound": bound if bounded else 1.0, **normal.scalars,
             },
             {
-                **shape.constants(), **normal.constants, "GRADS": grads_width or shape.grads, "HEAD": head,
+                **shape.constants(), **normal.constants,
+                "GRADS": grads_width or shape.grads, "HEAD": head,
                 "BOUNDED": bounded, **_blocks(tile, shape),
             },
             tile,
