@@ -9,7 +9,7 @@ import torch
 from fastdreamer.agent import Dreamer
 from fastdreamer.config import ConfigError, SafetyConfig, preset
 from fastdreamer.ops.backend import last_backend, use_backend
-from fastdreamer.ops.params import GRUParams, MLPParams, RSSMParams, State
+from fastdreamer.ops.params import GRUParams, MLPParams, RSSMParams, State, StdTransform
 from fastdreamer.safety import (
     Guard,
     Shield,
@@ -260,7 +260,7 @@ def double_integrator(dtype=torch.float32):
         new([0.0] * 6),
     )
     hidden = (new([[0.0, 0.0]]), new([[0.0], [0.0]])), (new([0.0]), new([0.0, 0.0])), "relu"
-    return RSSMParams(inp, gru, MLPParams(*hidden), None, 0.1)
+    return RSSMParams(inp, gru, MLPParams(*hidden), None, StdTransform(min=0.1))
 
 
 def box_barrier(dtype=torch.float32):

@@ -22,6 +22,7 @@ from fastdreamer.ops.params import (
     ReturnParams,
     RSSMParams,
     State,
+    StdTransform,
 )
 from fastdreamer.planning import PlanningError, plan
 from fastdreamer.replay import episode_path, read_episode
@@ -54,7 +55,7 @@ def linear_model(decay, gain):
         zeros(6),
     )
     prior = MLPParams((zeros(2, 2),), (zeros(2),), "tanh")
-    return RSSMParams(inp, gru, prior, None, 0.1)
+    return RSSMParams(inp, gru, prior, None, StdTransform(min=0.1))
 
 
 def minus_squares(weights, knots=80, end=2.0):
@@ -148,7 +149,7 @@ def constant_actor(value, std=0.01):
     """An actor whose mean action is about `value`, everywhere."""
     raw = math.atanh(value)
     bias = torch.tensor([raw, math.log(math.expm1(std))])
-    return ActorParams(MLPParams((torch.zeros(2, 3),), (bias,), "elu"), 1e6, 0.0, 0.0)
+    return ActorParams(MLPParams((torch.zeros(2, 3),), (bias,), "elu"), 1e6, StdTransform())
 
 
 @pytest.mark.parametrize("better", [-1, 1])

@@ -6,21 +6,23 @@
 namespace fastdreamer {
 namespace {
 
-// rssm: (inp, gru, prior, min_std). heads: (reward, bootstrap or None, gamma, lam); without a
-// bootstrap the score is the sum of the rewards. proposals: an array or None. Arrays as in
-// cpu/cem.h; mean and std are changed.
+// rssm: (inp, gru, prior, std). heads: (reward, bootstrap or None, discount or None, gamma, lam);
+// without a bootstrap the score is the sum of the rewards. proposals: an array or None. Arrays as
+// in cpu/cem.h; mean and std are changed.
 void cem(py::tuple rssm, py::tuple heads, py::handle start_deter, py::handle start_stoch,
          py::handle mean, py::handle std, py::handle action_noise, py::handle state_noise,
          py::handle scores, py::handle proposals, Index num_elites, double min_std, double clip,
          int threads) {
   const char* op = "cem";
-  if (rssm.size() != 4 || heads.size() != 4) {
-    fail("cem: rssm must be (inp, gru, prior, min_std), heads (reward, bootstrap, gamma, lam)");
+  if (rssm.size() != 4 || heads.size() != 5) {
+    fail(
+        "cem: rssm must be (inp, gru, prior, std), heads (reward, bootstrap, discount, gamma, "
+        "lam)");
   }
   const PackedGru& gru = rssm[1].cast<const PackedGru&>();
   const Precision precision = gru.precision();
   const Rssm model = make_rssm(op, rssm[0].cast<const PackedMlp&>(), gru,
-                               rssm[2].cast<const PackedMlp&>(), rssm[3].cast<double>());
+                               rssm[2].cast<const PackedMlp&>(), rssm[3].cast<py::tuple>());
   const Index A = model.A, D = model.D, S = model.S;
 
   CemArgs x{};
@@ -33,11 +35,12 @@ void cem(py::tuple rssm, py::tuple heads, py::handle start_deter, py::handle sta
   };
   x.reward = head("reward", heads[0]);
   if (!heads[1].is_none()) x.bootstrap = head("bootstrap", heads[1]);
-  const double lam = heads[3].cast<double>();
+  if (!heads[2].is_none()) x.discount = head("discount", heads[2]);
+  const double lam = heads[4].cast<double>();
   if (!(lam >= 0.0 && lam <= 1.0)) {
     fail("cem: lam must be in [0, 1], got " + std::to_string(lam));
   }
-  x.gamma = heads[2].cast<float>();
+  x.gamma = heads[3].cast<float>();
   x.lam = static_cast<float>(lam);
   x.mix = static_cast<float>(1.0 - lam);
 

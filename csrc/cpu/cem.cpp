@@ -39,8 +39,13 @@ Cem::Cem(const CemArgs& args, Arena& scratch, int threads) : args_(args), thread
     bootstrap_hidden_ = take_mlp(scratch, k, *args.bootstrap, rows, false);
     value_ = take_floats(scratch, tiling.threads, args.H * tile_);
     returns_ = take_floats(scratch, tiling.threads, args.H * tile_);
-    discount_ = scratch.take<float>(args.H * tile_);
-    std::fill_n(discount_, args.H * tile_, args.gamma);
+    if (args.discount != nullptr) {
+      discount_hidden_ = take_mlp(scratch, k, *args.discount, rows, false);
+      discount_ = take_floats(scratch, tiling.threads, args.H * tile_);
+    } else {
+      discount_ = take_floats(scratch, 1, args.H * tile_);
+      std::fill_n(discount_.data, args.H * tile_, args.gamma);
+    }
   }
   const Index fits = std::min<Index>(args.B, threads);
   elites_ = take_floats(scratch, fits * args.K, rssm.A);
@@ -92,7 +97,8 @@ void Cem::tile(Index i, Index begin, Index rows, int thread) const {
   const Index scratch = thread * tile_;
   const auto turn = [&](Index t) { return (2 * thread + t % 2) * tile_; };
   const auto states = [&](Index t, Index col) { return states_.at(turn(t), col); };
-  float *reward = reward_.at(thread).data, *value = value_.at(thread).data;
+  float *reward = reward_.at(thread).data, *value = value_.at(thread).data,
+        *discount = discount_.at(x.discount != nullptr ? thread : 0).data;
 
   by_start(begin, rows, N, [&](Index first, Index count, Index b) {
     // one row for all of them
@@ -109,12 +115,17 @@ void Cem::tile(Index i, Index begin, Index rows, int thread) const {
     deter_step(k, rssm, states(t, 0), h_.at(turn(t)), rows, deter_, scratch, states(t + 1, 0),
                h_.at(turn(t + 1)));
     forward(k, rssm.prior, states(t + 1, 0), rows, prior_, scratch, raw_.at(scratch));
-    k.sample({S, rows, raw_.at(scratch), rows_of(x.state_noise, S).at(row), rssm.min_std,
+    k.sample({S, rows, raw_.at(scratch), rows_of(x.state_noise, S).at(row), rssm.std,
               states(t + 1, D), kNoFloats, kNoFloats, kNoFloats, kNoFloats});
     forward(k, *x.reward, states(t + 1, 0), rows, reward_hidden_, scratch, {reward + t * rows, 1});
     if (x.bootstrap != nullptr) {
       forward(k, *x.bootstrap, states(t + 1, 0), rows, bootstrap_hidden_, scratch,
               {value + t * rows, 1});
+    }
+    if (x.discount != nullptr) {
+      forward(k, *x.discount, states(t + 1, 0), rows, discount_hidden_, scratch,
+              {discount + t * rows, 1});
+      k.discount({rows, x.gamma, discount + t * rows, nullptr});
     }
   }
 
@@ -128,7 +139,7 @@ void Cem::tile(Index i, Index begin, Index rows, int thread) const {
     float* returns = returns_.at(thread).data;
     k.lambda_return_forward({{reward, H, rows},
                              {value, H, rows},
-                             {discount_, H, rows},
+                             {discount, H, rows},
                              x.lam,
                              x.mix,
                              {returns, H, rows}},

@@ -13,6 +13,7 @@ struct CemArgs {
   const Rssm* rssm;
   const Mlp *reward, *bootstrap;  // feat -> 1; bootstrap null: the score is the sum of rewards,
   float gamma, lam, mix;          // else G_0 of the λ-return with these; mix = 1 - λ
+  const Mlp* discount;            // * feat -> logit of the episode going on, else γ alone
   Index I, H, B, N, K, P;         // I and P may be 0; 1 <= K <= N; P <= N
   float min_std, clip;
   const float *start_deter, *start_stoch;   // [B, D], [B, S]
@@ -42,10 +43,10 @@ class Cem {
   Buffer states_;  // twice: rows [h | s | a] of a state and of the next
   FloatBuffer h_;  // twice: h in float
   DeterBuffers deter_;
-  MlpBuffers prior_, reward_hidden_, bootstrap_hidden_;
+  MlpBuffers prior_, reward_hidden_, bootstrap_hidden_, discount_hidden_;
   FloatBuffer raw_;
   FloatBuffer reward_, value_, returns_;  // [H, rows]
-  float* discount_ = nullptr;             // [H, rows], γ; for all threads
+  FloatBuffer discount_;                  // likewise; without a head γ, for all threads
   // scratch of one refit a thread
   FloatBuffer elites_;                      // [K, A]
   Index* order_;                            // [N]

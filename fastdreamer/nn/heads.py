@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdreamer.ops.params import ACTIVATIONS, ActorParams, MLPParams, Normal, actor_dist, mlp
+from fastdreamer.ops.params import (
+    ACTIVATIONS,
+    ActorParams,
+    MLPParams,
+    Normal,
+    StdTransform,
+    actor_dist,
+    mlp,
+)
 
 
 class MLP(nn.Module):
@@ -89,7 +97,8 @@ class Actor(nn.Module):
 
     def params(self) -> ActorParams:
         """The policy as tensors, in place."""
-        return ActorParams(self.mlp.params(), self.mean_scale, self.std_offset, self.min_std)
+        std = StdTransform(offset=self.std_offset, min=self.min_std)
+        return ActorParams(self.mlp.params(), self.mean_scale, std)
 
     def forward(self, feat: Tensor) -> Normal:
         return actor_dist(self.params(), feat)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastdreamer.ops.backend import Op
 from fastdreamer.ops.checks import check_tensor
+from fastdreamer.ops.imagine import predicted_discount
 from fastdreamer.ops.lambda_return import lambda_return
 from fastdreamer.ops.open_loop import OP as OPEN_LOOP
 from fastdreamer.ops.params import ReturnParams, RSSMParams, State, mlp
@@ -148,7 +149,8 @@ def eager(
             action[:, :, : proposals.shape[2]] = proposals
         action = action.clamp(-clip, clip)  # [H, B, N, A]
         states = roll(params, start, action.flatten(1, 2), state_noise[i].flatten(1, 2))
-        scores[i] = evaluate(returns, states.feat, score).view(batch, samples)
+        feat = states.concat(returns.stoch_first)
+        scores[i] = evaluate(returns, feat, score).view(batch, samples)
         best = top(scores[i], num_elites)  # [B, K]
         elites = action.take_along_dim(best[None, :, :, None], 2)  # [H, B, K, A]
         failed = scores[i].take_along_dim(best, 1).isnan()
@@ -167,7 +169,9 @@ def evaluate(returns: ReturnParams, feat: Tensor, score: Score) -> Tensor:
     if score == "reward":
         return reward.sum(0)
     value = mlp(returns.target or returns.critic, feat).squeeze(-1).to(feat.dtype)
-    discount = torch.full_like(reward, returns.gamma)
+    discount = predicted_discount(returns, feat)
+    if discount is None:
+        discount = torch.full_like(reward, returns.gamma)
     return lambda_return(reward, value, discount, returns.lam, backend="eager")[0]
 
 

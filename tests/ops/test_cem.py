@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from fastdreamer.ops.cem import cem, top
-from fastdreamer.ops.params import GRUParams, MLPParams, ReturnParams, RSSMParams, State, mlp
+from fastdreamer.ops.params import (
+    GRUParams,
+    MLPParams,
+    ReturnParams,
+    RSSMParams,
+    State,
+    StdTransform,
+    mlp,
+)
 from fastdreamer.ops.rssm_step import rssm_step
 from fastdreamer.testing import Sizes, cem_inputs
 
@@ -165,7 +173,7 @@ def aimed(target, score):
         ),
         prior=MLPParams((zeros(4, 2),), (zeros(4),), "tanh"),
         post=None,
-        min_std=0.1,
+        std=StdTransform(min=0.1),
     )
     reward = MLPParams(
         (torch.cat([pick_deter, -pick_deter]), -torch.ones(1, 4).double()),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -28,9 +30,14 @@ def cem(
     """See ``fastdreamer.ops.cem``."""
     pack = {"bf16": autocast_bf16(), "gradients": False}
     bootstrap = (returns.target or returns.critic) if score == "lambda_return" else None
+    discount = returns.discount if bootstrap else None
+    pack_head = functools.partial(
+        pack_mlp, rotate=params.dims()["S"] if returns.stoch_first else 0, **pack
+    )
     heads = (
-        pack_mlp(returns.reward, **pack),
-        bootstrap and pack_mlp(bootstrap, **pack),
+        pack_head(returns.reward),
+        bootstrap and pack_head(bootstrap),
+        discount and pack_head(discount),
         *((returns.gamma, returns.lam) if bootstrap else (1.0, 1.0)),
     )
     iterations, _, batch, samples, _ = action_noise.shape
