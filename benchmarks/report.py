@@ -21,8 +21,17 @@ import matplotlib
 
 from benchmarks.machine import ROOT, describe
 
-MEASUREMENTS = ("ops", "curves", "phases", "collection", "planning", "memory", "random_policy",
-                "graph_overhead")  # fmt: skip
+MEASUREMENTS = (
+    "ops",
+    "curves",
+    "phases",
+    "collection",
+    "planning",
+    "options",
+    "memory",
+    "random_policy",
+    "graph_overhead",
+)
 """In the order in which `python -m benchmarks` makes them."""
 RESULTS = Path(__file__).resolve().parent / "results"
 README = Path(__file__).resolve().parent / "README.md"
