@@ -13,7 +13,7 @@ import torch
 from benchmarks import machine, report
 from benchmarks.timing import MIN_REPEATS, PhaseRecorder, cell, summary
 from fastdreamer.agent import Dreamer
-from fastdreamer.collector import actor_policy, rollout_episode
+from fastdreamer.collector import agent_policy, rollout_episode
 from fastdreamer.config import preset
 from fastdreamer.envs import Env, dmc
 from fastdreamer.envs.gl import select_gl
@@ -99,7 +99,7 @@ def measure(repeats: int, warmup: int) -> dict[str, Any]:
         recorders[name] = PhaseRecorder()
         env = make_env(name, recorders[name])
         agent = agent or Dreamer(config, env.obs_shapes, env.action_dim)
-        policy = lambda agent=agent: actor_policy(agent, 0, config.collect.noise)  # noqa: E731
+        policy = lambda agent=agent: agent_policy(agent, 0, config.collect.noise)  # noqa: E731
         running[name] = _decisions(env, policy, recorders[name])
         for _ in range(warmup):
             next(running[name])

@@ -89,4 +89,5 @@ def _dynamics(params: RSSMParams) -> int:
 
 def _heads(returns: ReturnParams) -> int:
     bootstrap = returns.target or returns.critic
-    return _mlp(returns.reward) + (_mlp(bootstrap) if bootstrap else 0)
+    given = (head for head in (returns.reward, bootstrap, returns.discount) if head is not None)
+    return sum(map(_mlp, given))

@@ -174,18 +174,21 @@ class Case:
         def once() -> None:
             for leaf in leaves:
                 leaf.grad = None
-            with variant.context(), torch.set_grad_enabled(bool(groups)):
+            with variant.context():
                 out = function(**inputs)
-            if not groups:
-                return
             self._backward(variant, out)
             for group, optimizer in zip(groups, optimizers, strict=bool(optimizers)):
                 nn.utils.clip_grad_norm_(group, 100.0)
                 optimizer.step()
 
         def run() -> None:
-            for _ in range(self.calls):
-                once()
+            if groups:
+                for _ in range(self.calls):
+                    once()
+                return
+            with variant.context(), torch.no_grad():
+                for _ in range(self.calls):
+                    function(**inputs)
 
         fresh = self._parameters(inputs) if self.fresh else []
 

@@ -1,4 +1,7 @@
-"""Dreamer: world model, actor and critic; ``act()`` in the world, ``update()`` from replay."""
+"""Dreamer: world model, actor and critic; ``act()`` in the world, ``update()`` from replay.
+
+With ``config.agent == "planet"`` it is PlaNet: the same world model, and a planner for an actor.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 
 from fastdreamer import losses
 from fastdreamer.checkpoint import CheckpointError, load_checkpoint, load_newest
-from fastdreamer.config import Config, from_dict
+from fastdreamer.config import Config, ConfigError, PlanConfig, from_dict
 from fastdreamer.nn import MLP, Actor, WorldModel
 from fastdreamer.nn.codec import float_to_pixels, pixels_to_float
 from fastdreamer.nn.dists import symexp, symlog
@@ -24,6 +27,7 @@ from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.params import ReturnParams, State
+from fastdreamer.planning import PlanInfo, plan
 
 
 class PolicyState(NamedTuple):
@@ -32,6 +36,7 @@ class PolicyState(NamedTuple):
     deter: Tensor  # [B, D]
     stoch: Tensor  # [B, S]
     action: Tensor  # [B, A], the last action
+    plan: Tensor | None = None  # [H, B, A], the last plan, which a warm start goes on from
 
 
 class NonFiniteLoss(RuntimeError):
@@ -66,16 +71,20 @@ class Dreamer(nn.Module):
             torch.manual_seed(config.seed)
             self.model = WorldModel(model, self.obs_shapes, action_dim)
             feat = self.model.rssm.feat_size
-            self.actor = Actor(
-                [feat, *[model.units] * behavior.actor_layers, action_dim],
-                model.activation,
-                mean_scale=behavior.mean_scale,
-                std_offset=behavior.std_offset,
-                min_std=behavior.min_std,
-            )
-            self.critic = MLP([feat, *[model.units] * behavior.critic_layers, 1], model.activation)
+            self.actor = self.critic = None
+            if config.agent == "dreamer":
+                self.actor = Actor(
+                    [feat, *[model.units] * behavior.actor_layers, action_dim],
+                    model.activation,
+                    mean_scale=behavior.mean_scale,
+                    std_offset=behavior.std_offset,
+                    min_std=behavior.min_std,
+                )
+                self.critic = MLP(
+                    [feat, *[model.units] * behavior.critic_layers, 1], model.activation
+                )
         self.target_critic = None
-        if behavior.target_every:
+        if behavior.target_every and self.critic is not None:
             self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.register_buffer("return_range", torch.ones(()))  # running 5-95 percentile range
         self.to(config.device)
@@ -88,16 +97,16 @@ class Dreamer(nn.Module):
         return self.return_range.device
 
     def make_optimizers(self) -> dict[str, torch.optim.Adam]:
-        """One Adam each for ``model``, ``actor`` and ``critic``; ``update`` takes them."""
+        """One Adam each for ``model``, ``actor`` and ``critic`` (PlaNet: the model's alone)."""
         optim = self.config.optim
         make = lambda module, lr: torch.optim.Adam(  # noqa: E731
             module.parameters(), lr=lr, eps=optim.eps, fused=True
         )
-        return {
-            "model": make(self.model, optim.model_lr),
-            "actor": make(self.actor, optim.actor_lr),
-            "critic": make(self.critic, optim.critic_lr),
-        }
+        made = {"model": make(self.model, optim.model_lr)}
+        if self.actor is not None:
+            made["actor"] = make(self.actor, optim.actor_lr)
+            made["critic"] = make(self.critic, optim.critic_lr)
+        return made
 
     # ---------------------------------------------------------------- acting
 
@@ -112,6 +121,7 @@ class Dreamer(nn.Module):
         obs: dict[str, np.ndarray | Tensor] | np.ndarray | Tensor,
         state: PolicyState | None = None,
         *,
+        controller: str | None = None,
         noise: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> tuple[np.ndarray, PolicyState]:
@@ -121,17 +131,20 @@ class Dreamer(nn.Module):
             obs: ``{"pixels": uint8 [64, 64, 3], "state": float [n]}`` or the only kind the agent
                 sees by itself; or a batch of them, [B, ...].
             state: what the last call returned; None at the start of an episode.
+            controller: ``"actor"``; ``"mpc"``, a plan ranked by λ-return; ``"planet"``, one ranked
+                by the sum of rewards; None takes the agent's own, actor or (PlaNet) planet.
             noise: standard deviation of Gaussian exploration noise. The action is clipped to
                 [-1, 1], and the noisy, clipped one is what the filter sees next.
-            generator: of the posterior sample and the exploration noise; None uses the agent's
-                own, seeded with ``config.seed``.
+            generator: of the posterior sample, the plan and the exploration noise; None uses the
+                agent's own, seeded with ``config.seed``.
 
         Returns:
             The action, float32 [A] or [B, A] in [-1, 1], and the state for the next call. With
-            ``noise=0`` the action is the actor's tanh(mean).
+            ``noise=0`` the actor's action is tanh(mean).
 
         Raises:
-            ValueError: an observation does not fit the agent.
+            ValueError: an observation does not fit the agent. ConfigError: it has no such
+            controller. PlanningError: a plan came to nothing but NaN.
         """
         tensors, batched = self._observation(obs)
         batch = len(next(iter(tensors.values())))
@@ -151,11 +164,66 @@ class Dreamer(nn.Module):
             draw(self.model.rssm.stoch)[None],
         ).state
         deter, stoch = filtered.deter[0], filtered.stoch[0]
-        action = torch.tanh(self.actor(torch.cat([deter, stoch], -1)).mean)
+        chosen, controller = None, self.controller(controller)
+        if controller == "actor":
+            action = torch.tanh(self.actor(torch.cat([deter, stoch], -1)).mean)
+        else:
+            now = State(deter, stoch)
+            action, info = self.plan(now, controller, last=state.plan, generator=generator)
+            chosen = info.mean
         if noise:
             action = (action + noise * draw(self.action_dim)).clamp(-1, 1)
         out = action.cpu().numpy().copy()  # the caller may change it, the filter must not see that
-        return (out if batched else out[0]), PolicyState(deter, stoch, action)
+        return (out if batched else out[0]), PolicyState(deter, stoch, action, chosen)
+
+    def controller(self, name: str | None = None) -> str:
+        """The controller of that name, ``None`` and ``"auto"`` being the agent's own.
+
+        Raises:
+            ConfigError: there is none, or the agent has no actor for it.
+        """
+        own = "planet" if self.actor is None else "actor"
+        valid = (own,) if self.actor is None else ("actor", "mpc", "planet")
+        if name in (None, "auto"):
+            return own
+        if name not in valid:
+            raise ConfigError(
+                f"controller must be one of {', '.join(valid)} for a {self.config.agent} agent, "
+                f"got {name!r}"
+            )
+        return name
+
+    def plan(
+        self,
+        state: State,
+        controller: str = "mpc",
+        *,
+        last: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, PlanInfo]:
+        """Plan with ``config.plan`` from each state of a batch.
+
+        Args:
+            state: deter [B, D] and stoch [B, S], of a PolicyState or imagined.
+            controller: ``"mpc"`` or ``"planet"``.
+            last: ``PlanInfo.mean`` of one decision ago, for a warm start.
+            generator: of every noise; None uses the agent's own.
+
+        Returns:
+            The actions [B, A] and how they were found; see :func:`fastdreamer.planning.plan`.
+        """
+        mpc = self.controller(controller) == "mpc"
+        with self._autocast():
+            return plan(
+                state,
+                self.model.rssm.params(),
+                self._return_params(),
+                self.config.plan,
+                actor=self.actor.params() if mpc else None,
+                score="lambda_return" if mpc else "reward",
+                last=last,
+                generator=generator or self._act_generator,
+            )
 
     def _observation(self, obs: object) -> tuple[dict[str, Tensor], bool]:
         """Check an observation; return it as a batch, and whether it was one already."""
@@ -248,6 +316,10 @@ class Dreamer(nn.Module):
         model_loss = losses.model_loss(loss, parts)
         with nvtx.annotate("model backward"):
             norms = self._step({"model": model_loss}, optimizers, parts)
+        values = {f"{name}_loss": part for name, part in parts.items()}
+        values |= {"kl": kl_nats, "model_loss": model_loss}
+        if self.actor is None:
+            return _numbers(values, norms)
 
         # Behaviour: imagine from every state just filtered, dynamics frozen (report section 3).
         start = State(*(part.detach().flatten(0, 1) for part in seen.state))  # [T·B, ...]
@@ -271,18 +343,12 @@ class Dreamer(nn.Module):
         with nvtx.annotate("behavior backward"):
             norms |= self._step({"actor": actor_loss, "critic": critic_loss}, optimizers)
 
-        names = {f"{name}_loss": part for name, part in parts.items()}
-        values = names | {
-            "kl": kl_nats,
-            "model_loss": model_loss,
-            "actor_loss": actor_loss,
-            "critic_loss": critic_loss,
-            **{f"{name}_grad_norm": norm for name, norm in norms.items()},
+        values |= {"actor_loss": actor_loss, "critic_loss": critic_loss}
+        imagined = {
             "imagined_reward": dream.reward.mean(),
             "imagined_value": dream.value.mean(),
         }
-        numbers = torch.stack([v.detach() for v in values.values()]).tolist()
-        return dict(zip(values, numbers, strict=True))
+        return _numbers(values, norms, imagined)
 
     def update_target(self) -> None:
         """Copy the critic to the target critic; call every ``behavior.target_every`` updates."""
@@ -322,8 +388,9 @@ class Dreamer(nn.Module):
         return norms
 
     def _return_params(self) -> ReturnParams:
-        target = None if self.target_critic is None else self.target_critic.params()
-        heads = (self.model.reward.params().detach(), self.critic.params(), target)
+        critics = (self.critic, self.target_critic)
+        critic, target = (None if head is None else head.params() for head in critics)
+        heads = (self.model.reward.params().detach(), critic, target)
         return ReturnParams(*heads, self.config.behavior.gamma, self.config.behavior.lam)
 
     def _return_scale(self, returns: Tensor) -> Tensor | float:
@@ -344,7 +411,9 @@ class Dreamer(nn.Module):
     def dream(
         self, state: PolicyState, horizon: int, generator: torch.Generator | None = None
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Imagine what the actor does next and what it would see (report Figure 4).
+        """Imagine what the agent does next and what it would see (report Figure 4).
+
+        Dreamer's actor acts in the dream; PlaNet plans at every step of it.
 
         Args:
             state: of one environment, as ``act`` returned it; its action has not been taken yet.
@@ -368,7 +437,15 @@ class Dreamer(nn.Module):
         now = State(state.deter, state.stoch)
         first = open_loop(rssm.params(), now, state.action[None], state_noise[:1])
         deter, stoch, action = first.deter, first.stoch, state.action[None]
-        if horizon > 1:
+        if self.actor is None:
+            for noise in state_noise[1:]:
+                now = State(deter[-1], stoch[-1])
+                then, _ = self.plan(now, "planet", generator=generator)
+                then = then[None]
+                step = open_loop(rssm.params(), now, then, noise[None])
+                deter, stoch = torch.cat([deter, step.deter]), torch.cat([stoch, step.stoch])
+                action = torch.cat([action, then])
+        elif horizon > 1:
             rest = imagine(
                 rssm.params(),
                 self.actor.params(),
@@ -387,6 +464,15 @@ class Dreamer(nn.Module):
         return action[:, 0].cpu().numpy(), seen
 
 
+def _numbers(
+    values: dict[str, Tensor], norms: dict[str, Tensor], more: dict[str, Tensor] | None = None
+) -> dict[str, float]:
+    """Losses, gradients' norms and diagnostics as floats, in one transfer from the device."""
+    values = values | {f"{name}_grad_norm": norm for name, norm in norms.items()} | (more or {})
+    numbers = torch.stack([v.detach() for v in values.values()]).tolist()
+    return dict(zip(values, numbers, strict=True))
+
+
 def resolve_precision(precision: str, device: torch.device) -> str:
     """``auto`` becomes ``bf16`` where the device multiplies in bfloat16, else ``fp32``."""
     if precision != "auto":
@@ -395,11 +481,12 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bf16" if has_bf16 else "fp32"
 
 
-def load(run_or_file: str | os.PathLike) -> Dreamer:
+def load(run_or_file: str | os.PathLike, *, plan: PlanConfig | None = None) -> Dreamer:
     """Load a trained agent.
 
     Args:
-        run_or_file: a run directory (its newest checkpoint) or one checkpoint file.
+        run_or_file: a run directory (its newest checkpoint) or one checkpoint or snapshot file.
+        plan: settings of the planner in place of the run's own.
 
     Returns:
         The agent on the CPU, ready for ``act(obs, state)``.
@@ -416,6 +503,8 @@ def load(run_or_file: str | os.PathLike) -> Dreamer:
     else:
         tensors, meta = load_checkpoint(path)
     config = dataclasses.replace(from_dict(meta["config"]), device="cpu")
+    if plan is not None:
+        config = dataclasses.replace(config, plan=plan)
     agent = Dreamer(config, meta["obs_shapes"], meta["action_dim"])
     weights = {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith("agent/")}
     agent.load_state_dict(weights)

@@ -1,7 +1,8 @@
 """Checkpoints: one safetensors file each, written atomically, self-contained, never unpickled.
 
-A file holds named tensors and, in its metadata, one JSON document (configuration, counters, random
-generators). It appears under its name only when it is complete and on the disk.
+A checkpoint holds what a run needs to go on, a snapshot the agent's weights alone. A file holds
+named tensors and, in its metadata, one JSON document (configuration, counters, random generators).
+It appears under its name only when it is complete and on the disk.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 
 FORMAT = "fastdreamer-checkpoint-1"
 _NAME = re.compile(r"checkpoint-(\d{9})\.safetensors")
+_SNAPSHOT = re.compile(r"snapshot-(\d{9})\.safetensors")
 _log = logging.getLogger("fastdreamer")
 
 
@@ -40,6 +42,19 @@ def list_checkpoints(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
     return sorted(p for p in directory.iterdir() if _NAME.fullmatch(p.name))
+
+
+def snapshot_path(directory: Path, env_frames: int) -> Path:
+    """The name of the snapshot after so many env frames."""
+    return directory / f"snapshot-{env_frames:09d}.safetensors"
+
+
+def list_snapshots(directory: Path) -> dict[int, Path]:
+    """Snapshots in a directory by their env frames, oldest first."""
+    if not directory.is_dir():
+        return {}
+    found = [(m, p) for p in directory.iterdir() if (m := _SNAPSHOT.fullmatch(p.name))]
+    return dict(sorted((int(m[1]), p) for m, p in found))
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -146,6 +161,28 @@ def prune(directory: Path, newest: Path, keep: int) -> list[Path]:
     for path in [*set(paths).difference(kept), *directory.glob(".tmp-*-checkpoint-*")]:
         path.unlink(missing_ok=True)
     return kept
+
+
+def thin(directory: Path, every: int, keep: int) -> list[Path]:
+    """Delete snapshots until at most ``keep`` are left, spread evenly over the run.
+
+    The spacing starts at ``every`` env frames and doubles while there are too many, so it depends
+    on how far the run has come and on nothing else. The newest always stays.
+
+    Returns:
+        The snapshots kept.
+    """
+    paths = list_snapshots(directory)
+    newest = max(paths, default=0)
+    kept, step = set(paths), max(every, 1)
+    while len(kept) > keep:  # ends: with a step past the newest, only that one is left
+        first_of = {frames // step: frames for frames in sorted(paths, reverse=True)}
+        first_of.pop(0, None)  # before the first multiple
+        kept = {*first_of.values(), newest}
+        step *= 2
+    for frames in set(paths).difference(kept):
+        paths.pop(frames).unlink(missing_ok=True)
+    return list(paths.values())
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

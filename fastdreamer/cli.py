@@ -1,4 +1,4 @@
-"""The ``fastdreamer`` command: train, eval, dream, plot, doctor.
+"""The ``fastdreamer`` command: train, eval, dream, report, plot, doctor.
 
 Arguments come from typed dataclasses through tyro: the configuration is one already, so every
 field is an option with its help text and type, and nothing is declared twice.
@@ -9,32 +9,38 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import functools
 import logging
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-import numpy as np
-import torch
 import tyro
 from rich.console import Console
 from rich.logging import RichHandler
 
 from fastdreamer import viz
 from fastdreamer._version import __version__
-from fastdreamer.agent import Dreamer, NonFiniteLoss, load
-from fastdreamer.checkpoint import CheckpointError, list_checkpoints
+from fastdreamer.agent import NonFiniteLoss, load
+from fastdreamer.checkpoint import CheckpointError, list_checkpoints, load_meta
 from fastdreamer.collector import CollectorError, config_env, episode_seed, evaluate
-from fastdreamer.config import PRESETS, Config, ConfigError, preset
+from fastdreamer.config import PRESETS, Config, ConfigError, PlanConfig, from_dict, preset
 from fastdreamer.envs import canonical_task
 from fastdreamer.envs.gl import GLError
 from fastdreamer.ops.backend import BackendError
+from fastdreamer.planning import PlanningError
 from fastdreamer.replay import EpisodeError
+from fastdreamer.report import dream_and_live, write_report
 from fastdreamer.trainer import RunError, Stopped, Trainer, create_run, read_config, write_config
 
+_CONTROLLERS = {
+    "actor": "deterministic actor",
+    "mpc": "MPC ranked by λ-return",
+    "planet": "MPC ranked by reward",
+}
 Positional = tyro.conf.Positional
 _EXPECTED = (
     BackendError,
@@ -43,6 +49,7 @@ _EXPECTED = (
     ConfigError,
     EpisodeError,
     GLError,
+    PlanningError,
     RunError,
 )
 """Errors whose message is all that a user needs."""
@@ -74,13 +81,16 @@ class Eval:
     """Evaluate a trained agent: mean and standard deviation of the return over episodes."""
 
     run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """Run directory (its newest checkpoint) or one checkpoint file."""
+    """Run directory (its newest checkpoint) or one checkpoint or snapshot file."""
+    controller: Literal["auto", "actor", "mpc", "planet"] = "auto"
+    """The actor, a plan ranked by λ-return (mpc) or by reward (planet); auto: the agent's own."""
     episodes: int = 10
-    """Episodes of the deterministic actor."""
+    """Episodes, without exploration noise."""
     seed: int = 0
     """Seeds the episodes."""
     video: Annotated[Path | None, tyro.conf.arg(metavar="MP4")] = None
     """Also write a video of the first episode."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 @dataclass
@@ -101,6 +111,28 @@ class Dream:
     """Decisions dreamed."""
     seed: int = 0
     """Seeds the episode."""
+
+
+@dataclass
+class Report:
+    """Draw the report's Figures 3, 4 and 5 from a run's snapshots; what is done is not done again.
+
+    The same episodes are played by the actor and by MPC at points along the run.
+    """
+
+    run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """Run directory; its snapshots are evaluated (its checkpoints where it has none)."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("report")
+    """Where figures, curves and episodes.csv go; episodes found there are not played again."""
+    controllers: tuple[Literal["actor", "mpc", "planet"], ...] = ()
+    """Who plays; default: actor and mpc, or planet for a PlaNet agent."""
+    episodes: int = 10
+    """Episodes a snapshot and controller, without exploration noise."""
+    points: int = 0
+    """Snapshots used at most, spread evenly over the run; 0: all."""
+    seed: int = 0
+    """Seeds the episodes."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 @dataclass
@@ -137,6 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         command = _parse(argv)
+        if hasattr(command, "plan"):  # again: its plan starts from what the run says
+            command = _parse(argv, _plan_of(command.run))
         return _COMMANDS[type(command)](command, argv, console) or 0
     except _EXPECTED as error:
         return _fail(errors, str(error))
@@ -149,12 +183,14 @@ def _fail(errors: Console, text: str, status: int = 1) -> int:
     return status
 
 
-def _parse(argv: list[str]) -> Any:
+def _parse(argv: list[str], plan: PlanConfig | None = None) -> Any:
     subcommand = tyro.conf.subcommand
+    planned = {"run": tyro.MISSING, "plan": plan or PlanConfig()}
     commands = (
         Annotated[Train, subcommand("train", default=_train_default(argv))]
-        | Annotated[Eval, subcommand("eval")]
+        | Annotated[Eval, subcommand("eval", default=Eval(**planned))]
         | Annotated[Dream, subcommand("dream")]
+        | Annotated[Report, subcommand("report", default=Report(**planned))]
         | Annotated[Plot, subcommand("plot")]
         | Annotated[Doctor, subcommand("doctor")]
     )
@@ -177,6 +213,15 @@ def _train_default(argv: list[str]) -> Train:
     if known.resume is not None:
         return Train(config=read_config(known.resume))
     return Train(config=preset(known.preset))
+
+
+def _plan_of(path: Path) -> PlanConfig:
+    """The planner's settings of a run or checkpoint; the default where ``load`` will refuse it."""
+    if (path / "config.json").is_file():
+        return read_config(path).plan
+    if path.is_file():
+        return from_dict(load_meta(path)["config"]).plan
+    return PlanConfig()
 
 
 def _train(command: Train, argv: list[str], console: Console) -> int:
@@ -228,7 +273,7 @@ def _resumed_run(command: Train) -> Path:
     old, new = read_config(run_dir), command.config.validate()
     if command.task and canonical_task(command.task) != old.env.task:
         raise ConfigError(f"{run_dir} is a run of {old.env.task}, not of {command.task}")
-    fixed = ("seed", "env", "model", "collect")
+    fixed = ("agent", "seed", "env", "model", "collect")
     for name in fixed:
         if getattr(old, name) != getattr(new, name):
             raise ConfigError(
@@ -243,19 +288,21 @@ def _resumed_run(command: Train) -> Path:
 def _eval(command: Eval, argv: list[str], console: Console) -> None:
     if command.episodes < 1:
         raise ConfigError(f"--episodes must be at least 1, got {command.episodes}")
-    agent = load(command.run)
+    agent = load(command.run, plan=command.plan)
+    controller = agent.controller(command.controller)
     env = config_env(agent.config)
     returns = []
     for i in range(command.episodes):
         video = command.video if i == 0 else None
-        returns.append(evaluate(agent, env, episode_seed(command.seed, "evaluate", i), video))
+        seed = episode_seed(command.seed, "evaluate", i)
+        returns.append(evaluate(agent, env, seed, video, controller))
         console.print(f"episode {i + 1}: return {returns[-1]:.1f}", highlight=False)
     mean = sum(returns) / len(returns)
     std = (sum((r - mean) ** 2 for r in returns) / len(returns)) ** 0.5
     frames = env.max_decisions * env.action_repeat
     console.print(
         f"{agent.config.env.task}: return {mean:.1f} ± {std:.1f} "
-        f"({len(returns)} episodes of up to {frames} env frames, deterministic actor)",
+        f"({len(returns)} episodes of up to {frames} env frames, {_CONTROLLERS[controller]})",
         highlight=False,
         soft_wrap=True,
     )
@@ -274,7 +321,10 @@ def _dream(command: Dream, argv: list[str], console: Console) -> None:
             f"--context and --decisions must be at least 1 and fit in an episode of "
             f"{env.max_decisions} decisions, got {command.context} and {command.decisions}"
         )
-    imagined, real = _dream_and_live(agent, env, command)
+    dreamed = dream_and_live(
+        agent, env, context=command.context, decisions=command.decisions, seed=command.seed
+    )
+    imagined, real = (part["pixels"] for part in dreamed)
     out = command.out or (command.run / "videos" if command.run.is_dir() else command.run.parent)
     out.mkdir(parents=True, exist_ok=True)
     picture = viz.dream_figure(imagined, real, out / "dream.png")
@@ -282,25 +332,20 @@ def _dream(command: Dream, argv: list[str], console: Console) -> None:
     console.print(f"picture: {picture}\nvideo: {video}", highlight=False, soft_wrap=True)
 
 
-def _dream_and_live(agent: Dreamer, env: Any, command: Dream) -> tuple[np.ndarray, np.ndarray]:
-    """Imagined and real images [decisions, h, w, 3] under the same actions."""
-    seed = episode_seed(command.seed, "evaluate", 0)
-    generator = torch.Generator().manual_seed(seed)
-    obs, state = env.reset(seed=seed), None
-    for _ in range(command.context):
-        action, state = agent.act(obs, state, generator=generator)
-        obs, _, terminated, _, _ = env.step(action)
-        if terminated:
-            raise RunError("the episode ended during --context; choose a smaller one")
-    _, state = agent.act(obs, state, generator=generator)
-    actions, seen = agent.dream(state, command.decisions, generator)
-    real = []
-    for action in actions:
-        obs, _, terminated, _, _ = env.step(action)
-        real.append(obs["pixels"])
-        if terminated:
-            break
-    return seen["pixels"][: len(real)], np.stack(real)
+def _report(command: Report, argv: list[str], console: Console) -> None:
+    say = functools.partial(console.print, highlight=False, soft_wrap=True)
+    files = write_report(
+        command.run,
+        command.out,
+        controllers=command.controllers,
+        episodes=command.episodes,
+        points=command.points,
+        seed=command.seed,
+        plan=command.plan,
+        say=say,
+    )
+    for path in files:
+        say(f"wrote {path}")
 
 
 def _plot(command: Plot, argv: list[str], console: Console) -> None:
@@ -319,4 +364,11 @@ def _doctor(command: Doctor, argv: list[str], console: Console) -> None:
     doctor.report(console)
 
 
-_COMMANDS = {Train: _train, Eval: _eval, Dream: _dream, Plot: _plot, Doctor: _doctor}
+_COMMANDS = {
+    Train: _train,
+    Eval: _eval,
+    Dream: _dream,
+    Report: _report,
+    Plot: _plot,
+    Doctor: _doctor,
+}

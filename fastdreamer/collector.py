@@ -34,7 +34,10 @@ from fastdreamer.viz import write_video
 
 _log = logging.getLogger("fastdreamer")
 POLICY_PARTS = ("model.encoder.", "model.rssm.", "actor.")
-"""Prefixes of the weights that acting needs."""
+"""Prefixes of the weights that the actor needs to act."""
+PLANNER_PARTS = ("model.encoder.", "model.rssm.", "model.reward.")
+"""Prefixes of the weights that planning needs; ranking by λ-return needs the critics as well."""
+CRITIC_PARTS = ("critic.", "target_critic.")
 
 
 class CollectorError(RuntimeError):
@@ -48,7 +51,7 @@ class Job:
     update: int  # that the weights are of
     episode: int | None  # index of the episode to collect, or none
     random: bool  # uniformly random actions instead of the actor's
-    evaluations: int  # episodes to evaluate with the deterministic actor
+    evaluations: int  # episodes to evaluate, without noise
     video: str | None  # file for a video of the first evaluation episode
 
 
@@ -171,12 +174,28 @@ class Collector:
 
 
 def policy_weights(agent: Dreamer) -> dict[str, Tensor]:
-    """A copy of the weights that acting needs, on the CPU, by name."""
+    """A copy of the weights that the worker acts with, on the CPU, by name."""
+    parts = policy_parts(agent.config)
     return {
         name: value.detach().to("cpu", copy=True)
         for name, value in agent.state_dict().items()
-        if name.startswith(POLICY_PARTS)
+        if name.startswith(parts)
     }
+
+
+def policy_parts(config: Config) -> tuple[str, ...]:
+    """Prefixes of the weights that collecting and evaluating need."""
+    if config.agent == "planet":
+        return PLANNER_PARTS
+    asked = {config.collect.controller, config.eval.controller}
+    planner = PLANNER_PARTS if asked & {"mpc", "mixed", "planet"} else ()
+    return POLICY_PARTS + planner + (CRITIC_PARTS if asked & {"mpc", "mixed"} else ())
+
+
+def collecting_controller(config: Config, episode: int) -> str:
+    """Who acts in an episode that is collected."""
+    chosen = config.collect.controller
+    return ("actor", "mpc")[episode % 2] if chosen == "mixed" else chosen
 
 
 def rollout_episode(
@@ -208,16 +227,18 @@ def random_policy(action_dim: int, seed: int) -> Callable[[dict[str, np.ndarray]
     return lambda obs: rng.uniform(-1, 1, action_dim).astype(np.float32)
 
 
-def actor_policy(
-    agent: Dreamer, seed: int, noise: float
+def agent_policy(
+    agent: Dreamer, seed: int, noise: float, controller: str | None = None
 ) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
-    """The actor with exploration noise (0: deterministic), for one episode."""
+    """The agent with exploration noise (0: none), for one episode; see ``Dreamer.act``."""
     generator = torch.Generator().manual_seed(seed)
     state = None
 
     def policy(obs: dict[str, np.ndarray]) -> np.ndarray:
         nonlocal state
-        action, state = agent.act(obs, state, noise=noise, generator=generator)
+        action, state = agent.act(
+            obs, state, controller=controller, noise=noise, generator=generator
+        )
         return action
 
     return policy
@@ -240,10 +261,16 @@ def collect(
     return {key: np.stack([step[key] for step in steps]) for key in steps[0]}, env_frames
 
 
-def evaluate(agent: Dreamer, env: Any, seed: int, video: Path | None = None) -> float:
-    """Return of one episode of the deterministic actor; optionally write a video of it."""
+def evaluate(
+    agent: Dreamer,
+    env: Any,
+    seed: int,
+    video: Path | None = None,
+    controller: str | None = None,
+) -> float:
+    """Return of one episode without exploration noise; optionally write a video of it."""
     images, total = [], 0.0
-    policy = actor_policy(agent, seed, 0.0)
+    policy = agent_policy(agent, seed, 0.0, controller)
     for t, (_, _, reward, _, _) in enumerate(rollout_episode(env, policy, seed)):
         total += reward
         if video is not None and t % 2 == 0:
@@ -297,7 +324,9 @@ def _run_job(job: Job, config: Config, agent: Dreamer, env: Any, episodes: Path)
         policy = (
             random_policy(env.action_dim, seed)
             if job.random
-            else actor_policy(agent, seed, config.collect.noise)
+            else agent_policy(
+                agent, seed, config.collect.noise, collecting_controller(config, job.episode)
+            )
         )
         arrays, frames = collect(env, policy, seed)
         episode_return = float(arrays["reward"].sum(dtype=np.float64))
@@ -313,7 +342,7 @@ def _run_job(job: Job, config: Config, agent: Dreamer, env: Any, episodes: Path)
     for i in range(job.evaluations):
         video = Path(job.video) if job.video and i == 0 else None
         seed = episode_seed(config.seed, "evaluate", i)
-        returns.append(evaluate(agent, env, seed, video))
+        returns.append(evaluate(agent, env, seed, video, config.eval.controller))
     return Result(episode_return, returns)
 
 
@@ -331,4 +360,6 @@ def config_env(config: Config) -> Any:
 
 
 def _on_cpu(config: Config) -> Config:
-    return replace(config, device="cpu", precision="fp32")
+    """The learner's settings for the worker; a GPU's precision is no advice to a CPU."""
+    precision = config.precision if config.device == "cpu" else "auto"
+    return replace(config, device="cpu", precision=precision)

@@ -162,6 +162,41 @@ class CollectConfig:
     noise: float = 0.3
     """Standard deviation of the Gaussian added to the actor's action."""
 
+    controller: Annotated[Literal["auto", "actor", "mpc", "mixed"], _short("--collect")] = "auto"
+    """Who acts: the actor, the planner (mpc), or both, every other episode; auto: the agent's own,
+    which is Dreamer's actor and PlaNet's planner."""
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Model-predictive control (report, Algorithm 2), and PlaNet's planner."""
+
+    plan_horizon: int = 20
+    """Decisions planned ahead."""
+    num_samples: int = 100
+    """Candidate action sequences an iteration."""
+    num_elites: int = 20
+    """The best of them, which the next Normal is fitted to."""
+    iterations: int = 15
+    """Refits; with 0 the actor's own action is taken."""
+    init_std: float = 1.0
+    """Standard deviation of the first candidates around the start (the report: 1)."""
+    min_std: float = 0.0
+    """The least standard deviation of a refit."""
+    clip: float = 0.9999
+    """Bound on the candidates' actions."""
+    common_noise: bool = False
+    """Roll all candidates of an iteration out under the same latent noise, so that their scores
+    differ by their actions alone."""
+    proposals: int = 0
+    """So many of the candidates are rollouts of the stochastic actor."""
+    warm_start: bool = False
+    """Start from the last plan, one decision later, instead of the actor's rollout."""
+    warm_iterations: int = 5
+    """Refits of a warm start."""
+    budget_ms: Annotated[float | None, _short("--plan-ms")] = None
+    """Milliseconds a plan may take: as many iterations as fit, at least one; none: all."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -177,13 +212,17 @@ class TrainConfig:
     """Updates between checkpoints."""
     keep_checkpoints: int = 3
     """Newest checkpoints kept."""
+    snapshot_every: int = 10_000
+    """Env frames between snapshots, weights kept for good; 0: none but the final one."""
+    keep_snapshots: int = 50
+    """Most snapshots kept; where there are more, every second one goes."""
     log_every: int = 50
     """Updates between logged losses."""
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation with the deterministic actor."""
+    """Evaluation, without exploration noise."""
 
     every: int = 10_000
     """Env frames between evaluations; 0: never."""
@@ -191,6 +230,8 @@ class EvalConfig:
     """Episodes an evaluation."""
     video: bool = True
     """Keep a video of the first episode of each evaluation (pixels only)."""
+    controller: Literal["auto", "actor", "mpc", "planet"] = "auto"
+    """Who acts; auto: the agent's own."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +248,8 @@ class Config:
     """cpu, cuda or cuda:N."""
     threads: int = 0
     """CPU threads of the learner; 0 is torch's own choice."""
+    agent: Literal["dreamer", "planet"] = "dreamer"
+    """dreamer: actor and critic learn in imagination; planet: a world model and a planner alone."""
     env: EnvConfig = field(default_factory=EnvConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -214,6 +257,7 @@ class Config:
     behavior: BehaviorConfig = field(default_factory=BehaviorConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     collect: CollectConfig = field(default_factory=CollectConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
@@ -228,6 +272,7 @@ class Config:
             "behavior": ("imag_horizon", "mean_scale", "min_std", "value_scale"),
             "optim": ("model_lr", "actor_lr", "critic_lr", "eps", "clip"),
             "collect": ("prefill",),
+            "plan": ("plan_horizon", "num_samples", "num_elites", "init_std", "warm_iterations"),
             "train": ("frames", "replay_ratio", "checkpoint_every", "keep_checkpoints",
                       "log_every"),
             "eval": ("episodes",),
@@ -238,7 +283,8 @@ class Config:
             "loss": ("kl_scale", "free_nats"),
             "behavior": ("actor_layers", "critic_layers", "target_every"),
             "collect": ("noise",),
-            "train": ("pretrain",),
+            "plan": ("iterations", "min_std", "proposals"),
+            "train": ("pretrain", "snapshot_every"),
             "eval": ("every",),
         }
         for names, accepts, low in ((positive, "> 0", 0), (not_negative, ">= 0", -1)):
@@ -250,6 +296,18 @@ class Config:
         for name in ("gamma", "lam"):
             value = getattr(self.behavior, name)
             _require(0 <= value <= 1, f"behavior.{name}", "between 0 and 1", value)
+        keep = self.train.keep_snapshots
+        _require(keep >= 2, "train.keep_snapshots", ">= 2", keep)
+        for name in ("num_elites", "proposals"):
+            value, samples = getattr(self.plan, name), self.plan.num_samples
+            _require(value <= samples, f"plan.{name}", f"<= plan.num_samples = {samples}", value)
+        _require(0 < self.plan.clip <= 1, "plan.clip", "> 0 and <= 1", self.plan.clip)
+        if self.agent == "planet":  # it has no actor to ask
+            collect, evaluate = self.collect.controller, self.eval.controller
+            _require(collect == "auto", "collect.controller", "'auto' for planet", collect)
+            ok = evaluate in ("auto", "planet")
+            _require(ok, "eval.controller", "'auto' or 'planet' for planet", evaluate)
+            _require(not self.plan.proposals, "plan.proposals", "0 for planet", self.plan.proposals)
         balance = self.loss.kl_balance
         _require(balance is None or 0 <= balance <= 1, "loss.kl_balance", "none or 0..1", balance)
         _require(self.replay.length >= 2, "replay.length", ">= 2", self.replay.length)
@@ -259,6 +317,7 @@ class Config:
         for name, value in (
             ("env.time_limit", self.env.time_limit),
             ("model.encoder_linear", self.model.encoder_linear),
+            ("plan.budget_ms", self.plan.budget_ms),
         ):
             _require(value is None or value > 0, name, "none or > 0", value)
         ok = re.fullmatch(r"cpu|cuda(:\d+)?", self.device) is not None
@@ -293,6 +352,7 @@ def _walker() -> Config:
             target_every=100,
         ),
         collect=CollectConfig(prefill=5),
+        plan=PlanConfig(plan_horizon=15, init_std=0.5, common_noise=True),
         train=TrainConfig(replay_ratio=160.0, pretrain=100),
     )
 
@@ -309,6 +369,7 @@ def _state() -> Config:
             walker.behavior, imag_horizon=10, actor_layers=2, critic_layers=2
         ),
         optim=OptimConfig(actor_lr=3e-4, critic_lr=3e-4),
+        plan=dataclasses.replace(walker.plan, plan_horizon=10),
         train=TrainConfig(frames=300_000, replay_ratio=50.0, pretrain=100),
     )
 
@@ -332,8 +393,14 @@ def _tiny() -> Config:
         ),
         behavior=BehaviorConfig(imag_horizon=3, actor_layers=2, critic_layers=2),
         collect=CollectConfig(prefill=2),
+        plan=PlanConfig(plan_horizon=3, num_samples=8, num_elites=3, iterations=2),
         train=TrainConfig(
-            frames=400, replay_ratio=32.0, checkpoint_every=10, keep_checkpoints=2, log_every=5
+            frames=400,
+            replay_ratio=32.0,
+            checkpoint_every=10,
+            keep_checkpoints=2,
+            log_every=5,
+            snapshot_every=120,
         ),
         eval=EvalConfig(every=120, episodes=1, video=False),
     )

@@ -26,6 +26,7 @@ from fastdreamer.ops.params import (
     ReturnParams,
     RSSMParams,
     State,
+    StdTransform,
 )
 
 
@@ -136,10 +137,11 @@ def make_params(
         gru=GRUParams(*(uniform(D, *shape) for shape in shapes)),
         prior=mlp(D, hidden, 2 * S),
         post=mlp(D + E, hidden, 2 * S),
-        min_std=0.1,
+        std=StdTransform(min=0.1),
     )
     reward, critic, actor = ([units] * n for n in layers)
-    policy = ActorParams(mlp(feat, *actor, 2 * A), mean_scale=5.0, std_offset=5.0, min_std=1e-4)
+    std = StdTransform(offset=5.0, min=1e-4)
+    policy = ActorParams(mlp(feat, *actor, 2 * A), mean_scale=5.0, std=std)
     heads = mlp(feat, *reward, 1), mlp(feat, *critic, 1), mlp(feat, *critic, 1)
     return rssm, policy, ReturnParams(*heads, gamma=0.99, lam=0.95)
 

@@ -188,6 +188,10 @@ class Trainer:
         for warning in missing:
             self.progress.message(f"skipped: {warning}")
         self.progress.message(f"resumed from {path} at update {self.update}")
+        # Snapshots of a future that was lost come again.
+        for frames, snapshot in checkpoint.list_snapshots(self.run_dir / "snapshots").items():
+            if frames > self.env_frames:
+                snapshot.unlink()
         return cursor["metric_lines"]
 
     @contextlib.contextmanager
@@ -284,12 +288,12 @@ class Trainer:
         self.collector.submit(self.job, self.job_weights)
 
     def _evaluations_due(self) -> int:
-        """Evaluate where this cycle is the first at or past a multiple of ``eval.every``."""
-        every = self.config.eval.every
-        if not every:
-            return 0
-        crossed = self.env_frames // every > (self.env_frames - self.newest_frames) // every
-        return self.config.eval.episodes if crossed else 0
+        return self.config.eval.episodes if self._crossed(self.config.eval.every) else 0
+
+    def _crossed(self, every: int) -> bool:
+        """Whether this cycle is the first at or past a multiple of so many env frames; 0: never."""
+        before = self.env_frames - self.newest_frames
+        return bool(every) and self.env_frames // every > before // every
 
     def _enter(self, job: Job) -> None:
         """Wait for a job and take in what it brought."""
@@ -313,6 +317,10 @@ class Trainer:
         self.progress.update(
             env_frames=self.env_frames, last_return=value, best_return=self.best_return
         )
+        train = self.config.train
+        final = self.env_frames >= train.frames
+        if self.update and (final or self._crossed(train.snapshot_every)):
+            self._save_snapshot()
 
     def _log_evaluation(self, job: Job, returns: list[float]) -> None:
         values = {
@@ -347,6 +355,24 @@ class Trainer:
         replay = self.config.replay
         return self.config.train.replay_ratio * decisions / (replay.batch * replay.length)
 
+    def _description(self) -> dict[str, Any]:
+        """What a checkpoint says of the agent, for ``load``."""
+        return {
+            "version": __version__,
+            "config": to_dict(self.config),
+            "obs_shapes": self.agent.obs_shapes,
+            "action_dim": self.agent.action_dim,
+        }
+
+    def _save_snapshot(self) -> None:
+        """Keep the weights that the next cycle starts with, those that an evaluation here has."""
+        directory, train = self.run_dir / "snapshots", self.config.train
+        tensors = {f"agent/{k}": v for k, v in self.agent.state_dict().items()}
+        cursor = {"update": self.update, "env_frames": self.env_frames}
+        path = checkpoint.snapshot_path(directory, self.env_frames)
+        checkpoint.save_checkpoint(path, tensors, {**self._description(), "cursor": cursor})
+        checkpoint.thin(directory, train.snapshot_every, train.keep_snapshots)
+
     def _save(self) -> None:
         tensors = {f"agent/{k}": v for k, v in self.agent.state_dict().items()}
         for name, optimizer in self.optimizers.items():
@@ -355,10 +381,7 @@ class Trainer:
         tensors["generators/update"] = self.generator.get_state()
         tensors |= {f"job_weights/{k}": v for k, v in self.job_weights.items()}
         meta = {
-            "version": __version__,
-            "config": to_dict(self.config),
-            "obs_shapes": self.agent.obs_shapes,
-            "action_dim": self.agent.action_dim,
+            **self._description(),
             "sample_rng": self.sample_rng.bit_generator.state,
             "cursor": {
                 **{name: getattr(self, name) for name in _CURSOR},

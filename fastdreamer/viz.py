@@ -146,12 +146,17 @@ def export_csv(run: Path, out: Path) -> Path:
     out = Path(out)
     curve = _read_curve(Path(run))
     about = {"run": curve.name, "task": curve.task, "obs": curve.obs}
+    return write_curve(out, about, curve.rows)
+
+
+def write_curve(out: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
+    """Write a curve as `export_csv` does; rows hold its columns. Returns out."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with _renamed(out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         file.write("# " + json.dumps({k: v for k, v in about.items() if v}) + "\n")
         writer = csv.DictWriter(file, _CSV_COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(curve.rows)
+        writer.writerows(rows)
     return out
 
 
@@ -193,6 +198,31 @@ def dream_figure(
                     axes.set_xlabel(f"{index}", fontsize=9)
             grid[row, 0].set_ylabel(name, fontsize=10)
         figure.supxlabel("decision", fontsize=9)
+        return _save(figure, Path(out))
+
+
+def state_figure(imagined: np.ndarray, real: np.ndarray, out: Path, *, panels: int = 6) -> Path:
+    """Draw imagined and real state components under the same actions: Figure 4 without images.
+
+    imagined, real: [T, n], one row per decision. panels: how many components to show, those that
+    really move most. Returns out. Raises ValueError for another shape or unequal ones.
+    """
+    if imagined.ndim != 2 or imagined.shape != real.shape or not imagined.size or panels < 1:
+        got = f"{list(imagined.shape)} and {list(real.shape)}, {panels} panels"
+        raise ValueError(f"state_figure: imagined and real must both be [T, n], got {got}")
+    shown = np.sort(np.argsort(-real.std(0), kind="stable")[:panels])
+    with matplotlib.rc_context(_STYLE):
+        rows = -(-len(shown) // 2)
+        figure = Figure(figsize=(8, 0.8 + 1.4 * rows), layout="constrained")
+        grid = figure.subplots(rows, 2, sharex=True, squeeze=False)
+        for axes in grid.flat[len(shown) :]:
+            axes.set_visible(False)
+        for axes, index in zip(grid.flat, shown, strict=False):
+            axes.plot(real[:, index], color=_COLOURS[-1], lw=1.2, label="real")
+            axes.plot(imagined[:, index], color=_COLOURS[1], lw=1.2, ls="--", label="imagined")
+            axes.set_ylabel(f"state {index}", fontsize=9)
+        figure.supxlabel("decision", fontsize=9)
+        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
         return _save(figure, Path(out))
 
 

@@ -20,12 +20,15 @@ from fastdreamer.checkpoint import (
     checkpoint_path,
     flatten_optimizer,
     list_checkpoints,
+    list_snapshots,
     load_checkpoint,
     load_meta,
     load_newest,
     prune,
     restore_optimizer,
     save_checkpoint,
+    snapshot_path,
+    thin,
 )
 
 META = {"cursor": {"update": 7, "best": -1.5, "none": None}, "rng": [2**127 + 1, "x"], "ü": True}
@@ -220,6 +223,34 @@ def test_prune_keeps_the_newest_and_what_is_not_ours(tmp_path):
     assert sorted(tmp_path.iterdir()) == [*paths[2:5], foreign]
     assert prune(tmp_path, paths[4], keep=1) == [paths[4]]
     assert sorted(tmp_path.iterdir()) == [paths[4], foreign]
+
+
+def test_thinned_snapshots_are_spread_evenly_and_the_newest_stays(tmp_path):
+    (tmp_path / "snapshot-best.safetensors").write_bytes(b"the user's")
+    left = {}
+    for frames in range(1000, 20_500, 1000):
+        snapshot_path(tmp_path, frames).touch()
+        kept = thin(tmp_path, 2000, keep=4)
+        assert kept == list(list_snapshots(tmp_path).values()) and len(kept) <= 4
+        left[frames] = list(list_snapshots(tmp_path))
+    assert left[2000] == [1000, 2000]
+    assert left[4000] == [1000, 2000, 3000, 4000]
+    assert left[5000] == [2000, 4000, 5000]
+    assert left[8000] == [2000, 4000, 6000, 8000]
+    assert left[10_000] == [4000, 8000, 9000, 10_000]
+    assert left[20_000] == [8000, 16_000, 18_000, 20_000]
+    assert (tmp_path / "snapshot-best.safetensors").exists()
+
+
+@pytest.mark.parametrize("every", [0, 7, 1000])
+@pytest.mark.parametrize("keep", [2, 3, 10])
+def test_thinning_ends_whatever_the_frames_are(tmp_path, every, keep):
+    frames = [1, 2, 3, 500, 501, 1999, 2000, 123_456]
+    for at in frames:
+        snapshot_path(tmp_path, at).touch()
+        assert thin(tmp_path, every, keep)[-1] == snapshot_path(tmp_path, at)
+        assert len(list_snapshots(tmp_path)) <= keep
+    assert list_snapshots(tmp_path / "none") == {} and thin(tmp_path / "none", every, keep) == []
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -16,7 +16,7 @@ from fastdreamer.collector import (
     Collector,
     CollectorError,
     Job,
-    actor_policy,
+    agent_policy,
     collect,
     episode_seed,
     evaluate,
@@ -102,7 +102,7 @@ def test_an_episode_depends_on_seed_index_and_weights_alone(collector, agent, en
     assert len(set(contents)) == 5
 
     seed = episode_seed(CONFIG.seed, "collect", 4)
-    played, frames = collect(env, actor_policy(agent, seed, CONFIG.collect.noise), seed)
+    played, frames = collect(env, agent_policy(agent, seed, CONFIG.collect.noise), seed)
     assert frames == FRAMES and played.keys() == arrays.keys()
     assert all(np.array_equal(played[k], arrays[k]) for k in arrays)
 
@@ -208,7 +208,7 @@ def test_pixels_are_the_same_in_every_process(tmp_path):
     finally:
         collector.close()
     seed = episode_seed(config.seed, "collect", 1)
-    played, _ = collect(env, actor_policy(agent, seed, config.collect.noise), seed)
+    played, _ = collect(env, agent_policy(agent, seed, config.collect.noise), seed)
     recorded, _ = read_episode(episode_path(tmp_path, 1))
     assert recorded["pixels"].std() > 1  # something was drawn
     assert all(np.array_equal(played[k], recorded[k]) for k in recorded)
@@ -239,9 +239,9 @@ def test_random_policy_is_uniform_and_seeded():
     assert np.abs(actions.mean()) < 0.02 and actions.std() == pytest.approx(1 / 3**0.5, abs=0.01)
 
 
-def test_actor_policy_noise_is_seeded_and_zero_noise_is_the_mean(agent):
+def test_agent_policy_noise_is_seeded_and_zero_noise_is_the_mean(agent):
     obs = {"state": np.linspace(-1, 1, 24, dtype=np.float32)}
-    first = lambda seed, noise: actor_policy(agent, seed, noise)(obs)  # noqa: E731
+    first = lambda seed, noise: agent_policy(agent, seed, noise)(obs)  # noqa: E731
     assert np.array_equal(first(1, 0.3), first(1, 0.3))
     assert not np.array_equal(first(1, 0.3), first(2, 0.3))
     assert np.array_equal(

@@ -163,6 +163,8 @@ def test_walker_has_the_original_s_networks_and_losses():
         ("train.pretrain", -1, ">= 0"),
         ("train.checkpoint_every", 0, "> 0"),
         ("train.keep_checkpoints", 0, "> 0"),
+        ("train.snapshot_every", -1, ">= 0"),
+        ("train.keep_snapshots", 1, ">= 2"),
         ("train.log_every", 0, "> 0"),
         ("eval.every", -1, ">= 0"),
         ("eval.episodes", 0, "> 0"),

@@ -14,7 +14,8 @@ PACKAGE = ROOT / "fastdreamer"
 
 MODEL = {"config", "ops", "nn"}
 PUBLIC = MODEL | {"_version", "losses", "planning", "exploration", "safety", "agent"}
-PUBLIC |= {"checkpoint", "collector", "envs", "logger", "replay", "rollout", "trainer", "viz"}
+PUBLIC |= {"checkpoint", "collector", "envs", "logger", "replay", "report", "rollout", "trainer"}
+PUBLIC |= {"viz"}
 
 # What each room (a file or folder of the package) may import of ours, beside itself; imports
 # inside functions count. config → ops → nn → {losses, planning, exploration, safety} → agent →
@@ -35,7 +36,8 @@ ALLOWED = {
     "viz": {"logger"},
     "agent": MODEL | {"losses", "planning", "exploration", "safety", "checkpoint"},
     "collector": {"config", "agent", "envs", "replay", "viz"},
-    "trainer": PUBLIC - {"trainer", "rollout", "viz"},
+    "trainer": PUBLIC - {"trainer", "report", "rollout", "viz"},
+    "report": {"config", "agent", "checkpoint", "collector", "trainer", "viz"},
     "rollout": {"ops", "nn"},
     "adapters": {"ops", "nn", "rollout"},
     "testing": {"ops", "nn"},

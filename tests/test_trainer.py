@@ -23,8 +23,13 @@ import pytest
 import torch
 
 from fastdreamer.agent import Dreamer, NonFiniteLoss, load
-from fastdreamer.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
-from fastdreamer.collector import POLICY_PARTS, actor_policy, collect, episode_seed, random_policy
+from fastdreamer.checkpoint import (
+    CheckpointError,
+    list_checkpoints,
+    list_snapshots,
+    load_checkpoint,
+)
+from fastdreamer.collector import POLICY_PARTS, agent_policy, collect, episode_seed, random_policy
 from fastdreamer.config import preset, to_dict
 from fastdreamer.envs import make_env
 from fastdreamer.replay import episode_path, read_episode
@@ -262,6 +267,12 @@ def assert_equals(run_dir, reference):
     for index in meta["cursor"]["replay"]:
         mine, other = (episode_path(d / "episodes", index) for d in (run_dir, reference))
         assert mine.read_bytes() == other.read_bytes(), f"episode {index}"
+    snapshots, others = (list_snapshots(d / "snapshots") for d in (run_dir, reference))
+    assert snapshots.keys() == others.keys()
+    for frames, path in snapshots.items():
+        same, other = (load_checkpoint(p) for p in (path, others[frames]))
+        assert same[1] == other[1] and same[0].keys() == other[0].keys()
+        assert all(torch.equal(same[0][k], other[0][k]) for k in same[0]), f"snapshot {frames}"
 
 
 def names(directory):
@@ -345,6 +356,33 @@ def test_checkpoints_come_on_time_and_few_are_kept(reference):
     assert names == [f"episode-{k:06d}.safetensors" for k in range(4, 10)]
 
 
+def test_snapshots_hold_the_weights_that_evaluations_had(reference):
+    run_dir = reference[0]
+    snapshots = list_snapshots(run_dir / "snapshots")
+    # At the first cycle at or past each multiple of 120 env frames, and at the end.
+    updates = {120: 25, 240: 85, 360: 145, 400: UPDATES}
+    assert list(snapshots) == list(updates)
+    final = load_checkpoint(list_checkpoints(run_dir / "checkpoints")[-1])[0]
+    for frames, path in snapshots.items():
+        tensors, meta = load_checkpoint(path)
+        assert meta["cursor"] == {"update": updates[frames], "env_frames": frames}
+        assert all(name.startswith("agent/") for name in tensors)
+    for name, value in tensors.items():
+        assert torch.equal(value, final[name])
+    assert weights_of(snapshots[240]) != weights_of(snapshots[360])
+
+
+def weights_of(path):
+    return {k: v.numpy().tobytes() for k, v in load(path).state_dict().items()}
+
+
+def test_snapshots_are_thinned_as_the_run_goes(tmp_path, launcher):
+    train = dataclasses.replace(CONFIG.train, frames=400, snapshot_every=40, keep_snapshots=4)
+    run_dir = new_run(tmp_path / "run", dataclasses.replace(CONFIG, train=train))
+    assert launcher.run(run_dir) == 0
+    assert list(list_snapshots(run_dir / "snapshots")) == [160, 320, 360, 400]
+
+
 def test_episodes_come_from_the_weights_of_their_cycles_first_update(reference):
     run_dir = reference[0]
     saved = {}
@@ -369,7 +407,7 @@ def test_episodes_come_from_the_weights_of_their_cycles_first_update(reference):
     agent.load_state_dict(weights, strict=False)
     env = make_env("walker-walk", obs="state", action_repeat=2, time_limit=1.0)
     seed = episode_seed(CONFIG.seed, "collect", 7)
-    played, frames = collect(env, actor_policy(agent, seed, CONFIG.collect.noise), seed)
+    played, frames = collect(env, agent_policy(agent, seed, CONFIG.collect.noise), seed)
     recorded, about = read_episode(episode_path(run_dir / "episodes", 7))
     assert frames == about["env_frames"] == 40
     for name, array in played.items():

@@ -6,19 +6,23 @@
 namespace fastdreamer {
 namespace {
 
-// rssm: (inp, gru, prior, min_std). heads: (reward, bootstrap or None, gamma, lam); without a
-// bootstrap the score is the sum of the rewards. Arrays as in cpu/cem.h; mean and std are changed.
+// rssm: (inp, gru, prior, std). heads: (reward, bootstrap or None, discount or None, gamma, lam);
+// without a bootstrap the score is the sum of the rewards. proposals: an array or None. Arrays as
+// in cpu/cem.h; mean and std are changed.
 void cem(py::tuple rssm, py::tuple heads, py::handle start_deter, py::handle start_stoch,
          py::handle mean, py::handle std, py::handle action_noise, py::handle state_noise,
-         py::handle scores, Index num_elites, double min_std, double clip, int threads) {
+         py::handle scores, py::handle proposals, Index num_elites, double min_std, double clip,
+         int threads) {
   const char* op = "cem";
-  if (rssm.size() != 4 || heads.size() != 4) {
-    fail("cem: rssm must be (inp, gru, prior, min_std), heads (reward, bootstrap, gamma, lam)");
+  if (rssm.size() != 4 || heads.size() != 5) {
+    fail(
+        "cem: rssm must be (inp, gru, prior, std), heads (reward, bootstrap, discount, gamma, "
+        "lam)");
   }
   const PackedGru& gru = rssm[1].cast<const PackedGru&>();
   const Precision precision = gru.precision();
   const Rssm model = make_rssm(op, rssm[0].cast<const PackedMlp&>(), gru,
-                               rssm[2].cast<const PackedMlp&>(), rssm[3].cast<double>());
+                               rssm[2].cast<const PackedMlp&>(), rssm[3].cast<py::tuple>());
   const Index A = model.A, D = model.D, S = model.S;
 
   CemArgs x{};
@@ -31,11 +35,12 @@ void cem(py::tuple rssm, py::tuple heads, py::handle start_deter, py::handle sta
   };
   x.reward = head("reward", heads[0]);
   if (!heads[1].is_none()) x.bootstrap = head("bootstrap", heads[1]);
-  const double lam = heads[3].cast<double>();
+  if (!heads[2].is_none()) x.discount = head("discount", heads[2]);
+  const double lam = heads[4].cast<double>();
   if (!(lam >= 0.0 && lam <= 1.0)) {
     fail("cem: lam must be in [0, 1], got " + std::to_string(lam));
   }
-  x.gamma = heads[2].cast<float>();
+  x.gamma = heads[3].cast<float>();
   x.lam = static_cast<float>(lam);
   x.mix = static_cast<float>(1.0 - lam);
 
@@ -60,6 +65,12 @@ void cem(py::tuple rssm, py::tuple heads, py::handle start_deter, py::handle sta
   x.start_stoch = arrays.in("start.stoch", start_stoch, {B, S});
   x.action_noise = arrays.in("action_noise", action_noise, {I, H, B, N, A});
   x.state_noise = arrays.in("state_noise", state_noise, {I, H, B, N, S});
+  if (!proposals.is_none()) {
+    const Array given(op, "proposals", proposals);
+    if (given.ndim() != 4 || given.size(2) > N) fail("cem: proposals must be [H, B, P <= N, A]");
+    x.P = given.size(2);
+    x.proposals = arrays.in("proposals", proposals, {H, B, x.P, A});
+  }
   x.mean = arrays.out("mean", mean, {H, B, A});
   x.std = arrays.out("std", std, {H, B, A});
   x.scores = arrays.out("scores", scores, {I, B, N});
@@ -75,8 +86,8 @@ void cem(py::tuple rssm, py::tuple heads, py::handle start_deter, py::handle sta
 void bind_cem(py::module_& m) {
   m.def("cem", &cem, py::arg("rssm"), py::arg("heads"), py::arg("start_deter"),
         py::arg("start_stoch"), py::arg("mean"), py::arg("std"), py::arg("action_noise"),
-        py::arg("state_noise"), py::arg("scores"), py::arg("num_elites"), py::arg("min_std"),
-        py::arg("clip"), py::arg("threads"),
+        py::arg("state_noise"), py::arg("scores"), py::arg("proposals"), py::arg("num_elites"),
+        py::arg("min_std"), py::arg("clip"), py::arg("threads"),
         "All iterations of the cross-entropy method; see csrc/bindings/cem.cpp.");
 }
 

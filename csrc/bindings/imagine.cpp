@@ -16,19 +16,20 @@ struct ImagineRun {
   std::string op;  // a copy: the caller's does not outlive the forward call
   Rssm rssm;
   Actor actor;
-  Mlp reward, critic, target;
+  Mlp reward, critic, target, discount;
   // the packed weights, kept
-  py::object inp, gru, prior, actor_pack, reward_pack, critic_pack, target_pack;
+  py::object inp, gru, prior, actor_pack, reward_pack, critic_pack, target_pack, discount_pack;
   Arrays arrays;
   ImagineTape tape;
 };
 
 const PackedMlp& mlp_of(const py::object& pack) { return pack.cast<const PackedMlp&>(); }
 
-// rssm: (inp, gru, prior, min_std). actor: (mlp, mean_scale, std_offset, min_std) or None.
-// heads: (reward, critic or None, target or None, gamma, lam) or None. wants: None, or (through,
-// actor, rssm, reward, critic). Arrays as in cpu/imagine.h; `outputs` are deter, stoch, prior_mean,
-// prior_std, reward, next_value, returns, value, each an array or None.
+// rssm: (inp, gru, prior, std). actor: (mlp, mean_scale, std, through_feat) or None. heads:
+// (reward, critic or None, target or None, discount or None, gamma, lam) or None. wants: None, or
+// (through, actor, rssm, reward, critic, discount). Arrays as in cpu/imagine.h; `outputs` are
+// deter, stoch, prior_mean, prior_std, reward, next_value, returns, value, discount, each an array
+// or None.
 std::unique_ptr<ImagineRun> imagine_forward(const char* op, py::tuple rssm, py::object actor,
                                             py::object heads, py::handle start_deter,
                                             py::handle start_stoch, py::handle state_noise,
@@ -38,16 +39,16 @@ std::unique_ptr<ImagineRun> imagine_forward(const char* op, py::tuple rssm, py::
   ImagineRun& t = *run;
   ImagineWants w;
   if (!wants.is_none()) {
-    const py::tuple five = wants;
-    w = {five[0].cast<bool>(), five[1].cast<bool>(), five[2].cast<bool>(), five[3].cast<bool>(),
-         five[4].cast<bool>()};
+    const py::tuple six = wants;
+    w = {six[0].cast<bool>(), six[1].cast<bool>(), six[2].cast<bool>(),
+         six[3].cast<bool>(), six[4].cast<bool>(), six[5].cast<bool>()};
   }
   if (threads < 1) fail(std::string(op) + ": threads must be at least 1");
   if (w.actor && actor.is_none()) fail(std::string(op) + ": gradients of no actor");
   t.inp = rssm[0], t.gru = rssm[1], t.prior = rssm[2];
   const PackedMlp &inp = mlp_of(t.inp), &prior = mlp_of(t.prior);
   const PackedGru& gru = t.gru.cast<const PackedGru&>();
-  t.rssm = make_rssm(op, inp, gru, prior, rssm[3].cast<double>());
+  t.rssm = make_rssm(op, inp, gru, prior, rssm[3].cast<py::tuple>());
   if (w.through && !(inp.gradients() && gru.gradients() && prior.gradients())) {
     fail(std::string(op) + ": the model was not packed for gradients");
   }
@@ -71,8 +72,10 @@ std::unique_ptr<ImagineRun> imagine_forward(const char* op, py::tuple rssm, py::
     const py::tuple four = actor;
     t.actor_pack = four[0];
     const PackedMlp& mlp = mlp_of(t.actor_pack);
-    check_mlp(op, "actor", mlp, precision, D + S, 2 * A, w.actor);
-    t.actor = {mlp.mlp(), four[1].cast<float>(), four[2].cast<float>(), four[3].cast<float>()};
+    const bool through_feat = four[3].cast<bool>();
+    check_mlp(op, "actor", mlp, precision, D + S, 2 * A, w.actor || (w.through && through_feat));
+    t.actor = {mlp.mlp(), four[1].cast<float>(), make_std(op, four[2]), through_feat};
+    if (!(t.actor.mean_scale > 0)) fail(std::string(op) + ": mean_scale must be positive");
     x.actor = &t.actor;
     x.action_noise = t.arrays.in("action_noise", action_noise, {H, B, A});
     x.action = t.arrays.out("action", action, {H, B, A});
@@ -82,8 +85,9 @@ std::unique_ptr<ImagineRun> imagine_forward(const char* op, py::tuple rssm, py::
   x.prior_mean = t.arrays.maybe_out("prior_mean", outputs[2], {H, B, S});
   x.prior_std = t.arrays.maybe_out("prior_std", outputs[3], {H, B, S});
   if (!heads.is_none()) {
-    const py::tuple five = heads;
-    t.reward_pack = five[0], t.critic_pack = five[1], t.target_pack = five[2];
+    const py::tuple six = heads;
+    t.reward_pack = six[0], t.critic_pack = six[1], t.target_pack = six[2];
+    t.discount_pack = six[3];
     const auto head = [&](const char* name, const py::object& pack, Mlp& to, bool gradients) {
       if (pack.is_none()) return static_cast<const Mlp*>(nullptr);
       const PackedMlp& mlp = mlp_of(pack);
@@ -94,24 +98,27 @@ std::unique_ptr<ImagineRun> imagine_forward(const char* op, py::tuple rssm, py::
     x.reward = head("reward", t.reward_pack, t.reward, w.through);
     x.critic = head("critic", t.critic_pack, t.critic, w.through || w.critic);
     x.target = head("target", t.target_pack, t.target, w.through);
-    const double lam = five[4].cast<double>();
+    x.discount = head("discount", t.discount_pack, t.discount, w.through);
+    const double lam = six[5].cast<double>();
     if (!(lam >= 0.0 && lam <= 1.0)) {
       fail(std::string(op) + ": lam must be in [0, 1], got " + std::to_string(lam));
     }
-    x.gamma = five[3].cast<float>();
+    x.gamma = six[4].cast<float>();
     x.lam = static_cast<float>(lam);
     x.mix = static_cast<float>(1.0 - lam);
     x.reward_out = t.arrays.maybe_out("reward", outputs[4], {H, B});
     x.next_value = t.arrays.maybe_out("next_value", outputs[5], {H, B});
     x.returns = t.arrays.maybe_out("returns", outputs[6], {H, B});
     x.value = t.arrays.maybe_out("value", outputs[7], {H, B});
+    x.discount_out = t.arrays.maybe_out("discount", outputs[8], {H, B});
     const bool bootstraps = x.critic != nullptr || x.target != nullptr;
     if (x.reward == nullptr || x.reward_out == nullptr || (x.next_value && !bootstraps) ||
         (x.returns && !x.next_value) || (x.value && (!x.critic || !x.next_value)) ||
-        (w.critic && !x.value) || (w.through && !x.next_value)) {
+        (w.critic && !x.value) || (w.through && !x.next_value) ||
+        (x.discount != nullptr) != (x.discount_out != nullptr) || (w.discount && !x.discount)) {
       fail(std::string(op) + ": a head or its output is missing");
     }
-  } else if (w.reward || w.critic) {
+  } else if (w.reward || w.critic || w.discount) {
     fail(std::string(op) + ": gradients of heads that are not there");
   }
   t.arrays.check_overlap();
@@ -126,19 +133,54 @@ std::unique_ptr<ImagineRun> imagine_forward(const char* op, py::tuple rssm, py::
   return run;
 }
 
-// `grads`: those that reach deter, stoch, action, prior_mean, prior_std, reward, returns. `inputs`:
-// where those of start.deter, start.stoch and the given action go. Parameters: None, or a list of
-// (weight, bias) per layer, and for the GRU its four.
+// One step without gradients, of rows [B, ...]: what a call for a single row does besides computing
+// takes as long as computing it, so this is the shortest way. `outputs`: deter, stoch, prior_mean,
+// prior_std.
+void rssm_step_forward(py::tuple rssm, py::handle deter, py::handle stoch, py::handle action,
+                       py::handle noise, py::tuple outputs, int threads) {
+  const char* op = "rssm_step";
+  if (threads < 1) fail("rssm_step: threads must be at least 1");
+  const PackedMlp &inp = mlp_of(rssm[0]), &prior = mlp_of(rssm[2]);
+  const PackedGru& gru = rssm[1].cast<const PackedGru&>();
+  const Rssm model = make_rssm(op, inp, gru, prior, rssm[3].cast<py::tuple>());
+  const Index A = model.A, D = model.D, S = model.S;
+  Arrays arrays(op);
+  const Array shape(op, "noise", noise);
+  if (shape.ndim() != 2 || shape.size(0) < 1) fail("rssm_step: noise must be [B, S], B not 0");
+  ImagineArgs x{};
+  x.kernels = &kernels(gru.precision());
+  x.rssm = &model;
+  x.H = 1;
+  const Index B = x.B = shape.size(0);
+  x.start_deter = arrays.in("state.deter", deter, {B, D});
+  x.start_stoch = arrays.in("state.stoch", stoch, {B, S});
+  x.action = const_cast<float*>(arrays.in("action", action, {B, A}));
+  x.state_noise = arrays.in("noise", noise, {B, S});
+  x.deter = arrays.out("deter", outputs[0], {B, D});
+  x.stoch = arrays.out("stoch", outputs[1], {B, S});
+  x.prior_mean = arrays.out("prior_mean", outputs[2], {B, S});
+  x.prior_std = arrays.out("prior_std", outputs[3], {B, S});
+  arrays.check_overlap();
+  Arena scratch;
+  const Imagine pass(x, {}, nullptr, scratch, threads);
+  py::gil_scoped_release release;
+  pass.run();
+}
+
+// `grads`: those that reach deter, stoch, action, prior_mean, prior_std, reward, returns, discount.
+// `inputs`: where those of start.deter, start.stoch and the given action go. Parameters: None, or a
+// list of (weight, bias) per layer, and for the GRU its four.
 void imagine_backward(ImagineRun& t, py::tuple grads, py::tuple inputs, py::object actor,
                       py::object inp, py::object gru, py::object prior, py::object reward,
-                      int threads) {
+                      py::object discount, int threads) {
   const char* op = t.arrays.op();
   const ImagineArgs& x = t.tape.args;
   const ImagineWants& w = t.tape.wants;
   const Index A = t.rssm.A, D = t.rssm.D, S = t.rssm.S, H = x.H, B = x.B;
   if (!w.through) fail(std::string(op) + ": this tape has no backward sweep");
   if (w.actor != !actor.is_none() || w.rssm != !inp.is_none() || w.rssm != !gru.is_none() ||
-      w.rssm != !prior.is_none() || w.reward != !reward.is_none()) {
+      w.rssm != !prior.is_none() || w.reward != !reward.is_none() ||
+      w.discount != !discount.is_none()) {
     fail(std::string(op) + ": gradients that were not announced");
   }
   if (threads < 1) fail(std::string(op) + ": threads must be at least 1");
@@ -151,8 +193,10 @@ void imagine_backward(ImagineRun& t, py::tuple grads, py::tuple inputs, py::obje
   g.prior_std = arrays.maybe_in("grad of prior std", grads[4], {H, B, S});
   g.reward = arrays.maybe_in("grad of reward", grads[5], {H, B});
   g.returns = arrays.maybe_in("grad of returns", grads[6], {H, B});
+  g.discount = arrays.maybe_in("grad of discount", grads[7], {H, B});
   if ((g.reward != nullptr && x.reward == nullptr) ||
-      (g.returns != nullptr && x.returns == nullptr)) {
+      (g.returns != nullptr && x.returns == nullptr) ||
+      (g.discount != nullptr && x.discount == nullptr)) {
     fail(std::string(op) + ": gradients of heads that are not there");
   }
   g.start_deter = arrays.maybe_out("grad of start.deter", inputs[0], {B, D});
@@ -171,6 +215,10 @@ void imagine_backward(ImagineRun& t, py::tuple grads, py::tuple inputs, py::obje
   if (w.reward) {
     g.reward_head = mlp_of(t.reward_pack).grads(arrays, reward);
     g.reward_rotate = mlp_of(t.reward_pack).rotate();
+  }
+  if (w.discount) {
+    g.discount_head = mlp_of(t.discount_pack).grads(arrays, discount);
+    g.discount_rotate = mlp_of(t.discount_pack).rotate();
   }
   arrays.check_overlap();
   Arena scratch;
@@ -202,9 +250,12 @@ void bind_imagine(py::module_& m) {
         py::arg("heads"), py::arg("start_deter"), py::arg("start_stoch"), py::arg("state_noise"),
         py::arg("action_noise"), py::arg("action"), py::arg("outputs"), py::arg("wants"),
         py::arg("threads"), "A rollout; see csrc/bindings/imagine.cpp.");
+  m.def("rssm_step", &rssm_step_forward, py::arg("rssm"), py::arg("deter"), py::arg("stoch"),
+        py::arg("action"), py::arg("noise"), py::arg("outputs"), py::arg("threads"),
+        "One step without gradients; see csrc/bindings/imagine.cpp.");
   m.def("imagine_backward", &imagine_backward, py::arg("tape"), py::arg("grads"), py::arg("inputs"),
         py::arg("actor"), py::arg("inp"), py::arg("gru"), py::arg("prior"), py::arg("reward"),
-        py::arg("threads"), "Its gradients.");
+        py::arg("discount"), py::arg("threads"), "Its gradients.");
   m.def("critic_backward", &critic_backward, py::arg("tape"), py::arg("value_grad"),
         py::arg("critic"), py::arg("threads"), "The gradients of the critic's weights.");
 }

@@ -20,15 +20,16 @@ struct ObserveRun {
   ObserveTape tape;
 };
 
-// rssm: (inp, gru, prior, min_std, post, embed): `post` is packed without the first layer's bias
+// rssm: (inp, gru, prior, std, post, embed): `post` is packed without the first layer's bias
 // from deter's columns, `embed` is the first layer alone from the embedding's. embed_array: [T, B,
-// E] float32, or int16 (the bits of bfloat16) with bfloat16 weights. outputs: deter, stoch, mean
-// and std of the posterior, mean and std of the prior.
+// E] float32, or int16 (the bits of bfloat16) with bfloat16 weights. resets: whether is_first
+// zeroes deter, stoch and action. outputs: deter, stoch, mean and std of the posterior, and of the
+// prior.
 std::unique_ptr<ObserveRun> observe_forward(py::tuple rssm, py::handle start_deter,
                                             py::handle start_stoch, py::handle embed_array,
                                             py::handle action, py::handle is_first,
-                                            py::handle noise, py::tuple outputs, bool keep,
-                                            int threads) {
+                                            py::tuple resets, py::handle noise, py::tuple outputs,
+                                            bool keep, int threads) {
   auto tape = std::make_unique<ObserveRun>();
   ObserveRun& t = *tape;
   if (threads < 1) fail("observe: threads must be at least 1");
@@ -39,7 +40,7 @@ std::unique_ptr<ObserveRun> observe_forward(py::tuple rssm, py::handle start_det
   const PackedMlp& prior = t.prior.cast<const PackedMlp&>();
   const PackedMlp& post = t.post_pack.cast<const PackedMlp&>();
   const PackedMlp& embed = t.embed_pack.cast<const PackedMlp&>();
-  t.rssm = make_rssm(kOp, inp, gru, prior, rssm[3].cast<double>());
+  t.rssm = make_rssm(kOp, inp, gru, prior, rssm[3].cast<py::tuple>());
   const Precision precision = gru.precision();
   const Index A = t.rssm.A, D = t.rssm.D, S = t.rssm.S, E = embed.mlp().in();
   check_mlp(kOp, "post", post, precision, D, 2 * S, keep);
@@ -72,8 +73,11 @@ std::unique_ptr<ObserveRun> observe_forward(py::tuple rssm, py::handle start_det
     if (precision == Precision::fp32) x.embed_elem = x.embed32;
   }
   x.action = t.arrays.in("action", action, {T, B, A});
-  x.is_first =
+  const auto* first =
       static_cast<const unsigned char*>(t.arrays.in_format("is_first", is_first, {T, B}, '?'));
+  if (resets.size() != 3) fail("observe: resets must be (deter, stoch, action)");
+  const auto where = [&](std::size_t i) { return resets[i].cast<bool>() ? first : nullptr; };
+  x.first_deter = where(0), x.first_stoch = where(1), x.first_action = where(2);
   x.noise = t.arrays.in("noise", noise, {T, B, S});
   x.deter = t.arrays.out("deter", outputs[0], {T, B, D});
   x.stoch = t.arrays.out("stoch", outputs[1], {T, B, S});
@@ -139,8 +143,8 @@ void bind_observe(py::module_& m) {
                          "What a filtered sequence leaves for its backward pass.");
   m.def("observe_forward", &observe_forward, py::arg("rssm"), py::arg("start_deter"),
         py::arg("start_stoch"), py::arg("embed"), py::arg("action"), py::arg("is_first"),
-        py::arg("noise"), py::arg("outputs"), py::arg("keep"), py::arg("threads"),
-        "The posterior filter; see csrc/bindings/observe.cpp.");
+        py::arg("resets"), py::arg("noise"), py::arg("outputs"), py::arg("keep"),
+        py::arg("threads"), "The posterior filter; see csrc/bindings/observe.cpp.");
   m.def("observe_backward", &observe_backward, py::arg("tape"), py::arg("grads"), py::arg("inputs"),
         py::arg("parameters"), py::arg("threads"), "Its gradients.");
 }

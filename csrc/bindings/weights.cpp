@@ -164,14 +164,34 @@ void check_mlp(const char* op, const char* name, const PackedMlp& packed, Precis
   }
 }
 
+StdTransform make_std(const char* op, py::tuple std) {
+  if (std.size() != 6) {
+    fail(std::string(op) + ": std must be (kind, scale, slope, offset, min, floor)");
+  }
+  const std::string kind = std[0].cast<std::string>();
+  StdTransform t{};
+  if (kind == "softplus") {
+    t.kind = StdKind::softplus;
+  } else if (kind == "sigmoid") {
+    t.kind = StdKind::sigmoid;
+  } else if (kind == "exp") {
+    t.kind = StdKind::exp;
+  } else {
+    fail(std::string(op) + ": std must be softplus, sigmoid or exp, got '" + kind + "'");
+  }
+  t.scale = std[1].cast<float>(), t.slope = std[2].cast<float>(), t.offset = std[3].cast<float>();
+  t.min = std[4].cast<float>(), t.floor = std[5].cast<float>();
+  return t;
+}
+
 Rssm make_rssm(const char* op, const PackedMlp& inp, const PackedGru& gru, const PackedMlp& prior,
-               double min_std) {
+               py::tuple std) {
   const Index D = gru.gru().forward.D, S = prior.mlp().out() / 2;
   const Index A = inp.mlp().in() - S;
   if (A < 1 || S < 1) fail(std::string(op) + ": the model has no action or no stochastic state");
   check_mlp(op, "inp", inp, gru.precision(), S + A, gru.gru().forward.K, false);
   check_mlp(op, "prior", prior, gru.precision(), D, 2 * S, false);
-  return {A, D, S, inp.mlp(), gru.gru(), prior.mlp(), static_cast<float>(min_std)};
+  return {A, D, S, inp.mlp(), gru.gru(), prior.mlp(), make_std(op, std)};
 }
 
 void bind_weights(py::module_& m) {

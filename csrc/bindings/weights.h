@@ -55,9 +55,12 @@ class PackedGru {
   Arena arena_;
 };
 
+// Of (kind, scale, slope, offset, min, floor).
+StdTransform make_std(const char* op, py::tuple std);
+
 // Puts the parts of a model together; throws if their sizes or precisions do not fit.
 Rssm make_rssm(const char* op, const PackedMlp& inp, const PackedGru& gru, const PackedMlp& prior,
-               double min_std);
+               py::tuple std);
 void check_mlp(const char* op, const char* name, const PackedMlp& mlp, Precision precision,
                Index in, Index out, bool gradients);
 

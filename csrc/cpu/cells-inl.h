@@ -1,6 +1,8 @@
 // What happens to a tile between its matrix products, row by row.
 #pragma once
 
+#include <cmath>
+
 #include "cpu/functions.h"
 #include "cpu/gemm-inl.h"
 #include "cpu/kernels.h"
@@ -8,6 +10,11 @@
 
 namespace fastdreamer {
 namespace {
+
+template <bool b>
+struct Bool {
+  static constexpr bool value = b;
+};
 
 // h' = n + z (h - n), n = tanh(i + r g), g the gated sum of the state.
 template <class P>
@@ -33,22 +40,71 @@ void gru_backward(const GruBackwardArgs& x) {
   }
 }
 
-template <class P>
-void sample(const SampleArgs& x) {
+// A StdTransform of vectors.
+template <class P, StdKind kind>
+struct StdOf {
+  explicit StdOf(const StdTransform& t)
+      : scale(fill(t.scale)),
+        slope(fill(t.slope)),
+        offset(fill(t.offset)),
+        min(fill(t.min)),
+        floor(fill(t.floor)),
+        steepness(fill(t.scale * t.slope)),
+        floored(t.floor > 0) {}
+
+  // before the floor
+  FD_METHOD Vec free(Vec y) const {
+    const Vec x = fma(slope, y, offset);
+    const Vec f = kind == StdKind::softplus  ? softplus<P::fast>(x)
+                  : kind == StdKind::sigmoid ? sigmoid<P::fast>(x)
+                                             : exp<P::fast>(x);
+    return fma(scale, f, min);
+  }
+  FD_METHOD Vec bound(Vec std) const { return max(floor, std); }  // floor first: NaN passes
+  FD_METHOD Vec operator()(Vec y) const { return bound(free(y)); }
+
+  // d std / d y; none where the floor holds
+  FD_METHOD Vec derivative(Vec y, Vec free) const {
+    const Vec x = fma(slope, y, offset);
+    const Vec s = kind == StdKind::exp ? exp<P::fast>(x) : sigmoid<P::fast>(x);
+    const Vec d = kind == StdKind::sigmoid ? s * (fill(1.0f) - s) : s;
+    return select(free < floor, fill(0.0f), steepness * d);
+  }
+  FD_METHOD Vec derivative(Vec y) const { return derivative(y, floored ? free(y) : floor); }
+
+  const Vec scale, slope, offset, min, floor, steepness;
+  const bool floored;
+};
+
+template <class P, StdKind kind>
+void sample_kind(const SampleArgs& x) {
   const Index S = x.S;
+  const StdOf<P, kind> std_of(x.transform);
   for (Index row = 0; row < x.rows; ++row) {
     const float* raw = at(x.raw, row);
     by_vectors(0, S, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
       const Vec mean = get(raw + c), y = get(raw + S + c);
-      const Vec std = softplus<P::fast>(y) + fill(x.min_std);
+      const Vec free = std_of.free(y), std = std_of.bound(free);
       if (x.mean.data != nullptr) put(at(x.mean, row) + c, mean);
       if (x.std.data != nullptr) put(at(x.std, row) + c, std);
-      if (x.slope.data != nullptr) put(at(x.slope, row) + c, sigmoid<P::fast>(y));
+      if (x.slope.data != nullptr) put(at(x.slope, row) + c, std_of.derivative(y, free));
       if (x.noise.data == nullptr) return;
       const Vec s = fma(std, get(at(x.noise, row) + c), mean);
       if (x.out.data != nullptr) put(at<typename P::Elem>(x.out, row) + c, s);
       if (x.out32.data != nullptr) put(at(x.out32, row) + c, s);
     });
+  }
+}
+
+template <class P>
+void sample(const SampleArgs& x) {
+  switch (x.transform.kind) {
+    case StdKind::softplus:
+      return sample_kind<P, StdKind::softplus>(x);
+    case StdKind::sigmoid:
+      return sample_kind<P, StdKind::sigmoid>(x);
+    case StdKind::exp:
+      return sample_kind<P, StdKind::exp>(x);
   }
 }
 
@@ -71,39 +127,73 @@ void sample_backward(const SampleBackwardArgs& x) {
   }
 }
 
+// Calls body(StdOf, whether the mean is bounded) with the right types, once a tile of rows.
+template <class P, class Body>
+FD_INLINE void by_policy(const StdTransform& t, float mean_scale, const Body& body) {
+  const auto with = [&](const auto& std_of) {
+    if (mean_scale < INFINITY) return body(std_of, Bool<true>());
+    return body(std_of, Bool<false>());
+  };
+  switch (t.kind) {
+    case StdKind::softplus:
+      return with(StdOf<P, StdKind::softplus>(t));
+    case StdKind::sigmoid:
+      return with(StdOf<P, StdKind::sigmoid>(t));
+    case StdKind::exp:
+      return with(StdOf<P, StdKind::exp>(t));
+  }
+}
+
 template <class P>
 void act(const ActArgs& x) {
   const Index A = x.A;
   const Vec scale = fill(x.mean_scale), inverse = fill(1.0f / x.mean_scale);
-  for (Index row = 0; row < x.rows; ++row) {
-    const float *raw = at(x.raw, row), *noise = at(x.noise, row);
-    by_vectors(0, A, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
-      const Vec mean = scale * tanh<P::fast>(get(raw + c) * inverse);
-      const Vec std = softplus<P::fast>(get(raw + A + c) + fill(x.std_offset)) + fill(x.min_std);
-      const Vec a = tanh<P::fast>(fma(std, get(noise + c), mean));
-      put(at(x.out32, row) + c, a);
-      if (x.out.data != nullptr) put(at<typename P::Elem>(x.out, row) + c, a);
-    });
-  }
+  by_policy<P>(x.transform, x.mean_scale, [&](const auto& std_of, auto bounded) {
+    for (Index row = 0; row < x.rows; ++row) {
+      const float *raw = at(x.raw, row), *noise = at(x.noise, row);
+      by_vectors(0, A, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
+        Vec mean = get(raw + c);
+        if (bounded.value) mean = scale * tanh<P::fast>(mean * inverse);
+        const Vec a = tanh<P::fast>(fma(std_of(get(raw + A + c)), get(noise + c), mean));
+        put(at(x.out32, row) + c, a);
+        if (x.out.data != nullptr) put(at<typename P::Elem>(x.out, row) + c, a);
+      });
+    }
+  });
 }
 
 template <class P>
 void act_backward(const ActBackwardArgs& x) {
   const Index A = x.A;
   const Vec one = fill(1.0f), inverse = fill(1.0f / x.mean_scale);
-  for (Index row = 0; row < x.rows; ++row) {
-    const float *raw = at(x.raw, row), *noise = at(x.noise, row), *grad = at(x.grad, row),
-                *action = at(x.action, row);
-    auto* out = at<typename P::Elem>(x.raw_grad, row);
-    by_vectors(0, A, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
-      const Vec a = get(action + c);
-      const Vec inner = get(grad + c) * (one - a * a);
-      const Vec t = tanh<P::fast>(get(raw + c) * inverse);
-      put(out + c, inner * (one - t * t));
-      const Vec slope = sigmoid<P::fast>(get(raw + A + c) + fill(x.std_offset));
-      put(out + A + c, inner * get(noise + c) * slope);
-    });
-  }
+  by_policy<P>(x.transform, x.mean_scale, [&](const auto& std_of, auto bounded) {
+    for (Index row = 0; row < x.rows; ++row) {
+      const float *raw = at(x.raw, row), *noise = at(x.noise, row), *grad = at(x.grad, row),
+                  *action = at(x.action, row);
+      auto* out = at<typename P::Elem>(x.raw_grad, row);
+      by_vectors(0, A, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
+        const Vec a = get(action + c);
+        const Vec inner = get(grad + c) * (one - a * a);
+        Vec d_mean = inner;
+        if (bounded.value) {
+          const Vec t = tanh<P::fast>(get(raw + c) * inverse);
+          d_mean = inner * (one - t * t);
+        }
+        put(out + c, d_mean);
+        put(out + A + c, inner * get(noise + c) * std_of.derivative(get(raw + A + c)));
+      });
+    }
+  });
+}
+
+template <class P>
+void discount(const DiscountArgs& x) {
+  const Vec gamma = fill(x.gamma), one = fill(1.0f);
+  by_vectors(0, x.n, [&](Index i, auto get, auto put) __attribute__((always_inline)) {
+    const Vec s = sigmoid<P::fast>(get(x.data + i));
+    put(x.data + i, gamma * s);
+    if (x.slope != nullptr) put(x.slope + i, gamma * s * (one - s));
+  });
 }
 
 // Multiplied, then added, as the eager body does: both plan with the same candidates.

@@ -39,12 +39,23 @@ Cem::Cem(const CemArgs& args, Arena& scratch, int threads) : args_(args), thread
     bootstrap_hidden_ = take_mlp(scratch, k, *args.bootstrap, rows, false);
     value_ = take_floats(scratch, tiling.threads, args.H * tile_);
     returns_ = take_floats(scratch, tiling.threads, args.H * tile_);
-    discount_ = scratch.take<float>(args.H * tile_);
-    std::fill_n(discount_, args.H * tile_, args.gamma);
+    if (args.discount != nullptr) {
+      discount_hidden_ = take_mlp(scratch, k, *args.discount, rows, false);
+      discount_ = take_floats(scratch, tiling.threads, args.H * tile_);
+    } else {
+      discount_ = take_floats(scratch, 1, args.H * tile_);
+      std::fill_n(discount_.data, args.H * tile_, args.gamma);
+    }
   }
   const Index fits = std::min<Index>(args.B, threads);
   elites_ = take_floats(scratch, fits * args.K, rssm.A);
   order_ = scratch.take<Index>(fits * args.N);
+  if (args.P > 0) {
+    zero_ = scratch.take<float>(rssm.A);
+    one_ = scratch.take<float>(rssm.A);
+    std::fill_n(zero_, rssm.A, 0.0f);
+    std::fill_n(one_, rssm.A, 1.0f);
+  }
 }
 
 void Cem::run() const {
@@ -56,16 +67,38 @@ void Cem::run() const {
   }
 }
 
+// The actions at t of the candidates [n, n + count) of start state b in iteration i, into rows of
+// states from `row` on, and into plain ones.
+void Cem::candidates(Index i, Index t, Index b, Index n, Index count, const Buffer& packed,
+                     Index row, const FloatBuffer& plain) const {
+  const CemArgs& x = args_;
+  const Rssm& rssm = *x.rssm;
+  const Index A = rssm.A, place = t * x.B + b;
+  const Index given = std::clamp<Index>(x.P - n, 0, count);
+  if (given > 0) {  // a proposal is the noise of a standard Normal: 0 + 1 · a = a
+    const float* actions = x.proposals + (place * x.P + n) * A;
+    x.kernels->perturb({A, given, zero_, one_, rows_of(actions, A).at(0), x.clip,
+                        packed.at(row, rssm.D + rssm.S), plain.at(0)});
+  }
+  if (given < count) {
+    const float* noise = x.action_noise + ((i * x.H * x.B + place) * x.N + n + given) * A;
+    x.kernels->perturb({A, count - given, x.mean + place * A, x.std + place * A,
+                        rows_of(noise, A).at(0), x.clip, packed.at(row + given, rssm.D + rssm.S),
+                        plain.at(given)});
+  }
+}
+
 // The scores of some rows in iteration i.
 void Cem::tile(Index i, Index begin, Index rows, int thread) const {
   const CemArgs& x = args_;
   const Kernels& k = *x.kernels;
   const Rssm& rssm = *x.rssm;
-  const Index A = rssm.A, D = rssm.D, S = rssm.S, B = x.B, N = x.N, H = x.H;
+  const Index D = rssm.D, S = rssm.S, B = x.B, N = x.N, H = x.H;
   const Index scratch = thread * tile_;
   const auto turn = [&](Index t) { return (2 * thread + t % 2) * tile_; };
   const auto states = [&](Index t, Index col) { return states_.at(turn(t), col); };
-  float *reward = reward_.at(thread).data, *value = value_.at(thread).data;
+  float *reward = reward_.at(thread).data, *value = value_.at(thread).data,
+        *discount = discount_.at(x.discount != nullptr ? thread : 0).data;
 
   by_start(begin, rows, N, [&](Index first, Index count, Index b) {
     // one row for all of them
@@ -77,19 +110,22 @@ void Cem::tile(Index i, Index begin, Index rows, int thread) const {
   for (Index t = 0; t < H; ++t) {
     const Index row = (i * H + t) * B * N + begin;  // in the noise
     by_start(begin, rows, N, [&](Index first, Index count, Index b) {
-      const Index at = (t * B + b) * A;
-      k.perturb({A, count, x.mean + at, x.std + at, rows_of(x.action_noise, A).at(row + first),
-                 x.clip, states_.at(turn(t) + first, D + S), kNoFloats});
+      candidates(i, t, b, begin + first - b * N, count, states_, turn(t) + first, {});
     });
     deter_step(k, rssm, states(t, 0), h_.at(turn(t)), rows, deter_, scratch, states(t + 1, 0),
                h_.at(turn(t + 1)));
     forward(k, rssm.prior, states(t + 1, 0), rows, prior_, scratch, raw_.at(scratch));
-    k.sample({S, rows, raw_.at(scratch), rows_of(x.state_noise, S).at(row), rssm.min_std,
+    k.sample({S, rows, raw_.at(scratch), rows_of(x.state_noise, S).at(row), rssm.std,
               states(t + 1, D), kNoFloats, kNoFloats, kNoFloats, kNoFloats});
     forward(k, *x.reward, states(t + 1, 0), rows, reward_hidden_, scratch, {reward + t * rows, 1});
     if (x.bootstrap != nullptr) {
       forward(k, *x.bootstrap, states(t + 1, 0), rows, bootstrap_hidden_, scratch,
               {value + t * rows, 1});
+    }
+    if (x.discount != nullptr) {
+      forward(k, *x.discount, states(t + 1, 0), rows, discount_hidden_, scratch,
+              {discount + t * rows, 1});
+      k.discount({rows, x.gamma, discount + t * rows, nullptr});
     }
   }
 
@@ -103,7 +139,7 @@ void Cem::tile(Index i, Index begin, Index rows, int thread) const {
     float* returns = returns_.at(thread).data;
     k.lambda_return_forward({{reward, H, rows},
                              {value, H, rows},
-                             {discount_, H, rows},
+                             {discount, H, rows},
                              x.lam,
                              x.mix,
                              {returns, H, rows}},
@@ -115,7 +151,6 @@ void Cem::tile(Index i, Index begin, Index rows, int thread) const {
 // mean and std of the elites of start state b in iteration i.
 void Cem::refit(Index i, Index b, int thread) const {
   const CemArgs& x = args_;
-  const Kernels& k = *x.kernels;
   const Index A = x.rssm->A, B = x.B, N = x.N, H = x.H;
   const float* scores = x.scores + (i * B + b) * N;
   Index* order = order_ + thread * N;
@@ -134,15 +169,7 @@ void Cem::refit(Index i, Index b, int thread) const {
     float *mean = x.mean + (t * B + b) * A, *std = x.std + (t * B + b) * A;
     // again, as they were never stored
     for (Index e = 0; e < count; ++e) {
-      const Index row = ((i * H + t) * B + b) * N + order[e];
-      k.perturb({A,
-                 1,
-                 mean,
-                 std,
-                 rows_of(x.action_noise, A).at(row),
-                 x.clip,
-                 {nullptr, 0},
-                 elites.at(e)});
+      candidates(i, t, b, order[e], 1, {}, 0, {elites.at(e).data, A});
     }
     // in double, where K equal floats have exactly their own mean; of nothing, 0 / 0 is NaN
     for (Index a = 0; a < A; ++a) {

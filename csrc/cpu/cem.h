@@ -13,12 +13,14 @@ struct CemArgs {
   const Rssm* rssm;
   const Mlp *reward, *bootstrap;  // feat -> 1; bootstrap null: the score is the sum of rewards,
   float gamma, lam, mix;          // else G_0 of the λ-return with these; mix = 1 - λ
-  Index I, H, B, N, K;            // I may be 0; 1 <= K <= N
+  const Mlp* discount;            // * feat -> logit of the episode going on, else γ alone
+  Index I, H, B, N, K, P;         // I and P may be 0; 1 <= K <= N; P <= N
   float min_std, clip;
   const float *start_deter, *start_stoch;   // [B, D], [B, S]
   const float *action_noise, *state_noise;  // [I, H, B, N, A], [I, H, B, N, S]
-  float *mean, *std;  // [H, B, A]; in: the Normal to start from, out: the last
-  float* scores;      // [I, B, N]
+  const float* proposals;  // [H, B, P, A], the first P candidates of every iteration; null if P = 0
+  float *mean, *std;       // [H, B, A]; in: the Normal to start from, out: the last
+  float* scores;           // [I, B, N]
 };
 
 // The constructor takes memory (with the GIL held), run() computes (without). Results are equal
@@ -31,6 +33,8 @@ class Cem {
  private:
   void tile(Index i, Index begin, Index rows, int thread) const;
   void refit(Index i, Index b, int thread) const;
+  void candidates(Index i, Index t, Index b, Index n, Index count, const Buffer& packed, Index row,
+                  const FloatBuffer& plain) const;
 
   CemArgs args_;
   int threads_;
@@ -39,13 +43,14 @@ class Cem {
   Buffer states_;  // twice: rows [h | s | a] of a state and of the next
   FloatBuffer h_;  // twice: h in float
   DeterBuffers deter_;
-  MlpBuffers prior_, reward_hidden_, bootstrap_hidden_;
+  MlpBuffers prior_, reward_hidden_, bootstrap_hidden_, discount_hidden_;
   FloatBuffer raw_;
   FloatBuffer reward_, value_, returns_;  // [H, rows]
-  float* discount_ = nullptr;             // [H, rows], γ; for all threads
+  FloatBuffer discount_;                  // likewise; without a head γ, for all threads
   // scratch of one refit a thread
-  FloatBuffer elites_;  // [K, A]
-  Index* order_;        // [N]
+  FloatBuffer elites_;                      // [K, A]
+  Index* order_;                            // [N]
+  float *zero_ = nullptr, *one_ = nullptr;  // [A]; with proposals
 };
 
 }  // namespace fastdreamer

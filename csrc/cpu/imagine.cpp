@@ -56,13 +56,19 @@ Imagine::Imagine(const ImagineArgs& args, const ImagineWants& wants, ImagineTape
   t.critic = take_head(arena, k, args.critic, critic ? to_value : tiles, critic, 0,
                        critic || (sweep && args.target == nullptr));
   t.target = take_head(arena, k, args.target, tiles, false, 1, sweep);
+  const bool discount = sweep && wants.discount;
+  t.discount = take_head(arena, k, args.discount, discount ? all : tiles, discount, 1, sweep);
   if (sweep) {
     t.reward_unit = take_rows(arena, k, all, rssm.feat());
     t.value_unit = take_rows(arena, k, all, rssm.feat());
+    if (args.discount != nullptr) {
+      t.discount_unit = take_rows(arena, k, all, rssm.feat());
+      t.discount_slope = take_floats(arena, args.H, args.B);
+    }
   }
-  if (args.returns != nullptr) {
-    t.discount = take_floats(arena, args.H, args.B);
-    std::fill_n(t.discount.data, all, args.gamma);
+  if (args.discount == nullptr && args.returns != nullptr) {
+    t.gamma = take_floats(arena, args.H, args.B);
+    std::fill_n(t.gamma.data, all, args.gamma);
   }
 }
 
@@ -107,20 +113,26 @@ void Imagine::tile(Index begin, Index rows, int thread) const {
       const Floats actor_raw = tape.actor_raw.at(kept);
       forward(k, x.actor->mlp, states(t, 0), rows, tape.actor, kept, actor_raw);
       k.act({A, rows, actor_raw, rows_of(x.action_noise, A).at(row), x.actor->mean_scale,
-             x.actor->std_offset, x.actor->min_std, states(t, F), action});
+             x.actor->std, states(t, F), action});
     } else {
       k.copy({action, nullptr, A, rows, states(t, F), kNoFloats, false});
     }
     // h_{t+1} = GRU(act(W [s_t, a_t]), h_t), s_{t+1} from the prior of it
     deter_step(k, rssm, states(t, 0), h(t), rows, tape.deter, kept, states(t + 1, 0), h(t + 1));
     forward(k, rssm.prior, states(t + 1, 0), rows, tape.prior, kept, raw);
-    k.sample({S, rows, raw, rows_of(x.state_noise, S).at(row), rssm.min_std, states(t + 1, D),
+    k.sample({S, rows, raw, rows_of(x.state_noise, S).at(row), rssm.std, states(t + 1, D),
               rows_of(x.stoch, S).at(row), rows_of(x.prior_mean, S).at(row),
               rows_of(x.prior_std, S).at(row), sweep ? tape.slope.at(row) : kNoFloats});
     // r_t = reward(feat_{t+1})
     if (x.reward != nullptr) {
       evaluate(tape.reward, t + 1, begin, rows, thread, states(t + 1, 0), x.reward_out + row,
                sweep ? tape.reward_unit : Buffer{}, tape.wants.reward);
+    }
+    if (x.discount != nullptr) {
+      evaluate(tape.discount, t + 1, begin, rows, thread, states(t + 1, 0), x.discount_out + row,
+               sweep ? tape.discount_unit : Buffer{}, tape.wants.discount);
+      k.discount(
+          {rows, x.gamma, x.discount_out + row, sweep ? tape.discount_slope.data + row : nullptr});
     }
     // and the bootstrap value there, if it is not the critic's own at the next turn
     const Head& bootstrap = x.target != nullptr ? tape.target : tape.critic;
@@ -133,7 +145,7 @@ void Imagine::tile(Index begin, Index rows, int thread) const {
     const auto matrix = [&](const float* data) { return Matrix<const float>{data, x.H, B}; };
     k.lambda_return_forward({matrix(x.reward_out),
                              matrix(x.next_value),
-                             matrix(tape.discount.data),
+                             matrix(x.discount != nullptr ? x.discount_out : tape.gamma.data),
                              x.lam,
                              x.mix,
                              {x.returns, x.H, B}},
@@ -169,8 +181,12 @@ ImagineBackward::ImagineBackward(const ImagineTape& tape, const ImagineGrads& gr
   const Index rows = tape.wants.rssm ? all : tiles;
   deter_ = take_deter_deltas(scratch, k, rssm, rows);
   prior_ = take_deltas(scratch, k, rssm.prior, rows);
-  if (x.actor != nullptr && tape.wants.actor) {
-    actor_ = take_deltas(scratch, k, x.actor->mlp, all);
+  const bool through_feat = x.actor != nullptr && x.actor->through_feat;
+  if (tape.wants.actor || through_feat) {
+    actor_ = take_deltas(scratch, k, x.actor->mlp, tape.wants.actor ? all : tiles);
+  }
+  if (through_feat) d_feat_ = take_floats(scratch, tiles, rssm.feat());
+  if (tape.wants.actor) {
     weights_.add(x.actor->mlp, tape.states.at(0), tape.actor, actor_, all, nullptr,
                  grads.actor.data(), grads.actor_rotate);
   }
@@ -184,6 +200,10 @@ ImagineBackward::ImagineBackward(const ImagineTape& tape, const ImagineGrads& gr
     if (tape.wants.reward) {
       weights_.add(*x.reward, tape.states.at(x.B), tape.reward.hidden, tape.reward.deltas, all,
                    d_reward_.data, grads.reward_head.data(), grads.reward_rotate);
+    }
+    if (tape.wants.discount) {
+      weights_.add(*x.discount, tape.states.at(x.B), tape.discount.hidden, tape.discount.deltas,
+                   all, d_discount_.data, grads.discount_head.data(), grads.discount_rotate);
     }
   }
   if (tape.wants.rssm) {
@@ -217,7 +237,7 @@ void ImagineBackward::tile(Index begin, Index rows, int thread) const {
     if (g.returns != nullptr) {
       k.lambda_return_backward({in(g.returns),
                                 in(x.next_value),
-                                in(tape_.discount.data),
+                                in(x.discount != nullptr ? x.discount_out : tape_.gamma.data),
                                 in(x.returns),
                                 x.lam,
                                 x.mix,
@@ -226,10 +246,23 @@ void ImagineBackward::tile(Index begin, Index rows, int thread) const {
                                 {d_discount_.data, H, B}},
                                begin, begin + rows);
     } else {
-      for (Index t = 0; t < H; ++t) std::fill_n(d_reward_.data + t * B + begin, rows, 0.0f);
+      for (Index t = 0; t < H; ++t) {
+        std::fill_n(d_reward_.data + t * B + begin, rows, 0.0f);
+        std::fill_n(d_discount_.data + t * B + begin, rows, 0.0f);
+      }
     }
     for (Index t = 0; t < H && g.reward != nullptr; ++t) {
       for (Index i = t * B + begin; i < t * B + begin + rows; ++i) d_reward_.data[i] += g.reward[i];
+    }
+    for (Index t = 0; t < H && g.discount != nullptr; ++t) {
+      for (Index i = t * B + begin; i < t * B + begin + rows; ++i) {
+        d_discount_.data[i] += g.discount[i];
+      }
+    }
+    for (Index t = 0; t < H && x.discount != nullptr; ++t) {  // of the logit from here on
+      for (Index i = t * B + begin; i < t * B + begin + rows; ++i) {
+        d_discount_.data[i] *= tape_.discount_slope.data[i];
+      }
     }
   }
 
@@ -248,6 +281,10 @@ void ImagineBackward::tile(Index begin, Index rows, int thread) const {
         k.add_scaled({tape_.value_unit.at(row), d_value_.data + row, D, rows, dh});
         k.add_scaled({tape_.value_unit.at(row, D), d_value_.data + row, S, rows, ds});
       }
+      if (x.discount != nullptr) {
+        k.add_scaled({tape_.discount_unit.at(row), d_discount_.data + row, D, rows, dh});
+        k.add_scaled({tape_.discount_unit.at(row, D), d_discount_.data + row, S, rows, ds});
+      }
     }
     // s_{t+1} ~ prior(h_{t+1})
     k.sample_backward({S, rows, ds, rows_of(g.prior_mean, S).at(row),
@@ -258,17 +295,21 @@ void ImagineBackward::tile(Index begin, Index rows, int thread) const {
     deter_step_backward(k, rssm, tape_.states.at(row), tape_.deter, row, deter_, delta, rows, dh,
                         ds_da);
     k.copy({ds_before, nullptr, S, rows, {nullptr, 0}, ds, false});
-    // a_t: the actor's input is detached, so this leaves the sweep here
+    // a_t: unless the actor's input is detached, this comes back to the state
     add_rows(k, rows_of(g.action, A).at(row), A, rows, da);
     if (x.actor == nullptr) {
       if (g.given_action != nullptr) {
         k.copy({da, nullptr, A, rows, {nullptr, 0}, rows_of(g.given_action, A).at(row), false});
       }
-    } else if (tape_.wants.actor) {
+    } else if (tape_.wants.actor || x.actor->through_feat) {
+      const Index own = tape_.wants.actor ? row : scratch;
+      const Floats d_feat = d_feat_.at(scratch);
       k.act_backward({A, rows, da, tape_.actor_raw.at(row), rows_of(x.action_noise, A).at(row),
-                      rows_of(x.action, A).at(row), x.actor->mean_scale, x.actor->std_offset,
-                      actor_.hidden[x.actor->mlp.depth - 1].at(row)});
-      backward(k, x.actor->mlp, tape_.actor, row, actor_, row, rows, kNoFloats, false);
+                      rows_of(x.action, A).at(row), x.actor->mean_scale, x.actor->std,
+                      actor_.hidden[x.actor->mlp.depth - 1].at(own)});
+      backward(k, x.actor->mlp, tape_.actor, row, actor_, own, rows, d_feat, false);
+      add_rows(k, d_feat, D, rows, dh);
+      add_rows(k, d_feat_.at(scratch, D), S, rows, ds);
     }
   }
   if (g.start_deter != nullptr) {

@@ -15,6 +15,7 @@ struct ImagineWants {
   bool rssm = false;
   bool reward = false;
   bool critic = false;
+  bool discount = false;
 };
 
 // Everything of a rollout. The model and the heads outlive the tape. Float arrays [H, B, ...],
@@ -25,6 +26,7 @@ struct ImagineArgs {
   const Rssm* rssm;
   const Actor* actor;                   // *: the actions are given
   const Mlp *reward, *critic, *target;  // *: feat -> 1; the target bootstraps if there is one
+  const Mlp* discount;                  // *: feat -> logit of the episode going on, else γ alone
   float gamma, lam, mix;                // mix = 1 - λ
   Index H, B;
   const float *start_deter, *start_stoch;    // [B, D], [B, S]
@@ -34,6 +36,7 @@ struct ImagineArgs {
   float *prior_mean, *prior_std;             // *
   float *reward_out, *next_value, *returns;  // * [H, B]: reward and bootstrap of states 1..H
   float* value;                              // * [H, B]: the critic's of states 0..H-1
+  float* discount_out;                       // * [H, B]: γ sigmoid(logit), with a discount head
 };
 
 // A head and its activations: of the whole rollout, or of one tile a thread.
@@ -53,10 +56,12 @@ struct ImagineTape {
   FloatBuffer actor_raw;
   DeterBuffers deter;
   MlpBuffers prior;
-  FloatBuffer slope;               // d std / d raw of the latent
-  Buffer reward_unit, value_unit;  // d reward / d feat and d bootstrap / d feat of states 1..H
-  Head reward, critic, target;
-  FloatBuffer discount;  // [H, B]
+  FloatBuffer slope;  // d std / d raw of the latent
+  // d / d feat of states 1..H: of the reward, the bootstrap and the discount's logit
+  Buffer reward_unit, value_unit, discount_unit;
+  Head reward, critic, target, discount;
+  FloatBuffer gamma;           // [H, B], where there is no discount head
+  FloatBuffer discount_slope;  // [H, B] d discount / d logit
   Arena arena;
 };
 
@@ -85,11 +90,11 @@ class Imagine {
 // Gradients that reach the outputs (null: none) and where those of the inputs go (null: not
 // wanted), shaped like them; of parameters, per layer. The backward pass refers to it.
 struct ImagineGrads {
-  const float *deter, *stoch, *action, *prior_mean, *prior_std, *reward, *returns;
+  const float *deter, *stoch, *action, *prior_mean, *prior_std, *reward, *returns, *discount;
   float *start_deter, *start_stoch, *given_action;
-  std::vector<LayerGrad> actor, prior, reward_head, inp;
+  std::vector<LayerGrad> actor, prior, reward_head, discount_head, inp;
   LayerGrad ih, hh;
-  Index actor_rotate, inp_rotate, reward_rotate;
+  Index actor_rotate, inp_rotate, reward_rotate, discount_rotate;
 };
 
 class ImagineBackward {
@@ -106,7 +111,7 @@ class ImagineBackward {
   Index tile_;
   DeterDeltas deter_;
   MlpBuffers prior_, actor_;
-  FloatBuffer dh_, ds_, ds_da_;                  // of one tile a thread
+  FloatBuffer dh_, ds_, ds_da_, d_feat_;         // of one tile a thread
   FloatBuffer d_reward_, d_value_, d_discount_;  // [H, B]
   WeightGradients weights_;
 };

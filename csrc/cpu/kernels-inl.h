@@ -24,6 +24,7 @@ constexpr Kernels table() {
   k.sample_backward = sample_backward<P>;
   k.act = act<P>;
   k.act_backward = act_backward<P>;
+  k.discount = discount<P>;
   k.perturb = perturb<P>;
   k.dot = dot<P>;
   k.dot_backward = dot_backward<P>;

@@ -97,12 +97,20 @@ struct GruBackwardArgs {
   Rows gates_grad;
 };
 
-// mean, y = raw; std = softplus(y) + min_std; sample = mean + std * noise.
+enum class StdKind : int { softplus, sigmoid, exp };
+
+// std(y) = max(scale * f(slope * y + offset) + min, floor), f by the kind.
+struct StdTransform {
+  StdKind kind;
+  float scale, slope, offset, min, floor;
+};
+
+// mean, y = raw; sample = mean + std(y) * noise.
 struct SampleArgs {
   Index S, rows;
   Floats raw;    // [2S]
   Floats noise;  // null data: only the distribution is wanted
-  float min_std;
+  StdTransform transform;
   Rows out;                        // the sample as Elem, and
   Floats out32, mean, std, slope;  // slope: d std / d y; each null data: not wanted
 };
@@ -114,11 +122,12 @@ struct SampleBackwardArgs {
   Rows raw_grad;
 };
 
-// x, y = raw; action = tanh(scale * tanh(x / scale) + (softplus(y + offset) + min_std) * noise).
+// x, y = raw; action = tanh(c * tanh(x / c) + std(y) * noise), c = mean_scale; infinite: x itself.
 struct ActArgs {
   Index A, rows;
   Floats raw, noise;  // [2A], [A]
-  float mean_scale, std_offset, min_std;
+  float mean_scale;
+  StdTransform transform;
   Rows out;      // null data: not wanted
   Floats out32;  // the action
 };
@@ -126,8 +135,17 @@ struct ActArgs {
 struct ActBackwardArgs {
   Index A, rows;
   Floats grad, raw, noise, action;
-  float mean_scale, std_offset;
+  float mean_scale;
+  StdTransform transform;
   Rows raw_grad;  // [2A]
+};
+
+// In place: discount = gamma * sigmoid(logit), n of them.
+struct DiscountArgs {
+  Index n;
+  float gamma;
+  float* data;
+  float* slope;  // d discount / d logit; or null
 };
 
 // out = clamp(mean + std * noise, ±clip), the same mean and std for every row; NaN stays NaN.
@@ -221,6 +239,7 @@ struct Kernels {
   void (*sample_backward)(const SampleBackwardArgs& args);
   void (*act)(const ActArgs& args);
   void (*act_backward)(const ActBackwardArgs& args);
+  void (*discount)(const DiscountArgs& args);
   void (*perturb)(const PerturbArgs& args);
   void (*dot)(const DotArgs& args);
   void (*dot_backward)(const DotBackwardArgs& args);

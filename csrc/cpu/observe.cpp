@@ -71,19 +71,18 @@ void Observe::scan(Index begin, Index rows, int thread) const {
   const Floats raw = raw_.at(thread * scan_tile_), h32 = h32_.at(thread * scan_tile_);
   for (Index t = 0; t < x.T; ++t) {
     const Index row = t * B + begin, kept = taped_ ? row : thread * scan_tile_;
-    const unsigned char* first = x.is_first + row;
-    // where an episode begins, nothing of what was counts
+    const auto first = [&](const unsigned char* all) { return all == nullptr ? all : all + row; };
     const Floats h = t == 0 ? rows_of(x.start_deter, D).at(begin) : rows_of(x.deter, D).at(row - B);
     const Floats s = t == 0 ? rows_of(x.start_stoch, S).at(begin) : rows_of(x.stoch, S).at(row - B);
-    k.copy({h, first, D, rows, tape.used.at(kept), h32, false});
-    k.copy({s, first, S, rows, tape.used.at(kept, D), kNoFloats, false});
-    k.copy({rows_of(x.action, A).at(row), first, A, rows, tape.used.at(kept, D + S), kNoFloats,
-            false});
+    k.copy({h, first(x.first_deter), D, rows, tape.used.at(kept), h32, false});
+    k.copy({s, first(x.first_stoch), S, rows, tape.used.at(kept, D), kNoFloats, false});
+    k.copy({rows_of(x.action, A).at(row), first(x.first_action), A, rows, tape.used.at(kept, D + S),
+            kNoFloats, false});
     // h' = GRU(act(W [s, a]), h); s' from the posterior of [h', embedding]
     deter_step(k, rssm, tape.used.at(kept), h32, rows, tape.deter, kept, tape.h.at(row),
                rows_of(x.deter, D).at(row));
     forward(k, *x.post, tape.h.at(row), rows, tape.post, kept, raw, projected_.at(row));
-    k.sample({S, rows, raw, rows_of(x.noise, S).at(row), rssm.min_std, kNoRows,
+    k.sample({S, rows, raw, rows_of(x.noise, S).at(row), rssm.std, kNoRows,
               rows_of(x.stoch, S).at(row), rows_of(x.post_mean, S).at(row),
               rows_of(x.post_std, S).at(row), tape.post_slope.at(row)});
   }
@@ -98,7 +97,7 @@ void Observe::prior(Index begin, Index rows, int thread) const {
   const Floats raw = raw_.at(thread * batch_tile_);
   forward(k, rssm.prior, tape.h.at(begin), rows, tape.prior, taped_ ? begin : thread * batch_tile_,
           raw);
-  k.sample({S, rows, raw, kNoFloats, rssm.min_std, kNoRows, kNoFloats,
+  k.sample({S, rows, raw, kNoFloats, rssm.std, kNoRows, kNoFloats,
             rows_of(x.prior_mean, S).at(begin), rows_of(x.prior_std, S).at(begin),
             tape.prior_slope.at(begin)});
 }
@@ -177,7 +176,7 @@ void ObserveBackward::scan(Index begin, Index rows, int thread) const {
   std::fill_n(ds.data, rows * S, 0.0f);
   for (Index t = x.T - 1; t >= 0; --t) {
     const Index row = t * B + begin;
-    const unsigned char* first = x.is_first + row;
+    const auto first = [&](const unsigned char* all) { return all == nullptr ? all : all + row; };
     add_rows(k, rows_of(g.deter, D).at(row), D, rows, dh);
     add_rows(k, rows_of(prior_dh_.data, D).at(row), D, rows, dh);
     add_rows(k, rows_of(g.stoch, S).at(row), S, rows, ds);
@@ -187,11 +186,11 @@ void ObserveBackward::scan(Index begin, Index rows, int thread) const {
     backward(k, *x.post, tape_.post, row, post_deltas_, row, rows, dh, true);
     deter_step_backward(k, rssm, tape_.used.at(row), tape_.deter, row, deter_, row, rows, dh,
                         ds_da);
-    // nothing reaches what was before an episode began
-    k.copy({dh, first, D, rows, kNoRows, dh, false});
-    k.copy({ds_before, first, S, rows, kNoRows, ds, false});
+    // nothing reaches what was forgotten
+    k.copy({dh, first(x.first_deter), D, rows, kNoRows, dh, false});
+    k.copy({ds_before, first(x.first_stoch), S, rows, kNoRows, ds, false});
     if (g.action != nullptr) {
-      k.copy({da, first, A, rows, kNoRows, rows_of(g.action, A).at(row), false});
+      k.copy({da, first(x.first_action), A, rows, kNoRows, rows_of(g.action, A).at(row), false});
     }
   }
   if (g.start_deter != nullptr) {

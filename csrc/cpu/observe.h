@@ -19,7 +19,8 @@ struct ObserveArgs {
   const float* embed32;                    // * [T, B, E]
   const void* embed_elem;                  // * the same as Elem; one of the two is given
   const float* action;
-  const unsigned char* is_first;  // [T, B]
+  // * [T, B]: where an episode begins and that part of what was is forgotten
+  const unsigned char *first_deter, *first_stoch, *first_action;
   const float* noise;
   float *deter, *stoch, *post_mean, *post_std, *prior_mean, *prior_std;
 };

@@ -20,7 +20,7 @@ struct Rssm {
   Mlp inp;  // [s, a] -> hidden, activation last
   Gru gru;
   Mlp prior;  // h -> 2S
-  float min_std;
+  StdTransform std;
 
   Index hidden() const { return inp.out(); }
   Index width() const { return D + S + A; }
@@ -29,7 +29,9 @@ struct Rssm {
 
 struct Actor {
   Mlp mlp;  // feat -> 2A
-  float mean_scale, std_offset, min_std;
+  float mean_scale;
+  StdTransform std;
+  bool through_feat;  // whether gradients reach the features that it looks at
 };
 
 // What the steps of the dynamics leave for a backward pass, or scratch for one step.

@@ -16,6 +16,7 @@
 #endif
 
 #define FD_INLINE static inline __attribute__((always_inline))
+#define FD_METHOD __attribute__((always_inline))
 
 namespace fastdreamer {
 namespace {

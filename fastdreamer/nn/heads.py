@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastdreamer.ops.params import ActorParams, MLPParams, Normal, actor_dist, mlp
+from fastdreamer.ops.params import ActorParams, MLPParams, Normal, StdTransform, actor_dist, mlp
 
 
 class MLP(nn.Module):
@@ -52,7 +52,8 @@ class Actor(nn.Module):
 
     def params(self) -> ActorParams:
         """The policy as tensors, in place."""
-        return ActorParams(self.mlp.params(), self.mean_scale, self.std_offset, self.min_std)
+        std = StdTransform(offset=self.std_offset, min=self.min_std)
+        return ActorParams(self.mlp.params(), self.mean_scale, std)
 
     def forward(self, feat: Tensor) -> Normal:
         return actor_dist(self.params(), feat)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from fastdreamer.nn.heads import MLP
-from fastdreamer.ops.params import GRUParams, RSSMParams, State
+from fastdreamer.ops.params import GRUParams, RSSMParams, State, StdTransform
 
 
 class RSSM(nn.Module):
@@ -48,7 +48,7 @@ class RSSM(nn.Module):
             GRUParams(gru.weight_ih, gru.weight_hh, gru.bias_ih, gru.bias_hh),
             self.prior.params(),
             self.post.params(),
-            self.min_std,
+            StdTransform(min=self.min_std),
         )
 
     def initial(self, batch: int) -> State:

@@ -11,6 +11,7 @@ T     time steps of a recorded sequence
 B     batch: independent rows
 H     imagination or planning horizon, in decisions
 N     candidate action sequences of a planner
+P     those of them that are given, not drawn
 K     elites kept out of N
 I     iterations of a planner
 M     members of an ensemble

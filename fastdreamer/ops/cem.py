@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastdreamer.ops.backend import Op
 from fastdreamer.ops.checks import check_tensor
+from fastdreamer.ops.imagine import predicted_discount
 from fastdreamer.ops.lambda_return import lambda_return
 from fastdreamer.ops.open_loop import eager as open_loop
 from fastdreamer.ops.params import ReturnParams, RSSMParams, State, mlp
@@ -39,6 +40,7 @@ def cem(
     min_std: float = 0.0,
     clip: float = 0.9999,
     score: Literal["lambda_return", "reward"] = "lambda_return",
+    proposals: Tensor | None = None,
     backend: str | None = None,
 ) -> Plan:
     """Plan H decisions from each start state; not differentiable, nothing returned has a gradient.
@@ -64,6 +66,8 @@ def cem(
         clip: bound on the candidates' |a|, positive.
         score: ``"lambda_return"``, G_0 of the predicted rewards and values of states 1..H, or
             ``"reward"``, the sum of the H rewards.
+        proposals: [H, B, P, A], P in 0..N, action sequences that are the first P candidates of
+            every iteration (clamped like the others); their action noise is not used.
         backend: see ``fastdreamer.ops.backend``.
 
     Returns:
@@ -83,6 +87,10 @@ def cem(
     check_tensor("cem", "std", std, ("H", "B", "A"), dims, like=like)
     check_tensor("cem", "action_noise", action_noise, ("I", "H", "B", "N", "A"), dims, like=like)
     check_tensor("cem", "state_noise", state_noise, ("I", "H", "B", "N", "S"), dims, like=like)
+    if proposals is not None:
+        check_tensor("cem", "proposals", proposals, ("H", "B", "P", "A"), dims, like=like)
+        if dims["P"] > dims["N"]:
+            raise ValueError(f"cem: {dims['P']} proposals, but only N={dims['N']} candidates")
     if not mean.numel():
         raise ValueError(f"cem: mean is empty, {list(mean.shape)}")
     if not 1 <= num_elites <= dims["N"]:
@@ -102,7 +110,7 @@ def cem(
     body = OP.select(backend, start.deter, start.stoch, mean, std, constant=noise)
     return body(
         params, returns, start, mean, std, action_noise, state_noise,
-        num_elites, float(min_std), float(clip), score,
+        num_elites, float(min_std), float(clip), score, proposals,
     )  # fmt: skip
 
 
@@ -118,6 +126,7 @@ def eager(
     min_std: float,
     clip: float,
     score: str,
+    proposals: Tensor | None,
 ) -> Plan:
     iterations, _, batch, samples, _ = action_noise.shape
     mean, std = mean.clone(), std.clone()
@@ -125,9 +134,13 @@ def eager(
     start = State(*(part.repeat_interleave(samples, 0) for part in start))  # row b·N + n
     for i in range(iterations):
         action = mean.unsqueeze(2) + std.unsqueeze(2) * action_noise[i]
+        if proposals is not None:
+            action[:, :, : proposals.shape[2]] = proposals
         action = action.clamp(-clip, clip)  # [H, B, N, A]
         states = open_loop(params, start, action.flatten(1, 2), state_noise[i].flatten(1, 2))
-        scores[i] = evaluate(returns, states.feat, score).view(batch, samples)
+        scores[i] = evaluate(returns, states.concat(returns.stoch_first), score).view(
+            batch, samples
+        )
         best = top(scores[i], num_elites)  # [B, K]
         elites = action.take_along_dim(best[None, :, :, None], 2)  # [H, B, K, A]
         failed = scores[i].take_along_dim(best, 1).isnan()
@@ -144,7 +157,9 @@ def evaluate(returns: ReturnParams, feat: Tensor, score: str) -> Tensor:
     if score == "reward":
         return reward.sum(0)
     value = mlp(returns.target or returns.critic, feat).squeeze(-1).to(feat.dtype)
-    discount = torch.full_like(reward, returns.gamma)
+    discount = predicted_discount(returns, feat)
+    if discount is None:
+        discount = torch.full_like(reward, returns.gamma)
     return lambda_return(reward, value, discount, returns.lam, backend="eager")[0]
 
 

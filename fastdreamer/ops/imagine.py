@@ -18,9 +18,10 @@ from fastdreamer.ops.rssm_step import eager as step
 class Imagination(NamedTuple):
     """An imagined trajectory; action[t] leads from state t to state t + 1 = (deter, stoch)[t].
 
-    The last three are None unless returns were asked for. Their gradients are Dreamer's: that of
-    ``returns`` and ``reward`` reaches the actor, the dynamics, the start and the reward head, never
-    the critic or target; that of ``value`` the critic's parameters alone.
+    The others are None unless returns were asked for, and ``discount`` unless there is a head for
+    it. Their gradients are Dreamer's: that of ``returns``, ``reward`` and ``discount`` reaches the
+    actor, the dynamics, the start and the heads of reward and discount, never the critic or target;
+    that of ``value`` the critic's parameters alone.
     """
 
     deter: Tensor  # [H, B, D]
@@ -29,6 +30,7 @@ class Imagination(NamedTuple):
     reward: Tensor | None = None  # [H, B] predicted on arriving at states 1..H
     value: Tensor | None = None  # [H, B] the critic's of states 0..H-1
     returns: Tensor | None = None  # [H, B] λ-returns G_0..G_{H-1}
+    discount: Tensor | None = None  # [H, B] γ·P(the episode goes on) in states 1..H
 
 
 def imagine(
@@ -45,7 +47,7 @@ def imagine(
 
     One reparameterised action sample a step, a = tanh(mean + std·ε). The actor's input is
     detached: gradients reach the actor through its actions, not through the features it looked
-    at (as in the original Dreamer).
+    at (as in the original Dreamer), unless ``actor.through_feat``.
 
     Args:
         params: the RSSM's tensors; ``params.detach()`` for frozen dynamics.
@@ -54,7 +56,8 @@ def imagine(
         state_noise: [H, B, S] standard normal.
         action_noise: [H, B, A] standard normal.
         returns: heads to evaluate on the way, critic included; its target, where given,
-            bootstraps in the critic's place.
+            bootstraps in the critic's place. A discount head is asked in the states 1..H, those
+            of the bootstrap values.
         backend: see ``fastdreamer.ops.backend``.
 
     Returns:
@@ -92,21 +95,31 @@ def eager(
 ) -> tuple[Tensor, ...]:
     steps, state = [], start
     for state_noise_t, action_noise_t in zip(state_noise, action_noise, strict=True):
-        action = torch.tanh(actor_dist(actor, state.feat.detach()).sample(action_noise_t))
+        feat = state.concat(actor.stoch_first)
+        feat = feat if actor.through_feat else feat.detach()
+        action = torch.tanh(actor_dist(actor, feat).sample(action_noise_t))
         state, _ = step(params, state, action, state_noise_t)
         steps.append((*state, action))
     deter, stoch, action = (torch.stack(parts) for parts in zip(*steps, strict=True))
     if returns is None:
         return deter, stoch, action
-    feat = torch.cat([deter, stoch], -1)  # [H, B, F], states 1..H
-    before = torch.cat([start.feat[None], feat[:-1]]).detach()  # states 0..H-1
+    feat = State(deter, stoch).concat(returns.stoch_first)  # [H, B, F], states 1..H
+    before = torch.cat([start.concat(returns.stoch_first)[None], feat[:-1]]).detach()  # 0..H-1
     # Cast first: under autocast the heads' outputs are bfloat16.
     reward = mlp(returns.reward, feat)[..., 0].to(feat.dtype)
     next_value = mlp((returns.target or returns.critic).detach(), feat)[..., 0].to(feat.dtype)
     value = mlp(returns.critic, before)[..., 0].to(feat.dtype)
-    discount = torch.full_like(reward, returns.gamma)
-    total = LAMBDA_RETURN.eager(reward, next_value, discount, returns.lam)
-    return deter, stoch, action, reward, value, total
+    discount = predicted_discount(returns, feat)
+    factor = torch.full_like(reward, returns.gamma) if discount is None else discount
+    total = LAMBDA_RETURN.eager(reward, next_value, factor, returns.lam)
+    return deter, stoch, action, reward, value, total, discount
+
+
+def predicted_discount(returns: ReturnParams, feat: Tensor) -> Tensor | None:
+    """γ·sigmoid(discount(feat)), [..., F] -> [...]; None without such a head."""
+    if returns.discount is None:
+        return None
+    return returns.gamma * torch.sigmoid(mlp(returns.discount, feat)[..., 0].to(feat.dtype))
 
 
 def _load_native() -> Callable:

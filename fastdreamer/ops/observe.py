@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,14 @@ from fastdreamer.ops.backend import Op
 from fastdreamer.ops.checks import check_tensor
 from fastdreamer.ops.params import Normal, RSSMParams, State, latent_dist, mlp
 from fastdreamer.ops.rssm_step import deter_step
+
+RESETS = {
+    "all": (True, True, True),
+    "state": (True, True, False),
+    "stoch": (False, True, False),
+    "deter": (True, False, False),
+}
+"""Which of deter, stoch and action the beginning of an episode zeroes, by name."""
 
 
 class Observation(NamedTuple):
@@ -30,6 +38,7 @@ def observe(
     is_first: Tensor,
     noise: Tensor,
     *,
+    reset: Literal["all", "state", "stoch", "deter"] = "all",
     backend: str | None = None,
 ) -> Observation:
     """Filter a sequence of embedded observations.
@@ -39,9 +48,10 @@ def observe(
         start: the state before the sequence, deter [B, D] and stoch [B, S].
         embed: [T, B, E] of the observations.
         action: [T, B, A]; action[t] is the one that led to observation t.
-        is_first: [T, B] bool; where true an episode begins: both halves of the state and the
-            action are zeroed before the step.
+        is_first: [T, B] bool; where true an episode begins.
         noise: [T, B, S] standard normal.
+        reset: what is zeroed there before the step: ``"all"``, both halves of the state and the
+            action; ``"state"``, both halves; ``"stoch"`` or ``"deter"``, that half.
         backend: see ``fastdreamer.ops.backend``.
 
     Returns:
@@ -62,13 +72,15 @@ def observe(
     check_tensor("observe", "action", action, ("T", "B", "A"), dims, like=like)
     check_tensor("observe", "is_first", is_first, ("T", "B"), dims, dtype=torch.bool)
     check_tensor("observe", "noise", noise, ("T", "B", "S"), dims, like=like)
+    if reset not in RESETS:
+        raise ValueError(f"observe: reset must be one of {', '.join(RESETS)}, got {reset!r}")
     if not len(embed):
         raise ValueError(f"observe: embed is empty, {list(embed.shape)}")
     # every body takes a bfloat16 embedding as it is: by its bits it is of no dtype to refuse
     bits = embed.view(torch.int16) if embed.dtype == torch.bfloat16 else embed
     given = (start.deter, start.stoch, bits, action, is_first)
     body = OP.select(backend, *given, constant=(noise,))
-    return Observation(*body(params, start, embed, action, is_first, noise))
+    return Observation(*body(params, start, embed, action, is_first, noise, RESETS[reset]))
 
 
 def eager(
@@ -78,22 +90,31 @@ def eager(
     action: Tensor,
     is_first: Tensor,
     noise: Tensor,
+    resets: tuple[bool, bool, bool],
 ) -> tuple[State, Normal, Normal]:
     first = is_first.unsqueeze(-1)  # [T, B, 1]
-    action = action.masked_fill(first, 0)
+    *halves, of_action = resets
+    action = action.masked_fill(first, 0) if of_action else action
     states, posts, state = [], [], start
     for t in range(len(embed)):
-        state = State(*(part.masked_fill(first[t], 0) for part in state))
+        state = State(
+            *(
+                part.masked_fill(first[t], 0) if zeroed else part
+                for part, zeroed in zip(state, halves, strict=True)
+            )
+        )
         deter = deter_step(params, state, action[t])
-        raw = mlp(params.post, torch.cat([deter, embed[t].to(deter.dtype)], -1))
-        post = latent_dist(raw, params.min_std, noise.dtype)
+        seen = embed[t].to(deter.dtype)
+        parts = (seen, deter) if params.embed_first else (deter, seen)
+        raw = mlp(params.post, torch.cat(parts, -1))
+        post = latent_dist(raw, params.std, noise.dtype)
         state = State(deter, post.sample(noise[t]))
         states.append(state)
         posts.append(post)
     states = State(*(torch.stack(parts) for parts in zip(*states, strict=True)))
     post = Normal(*(torch.stack(parts) for parts in zip(*posts, strict=True)))
     # No step waits for its prior, so all of them are one matrix product.
-    prior = latent_dist(mlp(params.prior, states.deter), params.min_std, noise.dtype)
+    prior = latent_dist(mlp(params.prior, states.deter), params.std, noise.dtype)
     return states, post, prior
 
 

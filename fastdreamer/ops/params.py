@@ -6,6 +6,7 @@ drive the same ops. Weights are laid out as in ``torch.nn.Linear`` and ``torch.n
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ACTIVATIONS = {"elu": F.elu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
+STDS = {"softplus": F.softplus, "sigmoid": torch.sigmoid, "exp": torch.exp}
 
 
 class State(NamedTuple):
@@ -25,6 +27,10 @@ class State(NamedTuple):
     def feat(self) -> Tensor:
         """deter ⊕ stoch, [..., F]; a copy."""
         return torch.cat([self.deter, self.stoch], -1)
+
+    def concat(self, stoch_first: bool) -> Tensor:
+        """The features in the order that a head takes: stoch ⊕ deter, or as ``feat``."""
+        return torch.cat([self.stoch, self.deter], -1) if stoch_first else self.feat
 
 
 class Normal(NamedTuple):
@@ -53,6 +59,21 @@ class MLPParams(NamedTuple):
         )
 
 
+class StdTransform(NamedTuple):
+    """How a raw output y becomes a standard deviation: max(scale·f(slope·y + offset) + min, floor).
+
+    Dreamer's latent has softplus(y) + 0.1 and its policy softplus(y + offset) + 1e-4; others are
+    2·sigmoid(y/2) + 0.1 (DreamerV2), exp(y), and a softplus that a floor bounds (torchrl).
+    """
+
+    kind: str = "softplus"  # f: softplus, sigmoid or exp
+    scale: float = 1.0
+    slope: float = 1.0
+    offset: float = 0.0
+    min: float = 0.0
+    floor: float = 0.0  # below it the gradient is zero; 0 bounds nothing
+
+
 class GRUParams(NamedTuple):
     """The layout of ``torch.nn.GRUCell``: rows in the order reset, update, new."""
 
@@ -68,11 +89,13 @@ class GRUParams(NamedTuple):
 class RSSMParams(NamedTuple):
     """Recurrent state-space model; ``post`` may be None where no observation is used."""
 
-    inp: MLPParams  # one layer: [stoch, action] -> hidden, the activation follows
+    inp: MLPParams  # [stoch, action] -> hidden, the activation follows the last layer, too
     gru: GRUParams
     prior: MLPParams  # deter -> hidden -> 2S
     post: MLPParams | None  # [deter, embed] -> hidden -> 2S
-    min_std: float
+    std: StdTransform  # of prior and posterior
+    action_first: bool = False  # inp takes [action, stoch]
+    embed_first: bool = False  # post takes [embed, deter]
 
     def dims(self) -> dict[str, int]:
         """Sizes that the weights fix: A, D, S and, with a posterior, E."""
@@ -87,7 +110,7 @@ class RSSMParams(NamedTuple):
             self.gru.detach(),
             self.prior.detach(),
             self.post.detach() if self.post is not None else None,
-            self.min_std,
+            *self[4:],
         )
 
 
@@ -95,16 +118,18 @@ class ActorParams(NamedTuple):
     """A tanh-Normal policy: feat -> 2A, see ``actor_dist``."""
 
     mlp: MLPParams
-    mean_scale: float
-    std_offset: float
-    min_std: float
+    mean_scale: float  # c; infinite: the mean is x itself
+    std: StdTransform
+    stoch_first: bool = False  # mlp takes [stoch, deter]
+    through_feat: bool = False  # whether imagined gradients pass through the features it looks at
 
 
 class ReturnParams(NamedTuple):
     """What values a trajectory of states 1..H: heads feat -> 1, and the λ-return's constants.
 
     ``critic`` may be None where rewards alone are summed; ``target`` bootstraps in its place
-    where given (a slowly moving copy of the critic).
+    where given (a slowly moving copy of the critic). With a ``discount`` head the factor of a
+    state is γ·sigmoid(discount(feat)), else γ.
     """
 
     reward: MLPParams
@@ -112,11 +137,14 @@ class ReturnParams(NamedTuple):
     target: MLPParams | None
     gamma: float
     lam: float
+    discount: MLPParams | None = None
+    stoch_first: bool = False  # the heads take [stoch, deter]
 
     def detach(self) -> ReturnParams:
         """The same heads, receiving no gradient."""
-        heads = (head if head is None else head.detach() for head in self[:3])
-        return ReturnParams(*heads, self.gamma, self.lam)
+        heads = ("reward", "critic", "target", "discount")
+        given = {name: head for name in heads if (head := getattr(self, name)) is not None}
+        return self._replace(**{name: head.detach() for name, head in given.items()})
 
 
 def mlp(params: MLPParams, x: Tensor) -> Tensor:
@@ -140,21 +168,34 @@ def gru_cell(params: GRUParams, x: Tensor, h: Tensor) -> Tensor:
     return (1 - update) * new + update * h
 
 
-def latent_dist(raw: Tensor, min_std: float, dtype: torch.dtype) -> Normal:
-    """Normal(mean, softplus(std) + min_std) of raw [..., 2S].
+def std_of(transform: StdTransform, y: Tensor) -> Tensor:
+    """The standard deviation of a raw output, see :class:`StdTransform`."""
+    kind, scale, slope, offset, least, floor = transform
+    if kind not in STDS:
+        raise ValueError(f"std must be {', '.join(STDS)}, got {kind!r}")
+    # what does nothing is left out
+    y = y if slope == 1 else slope * y
+    std = STDS[kind](y + offset if offset else y)
+    std = std if scale == 1 else scale * std
+    std = std + least if least else std
+    return std.clamp(min=floor) if floor > 0 else std
+
+
+def latent_dist(raw: Tensor, std: StdTransform, dtype: torch.dtype) -> Normal:
+    """Normal(mean, std(y)) of raw = [mean, y], [..., 2S].
 
     Cast first: under autocast raw is bfloat16, too coarse for a KL divergence.
     """
-    mean, std = raw.to(dtype).chunk(2, -1)
-    return Normal(mean, F.softplus(std) + min_std)
+    mean, y = raw.to(dtype).chunk(2, -1)
+    return Normal(mean, std_of(std, y))
 
 
 def actor_dist(params: ActorParams, feat: Tensor) -> Normal:
     """The policy's Normal before the squashing tanh.
 
-    mean = c·tanh(x/c), std = softplus(y + std_offset) + min_std; an action is tanh(mean + std·ε)
-    (report section 3; c = 5 is the original Dreamer's).
+    mean = c·tanh(x/c), or x where c is infinite; an action is tanh(mean + std(y)·ε) (report section
+    3; c = 5 is the original Dreamer's). ``feat`` is in the order that ``params`` says.
     """
     x, y = mlp(params.mlp, feat).to(feat.dtype).chunk(2, -1)
-    mean = params.mean_scale * torch.tanh(x / params.mean_scale)
-    return Normal(mean, F.softplus(y + params.std_offset) + params.min_std)
+    c = params.mean_scale
+    return Normal(x if math.isinf(c) else c * torch.tanh(x / c), std_of(params.std, y))

@@ -51,13 +51,14 @@ def rssm_step(
 
 def deter_step(params: RSSMParams, state: State, action: Tensor) -> Tensor:
     """h' [B, D] of the previous state and action; the half of a step that observing shares."""
-    x = mlp(params.inp, torch.cat([state.stoch, action], -1))
+    parts = (action, state.stoch) if params.action_first else (state.stoch, action)
+    x = mlp(params.inp, torch.cat(parts, -1))
     return gru_cell(params.gru, ACTIVATIONS[params.inp.activation](x), state.deter)
 
 
 def eager(params: RSSMParams, state: State, action: Tensor, noise: Tensor) -> tuple[State, Normal]:
     deter = deter_step(params, state, action)
-    prior = latent_dist(mlp(params.prior, deter), params.min_std, noise.dtype)
+    prior = latent_dist(mlp(params.prior, deter), params.std, noise.dtype)
     return State(deter, prior.sample(noise)), prior
 
 

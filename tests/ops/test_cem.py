@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from fastdreamer.ops.cem import cem, top
-from fastdreamer.ops.params import GRUParams, MLPParams, ReturnParams, RSSMParams, State, mlp
+from fastdreamer.ops.params import (
+    GRUParams,
+    MLPParams,
+    ReturnParams,
+    RSSMParams,
+    State,
+    StdTransform,
+    mlp,
+)
 from fastdreamer.ops.rssm_step import rssm_step
 from fastdreamer.testing import Sizes, cem_inputs
 
@@ -25,7 +33,7 @@ def arguments(horizon=H, batch=B, samples=N, iterations=I, *, num_elites=K, scor
 
 def by_hand(
     params, returns, start, mean, std, action_noise, state_noise,
-    *, num_elites, score, min_std=0.0, clip=0.9999,
+    *, num_elites, score, min_std=0.0, clip=0.9999, proposals=None,
 ):  # fmt: skip
     """Algorithm 2 written out: one start state, one candidate, one step after the other."""
     mean, std, scores = mean.clone(), std.clone(), []
@@ -35,6 +43,8 @@ def by_hand(
             actions, values = [], []
             for n in range(action_eps.shape[2]):
                 action = mean[:, b] + std[:, b] * action_eps[:, b, n]  # [H, A]
+                if proposals is not None and n < proposals.shape[2]:
+                    action = proposals[:, b, n]
                 action = torch.where(action > clip, clip, action)
                 action = torch.where(action < -clip, -clip, action)
                 state = State(start.deter[b : b + 1], start.stoch[b : b + 1])
@@ -81,6 +91,30 @@ def test_equals_the_loop_over_single_candidates(sizes, score):
     assert plan.mean.shape == plan.std.shape == (horizon, batch, 2)
     assert plan.scores.shape == (iterations, batch, samples)
     torch.testing.assert_close(tuple(plan), by_hand(**given, min_std=0.05), **CLOSE)
+
+
+@pytest.mark.parametrize("number", [0, 1, 4, N])
+def test_proposals_are_the_first_candidates_of_every_iteration(number):
+    generator = torch.Generator().manual_seed(1)
+    proposals = torch.randn(H, B, number, 2, dtype=torch.float64, generator=generator)
+    given = arguments() | {"proposals": proposals}
+    before = proposals.clone()
+    plan = cem(**given)
+    torch.testing.assert_close(tuple(plan), by_hand(**given), **CLOSE)
+    assert torch.equal(proposals, before)
+    # their action noise is not used
+    given["action_noise"][:, :, :, :number] = nan
+    torch.testing.assert_close(tuple(cem(**given)), tuple(plan), **EXACT)
+    if number == 0:
+        torch.testing.assert_close(tuple(cem(**arguments())), tuple(plan), **EXACT)
+
+
+def test_proposals_that_do_not_fit_are_refused():
+    given = arguments()
+    with pytest.raises(ValueError, match=f"cem: 7 proposals, but only N={N} candidates"):
+        cem(**given, proposals=torch.zeros(H, B, 7, 2, dtype=torch.float64))
+    with pytest.raises(ValueError, match="cem: proposals must be"):
+        cem(**given, proposals=torch.zeros(H, B, 2, 3, dtype=torch.float64))
 
 
 def test_iterations_can_be_cut_anywhere_and_none_changes_nothing():
@@ -139,7 +173,7 @@ def aimed(target, score):
         ),
         prior=MLPParams((zeros(4, 2),), (zeros(4),), "tanh"),
         post=None,
-        min_std=0.1,
+        std=StdTransform(min=0.1),
     )
     reward = MLPParams(
         (torch.cat([pick_deter, -pick_deter]), -torch.ones(1, 4).double()),

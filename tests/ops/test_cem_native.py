@@ -62,7 +62,7 @@ def captured(given):
         native(given)
     names = [
         *("rssm", "heads", "start_deter", "start_stoch", "mean", "std", "action_noise"),
-        *("state_noise", "scores", "num_elites", "min_std", "clip", "threads"),
+        *("state_noise", "scores", "proposals", "num_elites", "min_std", "clip", "threads"),
     ]
     arguments = dict(zip(names, spy.call_args.args, strict=True))
     return arguments | {name: given[name].numpy().copy() for name in ("mean", "std")}
@@ -97,6 +97,35 @@ def check_scores(models=MODELS, shapes=SHAPES) -> None:
             actual, allowed = error(plan.scores, exact), error(eager.scores, exact)
             assert actual <= allowed, (sizes, score, actual, allowed)
             assert (plan.scores != native(inputs[0]).scores).any()
+
+
+def check_proposals() -> None:
+    """Given candidates are eager's: same scores with everyone elite, same elites with fewer."""
+    for sizes in (SMALL, ODD, WIDE):
+        for shape in SHAPES:
+            horizon, batch, samples = shape
+            for number in sorted({1, samples // 2, samples} - {0}):
+                generator = torch.Generator().manual_seed(number)
+                shapes = (horizon, batch, number, sizes.A)
+                given = torch.randn(shapes, generator=generator, dtype=torch.float64)
+                inputs = [
+                    cem_inputs(sizes, *shape, 2, dtype=dtype)
+                    | {"num_elites": samples, "proposals": given.to(dtype), "clip": 0.75}
+                    for dtype in (torch.float32, torch.float64)
+                ]
+                plans = native(inputs[0]), *(cem(**each, backend="eager") for each in inputs)
+                assert_accurate("cem", *map(results, plans))
+                # the best one alone, a proposal or not
+                action = (
+                    inputs[0]["mean"].unsqueeze(2)
+                    + inputs[0]["std"].unsqueeze(2) * (inputs[0]["action_noise"][0])
+                )
+                action[:, :, :number] = inputs[0]["proposals"]
+                once = {n: inputs[0][n][:1] for n in ("action_noise", "state_noise")}
+                plan = native(inputs[0] | once, num_elites=1)
+                best = top(plan.scores[0], 1)[None, :, :, None]
+                want = action.clamp(-0.75, 0.75).take_along_dim(best, 2).squeeze(2)
+                assert torch.equal(plan.mean, want)
 
 
 def check_elites() -> None:
@@ -366,9 +395,9 @@ def test_bindings_reject_what_the_kernels_cannot_take():
         ({"clip": 0.0}, "clip must be positive"),
         ({"clip": nan}, "clip must be positive"),
         ({"threads": 0}, "threads must be at least 1"),
-        ({"heads": (*heads[:3], 1.5)}, r"lam must be in \[0, 1\], got 1.5"),
-        ({"heads": (*heads[:3], nan)}, "lam must be in"),
-        ({"heads": heads[:3]}, "heads .reward, bootstrap, gamma, lam"),
+        ({"heads": (*heads[:4], 1.5)}, r"lam must be in \[0, 1\], got 1.5"),
+        ({"heads": (*heads[:4], nan)}, "lam must be in"),
+        ({"heads": heads[:3]}, "heads .reward, bootstrap, discount, gamma, lam"),
         ({"rssm": good["rssm"][:2]}, "rssm must be"),
         ({"rssm": other["rssm"]}, "weights of two precisions"),
         ({"heads": other["heads"]}, "weights of two precisions"),

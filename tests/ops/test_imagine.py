@@ -5,7 +5,7 @@ import torch
 
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.open_loop import open_loop
-from fastdreamer.ops.params import State, actor_dist
+from fastdreamer.ops.params import State, StdTransform, actor_dist
 from fastdreamer.ops.rssm_step import rssm_step
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-14}
@@ -98,7 +98,7 @@ def test_gradients_stay_finite_at_saturation(case, dtype):
     given = arguments(case)
     actor = case.actor.to(dtype).params()
     given[0] = case.rssm.to(dtype).params().detach()
-    given[1] = actor._replace(std_offset=60.0, mean_scale=1e4)
+    given[1] = actor._replace(std=StdTransform(offset=60.0), mean_scale=1e4)
     given[2] = State(*(part.to(dtype) for part in given[2]))
     given[3:] = [noise.to(dtype) for noise in given[3:]]
     dream = imagine(*given)

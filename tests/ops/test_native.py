@@ -373,26 +373,27 @@ def check_buffers(name: str, bf16: bool, threads: int) -> None:
         pack_mlp(params.inp, act_last=True, **pack),
         pack_gru(params.gru, **pack),
         pack_mlp(params.prior, **pack),
-        params.min_std,
+        params.std,
     )
-    heads = (*(pack_mlp(head, **pack) for head in returns[:3]), *returns[3:])
+    discount = returns.discount or returns.reward
+    heads = (*(pack_mlp(head, **pack) for head in (*returns[:3], discount)), *returns[3:5])
     for with_actor in (True, False):
         g = Guarded()
-        policy = (pack_mlp(actor.mlp, **pack), *actor[1:]) if with_actor else None
+        policy = (pack_mlp(actor.mlp, **pack), *actor[1:3], True) if with_actor else None
         action = g.new(H, B, A) if with_actor else testing.open_loop_inputs(sizes, H, B)["action"]
-        shapes = [(H, B, D), *[(H, B, S)] * 3, *[(H, B)] * 4]
+        shapes = [(H, B, D), *[(H, B, S)] * 3, *[(H, B)] * 5]
         noise = arrays(*start, given["state_noise"], given["action_noise"] if with_actor else None)
         tape = _native.imagine_forward(
             "imagine",
             *(model, policy, heads, *noise),
             action if with_actor else action.numpy(),
             tuple(g.new(*shape) for shape in shapes),
-            (True, with_actor, True, True, True),
+            (True, with_actor, True, True, True, True),
             threads,
         )
         g.check((name, with_actor, "forward"))
         g = Guarded()
-        ones = [(H, B, D), (H, B, S), (H, B, A), (H, B, S), (H, B, S), (H, B), (H, B)]
+        ones = [(H, B, D), (H, B, S), (H, B, A), (H, B, S), (H, B, S), (H, B), (H, B), (H, B)]
         _native.imagine_backward(
             tape,
             tuple(torch.ones(shape).numpy() for shape in ones),
@@ -402,6 +403,7 @@ def check_buffers(name: str, bf16: bool, threads: int) -> None:
             g.like(params.gru),
             g.layers(params.prior),
             g.layers(returns.reward),
+            g.layers(discount),
             threads,
         )
         value_grad = torch.ones(H, B).numpy()
@@ -424,11 +426,13 @@ def check_observe_buffers(name: str, bf16: bool, threads: int) -> None:
             pack_mlp(params.inp, act_last=True, **pack),
             pack_gru(params.gru, **pack),
             pack_mlp(params.prior, **pack),
-            params.min_std,
+            params.std,
             pack_mlp(post, columns=(0, D), bias=False, **pack),
             pack_mlp(first, columns=(D, E), **pack),
         ),
-        *arrays(*given["start"], *(given[k] for k in ("embed", "action", "is_first", "noise"))),
+        *arrays(*given["start"], *(given[k] for k in ("embed", "action", "is_first"))),
+        (True, True, True),
+        given["noise"].numpy(),
         tuple(g.new(T, B, n) for n in (D, S, S, S, S, S)),
         True,
         threads,

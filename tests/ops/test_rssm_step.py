@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch.nn.functional import elu, softplus
 
-from fastdreamer.ops.params import ACTIVATIONS, GRUParams, State, actor_dist, gru_cell, latent_dist
+from fastdreamer.ops.params import (
+    ACTIVATIONS,
+    GRUParams,
+    State,
+    StdTransform,
+    actor_dist,
+    gru_cell,
+    latent_dist,
+)
 from fastdreamer.ops.rssm_step import rssm_step
 
 
@@ -56,7 +64,7 @@ def test_gradients(new_case, check_gradients, activation):
 
 def test_std_never_falls_below_min_std(case):
     raw = torch.tensor([[0.0, 0.0, -800.0, 800.0]])
-    dist = latent_dist(raw, 0.1, torch.float64)
+    dist = latent_dist(raw, StdTransform(min=0.1), torch.float64)
     assert dist.std.dtype == torch.float64
     assert dist.std.tolist() == [[0.1, 800.1]]
     actor = case.actor.params()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -23,13 +25,19 @@ def cem(
     min_std: float,
     clip: float,
     score: str,
+    proposals: Tensor | None,
 ) -> Plan:
     """See ``fastdreamer.ops.cem``."""
     pack = {"bf16": autocast_bf16(), "gradients": False}
     bootstrap = (returns.target or returns.critic) if score == "lambda_return" else None
+    discount = returns.discount if bootstrap else None
+    pack_head = functools.partial(
+        pack_mlp, rotate=params.dims()["S"] if returns.stoch_first else 0, **pack
+    )
     heads = (
-        pack_mlp(returns.reward, **pack),
-        bootstrap and pack_mlp(bootstrap, **pack),
+        pack_head(returns.reward),
+        bootstrap and pack_head(bootstrap),
+        discount and pack_head(discount),
         *((returns.gamma, returns.lam) if bootstrap else (1.0, 1.0)),
     )
     iterations, _, batch, samples, _ = action_noise.shape
@@ -37,7 +45,7 @@ def cem(
     scores = mean.new_empty(iterations, batch, samples)
     _native.cem(
         *(pack_rssm(params, **pack), heads),
-        *arrays(*start, mean, std, action_noise, state_noise, scores),
+        *arrays(*start, mean, std, action_noise, state_noise, scores, proposals),
         *(num_elites, min_std, clip, torch.get_num_threads()),
     )
     return Plan(mean, std, scores)

@@ -39,6 +39,7 @@ class _Wants(NamedTuple):
     rssm: bool = False
     reward: bool = False
     critic: bool = False
+    discount: bool = False
 
 
 class _Call:
@@ -63,7 +64,7 @@ class _Call:
         )
 
     def parameters(self) -> list[tuple[Tensor, ...]]:
-        """The differentiable parameters: actor, input layer, GRU, prior, reward head."""
+        """The differentiable parameters: actor, input layer, GRU, prior, reward, discount."""
         params, actor, returns = self.params, self.actor, self.returns
         return [
             () if actor is None else flat(actor.mlp),
@@ -71,6 +72,7 @@ class _Call:
             tuple(params.gru),
             flat(params.prior),
             () if returns is None else flat(returns.reward),
+            () if returns is None or returns.discount is None else flat(returns.discount),
         ]
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -93,38 +95,44 @@ class _Call:
         *,
         wants: _Wants,
     ) -> tuple[Tensor | None, ...]:
-        """deter, stoch, action, prior mean and std, reward, next_value, returns, value."""
+        """deter, stoch, action, prior mean, std, reward, next_value, returns, value, discount."""
         keep = wants.through or wants.critic
         pack = {"bf16": self.bf16, "gradients": keep}
         model = pack_rssm(self.params, **pack)
         actor = heads = None
         if self.actor is not None:
-            actor = (pack_mlp(self.actor.mlp, **pack), *self.actor[1:])
+            actor = self.actor
+            rotate = start_stoch.shape[1] if actor.stoch_first else 0
+            packed = pack_mlp(actor.mlp, rotate=rotate, **pack)
+            actor = (packed, actor.mean_scale, actor.std, actor.through_feat)
         if (returns := self.returns) is not None:
-            target = returns.target and pack_mlp(returns.target, **pack)
-            heads = (pack_mlp(returns.reward, **pack), pack_mlp(returns.critic, **pack), target)
-            heads += (returns.gamma, returns.lam)
+            rotate = start_stoch.shape[1] if returns.stoch_first else 0
+            four = (returns.reward, returns.critic, returns.target, returns.discount)
+            heads = [head and pack_mlp(head, rotate=rotate, **pack) for head in four]
+            heads = (*heads, returns.gamma, returns.lam)
         H, B, S = state_noise.shape
         new = torch.empty
         if action is None:
             action = new(action_noise.shape)
         deter, stoch = new(H, B, start_deter.shape[1]), new(H, B, S)
-        mean = std = reward = next_value = total = value = None
+        mean = std = reward = next_value = total = value = discount = None
         if self.prior:
             mean, std = new(H, B, S), new(H, B, S)
         if heads is not None:
             reward, next_value, total, value = new(H, B), new(H, B), new(H, B), new(H, B)
+            if returns.discount is not None:
+                discount = new(H, B)
         self.tape = _native.imagine_forward(
             self.op,
             model,
             actor,
             heads,
             *arrays(start_deter, start_stoch, state_noise, action_noise, action),
-            tuple(arrays(deter, stoch, mean, std, reward, next_value, total, value)),
+            tuple(arrays(deter, stoch, mean, std, reward, next_value, total, value, discount)),
             wants if keep else None,
             torch.get_num_threads(),
         )
-        return deter, stoch, action, mean, std, reward, next_value, total, value
+        return deter, stoch, action, mean, std, reward, next_value, total, value, discount
 
 
 def imagine(
@@ -135,14 +143,14 @@ def imagine(
     action_noise: Tensor,
     returns: ReturnParams | None,
 ) -> tuple[Tensor | None, ...]:
-    """See ``fastdreamer.ops.imagine``: deter, stoch, action, reward, value and returns."""
+    """See ``fastdreamer.ops.imagine``: deter, stoch, action, reward, value, returns, discount."""
     call = _Call("imagine", params, actor, returns)
-    deter, stoch, action, _, _, reward, _, total, value = call(
+    deter, stoch, action, _, _, reward, _, total, value, discount = call(
         *start, state_noise, action_noise, None
     )
     if call.wants_critic:
         value = _Value.apply(value, call.tape, *flat(returns.critic))
-    return deter, stoch, action, reward, value, total
+    return deter, stoch, action, reward, value, total, discount
 
 
 def open_loop(params: RSSMParams, start: State, action: Tensor, noise: Tensor) -> State:
@@ -154,6 +162,14 @@ def rssm_step(
     params: RSSMParams, state: State, action: Tensor, noise: Tensor
 ) -> tuple[State, Normal]:
     """See ``fastdreamer.ops.rssm_step``: a rollout of one step."""
+    if not torch.is_grad_enabled():  # the latency of acting: nothing that is not needed
+        model = pack_rssm(params, bf16=autocast_bf16(), gradients=False)
+        new = torch.empty_like
+        deter, stoch, mean, std = new(state.deter), new(noise), new(noise), new(noise)
+        outputs = tuple(arrays(deter, stoch, mean, std))
+        inputs = arrays(*state, action, noise)
+        _native.rssm_step(model, *inputs, outputs, torch.get_num_threads())
+        return State(deter, stoch), Normal(mean, std)
     call = _Call("rssm_step", params, prior=True)
     deter, stoch, _, mean, std, *_ = call(*state, noise[None], None, action[None])
     return State(deter[0], stoch[0]), Normal(mean[0], std[0])
@@ -165,53 +181,59 @@ class _Rollout(torch.autograd.Function):
         inputs, parameters = tensors[:5], tensors[5:]
         start_deter, start_stoch, state_noise, action_noise, given = inputs
         ctx.sizes = [len(group) for group in call.parameters()]
-        actor, *rssm, reward = split(ctx.needs_input_grad[6:], ctx.sizes)
+        actor, *rssm, reward, discount = split(ctx.needs_input_grad[6:], ctx.sizes)
         ctx.wants = _Wants(
             through=any(ctx.needs_input_grad),
             actor=any(actor),
             rssm=any(map(any, rssm)),
             reward=any(reward),
             critic=call.wants_critic,
+            discount=any(discount),
         )
         outputs = call.run(*inputs, wants=ctx.wants)
-        deter, stoch, action, mean, std, reward, next_value, total, value = outputs
+        deter, stoch, action, mean, std, reward, next_value, total, value, discount = outputs
         ctx.set_materialize_grads(False)
         ctx.tape, ctx.given = call.tape, given is not None
         # the tape points into these; saved, so that autograd refuses if they are changed
-        used = (start_deter, start_stoch, state_noise, action_noise, action, next_value, total)
+        rolled = (start_deter, start_stoch, state_noise, action_noise, action)
+        used = (*rolled, next_value, total, discount)
         ctx.save_for_backward(*used, *parameters)
         ctx.mark_non_differentiable(*[t for t in (next_value, value) if t is not None])
         drawn = None if ctx.given else action
-        return deter, stoch, drawn, mean, std, reward, next_value, total, value
+        return deter, stoch, drawn, mean, std, reward, next_value, total, value, discount
 
     @staticmethod
     @first_order
-    def backward(ctx, deter, stoch, action, mean, std, reward, _next_value, total, _value):
-        start_deter, start_stoch, _, _, given, _, _, *parameters = ctx.saved_tensors
+    def backward(
+        ctx, deter, stoch, action, mean, std, reward, _next_value, total, _value, discount
+    ):
+        start_deter, start_stoch, _, _, given, _, _, _, *parameters = ctx.saved_tensors
         _, needs_deter, needs_stoch, _, _, needs_action, *_ = ctx.needs_input_grad
         d_deter = torch.empty_like(start_deter) if needs_deter else None
         d_stoch = torch.empty_like(start_stoch) if needs_stoch else None
         d_action = torch.empty_like(given) if needs_action else None
         wants = ctx.wants
-        wanted = (wants.actor, wants.rssm, wants.rssm, wants.rssm, wants.reward)
+        wanted = (wants.actor, *[wants.rssm] * 3, wants.reward, wants.discount)
         grads = [
             [torch.empty_like(t, memory_format=torch.contiguous_format) for t in group] if want
             else None
             for group, want in zip(split(parameters, ctx.sizes), wanted, strict=True)
         ]  # fmt: skip
-        actor, inp, gru, prior, head = grads
+        actor, inp, gru, prior, reward_head, discount_head = grads
         _native.imagine_backward(
             ctx.tape,
             tuple(
                 None if g is None else g.contiguous().numpy()
-                for g in (deter, stoch, action, mean, std, reward, total)
+                for g in (deter, stoch, action, mean, std, reward, total, discount)
             ),
             tuple(arrays(d_deter, d_stoch, d_action)),
-            *(layers(actor), layers(inp), gru and arrays(*gru), layers(prior), layers(head)),
+            *(layers(actor), layers(inp), gru and arrays(*gru), layers(prior)),
+            *(layers(reward_head), layers(discount_head)),
             torch.get_num_threads(),
         )
-        if reward is None and total is None:  # nothing reaches the head
-            grads[4] = None
+        if total is None:  # what nothing reaches
+            grads[4] = None if reward is None else grads[4]
+            grads[5] = None if discount is None else grads[5]
         return (
             *(None, d_deter, d_stoch, None, None, d_action),
             *(t for group, n in zip(grads, ctx.sizes, strict=True) for t in group or [None] * n),

@@ -29,6 +29,7 @@ def observe(
     action: Tensor,
     is_first: Tensor,
     noise: Tensor,
+    resets: tuple[bool, bool, bool],
 ) -> tuple[State, Normal, Normal]:
     """See ``fastdreamer.ops.observe``: posterior states, posterior and prior."""
     bf16 = autocast_bf16()
@@ -39,32 +40,35 @@ def observe(
         groups = (flat(params.inp), params.gru, flat(params.prior), flat(params.post))
         sizes = [len(group) for group in groups]
         parameters = [tensor for group in groups for tensor in group]
-        outputs = _Observe.apply(params, bf16, sizes, *inputs, *parameters)
+        outputs = _Observe.apply(params, bf16, resets, sizes, *inputs, *parameters)
     else:  # without the node, which takes as long as a step of one row
-        outputs, _ = _run(params, bf16, inputs, keep=False)
+        outputs, _ = _run(params, bf16, resets, inputs, keep=False)
     deter, stoch, *rest = outputs
     return State(deter, stoch), Normal(*rest[:2]), Normal(*rest[2:])
 
 
 def _run(
-    params: RSSMParams, bf16: bool, inputs: Sequence[Tensor], *, keep: bool
+    params: RSSMParams, bf16: bool, resets: tuple, inputs: Sequence[Tensor], *, keep: bool
 ) -> tuple[tuple[Tensor, ...], Any]:
     """deter, stoch, mean and std of posterior and prior; and the tape, if it is to be kept."""
     deter, stoch, embed, action, is_first, noise = inputs
     T, B, _ = noise.shape
-    D = deter.shape[1]
+    D, E = deter.shape[1], embed.shape[2]
+    of_deter, of_embed = (E, 0) if params.embed_first else (0, D)  # first columns
     pack = {"bf16": bf16, "gradients": keep}
     first = params.post._replace(weights=params.post.weights[:1], biases=params.post.biases[:1])
     model = (
         *pack_rssm(params, **pack),
-        pack_mlp(params.post, columns=(0, D), bias=False, **pack),
-        pack_mlp(first, columns=(D, embed.shape[2]), **pack),
+        pack_mlp(params.post, columns=(of_deter, D), bias=False, **pack),
+        pack_mlp(first, columns=(of_embed, E), **pack),
     )
     outputs = (noise.new_empty(T, B, D), *(torch.empty_like(noise) for _ in range(5)))
     bits = embed.view(torch.int16) if embed.dtype == torch.bfloat16 else embed
     tape = _native.observe_forward(
         model,
-        *arrays(deter, stoch, bits, action, is_first, noise),
+        *arrays(deter, stoch, bits, action, is_first),
+        resets,
+        noise.detach().numpy(),
         tuple(arrays(*outputs)),
         keep,
         torch.get_num_threads(),
@@ -74,9 +78,9 @@ def _run(
 
 class _Observe(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, params, bf16, sizes, *tensors):
+    def forward(ctx, params, bf16, resets, sizes, *tensors):
         inputs, parameters = tensors[:6], tensors[6:]
-        outputs, ctx.tape = _run(params, bf16, inputs, keep=any(ctx.needs_input_grad))
+        outputs, ctx.tape = _run(params, bf16, resets, inputs, keep=any(ctx.needs_input_grad))
         ctx.set_materialize_grads(False)
         ctx.sizes = sizes
         # the tape points into these; saved, so that autograd refuses if they are changed
@@ -87,7 +91,7 @@ class _Observe(torch.autograd.Function):
     @first_order
     def backward(ctx, *grads):
         inputs, parameters = ctx.saved_tensors[:4], ctx.saved_tensors[12:]
-        needs = ctx.needs_input_grad[3:]
+        needs = ctx.needs_input_grad[4:]
         starts = [
             torch.empty(t.shape) if need else None for t, need in zip(inputs, needs, strict=False)
         ]
@@ -112,4 +116,4 @@ class _Observe(torch.autograd.Function):
         if d_embed is not None:
             d_embed = d_embed.to(inputs[2].dtype)
         parts = (d_deter, d_stoch, d_embed, d_action, None, None)
-        return None, None, None, *parts, *(t for group in groups for t in group)
+        return None, None, None, None, *parts, *(t for group in groups for t in group)

@@ -67,7 +67,8 @@ def autocast_bf16() -> bool:
 
 def arrays(*tensors: Tensor | None) -> list:
     """NumPy views (no copies) for the extension; None stays None."""
-    return [None if t is None else t.detach().numpy() for t in tensors]
+    # a needless detach() takes as long as the view itself
+    return [None if t is None else (t.detach() if t.requires_grad else t).numpy() for t in tensors]
 
 
 def first_order(backward: Callable) -> Callable:
@@ -108,6 +109,7 @@ def pack_mlp(
     gradients: bool,
     act_last: bool = False,
     columns: tuple[int, int] = (0, 0),
+    rotate: int = 0,
     bias: bool = True,
 ) -> Any:
     """Pack layers, or return the pack made before.
@@ -118,16 +120,19 @@ def pack_mlp(
         gradients: whether a backward pass needs them, too.
         act_last: whether the activation follows the last layer as well.
         columns: (first, number) of the first layer's columns; (0, 0) takes all.
+        rotate: the column of those that input 0 meets, the others following round the end: the
+            size of what the weights take first and the input has last.
         bias: whether the first layer has its bias.
     """
-    key = (bf16, act_last, columns, bias, params.activation)
+    key = (bf16, act_last, columns, rotate, bias, params.activation)
 
     def make(gradients: bool) -> Any:
         biases = list(params.biases) if bias else [None, *params.biases[1:]]
         return _native.PackedMlp(
             [t.detach().contiguous().numpy() for t in params.weights],
             [None if t is None else t.detach().contiguous().numpy() for t in biases],
-            *(params.activation, act_last, bf16, gradients, *columns, 0, torch.get_num_threads()),
+            *(params.activation, act_last, bf16, gradients, *columns, rotate),
+            torch.get_num_threads(),
         )
 
     return _cached(key, flat(params), gradients, make)
@@ -144,22 +149,23 @@ def pack_gru(params: GRUParams, *, bf16: bool, gradients: bool) -> Any:
 
 
 def pack_rssm(params: RSSMParams, *, bf16: bool, gradients: bool) -> tuple:
-    """Input layer, GRU, prior and the least std: the dynamics as the extension takes them.
+    """Input layer, GRU, prior and the std's transform: the dynamics as the extension takes them.
 
     One look-up where nothing has changed: a single step of one row takes less time than three.
     """
     tensors = [*params.inp[0], *params.inp[1], *params.gru, *params.prior[0], *params.prior[1]]
-    key = (bf16, params.inp.activation, params.prior.activation, params.min_std)
+    key = (bf16, params.inp.activation, params.prior.activation, params.std, params.action_first)
     pack = {"bf16": bf16, "gradients": gradients}
 
     def make(gradients: bool) -> _Model:
         pack["gradients"] = gradients
+        dims = params.dims() if params.action_first else {"A": 0}
         return _Model(
             (
-                pack_mlp(params.inp, act_last=True, **pack),
+                pack_mlp(params.inp, act_last=True, rotate=dims["A"], **pack),
                 pack_gru(params.gru, **pack),
                 pack_mlp(params.prior, **pack),
-                params.min_std,
+                params.std,
             ),
             gradients,
         )
