@@ -171,7 +171,7 @@ class Builder:
         return Weights(packed.at(0), biases and biases.at(0))
 
     def pack_embed(self, shape: MlpShape, *, transposed: bool = False) -> Weights:
-        """Pack the embedding's columns of the posterior's first weight; no bias, it is the step's."""
+        """Pack the embedding's columns of the posterior's first weight; the bias is the step's."""
         packed = self.operands("embed.packed", (shape.weights,), "scratch")
         weight = self.slot("post.weight0", (shape.out, shape.columns))
         layer = shape.layer(0)
@@ -293,7 +293,8 @@ class Builder:
                 "rows": rows, "bound": bound if bounded else 1.0, **normal.scalars,
             },
             {
-                **shape.constants(), **normal.constants, "GRADS": grads_width or shape.grads, "HEAD": head,
+                **shape.constants(), **normal.constants,
+                "GRADS": grads_width or shape.grads, "HEAD": head,
                 "BOUNDED": bounded, **_blocks(tile, shape),
             },
             tile,
@@ -314,8 +315,9 @@ class Builder:
     ) -> None:
         """Outputs ``d_`` and the parameter's name for each of an MLP's parameters.
 
-        ``x`` holds each piece of the input, its columns and the rows that were zeroed, ``tape`` and ``grads`` begin at the
-        MLP's hidden layers. ``more`` is a further piece of the input, as in :meth:`gradient`.
+        ``x`` holds each piece of the input, its columns and the rows that were zeroed; ``tape`` and
+        ``grads`` begin at the MLP's hidden layers. ``more`` is a further piece of
+        the input, as in :meth:`gradient`.
         """
         for i, layer in enumerate(shape.all_layers()):
             if i == 0:

