@@ -95,11 +95,11 @@ def programs(sizes: Sizes, rows: int, precision: Precision) -> Iterator[Program]
     )
     elites = max(1, rows // 10)
     plan = cem._Spec(
-        *((2, 3, 1, rows), precision, step, *shapes[:2], None),
-        *(returns.gamma, returns.lam, elites, 0.1, 1.0),
-    )
+        (2, 3, 1, rows), precision, step, *shapes[:2], None,
+        gamma=returns.gamma, lam=returns.lam, num_elites=elites, min_std=0.1, clip=1.0, proposals=0,
+    )  # fmt: skip
     yield cem.program(plan)
-    yield cem.program(plan._replace(value=None))
+    yield cem.program(plan._replace(value=None, proposals=2))
     yield cem.program(plan._replace(discount=shapes[0]))
 
 
@@ -134,7 +134,7 @@ def label(spec: Spec) -> str:
 
 
 def _optional(spec: Spec) -> list[str]:
-    return [n for n, _ in spec.types if n in ("first", "extra", "d_mean", "d_x1")]
+    return [n for n, _ in spec.types if n in ("first", "extra", "d_mean", "d_x1", "proposals")]
 
 
 def compile_for(spec: Spec, arch: int) -> Usage:

@@ -1,6 +1,7 @@
 #include "cuda/driver.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -21,7 +22,8 @@ struct Opened {
 std::mutex opening;
 Opened opened;
 std::atomic<const cu::Api*> ready{nullptr};  // &opened.api, once it is initialised
-std::atomic<pid_t> owner{0};                 // the process that initialised it
+std::atomic<bool> forked{false};             // from the process that initialised it
+pid_t owner = 0;                             // that process
 std::atomic<void (*)(const std::string&)> release_handler{nullptr};
 
 std::string describe(const cu::Api& api, cu::Result result) {
@@ -41,9 +43,8 @@ void expect(const cu::Api& api, cu::Result result, const char* call) {
 }
 
 void refuse_fork() {
-  const pid_t pid = owner.load();
-  if (pid != getpid()) {
-    throw DriverError("CUDA was initialised in process " + std::to_string(pid) +
+  if (forked.load(std::memory_order_relaxed)) {
+    throw DriverError("CUDA was initialised in process " + std::to_string(owner) +
                       ", of which this one is a fork, and does not work here: start processes "
                       "with the method 'spawn' or 'forkserver'");
   }
@@ -84,6 +85,7 @@ const cu::Api& open_driver() {
                       ", 12.0 is the oldest that will do");
   }
   owner = getpid();
+  pthread_atfork(nullptr, nullptr, [] { forked = true; });
   ready = &opened.api;
   return opened.api;
 }
@@ -91,7 +93,7 @@ const cu::Api& open_driver() {
 }  // namespace
 
 const cu::Api& driver() {
-  const cu::Api* api = ready.load();
+  const cu::Api* api = ready.load(std::memory_order_acquire);
   if (api == nullptr) return open_driver();
   refuse_fork();
   return *api;
@@ -99,9 +101,7 @@ const cu::Api& driver() {
 
 void check(cu::Result result, const char* call) { expect(*ready.load(), result, call); }
 
-const cu::Api* driver_of_this_process() noexcept {
-  return owner.load() == getpid() ? ready.load() : nullptr;
-}
+const cu::Api* driver_of_this_process() noexcept { return forked.load() ? nullptr : ready.load(); }
 
 void set_release_handler(void (*handler)(const std::string& message)) { release_handler = handler; }
 

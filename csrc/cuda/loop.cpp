@@ -138,11 +138,11 @@ void Loop::add_step(const Item& item, const std::vector<Index>& indices) {
     values_.push_back(bits);
   }
   values_.resize(values_.size() + static_cast<std::size_t>(kernel.hidden()), 0);
-  steps_.push_back({item.kernel, item.grid, first, values_.size() - first});
+  steps_.push_back({item.kernel.get(), item.grid, first, values_.size() - first});
 }
 
 Node Loop::node(const Step& step) {
-  return {step.kernel.get(), {step.grid[0], step.grid[1], step.grid[2]}, &params_[step.first]};
+  return {step.kernel, {step.grid[0], step.grid[1], step.grid[2]}, &params_[step.first]};
 }
 
 void Loop::write_addresses(const std::vector<std::uint64_t>& slots, std::vector<bool>& changed) {

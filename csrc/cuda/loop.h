@@ -58,7 +58,7 @@ class Loop {
     Index offset;
   };
   struct Step {
-    std::shared_ptr<const Kernel> kernel;
+    const Kernel* kernel;  // its item's
     std::array<unsigned, 3> grid;
     std::size_t first, count;  // its parameters among values_
   };

@@ -6,6 +6,7 @@ into the nodes that use it. Here is what it is captured from, and for how long i
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections import OrderedDict
@@ -81,6 +82,11 @@ class Graphs:
         with self._lock:
             self._graphs.clear()
             self._devices.clear()
+
+    def _forget(self) -> None:
+        """In a forked child: give up what belongs to the parent, without a call of the driver."""
+        self._lock = threading.Lock()
+        self.clear()
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -184,7 +190,8 @@ def driver_state() -> str:
     except _native.DriverError as error:
         return str(error)
     major, minor = found["version"]
-    return f"{found['path']}, CUDA {major}.{minor}, {found['devices']} devices"
+    devices = "1 device" if found["devices"] == 1 else f"{found['devices']} devices"
+    return f"{found['path']}, CUDA {major}.{minor}, {devices}"
 
 
 def _argument(value: Value, places: Mapping[str, int], depths: Mapping[str, int]) -> Any:
@@ -204,3 +211,7 @@ def _terms(value: Affine, depths: Mapping[str, int]) -> tuple:
 
 GRAPHS = Graphs()
 """The graphs of this process."""
+
+# A fork may have copied a lock that another thread holds, and CUDA does not work in the child.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=GRAPHS._forget)

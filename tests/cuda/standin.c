@@ -18,7 +18,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 #define MAX_PARAMS 64
-#define MAX_BYTES 512
+#define MAX_BYTES 384
 #define MAX_CALLS 65536
 
 enum { CONTEXT, MODULE, STREAM, GRAPH, EXEC, KINDS };
@@ -431,11 +431,10 @@ static CUresult fill(struct node* node, struct function* f, const unsigned* grid
   if ((int)shared > f->max_shared) return CUDA_ERROR_INVALID_VALUE;
   node->function = f;
   node->shared = shared;
-  memset(node->values, 0, sizeof(node->values));
-  node->bytes = 0;
+  node->bytes = f->params == 0 ? 0 : f->offset[f->params - 1] + f->size[f->params - 1];
+  memset(node->values, 0, node->bytes);
   for (int i = 0; i < f->params; ++i) {
     memcpy(node->values + f->offset[i], params[i], f->size[i]);
-    node->bytes = f->offset[i] + f->size[i];
   }
   return CUDA_SUCCESS;
 }
@@ -492,13 +491,12 @@ EXPORT CUresult CUDAAPI cuLaunchKernel(CUfunction function, unsigned gx, unsigne
   ENTER();
   NEED_CONTEXT();
   const unsigned grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
-  struct node made;
   if (extra != NULL) return CUDA_ERROR_INVALID_VALUE;
-  CUresult result = fill(&made, (struct function*)function, grid, block, shared, params);
-  if (result != CUDA_SUCCESS) return result;
   if (stream == NULL || stream->capturing == NULL) {
-    run_node(&made, -1, stream);
-    return CUDA_SUCCESS;
+    struct node made;
+    CUresult result = fill(&made, (struct function*)function, grid, block, shared, params);
+    if (result == CUDA_SUCCESS) run_node(&made, -1, stream);
+    return result;
   }
   NEED(stream, STREAM);
   CUgraph graph = stream->capturing;
@@ -507,7 +505,11 @@ EXPORT CUresult CUDAAPI cuLaunchKernel(CUfunction function, unsigned gx, unsigne
     graph->nodes = realloc(graph->nodes, graph->room * sizeof(*graph->nodes));
   }
   struct node* node = malloc(sizeof(*node));
-  *node = made;
+  CUresult result = fill(node, (struct function*)function, grid, block, shared, params);
+  if (result != CUDA_SUCCESS) {
+    free(node);
+    return result;
+  }
   node->index = graph->count;
   graph->nodes[graph->count++] = node;
   stream->last = (CUgraphNode)node;

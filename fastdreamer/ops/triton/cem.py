@@ -30,11 +30,13 @@ def sample_kernel(
     mean,  # [H, B, A] float32
     std,
     noise,  # [H, B, N, A]
+    proposals,  # [H, B, P, A], in place of the first P candidates, or None
     action,  # [H, B, N, A], written
     size,  # H · B · N · A
     clip,
     A: tl.constexpr,
     N: tl.constexpr,
+    P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """clamp(mean + std · noise, ±clip); NaN stays NaN."""
@@ -44,6 +46,10 @@ def sample_kernel(
     m = tl.load(mean + of, mask=inside, other=0.0)
     s = tl.load(std + of, mask=inside, other=0.0)
     a = m + s * tl.load(noise + at, mask=inside, other=0.0)
+    if proposals is not None:
+        n = at // A % N
+        proposed = inside & (n < P)
+        a = tl.load(proposals + (of // A * P + n) * A + at % A, mask=proposed, other=a)
     a = tl.where(a > clip, clip, a)
     a = tl.where(a < -clip, -clip, a)
     tl.store(action + at, a, mask=inside)
@@ -149,6 +155,7 @@ class _Spec(NamedTuple):
     num_elites: int
     min_std: float
     clip: float
+    proposals: int  # P; 0: none are given
 
 
 @functools.lru_cache(maxsize=64)
@@ -161,6 +168,7 @@ def program(spec: _Spec) -> Program:
     given = b.slot("start.mean", (H, B, A)), b.slot("start.std", (H, B, A))
     action_noise = b.slot("action_noise", (I, H, B, N, A))
     state_noise = b.slot("state_noise", (I, H, B, N, S))
+    proposals = b.slot("proposals", (H, B, spec.proposals, A)) if spec.proposals else None
     mean, std = b.slot("mean", (H, B, A), "output"), b.slot("std", (H, B, A), "output")
     scores = b.slot("scores", (I, B, N), "output")
     action = b.slot("action", (H, B, N, A), "scratch")
@@ -193,10 +201,10 @@ def program(spec: _Spec) -> Program:
             sample_kernel,
             (-(-size // BLOCK),),
             {
-                "mean": mean, "std": std, "noise": action_noise.at(i * size), "action": action,
-                "size": size, "clip": spec.clip,
+                "mean": mean, "std": std, "noise": action_noise.at(i * size),
+                "proposals": proposals, "action": action, "size": size, "clip": spec.clip,
             },
-            {"A": A, "N": N, "BLOCK": BLOCK},
+            {"A": A, "N": N, "P": spec.proposals, "BLOCK": BLOCK},
         )  # fmt: skip
         with b.loop("t", H) as t:
             b.step_forward(
@@ -259,6 +267,7 @@ def cem(
     min_std: float,
     clip: float,
     score: str,
+    proposals: Tensor | None,
 ) -> Plan:
     """See ``fastdreamer.ops.cem``."""
     iterations, horizon, batch, samples, _ = action_noise.shape
@@ -277,7 +286,7 @@ def cem(
             for head in (returns.reward, bootstrap, discount)
         ),
         *((float(returns.gamma), float(returns.lam)) if bootstrap else (1.0, 1.0)),
-        *(num_elites, min_std, clip),
+        *(num_elites, min_std, clip, 0 if proposals is None else proposals.shape[2]),
     )
     inputs = {
         "start.deter": start.deter, "start.stoch": start.stoch, "start.mean": mean,
@@ -286,6 +295,7 @@ def cem(
         **mlp_inputs("prior", params.prior), **mlp_inputs("reward", returns.reward),
         **(mlp_inputs("value", bootstrap) if bootstrap else {}),
         **(mlp_inputs("discount", discount) if discount else {}),
+        **({"proposals": proposals.contiguous()} if spec.proposals else {}),
     }  # fmt: skip
     with torch.no_grad():
         found = run(program(spec), {name: t.detach() for name, t in inputs.items()})

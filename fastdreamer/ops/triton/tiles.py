@@ -36,25 +36,60 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def choose(kind: Kind, rows: int, *, bf16: bool, arch: int) -> Tile:
-    """Return the tile of a kernel.
+class Entry(NamedTuple):
+    """From which compute capability and number of rows on a tile is taken."""
 
-    What decides, from compiling each for sm_80, 90, 100 and 120 (``tests/triton_resources.py``
-    asserts it): no spills, at most 99 KB of shared memory, which all of them have.
-    """
-    del arch  # one table serves all four so far
-    if not bf16:
-        # ieee products use no tensor core: small tiles, or the operands spill
-        if kind == "gradient":
-            return Tile(32, 64, 64, 64, 4, 2)
-        return Tile(16, 32, 32, 32, 4, 2)
-    if kind == "gradient":
-        return Tile(64, 64, 64, 64, 4, 3)
-    if kind in ("step", "step_backward"):
-        # One step waits for the other, so few rows a program: each streams all weights from the
-        # L2 cache in the same time, whatever rows it has. 32 rows from where 16 would be more
-        # programs than multiprocessors (about 130).
-        return Tile(16 if rows <= 2048 else 32, 64, 64, 64, 8, 3)
-    # Many rows at once, nothing waits: 64 rows, from which on sm_90 and sm_100 have the wide
-    # matrix instructions; the actor, within a step, as the step.
-    return Tile(16 if rows <= 2048 else 64, 64, 64, 64, 8, 3)
+    kinds: tuple[str, ...]
+    bf16: bool
+    arch: int
+    rows: int
+    tile: Tile
+    reason: str
+
+
+_STEPS, _MLPS, _GRADIENT = ("step", "step_backward"), ("mlp", "mlp_backward"), ("gradient",)
+
+TABLE = (
+    Entry(
+        _STEPS, True, 80, 1, Tile(16, 64, 64, 64, 8, 3),
+        "one step waits for the other, and a program streams all weights from the L2 cache in the "
+        "same time whatever rows it has: the fewest that a matrix instruction takes",
+    ),
+    Entry(
+        _STEPS, True, 80, 2049, Tile(32, 64, 64, 64, 8, 3),
+        "16 rows would be more programs than multiprocessors (about 130), each of which reads all "
+        "weights again",
+    ),
+    Entry(
+        _MLPS, True, 80, 1, Tile(16, 64, 64, 64, 8, 3),
+        "the actor inside a rollout, as the step; else few rows in all",
+    ),
+    Entry(
+        _MLPS, True, 80, 2049, Tile(64, 64, 64, 64, 8, 3),
+        "all steps at once, nothing waits: as many rows as the wide instructions of sm_90 and "
+        "sm_100 take",
+    ),
+    Entry(
+        _GRADIENT, True, 80, 1, Tile(64, 64, 64, 64, 4, 3),
+        "square blocks of the weight, 64 rows at a time",
+    ),
+    Entry(
+        _STEPS + _MLPS, False, 80, 1, Tile(16, 32, 32, 32, 4, 2),
+        "ieee products use no matrix instruction: larger blocks of operands spill",
+    ),
+    Entry(_GRADIENT, False, 80, 1, Tile(32, 64, 64, 64, 4, 2), "the same"),
+)  # fmt: skip
+"""Compiled for sm_80, 90, 100 and 120, none spills or takes more than 99 KB of shared memory, what
+the least of them has; ``python -m tests.triton_resources`` shows it. No time was measured."""
+
+
+def choose(kind: Kind, rows: int, *, bf16: bool, arch: int) -> Tile:
+    """Return the tile of a kernel: the last entry that fits."""
+    fitting = [
+        entry.tile
+        for entry in TABLE
+        if kind in entry.kinds and entry.bf16 == bf16 and arch >= entry.arch and rows >= entry.rows
+    ]
+    if not fitting:
+        raise ValueError(f"triton kernels need a GPU of compute capability 8.0 or more, got {arch}")
+    return fitting[-1]
