@@ -30,9 +30,9 @@ from fastdreamer.ops.triton import cem, imagine, observe
 from fastdreamer.ops.triton.aot import source
 from fastdreamer.ops.triton.build import Action, Precision
 from fastdreamer.ops.triton.layout import (
-    actor_std,
     embed_shape,
     feat_shape,
+    make_std,
     prior_shape,
     step_shape,
 )
@@ -66,18 +66,21 @@ def programs(sizes: Sizes, rows: int, precision: Precision) -> Iterator[Program]
     params, actor, returns = make_params(sizes)
     step, D, S = step_shape(params), sizes.D, sizes.S
     shapes = [feat_shape(head, D, S) for head in returns[:3]]
-    heads = imagine._Heads(*shapes, returns.gamma, returns.lam)
-    policy = Action(actor.mean_scale, actor_std(actor))
+    heads = imagine._Heads(*shapes, None, returns.gamma, returns.lam)
+    policy = Action(actor.mean_scale, make_std(actor.std))
     rollout = imagine._Spec(
-        "imagine", 2, rows, precision, step, feat_shape(actor.mlp, D, S, groups=2), policy, heads,
-        False, True, True,
+        "imagine", 2, rows, precision, step, feat_shape(actor.mlp, D, S, groups=2), policy, False,
+        heads, False, True, True,
     )  # fmt: skip
     yield imagine.forward_program(rollout)
     yield imagine.forward_program(rollout._replace(through=False, critic=False))
-    wants = imagine._Wants(True, True, True)
+    wants = imagine._Wants(True, True, True, True)
     given = frozenset({"deter", "stoch", "action", "reward", "returns"})
     yield imagine.backward_program(rollout, wants, given)
     yield imagine.critic_program(rollout)
+    other = rollout._replace(through_feat=True, heads=heads._replace(discount=shapes[0]))
+    yield imagine.forward_program(other)
+    yield imagine.backward_program(other, wants, given)
     one = rollout._replace(op="rssm_step", H=1, actor=None, policy=None, heads=None, prior=True)
     yield imagine.forward_program(one)
     yield imagine.backward_program(one, wants._replace(actor=False), frozenset({"mean", "std"}))
@@ -92,11 +95,12 @@ def programs(sizes: Sizes, rows: int, precision: Precision) -> Iterator[Program]
     )
     elites = max(1, rows // 10)
     plan = cem._Spec(
-        (2, 3, 1, rows), precision, step, *shapes[:2],
+        (2, 3, 1, rows), precision, step, *shapes[:2], None,
         gamma=returns.gamma, lam=returns.lam, num_elites=elites, min_std=0.1, clip=1.0, proposals=0,
     )  # fmt: skip
     yield cem.program(plan)
     yield cem.program(plan._replace(value=None, proposals=2))
+    yield cem.program(plan._replace(discount=shapes[0]))
 
 
 def kernels(sizes: Sizes, rows: int, precision: Precision) -> list[Spec]:

@@ -138,6 +138,23 @@ def check_cem() -> None:
     assert torch.equal(none.mean, given["mean"]) and none.scores.shape == (0, 2, 1)
 
 
+def check_variants() -> None:
+    """Column orders, std transforms, plain means, discount heads, resets by part, gradients
+    through what the actor sees."""
+    from test_variants import TRANSFORMS, discount_head, make
+
+    orders = {"action_first": True, "embed_first": True, "stoch_first": True}
+    for transform in TRANSFORMS:
+        check("rssm_step", make("rssm_step", B=2, transform=transform, **orders))
+    for reset in ("state", "stoch", "deter"):
+        check("observe", make("observe", 3, 3, reset=reset, **orders))
+    flags = {"discount": discount_head(), "through_feat": True}
+    check("imagine", make("imagine", 2, 3, mean_scale=inf, transform="sigmoid", **flags))
+    check("imagine", make("imagine", 2, 3, **flags, **orders), bf16=True)
+    check("imagine", make("imagine", 2, 3, **flags), wrt=("start",), using=("out.discount",))
+    check("cem", make("cem", 2, 5, discount=flags["discount"], **orders), wrt=())
+
+
 def check_refit() -> None:
     """Ties go to the lower index, -0 is 0, NaN comes last and is never an elite."""
     import triton

@@ -304,37 +304,36 @@ class Builder:
         self,
         name: str,
         shape: MlpShape,
-        x: Sequence[tuple[Arg, int]],
+        x: Sequence[tuple[Arg, int, Arg | None]],
         tape: Arg,
         tape_width: int,
         grads: Arg,
         grads_width: int,
         rows: int,
         *,
-        first: Arg | None = None,
-        more: tuple[Arg, int, int, int] | None = None,
+        more: tuple[Arg, int, int, int, None] | None = None,
     ) -> None:
         """Outputs ``d_`` and the parameter's name for each of an MLP's parameters.
 
-        ``x`` holds each piece of the input and its columns, ``tape`` and ``grads`` begin at the
-        MLP's hidden layers. ``more`` is a further piece of the input, as in :meth:`gradient`.
+        ``x`` holds each piece of the input, its columns and the rows that were zeroed; ``tape`` and
+        ``grads`` begin at the MLP's hidden layers. ``more`` is a further piece of
+        the input, as in :meth:`gradient`.
         """
         for i, layer in enumerate(shape.all_layers()):
             if i == 0:
                 pieces = [
-                    (arg, width, size, begin)
-                    for (arg, width), size, begin in zip(
+                    (arg, width, size, begin, first)
+                    for (arg, width, first), size, begin in zip(
                         x, layer.pieces, layer.begins, strict=False
                     )
                 ] + ([more] if more else [])
             else:
                 below = tape._replace(offset=tape.offset + (i - 1) * shape.width)
-                pieces = [(below, tape_width, layer.columns, 0)]
+                pieces = [(below, tape_width, layer.columns, 0, None)]
             own = grads._replace(offset=grads.offset + i * shape.width)
             self.gradient(
                 f"{name}.weight{i}", f"{name}.bias{i}", own, grads_width, pieces, rows,
                 columns=layer.columns, n=layer.n, n_padded=layer.n_padded, groups=layer.groups,
-                first=first if i == 0 else None,
             )  # fmt: skip
 
     def gradient(
@@ -343,7 +342,7 @@ class Builder:
         bias: str | None,
         grads: Arg,
         grads_width: int,
-        pieces: Sequence[tuple[Arg, int, int, int]],  # input, its width, columns used, where
+        pieces: Sequence[tuple[Arg, int, int, int, Arg | None]],
         rows: int,
         *,
         columns: int,
@@ -351,12 +350,15 @@ class Builder:
         n_padded: int,
         groups: int,
         last: int = 0,
-        first: Arg | None = None,
     ) -> None:
-        """The gradient of one weight and its bias, summed over rows in a fixed order."""
+        """The gradient of one weight and its bias, summed over rows in a fixed order.
+
+        A piece of the input: where it is, its width, the columns used, where in the weight they
+        begin, and which rows were zeroed.
+        """
         tile = self._tile("gradient", rows)
         out_tiles = groups * -(-n // tile.columns)
-        in_tiles = max(-(-size // tile.depth) for _, _, size, _ in pieces)
+        in_tiles = max(-(-size // tile.depth) for _, _, size, *_ in pieces)
         splits = max(1, min(-(-rows // (8 * tile.rows)), FILL // (out_tiles * in_tiles)))
         share = -(-rows // (splits * tile.rows)) * tile.rows
         splits = -(-rows // share)
@@ -367,7 +369,7 @@ class Builder:
             w_parts = self.slot(f"{weight}.parts", (splits, *d_weight.shape), "scratch")
             if d_bias is not None:
                 b_parts = self.slot(f"{bias}.parts", (splits, *d_bias.shape), "scratch")
-        for i, (x, width, size, begin) in enumerate(pieces):
+        for i, (x, width, size, begin, first) in enumerate(pieces):
             self.launch(
                 weights.gradient_kernel,
                 (out_tiles, -(-size // tile.depth), splits),
@@ -441,27 +443,28 @@ class Builder:
         rows: int,
         *,
         first: Arg | None = None,
-        more: tuple[Arg, int, int, int] | None = None,
+        more: tuple[Arg, int, int, int, None] | None = None,
     ) -> None:
         """Outputs for the parameters of the dynamics and of ``latent``."""
         T, G, D, DP = shape.tape, shape.grads, shape.D, shape.d_padded
+        of_deter, of_stoch, of_action = (first if zeroed else None for zeroed in shape.resets)
         self.mlp_gradients(
-            "inp", shape.inp, [(stoch, shape.S), (action, shape.A)], tape, T, grads, G, rows,
-            first=first,
+            "inp", shape.inp, [(stoch, shape.S, of_stoch), (action, shape.A, of_action)],
+            tape, T, grads, G, rows,
         )  # fmt: skip
         gates = grads._replace(offset=grads.offset + shape.gates)
         x = tape._replace(offset=tape.offset + (shape.inp.layers - 1) * shape.inp.width)
         hidden = shape.inp.widths[-1]
-        for side, piece, columns, last, mask in (
-            ("ih", (x, T, hidden, 0), hidden, 0, None),
-            ("hh", (deter, D, D, 0), D, DP, first),
+        for side, piece, columns, last in (
+            ("ih", (x, T, hidden, 0, None), hidden, 0),
+            ("hh", (deter, D, D, 0, of_deter), D, DP),
         ):
             self.gradient(
                 f"gru.weight_{side}", f"gru.bias_{side}", gates, G, [piece], rows,
-                columns=columns, n=D, n_padded=DP, groups=3, last=last, first=mask,
+                columns=columns, n=D, n_padded=DP, groups=3, last=last,
             )  # fmt: skip
         self.mlp_gradients(
-            latent, shape.latent, [(new_deter, D)],
+            latent, shape.latent, [(new_deter, D, None)],
             tape._replace(offset=tape.offset + shape.latents), T,
             grads._replace(offset=grads.offset + shape.latents), G, rows, more=more,
         )  # fmt: skip

@@ -19,7 +19,7 @@ from fastdreamer.ops.graph import Program, run
 from fastdreamer.ops.params import ReturnParams, RSSMParams, State
 from fastdreamer.ops.triton import tiles
 from fastdreamer.ops.triton.build import Builder, Precision, autocast_bf16, gru_inputs, mlp_inputs
-from fastdreamer.ops.triton.layout import MlpShape, StepShape, feat_shape, step_shape
+from fastdreamer.ops.triton.layout import NO_STD, MlpShape, StepShape, feat_shape, step_shape
 
 BLOCK = 256
 LAST = tl.constexpr(-(2**31))  # the key of what is never an elite
@@ -59,6 +59,7 @@ def sample_kernel(
 def score_kernel(
     reward,  # [H, columns] float32
     value,  # of the same states, or None: the rewards are summed
+    discount,  # likewise, or None: gamma
     scores,  # [columns]
     H,
     columns,
@@ -78,7 +79,10 @@ def score_kernel(
         r = tl.load(reward + at, mask=inside, other=0.0)
         if value is not None:
             v = tl.load(value + at, mask=inside, other=0.0)
-            total = r + gamma * (mix * v + lam * total)
+            d = gamma
+            if discount is not None:
+                d = tl.load(discount + at, mask=inside, other=0.0)
+            total = r + d * (mix * v + lam * total)
         else:
             total += r
         at -= columns
@@ -145,6 +149,7 @@ class _Spec(NamedTuple):
     step: StepShape
     reward: MlpShape
     value: MlpShape | None  # None: rewards are summed
+    discount: MlpShape | None  # None: gamma
     gamma: float
     lam: float
     num_elites: int
@@ -180,6 +185,11 @@ def program(spec: _Spec) -> Program:
         value = b.slot("value", (H, rows), "scratch")
         value_tape = b.operands("value.tape", (H * rows, spec.value.tape), "scratch")
         value_head = b.pack_mlp("value", spec.value)
+    discount = None
+    if spec.discount:
+        discount = b.slot("discount", (H, rows), "scratch")
+        discount_tape = b.operands("discount.tape", (H * rows, spec.discount.tape), "scratch")
+        discount_head = b.pack_mlp("discount", spec.discount)
     for source, target in zip(given, (mean, std), strict=True):
         b.copy(source, target, H * B, A)
     b.copy(start[0], deter, B, D, repeat=N)  # row b · N + n
@@ -217,11 +227,17 @@ def program(spec: _Spec) -> Program:
             b.mlp_forward(
                 spec.value, value_head, states, value.at(0), value_tape.at(0), H * rows, save=False
             )
+        if spec.discount:
+            b.mlp_forward(
+                spec.discount, discount_head, states, discount.at(0), discount_tape.at(0),
+                H * rows, save=False, head="discount", normal=NO_STD._replace(scale=spec.gamma),
+            )  # fmt: skip
         b.launch(
             score_kernel,
             (-(-rows // BLOCK),),
             {
-                "reward": reward, "value": value, "scores": scores.at(i * rows), "H": H,
+                "reward": reward, "value": value, "discount": discount,
+                "scores": scores.at(i * rows), "H": H,
                 "columns": rows, "gamma": spec.gamma, "lam": spec.lam, "mix": 1.0 - spec.lam,
             },
             {"BLOCK": BLOCK},
@@ -260,12 +276,15 @@ def cem(
     device = mean.device
     step = step_shape(params)
     bootstrap = (returns.target or returns.critic) if score == "lambda_return" else None
+    discount = returns.discount if bootstrap else None
     spec = _Spec(
         (iterations, horizon, batch, samples),
         Precision(autocast_bf16(device), tiles.capability(device)),
         step,
-        feat_shape(returns.reward, step.D, step.S),
-        bootstrap and feat_shape(bootstrap, step.D, step.S),
+        *(
+            head and feat_shape(head, step.D, step.S, stoch_first=returns.stoch_first)
+            for head in (returns.reward, bootstrap, discount)
+        ),
         *((float(returns.gamma), float(returns.lam)) if bootstrap else (1.0, 1.0)),
         *(num_elites, min_std, clip, 0 if proposals is None else proposals.shape[2]),
     )
@@ -275,6 +294,7 @@ def cem(
         **mlp_inputs("inp", params.inp), **gru_inputs(params.gru),
         **mlp_inputs("prior", params.prior), **mlp_inputs("reward", returns.reward),
         **(mlp_inputs("value", bootstrap) if bootstrap else {}),
+        **(mlp_inputs("discount", discount) if discount else {}),
         **({"proposals": proposals.contiguous()} if spec.proposals else {}),
     }  # fmt: skip
     with torch.no_grad():

@@ -66,8 +66,8 @@ def activation_slope(at, ACT: tl.constexpr):
 
 
 @triton.jit
-def std_of(y, scale, slope, offset, least, KIND: tl.constexpr, CLAMP: tl.constexpr):
-    """scale · f(slope · y + offset), plus ``least`` or at least it."""
+def std_of(y, scale, slope, offset, least, floor, KIND: tl.constexpr):
+    """max(scale · f(slope · y + offset) + least, floor), all of them at least 0."""
     x = slope * y + offset
     if KIND == "softplus":
         std = softplus(x)
@@ -76,13 +76,13 @@ def std_of(y, scale, slope, offset, least, KIND: tl.constexpr, CLAMP: tl.constex
     else:
         tl.static_assert(KIND == "exp", "std must be softplus, sigmoid or exp")
         std = tl.exp(x)
-    std = scale * std
-    return tl.maximum(std, least) if CLAMP else std + least
+    std = scale * std + least
+    return tl.where(std < floor, floor, std)  # a NaN stays one
 
 
 @triton.jit
-def std_slope(y, scale, slope, offset, least, KIND: tl.constexpr, CLAMP: tl.constexpr):
-    """Its derivative by y."""
+def std_slope(y, scale, slope, offset, least, floor, KIND: tl.constexpr):
+    """Its derivative by y, 0 below the floor."""
     x = slope * y + offset
     if KIND == "softplus":
         d = sigmoid(x)
@@ -91,10 +91,8 @@ def std_slope(y, scale, slope, offset, least, KIND: tl.constexpr, CLAMP: tl.cons
         d = s * (1.0 - s)
     else:
         d = tl.exp(x)
-    d = scale * slope * d
-    if CLAMP:
-        d = tl.where(std_of(y, scale, slope, offset, least, KIND, CLAMP) > least, d, 0.0)
-    return d
+    std = std_of(y, scale, slope, offset, least, 0.0, KIND)
+    return tl.where(std < floor, 0.0, scale * slope * d)
 
 
 @triton.jit
@@ -173,7 +171,8 @@ def accumulate_inputs(
     x2,
     w,  # [K1P + K2P][WS]
     row,
-    alive,
+    alive1,  # rows of x1 and of x2 that are read
+    alive2,
     column,
     inside,
     K1: tl.constexpr,
@@ -183,9 +182,9 @@ def accumulate_inputs(
     BK: tl.constexpr,
 ):
     """acc + [x1, x2] @ w[:, column]; both lie contiguous, K1 and K2 columns each."""
-    acc = accumulate(acc, x1, w, row, alive, column, inside, K1, K1, WS, BK)
+    acc = accumulate(acc, x1, w, row, alive1, column, inside, K1, K1, WS, BK)
     if K2 > 0:
-        acc = accumulate(acc, x2, w + K1P * WS, row, alive, column, inside, K2, K2, WS, BK)
+        acc = accumulate(acc, x2, w + K1P * WS, row, alive2, column, inside, K2, K2, WS, BK)
     return acc
 
 
@@ -206,7 +205,8 @@ def hidden_layers(
     tape,  # receives LAYERS · W columns; with PRE > 0 the sums, too, PRE columns behind
     row,
     real,  # rows of the batch
-    alive,  # rows of x1 and x2 that are read
+    alive1,  # rows of x1 and of x2 that are read
+    alive2,
     K1: tl.constexpr,
     K1P: tl.constexpr,
     K2: tl.constexpr,
@@ -230,7 +230,7 @@ def hidden_layers(
             if extra is not None:
                 acc += tl.load(extra + row[:, None] * W + column[None, :], mask=mask, other=0.0)
             acc = accumulate_inputs(
-                acc, x1, x2, weights, row, alive, column, inside, K1, K1P, K2, W, BK
+                acc, x1, x2, weights, row, alive1, alive2, column, inside, K1, K1P, K2, W, BK
             )
             store_hidden(tape, row[:, None] * TAPE + column[None, :], acc, mask, PRE, ACT)
         tl.debug_barrier()
@@ -267,7 +267,6 @@ def output_block(
     tape,
     row,
     real,
-    alive,
     column,
     inside,
     K1: tl.constexpr,
@@ -289,7 +288,7 @@ def output_block(
             mask = real[:, None] & inside[None, :]
             acc += tl.load(extra + row[:, None] * OUT + column[None, :], mask=mask, other=0.0)
         acc = accumulate_inputs(
-            acc, x1, x2, weights, row, alive, column, inside, K1, K1P, K2, OUT, BK
+            acc, x1, x2, weights, row, real, real, column, inside, K1, K1P, K2, OUT, BK
         )
     else:
         w = weights + (K1P + K2P + (LAYERS - 1) * W) * W

@@ -25,10 +25,12 @@ from fastdreamer.ops.triton.build import (
     first_order,
 )
 from fastdreamer.ops.triton.layout import (
+    NO_STD,
     MlpShape,
+    Std,
     StepShape,
-    actor_std,
     feat_shape,
+    make_std,
     step_shape,
 )
 
@@ -37,6 +39,7 @@ class _Heads(NamedTuple):
     reward: MlpShape
     critic: MlpShape
     target: MlpShape | None
+    discount: MlpShape | None
     gamma: float
     lam: float
 
@@ -44,6 +47,11 @@ class _Heads(NamedTuple):
     def bootstrap(self) -> tuple[str, MlpShape]:
         """Name and shape of the head that the λ-return ends in."""
         return ("target", self.target) if self.target else ("critic", self.critic)
+
+    @property
+    def factor(self) -> Std:
+        """γ where the discount head's kernels look for it."""
+        return NO_STD._replace(scale=self.gamma)
 
 
 class _Spec(NamedTuple):
@@ -56,6 +64,7 @@ class _Spec(NamedTuple):
     step: StepShape
     actor: MlpShape | None
     policy: Action | None
+    through_feat: bool  # whether gradients pass through what the actor looks at
     heads: _Heads | None
     prior: bool  # whether the prior's mean and std are asked for
     through: bool  # whether a gradient goes through the rollout
@@ -68,6 +77,7 @@ class _Wants(NamedTuple):
     actor: bool
     rssm: bool
     reward: bool
+    discount: bool
 
 
 @functools.lru_cache(maxsize=64)
@@ -131,9 +141,10 @@ def _heads_forward(b: Builder, spec: _Spec, deter: Any, stoch: Any) -> None:
     )
     packed = {
         name: b.pack_mlp(name, shape)
-        for name, shape in zip(("reward", "critic", "target"), heads[:3], strict=True)
+        for name, shape in zip(("reward", "critic", "target", "discount"), heads[:4], strict=True)
         if shape
     }
+    discount = b.slot("discount", (H, B), "output" if heads.discount else "scratch")
     name, bootstrap = heads.bootstrap
     for of, shape, out, x, tape, save in (
         ("reward", heads.reward, reward, arrived, "reward.tape", spec.through),
@@ -142,8 +153,16 @@ def _heads_forward(b: Builder, spec: _Spec, deter: Any, stoch: Any) -> None:
     ):
         kept = b.operands(tape, (H * B, shape.tape), "output" if save else "scratch")
         b.mlp_forward(shape, packed[of], x, out.at(0), kept.at(0), H * B, save=save)
-    discount = b.slot("discount", (H, B), "scratch")
-    b.copy(None, discount, H, B, value=heads.gamma)
+    if heads.discount:
+        kept = b.operands(
+            "discount.tape", (H * B, heads.discount.tape), "output" if spec.through else "scratch"
+        )
+        b.mlp_forward(
+            heads.discount, packed["discount"], arrived, discount.at(0), kept.at(0), H * B,
+            save=spec.through, head="discount", normal=heads.factor,
+        )  # fmt: skip
+    else:
+        b.copy(None, discount, H, B, value=heads.gamma)
     b.launch(
         lambda_return.forward_kernel,
         (-(-B // lambda_return.BLOCK),),
@@ -180,12 +199,27 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
         b.copy(reaching(name, H, B, size), target.at(B * size), rows, size)
     b.copy(reaching("action", H, B, A), d_action, rows, A)
     arrived = deter.at(B * D), stoch.at(B * S)
-    if given & {"reward", "returns"}:
+    if given & {"reward", "returns", "discount"}:
         d_arrived = d_deter.at(B * D), d_stoch.at(B * S)
         _heads_backward(b, spec, wants, reaching, arrived, d_arrived)
 
     dynamics = b.pack_step("step", step, "prior", transposed=True)
     d_mean, d_std = reaching("mean", H, B, S), reaching("std", H, B, S)
+    by_actor = wants.actor or spec.through_feat
+    if by_actor:
+        shape = spec.actor
+        actor = b.pack_mlp("actor", shape, transposed=True)
+        actor_tape = b.operands("actor.tape", (rows, shape.tape))
+        actor_grads = b.operands("actor.grads", (rows, shape.grads), "scratch")
+        action_noise = b.slot("action_noise", (H, B, A))
+
+    def actor_backward(t: Any, count: int, d_x: tuple) -> None:
+        b.mlp_backward(
+            shape, actor, d_action.at(t * B * A), actor_tape.at(t * B * shape.tape),
+            actor_grads.at(t * B * shape.grads), count, d_x=d_x, head="action",
+            noise=action_noise.at(t * B * A), drawn=action.at(t * B * A), action=spec.policy,
+        )  # fmt: skip
+
     with b.loop("t", H) as i:
         t = H - 1 - i
         b.step_backward(
@@ -203,23 +237,18 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
             },
             B,
         )  # fmt: skip
+        if spec.through_feat:
+            actor_backward(t, B, (d_deter.at(t * B * D), d_stoch.at(t * B * S)))
     if wants.rssm:
         b.step_gradients(
             step, "prior", deter.at(0), stoch.at(0), action.at(0), arrived[0],
             tape.at(0), grads.at(0), rows,
         )  # fmt: skip
+    if by_actor and not spec.through_feat:  # nothing waits for it: all rows at once
+        actor_backward(0, rows, (None, None))
     if wants.actor:
-        shape = spec.actor
-        actor = b.pack_mlp("actor", shape, transposed=True)
-        actor_tape = b.operands("actor.tape", (rows, shape.tape))
-        actor_grads = b.operands("actor.grads", (rows, shape.grads), "scratch")
-        b.mlp_backward(
-            shape, actor, d_action.at(0), actor_tape.at(0), actor_grads.at(0), rows,
-            head="action", noise=b.slot("action_noise", (H, B, A)).at(0), drawn=action.at(0),
-            action=spec.policy,
-        )  # fmt: skip
         b.mlp_gradients(
-            "actor", shape, [(deter.at(0), D), (stoch.at(0), S)],
+            "actor", shape, [(deter.at(0), D, None), (stoch.at(0), S, None)],
             actor_tape.at(0), shape.tape, actor_grads.at(0), shape.grads, rows,
         )  # fmt: skip
     return b.program()
@@ -229,36 +258,47 @@ def _heads_backward(b: Builder, spec: _Spec, wants: _Wants, reaching, arrived, d
     H, B, heads = spec.H, spec.B, spec.heads
     rows = H * B
     d_reward, d_returns = reaching("reward", H, B), reaching("returns", H, B)
+    d_discount = reaching("discount", H, B)
+    discount = b.slot("discount", (H, B), "input" if heads.discount else "scratch")
     over: list[tuple[str, MlpShape, str, Any]] = []
     if d_returns is not None:
-        returned = d_reward
-        d_reward, d_next, unused = (
-            b.slot(name, (H, B), "scratch") for name in ("d_reward", "d_next_value", "d_discount")
+        from_outside = d_reward, d_discount
+        d_reward, d_next, d_discount = (
+            b.slot(name, (H, B), "scratch") for name in ("by_reward", "by_next", "by_discount")
         )
-        discount = b.slot("discount", (H, B), "scratch")
-        b.copy(None, discount, H, B, value=heads.gamma)
+        if not heads.discount:
+            b.copy(None, discount, H, B, value=heads.gamma)
         b.launch(
             lambda_return.backward_kernel,
             (-(-B // lambda_return.BLOCK),),
             {
                 "grad": d_returns, "next_value": b.slot("next_value", (H, B)),
                 "discount": discount, "returns": b.slot("returns", (H, B)),
-                "grad_reward": d_reward, "grad_next_value": d_next, "grad_discount": unused,
+                "grad_reward": d_reward, "grad_next_value": d_next, "grad_discount": d_discount,
                 "H": H, "B": B, "lam": heads.lam, "mix": 1.0 - heads.lam,
             },
             {"BLOCK": lambda_return.BLOCK},
         )  # fmt: skip
-        if returned is not None:
-            b.copy(returned, d_reward, H, B, add=True)
+        for source, target in zip(from_outside, (d_reward, d_discount), strict=True):
+            if source is not None:
+                b.copy(source, target, H, B, add=True)
         over.append((*heads.bootstrap, "next_value.tape", d_next))
-    over.append(("reward", heads.reward, "reward.tape", d_reward))
+    if d_reward is not None:
+        over.append(("reward", heads.reward, "reward.tape", d_reward))
+    if d_discount is not None and heads.discount:
+        over.append(("discount", heads.discount, "discount.tape", d_discount))
     for name, shape, tape_name, d_out in over:
         packed = b.pack_mlp(name, shape, transposed=True)
         tape = b.operands(tape_name, (rows, shape.tape))
         grads = b.operands(f"{name}.grads", (rows, shape.grads), "scratch")
-        b.mlp_backward(shape, packed, d_out.at(0), tape.at(0), grads.at(0), rows, d_x=d_arrived)
-        if name == "reward" and wants.reward:
-            x = [(arrived[0], spec.step.D), (arrived[1], spec.step.S)]
+        kind: dict[str, Any] = {}
+        if name == "discount":
+            kind = {"head": name, "drawn": discount.at(0), "normal": heads.factor}
+        b.mlp_backward(
+            shape, packed, d_out.at(0), tape.at(0), grads.at(0), rows, d_x=d_arrived, **kind
+        )
+        if (name == "reward" and wants.reward) or (name == "discount" and wants.discount):
+            x = [(arrived[0], spec.step.D, None), (arrived[1], spec.step.S, None)]
             b.mlp_gradients(name, shape, x, tape.at(0), shape.tape, grads.at(0), shape.grads, rows)
 
 
@@ -268,7 +308,10 @@ def critic_program(spec: _Spec) -> Program:
     H, B, shape = spec.H, spec.B, spec.heads.critic
     D, S, rows = spec.step.D, spec.step.S, spec.H * spec.B
     b = Builder("critic backward", spec.precision)
-    x = [(b.slot("deter", (H + 1, B, D)).at(0), D), (b.slot("stoch", (H + 1, B, S)).at(0), S)]
+    x = [
+        (b.slot("deter", (H + 1, B, D)).at(0), D, None),
+        (b.slot("stoch", (H + 1, B, S)).at(0), S, None),
+    ]
     tape = b.operands("critic.tape", (rows, shape.tape)).at(0)
     grads = b.operands("critic.grads", (rows, shape.grads), "scratch").at(0)
     packed = b.pack_mlp("critic", shape, transposed=True)
@@ -309,22 +352,28 @@ class _Call:
             "prior": named("prior", params.prior),
         }
         self.actor = self.policy = self.heads = None
+        self.through_feat = False
         if actor is not None:
-            self.actor = feat_shape(actor.mlp, D, S, groups=2)
-            self.policy = Action(float(actor.mean_scale or "inf"), actor_std(actor))
+            self.actor = feat_shape(actor.mlp, D, S, groups=2, stoch_first=actor.stoch_first)
+            self.policy = Action(float(actor.mean_scale), make_std(actor.std))
+            self.through_feat = actor.through_feat
             self.groups["actor"] = named("actor", actor.mlp)
         if returns is not None:
-            shapes = (head and feat_shape(head, D, S) for head in returns[:3])
+            four = (returns.reward, returns.critic, returns.target, returns.discount)
+            order = {"stoch_first": returns.stoch_first}
+            shapes = (head and feat_shape(head, D, S, **order) for head in four)
             self.heads = _Heads(*shapes, float(returns.gamma), float(returns.lam))
             self.groups["reward"] = named("reward", returns.reward)
             self.groups["critic"] = named("critic", returns.critic)
             if returns.target is not None:
                 self.groups["target"] = named("target", returns.target)
+            if returns.discount is not None:
+                self.groups["discount"] = named("discount", returns.discount)
 
     def spec(self, noise: Tensor, through: bool, critic: bool) -> _Spec:
         return _Spec(
             self.op, noise.shape[0], noise.shape[1], self.precision, self.step,
-            self.actor, self.policy, self.heads, self.prior, through, critic,
+            self.actor, self.policy, self.through_feat, self.heads, self.prior, through, critic,
         )  # fmt: skip
 
     def parameters(self) -> dict[str, Tensor]:
@@ -375,7 +424,8 @@ def _outputs(spec: _Spec) -> list[str]:
     names = ["deter", "stoch"]
     names += ["action"] if spec.actor else []
     names += ["mean", "std"] if spec.prior else []
-    return names + (["reward", "returns", "next_value", "value"] if spec.heads else [])
+    names += ["reward", "returns", "next_value", "value"] if spec.heads else []
+    return names + (["discount"] if spec.heads and spec.heads.discount else [])
 
 
 class _Rollout(torch.autograd.Function):
@@ -394,8 +444,8 @@ class _Rollout(torch.autograd.Function):
             actor=any(needs[n] for n in groups.get("actor", ())),
             rssm=any(needs[n] for g in ("inp", "gru", "prior") for n in groups[g]),
             reward=any(needs[n] for n in groups.get("reward", ())),
+            discount=any(needs[n] for n in groups.get("discount", ())),
         )
-        ctx.heads = groups.get("reward", set())
         kept = {**inputs, **{n: found[n] for n in found if n not in ("value", "critic.tape")}}
         ctx.kept = list(kept)
         # saved, so that autograd refuses if they are changed; the inputs before they were copied
@@ -458,12 +508,13 @@ def imagine(
     action_noise: Tensor,
     returns: ReturnParams | None,
 ) -> tuple[Tensor | None, ...]:
-    """See ``fastdreamer.ops.imagine``: deter, stoch, action, reward, value and returns."""
+    """See ``fastdreamer.ops.imagine``: deter, stoch, action, reward, value, returns, discount."""
     found = _Call("imagine", params, actor, returns)(
         **_start(start), state_noise=state_noise, action_noise=action_noise
     )
     states = _states(found)
-    return *states, *(found.get(name) for name in ("action", "reward", "value", "returns"))
+    others = ("action", "reward", "value", "returns", "discount")
+    return *states, *(found.get(name) for name in others)
 
 
 def open_loop(params: RSSMParams, start: State, action: Tensor, noise: Tensor) -> State:

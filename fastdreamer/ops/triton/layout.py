@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fastdreamer.ops.params import ActorParams, MLPParams, RSSMParams
+from fastdreamer.ops.params import STDS, MLPParams, RSSMParams, StdTransform
 
 
 def pad(n: int) -> int:
@@ -23,7 +23,7 @@ class Std(NamedTuple):
     slope: float
     offset: float
     least: float
-    clamp: bool
+    floor: float
 
     @property
     def scalars(self) -> dict[str, float]:
@@ -32,14 +32,15 @@ class Std(NamedTuple):
             "slope": self.slope,
             "offset": self.offset,
             "least": self.least,
+            "floor": self.floor,
         }
 
     @property
     def constants(self) -> dict[str, object]:
-        return {"STD": self.kind, "CLAMP": self.clamp}
+        return {"STD": self.kind}
 
 
-NO_STD = Std("softplus", 0.0, 0.0, 0.0, 0.0, False)
+NO_STD = Std("softplus", 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 class MlpShape(NamedTuple):
@@ -197,6 +198,7 @@ class StepShape(NamedTuple):
     inp: MlpShape  # stoch, action -> hidden layers
     latent: MlpShape  # deter -> mean, std
     std: Std
+    resets: tuple[bool, bool, bool]  # whether the start of an episode zeroes deter, stoch, action
 
     @property
     def d_padded(self) -> int:
@@ -268,19 +270,27 @@ class StepShape(NamedTuple):
             "I_PRE": sums if inp.silu and save else 0,
             "L_PRE": l_sums if latent.silu and save else 0,
             "TAPE": self.tape, **self.std.constants,
+            **dict(zip(("RESET_D", "RESET_S", "RESET_A"), self.resets, strict=True)),
         }  # fmt: skip
 
 
-def step_shape(params: RSSMParams, *, posterior: bool = False) -> StepShape:
+def step_shape(
+    params: RSSMParams,
+    *,
+    posterior: bool = False,
+    resets: tuple[bool, bool, bool] = (False, False, False),
+) -> StepShape:
     """The shape of the dynamics with the prior, or with the posterior's part of the belief."""
     dims = params.dims()
     A, D, S = dims["A"], dims["D"], dims["S"]
     latent = params.post if posterior else params.prior
+    behind = dims["E"] if posterior and params.embed_first else 0
     return StepShape(
         *(A, D, S),
-        mlp_shape(params.inp, (S, A), hidden_only=True),
-        mlp_shape(latent, (D, 0), groups=2),
-        latent_std(params),
+        mlp_shape(params.inp, (S, A), (A, 0) if params.action_first else (0, S), hidden_only=True),
+        mlp_shape(latent, (D, 0), (behind, 0), groups=2),
+        make_std(params.std),
+        resets,
     )
 
 
@@ -291,7 +301,14 @@ def embed_shape(params: RSSMParams) -> MlpShape:
     columns = params.post.weights[0].shape[1]
     out = first.n * first.groups
     return MlpShape(
-        (dims["E"], 0), (dims["D"], 0), columns, (), out, first.groups, "relu", first.n_padded
+        (dims["E"], 0),
+        (0 if params.embed_first else dims["D"], 0),
+        columns,
+        (),
+        out,
+        first.groups,
+        "relu",
+        first.n_padded,
     )
 
 
@@ -299,14 +316,14 @@ def prior_shape(params: RSSMParams) -> MlpShape:
     return mlp_shape(params.prior, (params.dims()["D"], 0), groups=2)
 
 
-def feat_shape(params: MLPParams, D: int, S: int, *, groups: int = 1) -> MlpShape:
-    """The shape of a head on feat = deter ⊕ stoch."""
-    return mlp_shape(params, (D, S), groups=groups)
+def feat_shape(
+    params: MLPParams, D: int, S: int, *, groups: int = 1, stoch_first: bool = False
+) -> MlpShape:
+    """The shape of a head on deter and stoch, which its weight takes in either order."""
+    return mlp_shape(params, (D, S), (S, 0) if stoch_first else (0, D), groups=groups)
 
 
-def latent_std(params: RSSMParams) -> Std:
-    return Std("softplus", 1.0, 1.0, 0.0, float(params.min_std), False)
-
-
-def actor_std(actor: ActorParams) -> Std:
-    return Std("softplus", 1.0, 1.0, float(actor.std_offset), float(actor.min_std), False)
+def make_std(transform: StdTransform) -> Std:
+    if transform.kind not in STDS:
+        raise ValueError(f"std must be {', '.join(STDS)}, got {transform.kind!r}")
+    return Std(transform.kind, *(float(x) for x in transform[1:]))

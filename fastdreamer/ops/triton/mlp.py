@@ -4,6 +4,7 @@ Kernels for any number of hidden layers of one padded width. A program takes a b
 through all layers; what the last layer becomes is the ``HEAD``:
 
 - "plain": the sums themselves, [rows, OUT]: as many columns as ``out`` has, padded ones too;
+- "discount": scale · sigmoid of the sums;
 - "normal": mean and std, [rows, N] each;
 - "action": tanh(mean + std · noise), the mean c·tanh(x / c) where BOUNDED;
 - "ready", backward only: ``grads`` holds the output's gradient already.
@@ -20,6 +21,7 @@ from fastdreamer.ops.triton.device import (
     hidden_layers,
     input_gradient,
     output_block,
+    sigmoid,
     std_of,
     std_slope,
     tanh,
@@ -42,6 +44,7 @@ def forward_kernel(
     slope,
     offset,
     least,
+    floor,
     K1: tl.constexpr,
     K1P: tl.constexpr,
     K2: tl.constexpr,
@@ -57,7 +60,6 @@ def forward_kernel(
     HEAD: tl.constexpr,
     BOUNDED: tl.constexpr,
     STD: tl.constexpr,
-    CLAMP: tl.constexpr,
     SAVE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -73,26 +75,28 @@ def forward_kernel(
     tape += block * TAPE
     out += block * OUT
     hidden_layers(
-        x1, x2, None, weights, biases, tape, row, real, real,
+        x1, x2, None, weights, biases, tape, row, real, real, real,
         K1, K1P, K2, K2P, W, LAYERS, TAPE, PRE, ACT, BM, BN, BK,
     )  # fmt: skip
-    for start in range(0, TOTAL if HEAD == "plain" else NP, BO):
+    for start in range(0, NP if HEAD == "action" or HEAD == "normal" else TOTAL, BO):
         column = start + tl.arange(0, BO)
-        inside = column < (TOTAL if HEAD == "plain" else NP)
+        inside = column < (NP if HEAD == "action" or HEAD == "normal" else TOTAL)
         at = row[:, None] * OUT + column[None, :]
         mask = real[:, None] & (column < OUT)[None, :]
         x = output_block(
-            x1, x2, None, weights, biases, tape, row, real, real, column, inside,
+            x1, x2, None, weights, biases, tape, row, real, column, inside,
             K1, K1P, K2, K2P, W, LAYERS, TAPE, TOTAL, BM, BO, BK,
         )  # fmt: skip
-        if HEAD == "plain":
+        if HEAD == "plain" or HEAD == "discount":
+            if HEAD == "discount":
+                x = scale * sigmoid(x)
             tl.store(out + at, x, mask=mask)
         else:
             y = output_block(
-                x1, x2, None, weights, biases, tape, row, real, real, NP + column, inside,
+                x1, x2, None, weights, biases, tape, row, real, NP + column, inside,
                 K1, K1P, K2, K2P, W, LAYERS, TAPE, TOTAL, BM, BO, BK,
             )  # fmt: skip
-            s = std_of(y, scale, slope, offset, least, STD, CLAMP)
+            s = std_of(y, scale, slope, offset, least, floor, STD)
             m = x
             if BOUNDED:
                 m = bound * tanh(x / bound)
@@ -113,7 +117,7 @@ def forward_kernel(
 def backward_kernel(
     weights,  # transposed
     noise,
-    action,  # [rows, N], what the forward kernel returned
+    action,  # [rows, N], what the forward kernel returned, an action or a discount
     d_out,  # [rows, N] float32, by what the forward kernel calls out and std; None: HEAD "ready"
     d_std,
     tape,
@@ -126,6 +130,7 @@ def backward_kernel(
     slope,
     offset,
     least,
+    floor,
     K1: tl.constexpr,
     K1P: tl.constexpr,
     K2: tl.constexpr,
@@ -142,7 +147,6 @@ def backward_kernel(
     HEAD: tl.constexpr,
     BOUNDED: tl.constexpr,
     STD: tl.constexpr,
-    CLAMP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -165,7 +169,10 @@ def backward_kernel(
             mask = real[:, None] & (column < N)[None, :]
             to = row[:, None] * GRADS + column[None, :]
             d = tl.load(d_out + at, mask=mask, other=0.0)
-            if HEAD == "plain":
+            if HEAD == "plain" or HEAD == "discount":
+                if HEAD == "discount":
+                    y = tl.load(action + block * N + at, mask=mask, other=0.0)
+                    d *= y * (1.0 - tl.where(scale == 0.0, 0.0, y / scale))
                 tl.store(g_out + to, d.to(grads.dtype.element_ty), mask=inside)
             else:
                 if HEAD == "action":
@@ -179,7 +186,7 @@ def backward_kernel(
                     t = tanh(tl.load(tape + on, mask=inside, other=0.0).to(tl.float32) / bound)
                     d *= 1.0 - t * t
                 y = tl.load(tape + on + NP, mask=inside, other=0.0).to(tl.float32)
-                d_s *= std_slope(y, scale, slope, offset, least, STD, CLAMP)
+                d_s *= std_slope(y, scale, slope, offset, least, floor, STD)
                 tl.store(g_out + to, d.to(grads.dtype.element_ty), mask=inside)
                 tl.store(g_out + to + NP, d_s.to(grads.dtype.element_ty), mask=inside)
     if HEAD != "ready":

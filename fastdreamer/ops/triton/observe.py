@@ -140,7 +140,7 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
         )  # fmt: skip
         if wants.prior:
             b.mlp_gradients(
-                "prior", prior, [(deter.at(B * D), D)], prior_tape.at(0), prior.tape,
+                "prior", prior, [(deter.at(B * D), D, None)], prior_tape.at(0), prior.tape,
                 prior_grads.at(0), prior.grads, rows,
             )  # fmt: skip
 
@@ -169,7 +169,7 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
         b.step_gradients(
             step, "post", deter.at(0), stoch.at(0), b.slot("action", (T, B, A)).at(0),
             deter.at(B * D), tape.at(0), grads.at(0), rows, first=is_first.at(0),
-            more=(embed.at(0), E, E, spec.embed.begins[0]),
+            more=(embed.at(0), E, E, spec.embed.begins[0], None),
         )  # fmt: skip
     if wants.embed:
         d_embed = b.slot("d_embed", (T, B, E), "output")
@@ -189,6 +189,7 @@ def observe(
     action: Tensor,
     is_first: Tensor,
     noise: Tensor,
+    resets: tuple[bool, bool, bool],
 ) -> tuple[State, Normal, Normal]:
     """See ``fastdreamer.ops.observe``: posterior states, posterior and prior."""
     device = noise.device
@@ -209,7 +210,7 @@ def observe(
     spec = _Spec(
         *noise.shape[:2],
         Precision(autocast_bf16(device), tiles.capability(device)),
-        step_shape(params, posterior=True),
+        step_shape(params, posterior=True, resets=resets),
         prior_shape(params),
         embed_shape(params),
         embed.dtype == torch.float32,

@@ -39,7 +39,7 @@ def forward_kernel(
     stoch,
     action,
     noise,
-    first,  # [rows] bool: zero the state and the action before the step; or None
+    first,  # [rows] bool: where to zero what RESET_ says before the step; or None
     extra,  # [rows, first layer of the latent] float32, or None
     new_deter,
     new_stoch,
@@ -51,6 +51,7 @@ def forward_kernel(
     slope,
     offset,
     least,
+    floor,
     A: tl.constexpr,
     D: tl.constexpr,
     S: tl.constexpr,
@@ -66,7 +67,9 @@ def forward_kernel(
     I_PRE: tl.constexpr,
     L_PRE: tl.constexpr,
     STD: tl.constexpr,
-    CLAMP: tl.constexpr,
+    RESET_D: tl.constexpr,
+    RESET_S: tl.constexpr,
+    RESET_A: tl.constexpr,
     SAVE: tl.constexpr,  # whether the tape is for a backward pass
     TAPE: tl.constexpr,
     BM: tl.constexpr,
@@ -85,14 +88,17 @@ def forward_kernel(
     new_deter += block * D
     new_stoch += block * S
     tape += block * TAPE
-    kept = real
+    kept_d, kept_s, kept_a = real, real, real
     if first is not None:
-        kept = real & (tl.load(first + block + row, mask=real, other=0) == 0)
+        goes_on = real & (tl.load(first + block + row, mask=real, other=0) == 0)
+        kept_d = goes_on if RESET_D else real
+        kept_s = goes_on if RESET_S else real
+        kept_a = goes_on if RESET_A else real
     if extra is not None:
         extra += block * (LW if LL > 0 else 2 * SP)
 
     hidden_layers(
-        stoch, action, None, weights, biases, tape, row, real, kept,
+        stoch, action, None, weights, biases, tape, row, real, kept_s, kept_a,
         S, SP, A, AP, IW, IL, TAPE, I_PRE, I_ACT, BM, BN, BK,
     )  # fmt: skip
 
@@ -110,12 +116,12 @@ def forward_kernel(
         r, z, nx = accumulate_gates(
             r, z, nx, gates - IW, wih, row, real, column, inside, IW, TAPE, DP, BK
         )
-        r, z, nh = accumulate_gates(r, z, nh, deter, whh, row, kept, column, inside, D, D, DP, BK)
+        r, z, nh = accumulate_gates(r, z, nh, deter, whh, row, kept_d, column, inside, D, D, DP, BK)
         r, z = sigmoid(r), sigmoid(z)
         n = tanh(nx + r * nh)
         at = row[:, None] * D + column[None, :]
         valid = (column < D)[None, :]
-        h = tl.load(deter + at, mask=kept[:, None] & valid, other=0.0)
+        h = tl.load(deter + at, mask=kept_d[:, None] & valid, other=0.0)
         tl.store(new_deter + at, (1.0 - z) * n + z * h, mask=real[:, None] & valid)
         if SAVE:
             at = row[:, None] * TAPE + column[None, :]
@@ -130,21 +136,21 @@ def forward_kernel(
     lb = bias + 4 * DP
     latent = gates + 4 * DP
     hidden_layers(
-        new_deter, None, extra, lw, lb, latent, row, real, real,
+        new_deter, None, extra, lw, lb, latent, row, real, real, real,
         D, DP, 0, 0, LW, LL, TAPE, L_PRE, L_ACT, BM, BN, BK,
     )  # fmt: skip
     for start in range(0, SP, BS):
         column = start + tl.arange(0, BS)
         inside = column < SP
         m = output_block(
-            new_deter, None, extra, lw, lb, latent, row, real, real, column, inside,
+            new_deter, None, extra, lw, lb, latent, row, real, column, inside,
             D, DP, 0, 0, LW, LL, TAPE, 2 * SP, BM, BS, BK,
         )  # fmt: skip
         y = output_block(
-            new_deter, None, extra, lw, lb, latent, row, real, real, SP + column, inside,
+            new_deter, None, extra, lw, lb, latent, row, real, SP + column, inside,
             D, DP, 0, 0, LW, LL, TAPE, 2 * SP, BM, BS, BK,
         )  # fmt: skip
-        s = std_of(y, scale, slope, offset, least, STD, CLAMP)
+        s = std_of(y, scale, slope, offset, least, floor, STD)
         at = row[:, None] * S + column[None, :]
         mask = real[:, None] & (column < S)[None, :]
         eps = tl.load(noise + at, mask=mask, other=0.0)
@@ -178,6 +184,7 @@ def backward_kernel(
     slope,
     offset,
     least,
+    floor,
     A: tl.constexpr,
     D: tl.constexpr,
     S: tl.constexpr,
@@ -193,7 +200,9 @@ def backward_kernel(
     I_PRE: tl.constexpr,
     L_PRE: tl.constexpr,
     STD: tl.constexpr,
-    CLAMP: tl.constexpr,
+    RESET_D: tl.constexpr,
+    RESET_S: tl.constexpr,
+    RESET_A: tl.constexpr,
     TAPE: tl.constexpr,
     GRADS: tl.constexpr,
     BM: tl.constexpr,
@@ -204,9 +213,12 @@ def backward_kernel(
     block = tl.program_id(0).to(tl.int64) * BM
     row = tl.arange(0, BM)
     real = block + row < rows
-    kept = real
+    kept_d, kept_s, kept_a = real, real, real
     if first is not None:
-        kept = real & (tl.load(first + block + row, mask=real, other=0) == 0)
+        goes_on = real & (tl.load(first + block + row, mask=real, other=0) == 0)
+        kept_d = goes_on if RESET_D else real
+        kept_s = goes_on if RESET_S else real
+        kept_a = goes_on if RESET_A else real
     deter += block * D
     noise += block * S
     tape += block * TAPE
@@ -240,7 +252,7 @@ def backward_kernel(
         y = tl.load(
             t_latent + row[:, None] * TAPE + LL * LW + column[None, :], mask=inside, other=0.0
         )
-        d_y = d_s * std_slope(y.to(tl.float32), scale, slope, offset, least, STD, CLAMP)
+        d_y = d_s * std_slope(y.to(tl.float32), scale, slope, offset, least, floor, STD)
         at = row[:, None] * GRADS + column[None, :]
         tl.store(g_out + at, d_m.to(grads.dtype.element_ty), mask=inside)
         tl.store(g_out + at + SP, d_y.to(grads.dtype.element_ty), mask=inside)
@@ -260,7 +272,7 @@ def backward_kernel(
             lw, g_latent, row, real, column, inside, DP, LW, LL, 2 * SP, GRADS, BM, BN, BK
         )
         dh += tl.load(d_new_deter + at, mask=real[:, None] & valid, other=0.0)
-        h = tl.load(deter + at, mask=kept[:, None] & valid, other=0.0)
+        h = tl.load(deter + at, mask=kept_d[:, None] & valid, other=0.0)
         on = row[:, None] * TAPE + column[None, :]
         r = tl.load(t_gates + on, mask=mask, other=0.0).to(tl.float32)
         z = tl.load(t_gates + on + DP, mask=mask, other=0.0).to(tl.float32)
@@ -274,8 +286,8 @@ def backward_kernel(
         tl.store(g_gates + to + DP, dz.to(grads.dtype.element_ty), mask=mask)
         tl.store(g_gates + to + 2 * DP, dn.to(grads.dtype.element_ty), mask=mask)
         tl.store(g_gates + to + 3 * DP, (dn * r).to(grads.dtype.element_ty), mask=mask)
-        direct = tl.load(d_deter + at, mask=kept[:, None] & valid, other=0.0)
-        tl.store(d_deter + at, direct + dh * z, mask=kept[:, None] & valid)
+        direct = tl.load(d_deter + at, mask=kept_d[:, None] & valid, other=0.0)
+        tl.store(d_deter + at, direct + dh * z, mask=kept_d[:, None] & valid)
     tl.debug_barrier()
 
     for start in range(0, DP, BN):  # through the recurrent weights
@@ -287,7 +299,7 @@ def backward_kernel(
             acc, g_gates + 3 * DP, whh + 2 * DP * DP, row, real, column, inside, DP, GRADS, DP, BK
         )
         at = row[:, None] * D + column[None, :]
-        mask = kept[:, None] & (column < D)[None, :]
+        mask = kept_d[:, None] & (column < D)[None, :]
         acc += tl.load(d_deter + at, mask=mask, other=0.0)
         tl.store(d_deter + at, acc, mask=mask)
     for start in range(0, IW, BN):  # to the last input layer
@@ -315,7 +327,7 @@ def backward_kernel(
             SP + AP, IW, IL - 1, IW, GRADS, BM, BS, BK,
         )  # fmt: skip
         at = row[:, None] * S + column[None, :]
-        mask = kept[:, None] & (column < S)[None, :]
+        mask = kept_s[:, None] & (column < S)[None, :]
         acc += tl.load(d_stoch + at, mask=mask, other=0.0)
         tl.store(d_stoch + at, acc, mask=mask)
     for start in range(0, AP, BS):
@@ -325,6 +337,6 @@ def backward_kernel(
             SP + AP, IW, IL - 1, IW, GRADS, BM, BS, BK,
         )  # fmt: skip
         at = row[:, None] * A + column[None, :]
-        mask = kept[:, None] & (column < A)[None, :]
+        mask = kept_a[:, None] & (column < A)[None, :]
         acc += tl.load(d_action + at, mask=mask, other=0.0)
         tl.store(d_action + at, acc, mask=mask)
