@@ -141,10 +141,10 @@ def check_cem() -> None:
 def check_variants() -> None:
     """Column orders, std transforms, plain means, discount heads, resets by part, gradients
     through what the actor sees."""
-    from test_variants import TRANSFORMS, discount_head, make
+    from test_variants import discount_head, make
 
     orders = {"action_first": True, "embed_first": True, "stoch_first": True}
-    for transform in TRANSFORMS:
+    for transform in ("exp", "floor"):  # softplus is everywhere, sigmoid below
         check("rssm_step", make("rssm_step", B=2, transform=transform, **orders))
     for reset in ("state", "stoch", "deter"):
         check("observe", make("observe", 3, 3, reset=reset, **orders))
