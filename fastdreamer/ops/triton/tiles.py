@@ -70,11 +70,11 @@ TABLE = (
     ),
     Entry(
         _MLPS, True, 90, 2049, Tile(64, 64, 64, 64, 8, 3),
-        "as many rows as the wide matrix instructions of sm_90 and sm_100 take",
+        "as many rows as the wide matrix instructions take",
     ),
     Entry(
-        _MLPS, True, 120, 2049, Tile(32, 64, 64, 64, 8, 3),
-        "sm_120 has no wide ones, and 64 rows spill",
+        _MLPS, True, 100, 2049, Tile(32, 64, 64, 64, 8, 3),
+        "sm_100 has wide ones too, but there and on sm_120 64 rows spill",
     ),
     Entry(
         _GRADIENT, True, 80, 1, Tile(64, 64, 64, 64, 4, 3),
