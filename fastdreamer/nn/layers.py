@@ -166,7 +166,8 @@ def _joins(module: nn.Module) -> bool:
 
 
 def _refuse_hooks(name: str, module: nn.Module) -> None:
-    if module._forward_hooks or module._forward_pre_hooks:
+    lazy = isinstance(module, nn.Linear) and is_lazy(module.weight)  # its hooks are its own
+    if not lazy and (module._forward_hooks or module._forward_pre_hooks):
         raise MisfitError(f"{name}: {_describe(module)} has forward hooks, which would not run")
 
 
