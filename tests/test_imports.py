@@ -43,7 +43,7 @@ ALLOWED = {
     "adapters": {"ops", "nn", "rollout"},
     "testing": {"ops", "nn"},
     "doctor": {"_version", "_native", "config", "envs", "ops"},
-    "cli": PUBLIC | {"doctor"},
+    "cli": PUBLIC | {"adapters", "doctor"},
     "__main__": {"cli"},
     "__init__": PUBLIC,
 }
