@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from fastdreamer import losses
 from fastdreamer.checkpoint import CheckpointError, load_checkpoint, load_newest
-from fastdreamer.config import Config, ConfigError, PlanConfig, from_dict
+from fastdreamer.config import Config, ConfigError, PlanConfig, SafetyConfig, from_dict
+from fastdreamer.exploration import Explorer, spread, upper_bound
 from fastdreamer.nn import MLP, Actor, WorldModel
 from fastdreamer.nn.codec import float_to_pixels, pixels_to_float
 from fastdreamer.nn.dists import symexp, symlog
@@ -28,6 +29,7 @@ from fastdreamer.ops.observe import observe
 from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.params import ReturnParams, State
 from fastdreamer.planning import PlanInfo, plan
+from fastdreamer.safety import Guard, Shield
 
 
 class PolicyState(NamedTuple):
@@ -83,6 +85,11 @@ class Dreamer(nn.Module):
                 self.critic = MLP(
                     [feat, *[model.units] * behavior.critic_layers, 1], model.activation
                 )
+            self.explorer = self.guard = None
+            if config.explore.method == "ucb":
+                self.explorer = Explorer(config, feat, action_dim)
+            if config.safety.signal != "none":
+                self.guard = Guard(config, feat, self.obs_shapes["state"][0])
         self.target_critic = None
         if behavior.target_every and self.critic is not None:
             self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
@@ -97,16 +104,27 @@ class Dreamer(nn.Module):
         return self.return_range.device
 
     def make_optimizers(self) -> dict[str, torch.optim.Adam]:
-        """One Adam each for ``model``, ``actor`` and ``critic`` (PlaNet: the model's alone)."""
+        """One Adam each for ``model``, ``actor`` and ``critic`` (PlaNet: the model's alone).
+
+        With an explorer also ``rewards``, ``explorer`` and ``critics``, as far as it has them;
+        with a guard ``barrier``.
+        """
         optim = self.config.optim
         make = lambda module, lr: torch.optim.Adam(  # noqa: E731
             module.parameters(), lr=lr, eps=optim.eps, fused=True
         )
-        made = {"model": make(self.model, optim.model_lr)}
-        if self.actor is not None:
-            made["actor"] = make(self.actor, optim.actor_lr)
-            made["critic"] = make(self.critic, optim.critic_lr)
-        return made
+        modules = {
+            "model": (self.model, optim.model_lr),
+            "actor": (self.actor, optim.actor_lr),
+            "critic": (self.critic, optim.critic_lr),
+        }
+        if self.explorer is not None:
+            modules["rewards"] = (self.explorer.rewards, optim.model_lr)
+            modules["explorer"] = (self.explorer.actor, optim.actor_lr)
+            modules["critics"] = (self.explorer.critics, optim.critic_lr)
+        if self.guard is not None:
+            modules["barrier"] = (self.guard.barrier, self.config.safety.lr)
+        return {name: make(*pair) for name, pair in modules.items() if pair[0] is not None}
 
     # ---------------------------------------------------------------- acting
 
@@ -123,6 +141,8 @@ class Dreamer(nn.Module):
         *,
         controller: str | None = None,
         noise: float = 0.0,
+        explore: bool = False,
+        shield: Shield | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[np.ndarray, PolicyState]:
         """Filter one observation and choose an action.
@@ -135,8 +155,12 @@ class Dreamer(nn.Module):
                 by the sum of rewards; None takes the agent's own, actor or (PlaNet) planet.
             noise: standard deviation of Gaussian exploration noise. The action is clipped to
                 [-1, 1], and the noisy, clipped one is what the filter sees next.
-            generator: of the posterior sample, the plan and the exploration noise; None uses the
-                agent's own, seeded with ``config.seed``.
+            explore: be optimistic: the exploring actor chooses, a plan is ranked by the upper
+                confidence bound.
+            shield: of ``make_shield()``; has the last word on the action, noise included, and
+                counts what it does.
+            generator: of the posterior sample, the plan, the exploration noise and the shield's
+                candidates; None uses the agent's own, seeded with ``config.seed``.
 
         Returns:
             The action, float32 [A] or [B, A] in [-1, 1], and the state for the next call. With
@@ -144,7 +168,7 @@ class Dreamer(nn.Module):
 
         Raises:
             ValueError: an observation does not fit the agent. ConfigError: it has no such
-            controller. PlanningError: a plan came to nothing but NaN.
+            controller, or no explorer. PlanningError: a plan came to nothing but NaN.
         """
         tensors, batched = self._observation(obs)
         batch = len(next(iter(tensors.values())))
@@ -165,14 +189,21 @@ class Dreamer(nn.Module):
         ).state
         deter, stoch = filtered.deter[0], filtered.stoch[0]
         chosen, controller = None, self.controller(controller)
+        if explore and self.explorer is None:
+            raise ConfigError("act: this agent has no explorer; train one with --explore ucb")
         if controller == "actor":
-            action = torch.tanh(self.actor(torch.cat([deter, stoch], -1)).mean)
+            actor = (self.explorer.actor if explore else None) or self.actor
+            action = torch.tanh(actor(torch.cat([deter, stoch], -1)).mean)
         else:
             now = State(deter, stoch)
-            action, info = self.plan(now, controller, last=state.plan, generator=generator)
+            action, info = self.plan(
+                now, controller, explore=explore, last=state.plan, generator=generator
+            )
             chosen = info.mean
         if noise:
             action = (action + noise * draw(self.action_dim)).clamp(-1, 1)
+        if shield is not None:
+            action = shield(State(deter, stoch), action, generator)
         out = action.cpu().numpy().copy()  # the caller may change it, the filter must not see that
         return (out if batched else out[0]), PolicyState(deter, stoch, action, chosen)
 
@@ -198,6 +229,7 @@ class Dreamer(nn.Module):
         state: State,
         controller: str = "mpc",
         *,
+        explore: bool = False,
         last: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, PlanInfo]:
@@ -206,6 +238,7 @@ class Dreamer(nn.Module):
         Args:
             state: deter [B, D] and stoch [B, S], of a PolicyState or imagined.
             controller: ``"mpc"`` or ``"planet"``.
+            explore: rank by the upper confidence bound of the same score.
             last: ``PlanInfo.mean`` of one decision ago, for a warm start.
             generator: of every noise; None uses the agent's own.
 
@@ -213,17 +246,31 @@ class Dreamer(nn.Module):
             The actions [B, A] and how they were found; see :func:`fastdreamer.planning.plan`.
         """
         mpc = self.controller(controller) == "mpc"
+        actor, score = self.actor, "lambda_return" if mpc else "reward"
+        if explore:
+            actor = self.explorer.actor or actor
+            score = self.explorer.score(self.target_critic or self.critic, score)
         with self._autocast():
             return plan(
                 state,
                 self.model.rssm.params(),
                 self._return_params(),
                 self.config.plan,
-                actor=self.actor.params() if mpc else None,
-                score="lambda_return" if mpc else "reward",
+                actor=actor.params() if mpc else None,
+                score=score,
                 last=last,
                 generator=generator or self._act_generator,
             )
+
+    def make_shield(self) -> Shield:
+        """A shield by this agent's barrier, with counts of its own; ``act`` takes it.
+
+        Raises:
+            ConfigError: the agent has learned no barrier.
+        """
+        if self.guard is None:
+            raise ConfigError("make_shield: this agent has no barrier; train one with --safety")
+        return Shield(self.config.safety, self.model.rssm, self.guard.barrier)
 
     def _observation(self, obs: object) -> tuple[dict[str, Tensor], bool]:
         """Check an observation; return it as a batch, and whether it was one already."""
@@ -318,8 +365,10 @@ class Dreamer(nn.Module):
             norms = self._step({"model": model_loss}, optimizers, parts)
         values = {f"{name}_loss": part for name, part in parts.items()}
         values |= {"kl": kl_nats, "model_loss": model_loss}
+        heads = (feat, batch["reward"], generator)  # what an explorer's reward heads learn from
         if self.actor is None:
-            return _numbers(values, norms)
+            more = {} if self.explorer is None else self._explore(optimizers, *heads)
+            return _numbers(values, norms, more)
 
         # Behaviour: imagine from every state just filtered, dynamics frozen (report section 3).
         start = State(*(part.detach().flatten(0, 1) for part in seen.state))  # [T·B, ...]
@@ -337,16 +386,29 @@ class Dreamer(nn.Module):
             weights = gamma ** torch.arange(H, device=self.device, dtype=torch.float32)[:, None]
         scale = self._return_scale(dream.returns)
         actor_loss = losses.actor_loss(dream.returns, weights, scale)
+        behavior, more = {"actor": actor_loss}, {}
+        if self.guard is not None:
+            margin = torch.from_numpy(self.guard.signal(batch["state"].cpu().numpy()))
+            imagined = torch.cat([start.feat[None], State(dream.deter, dream.stoch).feat])
+            with self._autocast():
+                barrier_loss, price, more = self.guard.losses(feat, margin.to(feat), imagined)
+            behavior = {"actor": actor_loss + price, "barrier": barrier_loss}
         # The critic: the states that the actions were chosen in, towards the same returns.
         critic_loss = losses.critic_loss(dream.value, dream.returns, weights)
         critic_loss = config.behavior.value_scale * critic_loss
         with nvtx.annotate("behavior backward"):
-            norms |= self._step({"actor": actor_loss, "critic": critic_loss}, optimizers)
+            norms |= self._step({**behavior, "critic": critic_loss}, optimizers)
+        if self.guard is not None:
+            self.guard.update_multiplier(more["safety_shortfall"])
+        if self.explorer is not None:
+            imagination = (start, (state_noise, action_noise), weights, scale)
+            more |= self._explore(optimizers, *heads, imagination)
 
         values |= {"actor_loss": actor_loss, "critic_loss": critic_loss}
         imagined = {
             "imagined_reward": dream.reward.mean(),
             "imagined_value": dream.value.mean(),
+            **more,
         }
         return _numbers(values, norms, imagined)
 
@@ -354,6 +416,45 @@ class Dreamer(nn.Module):
         """Copy the critic to the target critic; call every ``behavior.target_every`` updates."""
         if self.target_critic is not None:
             self.target_critic.load_state_dict(self.critic.state_dict())
+        if self.explorer is not None:
+            self.explorer.update_target()
+
+    def _explore(
+        self,
+        optimizers: dict[str, torch.optim.Optimizer],
+        feat: Tensor,
+        reward: Tensor,
+        generator: torch.Generator,
+        imagination: tuple[State, tuple[Tensor, Tensor], Tensor, Tensor | float] | None = None,
+    ) -> dict[str, Tensor]:
+        """Learn the reward heads and, in imagination, the optimist; return metrics.
+
+        ``imagination`` is where the greedy actor learned: start, noise, weights and scale.
+        """
+        explorer = self.explorer
+        each = torch.empty(explorer.rewards.members, 1, feat.shape[1])
+        each = each.exponential_(generator=generator).to(self.device)
+        metrics = {"explore_beta": torch.tensor(explorer.beta)}
+        with self._autocast(), nvtx.annotate("explore"):
+            found = {"rewards": explorer.reward_loss(feat, reward, each)}
+            if explorer.imagines:
+                # Critics of a planner that is the optimist learn from the greedy actor's dreams.
+                actor = (explorer.actor or self.actor).params()
+                critic = (self.target_critic or self.critic).params().detach()
+                rssm = self.model.rssm.params().detach()
+                start, noise, weights, scale = imagination
+                before, returns = explorer.imagine(rssm, actor, start, noise, critic)
+                metrics["explore_return"] = returns.mean()
+                metrics["explore_spread"] = spread(returns.detach()).mean()
+            if explorer.critics is not None:
+                loss = explorer.critic_loss(before, returns, weights)
+                found["critics"] = self.config.behavior.value_scale * loss
+        if explorer.actor is not None:
+            bound = upper_bound(returns, explorer.beta)
+            found["explorer"] = losses.actor_loss(bound, weights, scale)
+        norms = self._step(found, optimizers)
+        metrics |= {f"{name}_loss": loss for name, loss in found.items()}
+        return metrics | {f"{name}_grad_norm": norm for name, norm in norms.items()}
 
     def _step(
         self,
@@ -481,12 +582,19 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bf16" if has_bf16 else "fp32"
 
 
-def load(run_or_file: str | os.PathLike, *, plan: PlanConfig | None = None) -> Dreamer:
+def load(
+    run_or_file: str | os.PathLike,
+    *,
+    plan: PlanConfig | None = None,
+    safety: SafetyConfig | None = None,
+) -> Dreamer:
     """Load a trained agent.
 
     Args:
         run_or_file: a run directory (its newest checkpoint) or one checkpoint or snapshot file.
         plan: settings of the planner in place of the run's own.
+        safety: settings of the shield and the safety signal in place of the run's own; the barrier
+            stays the run's.
 
     Returns:
         The agent on the CPU, ready for ``act(obs, state)``.
@@ -508,4 +616,6 @@ def load(run_or_file: str | os.PathLike, *, plan: PlanConfig | None = None) -> D
     agent = Dreamer(config, meta["obs_shapes"], meta["action_dim"])
     weights = {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith("agent/")}
     agent.load_state_dict(weights)
+    if safety is not None:
+        agent.config = dataclasses.replace(config, safety=safety).validate()
     return agent.eval()

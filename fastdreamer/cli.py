@@ -19,28 +19,50 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 from rich.console import Console
 from rich.logging import RichHandler
 
 from fastdreamer import viz
 from fastdreamer._version import __version__
-from fastdreamer.agent import NonFiniteLoss, load
+from fastdreamer.agent import Dreamer, NonFiniteLoss, load
 from fastdreamer.checkpoint import CheckpointError, list_checkpoints, load_meta
-from fastdreamer.collector import CollectorError, config_env, episode_seed, evaluate
-from fastdreamer.config import PRESETS, Config, ConfigError, PlanConfig, from_dict, preset
+from fastdreamer.collector import (
+    CollectorError,
+    Recorder,
+    config_env,
+    episode_seed,
+    evaluate,
+)
+from fastdreamer.config import (
+    PRESETS,
+    Config,
+    ConfigError,
+    PlanConfig,
+    SafetyConfig,
+    from_dict,
+    preset,
+)
 from fastdreamer.envs import canonical_task
 from fastdreamer.envs.gl import GLError
+from fastdreamer.exploration import calibrate_episodes
 from fastdreamer.ops.backend import BackendError
 from fastdreamer.planning import PlanningError
 from fastdreamer.replay import EpisodeError
 from fastdreamer.report import dream_and_live, write_report
+from fastdreamer.safety import Violations, load_signal, safety_rates
 from fastdreamer.trainer import RunError, Stopped, Trainer, create_run, read_config, write_config
 
 _CONTROLLERS = {
     "actor": "deterministic actor",
     "mpc": "MPC ranked by λ-return",
     "planet": "MPC ranked by reward",
+}
+_RATES = {
+    "violations": "violations",
+    "shield_changed": "actions replaced by the shield",
+    "shield_failed": "of them, no candidate kept the condition",
 }
 Positional = tyro.conf.Positional
 _EXPECTED = (
@@ -91,7 +113,12 @@ class Eval:
     """Seeds the episodes."""
     video: Annotated[Path | None, tyro.conf.arg(metavar="MP4")] = None
     """Also write a video of the first episode."""
+    shield: bool = False
+    """Let the shield of a run trained with --safety filter the actions."""
+    calibration: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Of a run trained with --explore ucb: also write calibration.csv and calibration.png."""
     plan: PlanConfig = field(default_factory=PlanConfig)
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
 
 
 @dataclass
@@ -186,8 +213,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         command = _parse(argv)
-        if hasattr(command, "plan"):  # again: its plan starts from what the run says
-            command = _parse(argv, _plan_of(command.run))
+        if hasattr(command, "plan"):  # again: its options start from what the run says
+            command = _parse(argv, _config_of(command.run))
         return _COMMANDS[type(command)](command, argv, console) or 0
     except _EXPECTED as error:
         return _fail(errors, str(error))
@@ -200,12 +227,12 @@ def _fail(errors: Console, text: str, status: int = 1) -> int:
     return status
 
 
-def _parse(argv: list[str], plan: PlanConfig | None = None) -> Any:
-    subcommand = tyro.conf.subcommand
-    planned = {"run": tyro.MISSING, "plan": plan or PlanConfig()}
+def _parse(argv: list[str], config: Config | None = None) -> Any:
+    subcommand, config = tyro.conf.subcommand, config or Config()
+    planned = {"run": tyro.MISSING, "plan": config.plan}
     commands = (
         Annotated[Train, subcommand("train", default=_train_default(argv))]
-        | Annotated[Eval, subcommand("eval", default=Eval(**planned))]
+        | Annotated[Eval, subcommand("eval", default=Eval(**planned, safety=config.safety))]
         | Annotated[Dream, subcommand("dream")]
         | Annotated[Report, subcommand("report", default=Report(**planned))]
         | Annotated[Plot, subcommand("plot")]
@@ -233,13 +260,13 @@ def _train_default(argv: list[str]) -> Train:
     return Train(config=preset(known.preset))
 
 
-def _plan_of(path: Path) -> PlanConfig:
-    """The planner's settings of a run or checkpoint; the default where ``load`` will refuse it."""
+def _config_of(path: Path) -> Config:
+    """The settings of a run or checkpoint; the default ones where ``load`` will refuse it."""
     if (path / "config.json").is_file():
-        return read_config(path).plan
+        return read_config(path)
     if path.is_file():
-        return from_dict(load_meta(path)["config"]).plan
-    return PlanConfig()
+        return from_dict(load_meta(path)["config"])
+    return Config()
 
 
 def _train(command: Train, argv: list[str], console: Console) -> int:
@@ -291,7 +318,7 @@ def _resumed_run(command: Train) -> Path:
     old, new = read_config(run_dir), command.config.validate()
     if command.task and canonical_task(command.task) != old.env.task:
         raise ConfigError(f"{run_dir} is a run of {old.env.task}, not of {command.task}")
-    fixed = ("agent", "seed", "env", "model", "collect")
+    fixed = ("agent", "seed", "env", "model", "collect", "explore", "safety")
     for name in fixed:
         if getattr(old, name) != getattr(new, name):
             raise ConfigError(
@@ -306,26 +333,64 @@ def _resumed_run(command: Train) -> Path:
 def _eval(command: Eval, argv: list[str], console: Console) -> None:
     if command.episodes < 1:
         raise ConfigError(f"--episodes must be at least 1, got {command.episodes}")
-    agent = load(command.run, plan=command.plan)
+    agent = load(command.run, plan=command.plan, safety=command.safety)
     controller = agent.controller(command.controller)
+    shield = agent.make_shield() if command.shield else None
+    watches, violations = [], None
+    if command.safety.signal != "none":
+        violations = Violations(load_signal(agent.config, agent.obs_shapes["state"][0]))
+        watches.append(violations)
+    recorder = None
+    if command.calibration:
+        if agent.explorer is None:
+            raise ConfigError(f"{command.run} has no reward heads; train some with --explore ucb")
+        recorder = Recorder()
+        watches.append(recorder)
+    watch = lambda *step: [look(*step) for look in watches]  # noqa: E731
     env = config_env(agent.config)
     returns = []
     for i in range(command.episodes):
         video = command.video if i == 0 else None
         seed = episode_seed(command.seed, "evaluate", i)
-        returns.append(evaluate(agent, env, seed, video, controller))
+        returns.append(evaluate(agent, env, seed, video, controller, shield=shield, watch=watch))
         console.print(f"episode {i + 1}: return {returns[-1]:.1f}", highlight=False)
     mean = sum(returns) / len(returns)
     std = (sum((r - mean) ** 2 for r in returns) / len(returns)) ** 0.5
     frames = env.max_decisions * env.action_repeat
     console.print(
         f"{agent.config.env.task}: return {mean:.1f} ± {std:.1f} "
-        f"({len(returns)} episodes of up to {frames} env frames, {_CONTROLLERS[controller]})",
+        f"({len(returns)} episodes of up to {frames} env frames, {_CONTROLLERS[controller]}"
+        f"{', shielded' if shield else ''})",
         highlight=False,
         soft_wrap=True,
     )
+    for name, rate in safety_rates(violations, shield).items():
+        console.print(f"{_RATES[name]}: {rate:.1f} per 1000 decisions", highlight=False)
+    if recorder is not None:
+        _calibrate(agent, recorder, command, console)
     if command.video:
         console.print(f"video: {command.video}", highlight=False, soft_wrap=True)
+
+
+def _calibrate(agent: Dreamer, recorder: Recorder, command: Eval, console: Console) -> None:
+    """Compare true rewards of the episodes played with what the reward heads predicted."""
+    generator = torch.Generator().manual_seed(episode_seed(command.seed, "evaluate", 0))
+    ahead = sorted({0, 1, 5, agent.config.behavior.imag_horizon})
+    rows = calibrate_episodes(
+        agent.model, agent.explorer.rewards, recorder.episodes(), ahead, generator
+    )
+    table = viz.write_calibration(rows, command.calibration / "calibration.csv")
+    picture = viz.calibration_figure(table, command.calibration / "calibration.png")
+    for row in rows:
+        inside = ", ".join(f"{100 * share:.0f} % of {100 * level:g} %" for level, share in
+                           row.coverage.items())  # fmt: skip
+        console.print(
+            f"rewards {row.ahead} decisions ahead: error {row.rmse:.3f}, spread {row.spread:.3f}, "
+            f"inside the interval {inside}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(f"table: {table}\npicture: {picture}", highlight=False, soft_wrap=True)
 
 
 def _dream(command: Dream, argv: list[str], console: Console) -> None:

@@ -30,6 +30,7 @@ from fastdreamer.agent import Dreamer
 from fastdreamer.config import Config, from_dict, to_dict
 from fastdreamer.envs import make_env
 from fastdreamer.replay import write_episode
+from fastdreamer.safety import Shield, Violations, safety_rates
 from fastdreamer.viz import write_video
 
 _log = logging.getLogger("fastdreamer")
@@ -38,6 +39,9 @@ POLICY_PARTS = ("model.encoder.", "model.rssm.", "actor.")
 PLANNER_PARTS = ("model.encoder.", "model.rssm.", "model.reward.")
 """Prefixes of the weights that planning needs; ranking by λ-return needs the critics as well."""
 CRITIC_PARTS = ("critic.", "target_critic.")
+
+Watch = Callable[[int, dict[str, np.ndarray], np.ndarray, float], None]
+"""Looks on at an episode: called with t, the observation, the action that led to it, its reward."""
 
 
 class CollectorError(RuntimeError):
@@ -61,6 +65,8 @@ class Result:
 
     episode_return: float | None = None
     eval_returns: list[float] = field(default_factory=list)
+    episode_safety: dict[str, float] = field(default_factory=dict)  # see Violations and Shield
+    eval_safety: dict[str, float] = field(default_factory=dict)
 
 
 class Collector:
@@ -185,11 +191,14 @@ def policy_weights(agent: Dreamer) -> dict[str, Tensor]:
 
 def policy_parts(config: Config) -> tuple[str, ...]:
     """Prefixes of the weights that collecting and evaluating need."""
+    own = ("guard.barrier.",) if config.safety.shield else ()
+    if config.explore.method == "ucb":
+        own += ("explorer.",)
     if config.agent == "planet":
-        return PLANNER_PARTS
+        return PLANNER_PARTS + own
     asked = {config.collect.controller, config.eval.controller}
     planner = PLANNER_PARTS if asked & {"mpc", "mixed", "planet"} else ()
-    return POLICY_PARTS + planner + (CRITIC_PARTS if asked & {"mpc", "mixed"} else ())
+    return POLICY_PARTS + own + planner + (CRITIC_PARTS if asked & {"mpc", "mixed"} else ())
 
 
 def collecting_controller(config: Config, episode: int) -> str:
@@ -228,7 +237,13 @@ def random_policy(action_dim: int, seed: int) -> Callable[[dict[str, np.ndarray]
 
 
 def agent_policy(
-    agent: Dreamer, seed: int, noise: float, controller: str | None = None
+    agent: Dreamer,
+    seed: int,
+    noise: float,
+    controller: str | None = None,
+    *,
+    explore: bool = False,
+    shield: Shield | None = None,
 ) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
     """The agent with exploration noise (0: none), for one episode; see ``Dreamer.act``."""
     generator = torch.Generator().manual_seed(seed)
@@ -237,7 +252,13 @@ def agent_policy(
     def policy(obs: dict[str, np.ndarray]) -> np.ndarray:
         nonlocal state
         action, state = agent.act(
-            obs, state, controller=controller, noise=noise, generator=generator
+            obs,
+            state,
+            controller=controller,
+            noise=noise,
+            explore=explore,
+            shield=shield,
+            generator=generator,
         )
         return action
 
@@ -245,7 +266,10 @@ def agent_policy(
 
 
 def collect(
-    env: Any, policy: Callable[[dict[str, np.ndarray]], np.ndarray], seed: int
+    env: Any,
+    policy: Callable[[dict[str, np.ndarray]], np.ndarray],
+    seed: int,
+    watch: Watch | None = None,
 ) -> tuple[dict[str, np.ndarray], int]:
     """Play one episode for replay.
 
@@ -254,11 +278,33 @@ def collect(
     """
     steps: list[dict[str, Any]] = []
     env_frames = 0
-    for obs, action, reward, terminated, frames in rollout_episode(env, policy, seed):
+    for t, step in enumerate(rollout_episode(env, policy, seed)):
+        obs, action, reward, terminated, frames = step
         env_frames += frames
+        if watch is not None:
+            watch(t, obs, action, reward)
         steps.append({**obs, "action": action, "reward": np.float32(reward),
                       "terminated": np.bool_(terminated)})  # fmt: skip
     return {key: np.stack([step[key] for step in steps]) for key in steps[0]}, env_frames
+
+
+class Recorder:
+    """A Watch that keeps what it sees, episode by episode."""
+
+    def __init__(self) -> None:
+        self._steps: list[list[dict[str, Any]]] = []
+
+    def __call__(
+        self, t: int, obs: dict[str, np.ndarray], action: np.ndarray, reward: float
+    ) -> None:
+        """See one step; t = 0 starts an episode."""
+        if t == 0:
+            self._steps.append([])
+        self._steps[-1].append({**obs, "action": action, "reward": np.float32(reward)})
+
+    def episodes(self) -> list[dict[str, np.ndarray]]:
+        """The arrays of every episode, time first."""
+        return [{k: np.stack([s[k] for s in steps]) for k in steps[0]} for steps in self._steps]
 
 
 def evaluate(
@@ -267,12 +313,17 @@ def evaluate(
     seed: int,
     video: Path | None = None,
     controller: str | None = None,
+    *,
+    shield: Shield | None = None,
+    watch: Watch | None = None,
 ) -> float:
     """Return of one episode without exploration noise; optionally write a video of it."""
     images, total = [], 0.0
-    policy = agent_policy(agent, seed, 0.0, controller)
-    for t, (_, _, reward, _, _) in enumerate(rollout_episode(env, policy, seed)):
+    policy = agent_policy(agent, seed, 0.0, controller, shield=shield)
+    for t, (obs, action, reward, _, _) in enumerate(rollout_episode(env, policy, seed)):
         total += reward
+        if watch is not None:
+            watch(t, obs, action, reward)
         if video is not None and t % 2 == 0:
             images.append(env.render(height=240, width=320))
     if video is not None:
@@ -318,17 +369,26 @@ def _exit_with_trainer() -> None:
 
 
 def _run_job(job: Job, config: Config, agent: Dreamer, env: Any, episodes: Path) -> Result:
-    episode_return = None
+    episode_return, episode_safety = None, {}
+    signal = agent.guard.signal if agent.guard is not None else None
     if job.episode is not None:
         seed = episode_seed(config.seed, "collect", job.episode)
+        shield = agent.make_shield() if config.safety.shield and not job.random else None
         policy = (
             random_policy(env.action_dim, seed)
             if job.random
             else agent_policy(
-                agent, seed, config.collect.noise, collecting_controller(config, job.episode)
+                agent,
+                seed,
+                config.collect.noise,
+                collecting_controller(config, job.episode),
+                explore=agent.explorer is not None,
+                shield=shield,
             )
         )
-        arrays, frames = collect(env, policy, seed)
+        watch = Violations(signal) if signal is not None else None
+        arrays, frames = collect(env, policy, seed, watch)
+        episode_safety = safety_rates(watch, shield)
         episode_return = float(arrays["reward"].sum(dtype=np.float64))
         meta = {
             "env_frames": frames,
@@ -339,11 +399,13 @@ def _run_job(job: Job, config: Config, agent: Dreamer, env: Any, episodes: Path)
         }
         write_episode(episodes, job.episode, arrays, meta)
     returns = []
+    watch = Violations(signal) if signal is not None and job.evaluations else None
     for i in range(job.evaluations):
         video = Path(job.video) if job.video and i == 0 else None
         seed = episode_seed(config.seed, "evaluate", i)
-        returns.append(evaluate(agent, env, seed, video, config.eval.controller))
-    return Result(episode_return, returns)
+        controller = config.eval.controller
+        returns.append(evaluate(agent, env, seed, video, controller, watch=watch))
+    return Result(episode_return, returns, episode_safety, safety_rates(watch, None))
 
 
 def config_env(config: Config) -> Any:

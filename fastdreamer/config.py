@@ -199,6 +199,66 @@ class PlanConfig:
 
 
 @dataclass(frozen=True)
+class ExploreConfig:
+    """Optimism: the upper confidence bound of the λ-return over an ensemble of heads."""
+
+    method: Annotated[Literal["none", "ucb"], _short("--explore")] = "none"
+    """none: collect for the return alone; ucb: for mean + β·std of the members' λ-returns."""
+    at: Literal["actor", "plan"] = "actor"
+    """Who maximises the bound: a second actor that collects, or the planner that collects."""
+    heads: int = 5
+    """M, reward heads, at least 2."""
+    units: int | None = None
+    """Units of the ensembles' hidden layers; none: those of the agent's own heads."""
+    critics: bool = False
+    """An ensemble of critics, too; without it the members share the agent's critic."""
+    beta: float = 1.0
+    """Weight of the spread."""
+    schedule: Literal["constant", "gp-ucb"] = "constant"
+    """gp-ucb: β grows with round t of collection as √(2·ln(t²π²/(6δ)))."""
+    delta: float = 0.1
+    """The δ of that schedule."""
+
+
+@dataclass(frozen=True)
+class SafetyConfig:
+    """A control barrier function, learned from a safety signal on the state observation."""
+
+    signal: Annotated[str, _short("--safety")] = "none"
+    """none, walker (torso height and joint speed), or module:function: state to margin."""
+    min_height: float = 0.5
+    """Of "walker": least height of the torso in metres."""
+    max_joint_speed: float = 20.0
+    """Of "walker": greatest speed of a joint in rad/s."""
+    alpha: float = 0.2
+    """The barrier may lose this part of itself in a decision: B(next) ≥ (1 − α)·B(now)."""
+    layers: int = 2
+    """Hidden layers of the barrier."""
+    lr: float = 1e-3
+    """Learning rate of the barrier."""
+    hinge: float = 0.3
+    """On safe states the barrier is to reach the signal or at least this; unsafe: its negative."""
+    step_scale: float = 1.0
+    """Factor of the condition's shortfall in the barrier's loss."""
+    limit: float = 0.01
+    """Mean shortfall that the actor may cause before its multiplier grows."""
+    multiplier_lr: float = 2.0
+    """Step of the Lagrange multiplier an update; 0: the actor does not know of the barrier."""
+    multiplier_max: float = 200.0
+    """The multiplier's greatest value."""
+    shield: bool = False
+    """Filter the actions of collection, too."""
+    shield_samples: int = 64
+    """Candidates an iteration of the shield."""
+    shield_elites: int = 8
+    """Candidates that the next iteration starts from."""
+    shield_iterations: int = 3
+    """Iterations of the shield."""
+    shield_std: float = 0.5
+    """Standard deviation of its first candidates around the proposed action."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The schedule."""
 
@@ -258,6 +318,8 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     collect: CollectConfig = field(default_factory=CollectConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    explore: ExploreConfig = field(default_factory=ExploreConfig)
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
@@ -273,6 +335,8 @@ class Config:
             "optim": ("model_lr", "actor_lr", "critic_lr", "eps", "clip"),
             "collect": ("prefill",),
             "plan": ("plan_horizon", "num_samples", "num_elites", "init_std", "warm_iterations"),
+            "safety": ("min_height", "max_joint_speed", "lr", "hinge", "multiplier_max",
+                       "shield_samples", "shield_elites", "shield_iterations", "shield_std"),
             "train": ("frames", "replay_ratio", "checkpoint_every", "keep_checkpoints",
                       "log_every"),
             "eval": ("episodes",),
@@ -283,6 +347,8 @@ class Config:
             "loss": ("kl_scale", "free_nats"),
             "behavior": ("actor_layers", "critic_layers", "target_every"),
             "collect": ("noise",),
+            "explore": ("beta",),
+            "safety": ("layers", "step_scale", "limit", "multiplier_lr"),
             "plan": ("iterations", "min_std", "proposals"),
             "train": ("pretrain", "snapshot_every"),
             "eval": ("every",),
@@ -318,11 +384,42 @@ class Config:
             ("env.time_limit", self.env.time_limit),
             ("model.encoder_linear", self.model.encoder_linear),
             ("plan.budget_ms", self.plan.budget_ms),
+            ("explore.units", self.explore.units),
         ):
             _require(value is None or value > 0, name, "none or > 0", value)
+        self._validate_explore()
+        self._validate_safety()
         ok = re.fullmatch(r"cpu|cuda(:\d+)?", self.device) is not None
         _require(ok, "device", "cpu, cuda or cuda:N", self.device)
         return self
+
+    def _validate_explore(self) -> None:
+        explore = self.explore
+        _require(explore.heads >= 2, "explore.heads", ">= 2", explore.heads)
+        _require(0 < explore.delta < 1, "explore.delta", "between 0 and 1", explore.delta)
+        if explore.method == "none":
+            return
+        plans = self.agent == "planet" or self.collect.controller in ("mpc", "mixed")
+        if explore.at == "plan":
+            accepts = "'actor' where no planner collects (--collect mpc)"
+            _require(plans, "explore.at", accepts, explore.at)
+        if self.agent == "planet":
+            _require(explore.at == "plan", "explore.at", "'plan' for planet", explore.at)
+            _require(not explore.critics, "explore.critics", "false for planet", True)
+
+    def _validate_safety(self) -> None:
+        safety = self.safety
+        _require(0 < safety.alpha <= 1, "safety.alpha", "> 0 and <= 1", safety.alpha)
+        elites, samples = safety.shield_elites, safety.shield_samples
+        _require(elites <= samples, "safety.shield_elites", f"<= {samples} candidates", elites)
+        if safety.signal == "none":
+            _require(not safety.shield, "safety.shield", "false without safety.signal", True)
+            return
+        ok = safety.signal == "walker" or re.fullmatch(r"[\w.]+:\w+", safety.signal) is not None
+        _require(ok, "safety.signal", "none, walker or module:function", safety.signal)
+        _require(self.agent == "dreamer", "agent", "'dreamer' with safety", self.agent)
+        ok = self.env.obs != "pixels"
+        _require(ok, "env.obs", "state or both with safety (it reads the state)", self.env.obs)
 
 
 def _report() -> Config:

@@ -9,13 +9,13 @@ and refits included, is :mod:`fastdreamer.ops.cem`.
 from __future__ import annotations
 
 import time
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdreamer.config import PlanConfig
-from fastdreamer.ops.cem import cem
+from fastdreamer.ops.cem import Score, cem
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.params import ActorParams, ReturnParams, RSSMParams, State
 
@@ -46,7 +46,7 @@ def plan(
     config: PlanConfig,
     *,
     actor: ActorParams | None = None,
-    score: Literal["lambda_return", "reward"] = "lambda_return",
+    score: Score = "lambda_return",
     last: Tensor | None = None,
     generator: torch.Generator | None = None,
     backend: str | None = None,

@@ -304,7 +304,7 @@ class Trainer:
             result = self.collector.wait()
         self.job, self.job_weights = None, {}
         if result.eval_returns:
-            self._log_evaluation(job, result.eval_returns)
+            self._log_evaluation(job, result.eval_returns, result.eval_safety)
         if job.episode is None:
             return
         info = self.replay.add(job.episode)
@@ -313,7 +313,10 @@ class Trainer:
         self.newest_decisions, self.newest_frames = info.length - 1, info.env_frames
         value = result.episode_return
         self.best_return = max(self.best_return, value)
-        self._log("episode", **{"return": value}, episode=job.episode, random=int(job.random))
+        if self.agent.explorer is not None and not job.random:
+            self.agent.explorer.rounds += 1
+        values = {"return": value, "episode": job.episode, "random": int(job.random)}
+        self._log("episode", **values, **result.episode_safety)
         self.progress.update(
             env_frames=self.env_frames, last_return=value, best_return=self.best_return
         )
@@ -322,11 +325,12 @@ class Trainer:
         if self.update and (final or self._crossed(train.snapshot_every)):
             self._save_snapshot()
 
-    def _log_evaluation(self, job: Job, returns: list[float]) -> None:
+    def _log_evaluation(self, job: Job, returns: list[float], safety: dict[str, float]) -> None:
         values = {
             "return_mean": float(np.mean(returns)),
             "return_std": float(np.std(returns)),
             "episodes": len(returns),
+            **safety,
         }
         # The job started with this cycle: env_frames has not moved since, update has.
         self.logger.log("eval", env_frames=self.env_frames, update=job.update, **values)

@@ -1,10 +1,20 @@
-"""Multilayer perceptrons: reward, critic, and the actor."""
+"""Multilayer perceptrons: reward, critic, ensembles of them, and the actor."""
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdreamer.ops.params import ActorParams, MLPParams, Normal, StdTransform, actor_dist, mlp
+from fastdreamer.ops.params import (
+    ACTIVATIONS,
+    ActorParams,
+    MLPParams,
+    Normal,
+    StdTransform,
+    actor_dist,
+    mlp,
+)
 
 
 class MLP(nn.Module):
@@ -32,6 +42,41 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         return mlp(self.params(), x)
+
+
+class Ensemble(nn.Module):
+    """M multilayer perceptrons of one architecture, each initialised by itself.
+
+    All of them are evaluated together: the first layer is one matrix product, since they share
+    their input, every further one a batched product.
+
+    Args:
+        members: M.
+        sizes: in, hidden..., out of each.
+        activation: elu, relu, silu or tanh.
+    """
+
+    def __init__(self, members: int, sizes: list[int], activation: str) -> None:
+        super().__init__()
+        made = [MLP(sizes, activation).layers for _ in range(members)]
+        layers = range(len(sizes) - 1)
+        stack = lambda name: nn.ParameterList(  # noqa: E731
+            torch.stack([getattr(member[i], name).detach() for member in made]) for i in layers
+        )
+        self.weights, self.biases = stack("weight"), stack("bias")  # [M, out, in], [M, out]
+        self.members, self.activation = members, activation
+
+    def forward(self, x: Tensor, *, frozen: bool = False) -> Tensor:
+        """[..., in] -> [M, ..., out]; ``frozen`` gives a gradient to x and none to the weights."""
+        weights, biases = list(self.weights), list(self.biases)
+        if frozen:
+            weights, biases = [w.detach() for w in weights], [b.detach() for b in biases]
+        lead, act = x.shape[:-1], ACTIVATIONS[self.activation]
+        rows = F.linear(x.flatten(0, -2), weights[0].flatten(0, 1), biases[0].flatten())
+        rows = rows.unflatten(-1, (self.members, -1)).transpose(0, 1)  # [M, N, units]
+        for weight, bias in zip(weights[1:], biases[1:], strict=True):
+            rows = torch.baddbmm(bias.unsqueeze(1), act(rows), weight.mT)
+        return rows.unflatten(1, lead)
 
 
 class Actor(nn.Module):

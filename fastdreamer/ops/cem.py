@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,10 +13,12 @@ from fastdreamer.ops.backend import Op
 from fastdreamer.ops.checks import check_tensor
 from fastdreamer.ops.imagine import predicted_discount
 from fastdreamer.ops.lambda_return import lambda_return
-from fastdreamer.ops.open_loop import eager as open_loop
+from fastdreamer.ops.open_loop import OP as OPEN_LOOP
 from fastdreamer.ops.params import ReturnParams, RSSMParams, State, mlp
 
 SCORES = ("lambda_return", "reward")
+Score = Literal["lambda_return", "reward"] | Callable[[Tensor], Tensor]
+"""How trajectories are ranked; a function gets feat [H, B, F] of states 1..H and returns [B]."""
 
 
 class Plan(NamedTuple):
@@ -39,7 +42,7 @@ def cem(
     num_elites: int,
     min_std: float = 0.0,
     clip: float = 0.9999,
-    score: Literal["lambda_return", "reward"] = "lambda_return",
+    score: Score = "lambda_return",
     proposals: Tensor | None = None,
     backend: str | None = None,
 ) -> Plan:
@@ -65,7 +68,9 @@ def cem(
         min_std: the least standard deviation of a fitted Normal.
         clip: bound on the candidates' |a|, positive.
         score: ``"lambda_return"``, G_0 of the predicted rewards and values of states 1..H, or
-            ``"reward"``, the sum of the H rewards.
+            ``"reward"``, the sum of the H rewards; or a function of the features [H, B·N, F] of
+            states 1..H, row b·N + n candidate n of b, that returns scores [B·N]. With a function
+            the search itself is eager and the backend rolls the candidates out.
         proposals: [H, B, P, A], P in 0..N, action sequences that are the first P candidates of
             every iteration (clamped like the others); their action noise is not used.
         backend: see ``fastdreamer.ops.backend``.
@@ -99,15 +104,20 @@ def cem(
         raise ValueError(f"cem: min_std must be at least 0, got {min_std}")
     if not clip > 0:
         raise ValueError(f"cem: clip must be positive, got {clip}")
-    if score not in SCORES:
-        raise ValueError(f"cem: score must be one of {', '.join(SCORES)}, got {score!r}")
+    if not callable(score) and score not in SCORES:
+        raise ValueError(
+            f"cem: score must be one of {', '.join(SCORES)} or a function, got {score!r}"
+        )
     if score == "lambda_return":
         if returns.critic is None and returns.target is None:
             raise ValueError("cem: returns.critic is None, but the λ-return needs a critic")
         if not 0.0 <= returns.lam <= 1.0:
             raise ValueError(f"cem: returns.lam must be in [0, 1], got {returns.lam}")
     noise = (action_noise, state_noise)
-    body = OP.select(backend, start.deter, start.stoch, mean, std, constant=noise)
+    if callable(score):
+        body = partial(eager, roll=OPEN_LOOP.select(backend, *start, mean, std, constant=noise))
+    else:
+        body = OP.select(backend, start.deter, start.stoch, mean, std, constant=noise)
     return body(
         params, returns, start, mean, std, action_noise, state_noise,
         num_elites, float(min_std), float(clip), score, proposals,
@@ -125,8 +135,9 @@ def eager(
     num_elites: int,
     min_std: float,
     clip: float,
-    score: str,
+    score: Score,
     proposals: Tensor | None,
+    roll: Callable = OPEN_LOOP.eager,
 ) -> Plan:
     iterations, _, batch, samples, _ = action_noise.shape
     mean, std = mean.clone(), std.clone()
@@ -137,10 +148,9 @@ def eager(
         if proposals is not None:
             action[:, :, : proposals.shape[2]] = proposals
         action = action.clamp(-clip, clip)  # [H, B, N, A]
-        states = open_loop(params, start, action.flatten(1, 2), state_noise[i].flatten(1, 2))
-        scores[i] = evaluate(returns, states.concat(returns.stoch_first), score).view(
-            batch, samples
-        )
+        states = roll(params, start, action.flatten(1, 2), state_noise[i].flatten(1, 2))
+        feat = states.concat(returns.stoch_first)
+        scores[i] = evaluate(returns, feat, score).view(batch, samples)
         best = top(scores[i], num_elites)  # [B, K]
         elites = action.take_along_dim(best[None, :, :, None], 2)  # [H, B, K, A]
         failed = scores[i].take_along_dim(best, 1).isnan()
@@ -150,8 +160,10 @@ def eager(
     return Plan(mean, std, scores)
 
 
-def evaluate(returns: ReturnParams, feat: Tensor, score: str) -> Tensor:
+def evaluate(returns: ReturnParams, feat: Tensor, score: Score) -> Tensor:
     """Score [B] of trajectories by the features [H, B, F] of their states 1..H."""
+    if callable(score):
+        return score(feat)
     # Cast first: under autocast the heads' outputs are bfloat16.
     reward = mlp(returns.reward, feat).squeeze(-1).to(feat.dtype)  # [H, B]
     if score == "reward":
