@@ -28,6 +28,7 @@ MEASUREMENTS = (
     "collection",
     "planning",
     "rollout",
+    "options",
     "memory",
     "random_policy",
 )

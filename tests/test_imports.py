@@ -43,7 +43,8 @@ ALLOWED = {
     "adapters": {"ops", "nn", "rollout"},
     "testing": {"ops", "nn"},
     "doctor": {"_version", "_native", "config", "envs", "ops"},
-    "cli": PUBLIC | {"adapters", "doctor"},
+    "compare": PUBLIC - {"rollout"} | {"doctor"},
+    "cli": PUBLIC | {"adapters", "compare", "doctor"},
     "__main__": {"cli"},
     "__init__": PUBLIC,
 }
@@ -58,7 +59,9 @@ THIRD_PARTY = {
     "tensorboard": {"logger"},
     "triton": {"ops/triton", "testing", "envs"},  # envs: before Mesa loads its LLVM
     "tyro": {"cli", "config"},
-    "rich": {"cli", "doctor", "logger"},
+    "rich": {"cli", "compare", "doctor", "logger"},
+    "gymnasium": {"envs/gymnasium"},
+    "stable_baselines3": {"compare"},
 }
 
 
