@@ -27,6 +27,7 @@ MEASUREMENTS = (
     "phases",
     "collection",
     "planning",
+    "rollout",
     "options",
     "memory",
     "random_policy",
