@@ -3,10 +3,11 @@
 from fastdreamer._version import __version__
 from fastdreamer.agent import Dreamer, NonFiniteLoss, PolicyState, load
 from fastdreamer.checkpoint import CheckpointError
-from fastdreamer.config import PRESETS, Config, ConfigError, preset
+from fastdreamer.config import PRESETS, Config, ConfigError, PlanConfig, preset
 from fastdreamer.envs import canonical_task, list_tasks, make_env
 from fastdreamer.ops.backend import BackendError, use_backend
 from fastdreamer.ops.lambda_return import lambda_return
+from fastdreamer.planning import PlanningError
 
 __all__ = [
     "PRESETS",
@@ -16,6 +17,8 @@ __all__ = [
     "ConfigError",
     "Dreamer",
     "NonFiniteLoss",
+    "PlanConfig",
+    "PlanningError",
     "PolicyState",
     "__version__",
     "canonical_task",

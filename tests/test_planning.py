@@ -269,6 +269,17 @@ def test_a_warm_start_goes_on_from_the_last_plan(agent):
         planned(agent, last=last[:2], **settings)
 
 
+def test_common_noise_leaves_nothing_but_the_actions_to_tell_candidates_apart(agent):
+    alike = {"init_std": 1e-9, "iterations": 1}  # candidates of one action sequence
+    for common in (True, False):
+        _, info = planned(agent, common_noise=common, **alike)
+        spread = info.scores.std(-1)
+        assert (spread < 1e-6).all() if common else (spread > 1e-4).all()
+    _, info = planned(agent, common_noise=True, iterations=2, init_std=0.5)
+    assert (info.scores.std(-1) > 1e-4).all()
+    assert (info.scores[0].mean(-1) - info.scores[1].mean(-1)).abs().min() > 1e-5
+
+
 def test_proposals_are_the_actor_s_rollouts(agent):
     everyone = {"proposals": 8, "num_elites": 8, "iterations": 1}
     a, b = (planned(agent, init_std=std, **everyone)[1] for std in (0.1, 1.0))

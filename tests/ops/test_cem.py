@@ -435,7 +435,10 @@ def test_wrong_shapes(name, x, message):
         ({"min_std": nan}, "cem: min_std must be at least 0, got nan"),
         ({"clip": 0.0}, "cem: clip must be positive, got 0.0"),
         ({"clip": nan}, "cem: clip must be positive, got nan"),
-        ({"score": "return"}, "cem: score must be one of lambda_return, reward, got 'return'"),
+        (
+            {"score": "return"},
+            "cem: score must be one of lambda_return, reward or a function, got 'return'",
+        ),
     ],
 )
 def test_wrong_numbers(changed, message):
