@@ -21,7 +21,16 @@ import matplotlib
 
 from benchmarks.machine import ROOT, describe
 
-MEASUREMENTS = ("ops", "curves", "phases", "collection", "planning", "memory", "random_policy")
+MEASUREMENTS = (
+    "ops",
+    "curves",
+    "phases",
+    "collection",
+    "planning",
+    "options",
+    "memory",
+    "random_policy",
+)
 """In the order in which `python -m benchmarks` makes them."""
 RESULTS = Path(__file__).resolve().parent / "results"
 README = Path(__file__).resolve().parent / "README.md"

@@ -434,7 +434,7 @@ class Dreamer(nn.Module):
         explorer = self.explorer
         each = torch.empty(explorer.rewards.members, 1, feat.shape[1])
         each = each.exponential_(generator=generator).to(self.device)
-        metrics = {"explore_beta": torch.tensor(explorer.beta)}
+        metrics = {"explore_beta": torch.tensor(explorer.beta, device=self.device)}
         with self._autocast(), nvtx.annotate("explore"):
             found = {"rewards": explorer.reward_loss(feat, reward, each)}
             if explorer.imagines:

@@ -1,4 +1,4 @@
-"""The ``fastdreamer`` command: train, eval, dream, report, plot, doctor.
+"""The ``fastdreamer`` command: train, eval, dream, report, plot, compare, doctor.
 
 Arguments come from typed dataclasses through tyro: the configuration is one already, so every
 field is an option with its help text and type, and nothing is declared twice.
@@ -177,6 +177,41 @@ class Plot:
 
 
 @dataclass
+class Compare:
+    """Compare methods on one task: the same environment, evaluation, seeds and env frames.
+
+    For example: fastdreamer compare walker-stand --methods dreamer,sac,ppo --frames 100000
+
+    Writes a CSV, a plot and a table: return at env frames and after hours of training. The same
+    command goes on with what is missing; more methods and seeds can be added to a directory.
+    """
+
+    task: Annotated[Positional[str], tyro.conf.arg(metavar="TASK")]
+    """DeepMind Control task, domain-task; walker is walker-walk."""
+    methods: Annotated[str, tyro.conf.arg(metavar="NAME,NAME,...")] = "dreamer,sac,ppo"
+    """Among dreamer, dreamer-mpc (the same runs, planning), planet, sac, ppo; the last two need the
+    extra `compare` (stable-baselines3)."""
+    obs: Literal["state", "pixels"] = "state"
+    """What every method sees; sac and ppo learn from state only."""
+    frames: int = 100_000
+    """Env frames of every run."""
+    seeds: int = 3
+    """Runs of every method, with seeds 0, 1, ..."""
+    eval_every: int = 10_000
+    """Env frames between evaluations."""
+    eval_episodes: int = 5
+    """Greedy episodes of an evaluation, the same ones for every method."""
+    preset: Annotated[str | None, tyro.conf.arg(metavar="|".join(PRESETS))] = None
+    """Dreamer's settings and everyone's environment; default: state or, from pixels, walker."""
+    threads: int = 0
+    """CPU threads of every learner; 0 is torch's own choice."""
+    device: str = "cpu"
+    """Where every learner computes: cpu, cuda or cuda:N."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Directory of the comparison; default: runs/compare-TASK-OBS."""
+
+
+@dataclass
 class Doctor:
     """Say what this machine offers and which backend each op would take, and why not the others."""
 
@@ -219,6 +254,7 @@ def _parse(argv: list[str], config: Config | None = None) -> Any:
         | Annotated[Dream, subcommand("dream")]
         | Annotated[Report, subcommand("report", default=Report(**planned))]
         | Annotated[Plot, subcommand("plot")]
+        | Annotated[Compare, subcommand("compare")]
         | Annotated[Doctor, subcommand("doctor")]
     )
     return tyro.cli(
@@ -301,8 +337,10 @@ def _resumed_run(command: Train) -> Path:
     if command.task and canonical_task(command.task) != old.env.task:
         raise ConfigError(f"{run_dir} is a run of {old.env.task}, not of {command.task}")
     fixed = ("agent", "seed", "env", "model", "collect", "explore", "safety")
+    # A trained agent may be given an explorer or a guard later; they start with what it knows.
+    later = {"explore": old.explore.method == "none", "safety": old.safety.signal == "none"}
     for name in fixed:
-        if getattr(old, name) != getattr(new, name):
+        if getattr(old, name) != getattr(new, name) and not later.get(name):
             raise ConfigError(
                 f"{name} is fixed when a run starts; make a new run to change it "
                 f"(fixed: {', '.join(fixed)})"
@@ -423,6 +461,36 @@ def _plot(command: Plot, argv: list[str], console: Console) -> None:
         console.print(f"curve: {table}", highlight=False, soft_wrap=True)
 
 
+def _compare(command: Compare, argv: list[str], console: Console) -> int:
+    from fastdreamer import compare
+
+    task = canonical_task(command.task)
+    settings = compare.Settings(
+        task=task,
+        obs=command.obs,
+        frames=command.frames,
+        eval_every=command.eval_every,
+        eval_episodes=command.eval_episodes,
+        preset=command.preset or {"state": "state", "pixels": "walker"}[command.obs],
+        threads=command.threads,
+        device=command.device,
+    )
+    methods = [name.strip() for name in command.methods.split(",") if name.strip()]
+    out = command.out or Path("runs") / f"compare-{task}-{command.obs}"
+    try:
+        results = compare.compare(out, settings, methods, command.seeds, console=console)
+    except Stopped:
+        again = shlex.join(["fastdreamer", *argv])
+        console.print(f"stopped; go on with: {again}", highlight=False, soft_wrap=True)
+        return 130
+    except NonFiniteLoss as error:
+        return _fail(Console(stderr=True), f"compare: the {error} in the run named last")
+    for name, path in zip(("curves", "picture", "table"), results, strict=True):
+        console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
+    console.print(results[-1].read_text("utf-8"), highlight=False, soft_wrap=True)
+    return 0
+
+
 def _doctor(command: Doctor, argv: list[str], console: Console) -> None:
     from fastdreamer import doctor
 
@@ -435,5 +503,6 @@ _COMMANDS = {
     Dream: _dream,
     Report: _report,
     Plot: _plot,
+    Compare: _compare,
     Doctor: _doctor,
 }

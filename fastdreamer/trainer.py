@@ -94,6 +94,17 @@ def read_config(run_dir: Path) -> Config:
         raise RunError(f"{path}: {error}") from error
 
 
+@contextlib.contextmanager
+def lock_run(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from training this run; RunError where one does already."""
+    with open(run_dir / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{run_dir} is being trained by another process") from None
+        yield
+
+
 class Trainer:
     """One run, from wherever its newest checkpoint left it.
 
@@ -108,8 +119,12 @@ class Trainer:
         self.run_dir = run_dir
         self.config = read_config(run_dir)
 
-    def train(self) -> None:
+    def train(self, until: int | None = None) -> None:
         """Train to the end of the schedule.
+
+        Args:
+            until: end where the schedule is at so many env frames, saved; training from there on
+                equals training in one go.
 
         Raises:
             BackendError: the backend or device cannot run here.
@@ -118,12 +133,13 @@ class Trainer:
         """
         config = self.config
         check_backend(config.backend, config.device)
+        self._until = config.train.frames if until is None else min(until, config.train.frames)
         if config.threads:
             torch.set_num_threads(config.threads)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self._lock())
+            stack.enter_context(lock_run(self.run_dir))
             stack.enter_context(use_backend(config.backend))
-            self._stop = stack.enter_context(_stop_signals())
+            self._stop = stack.enter_context(stop_signals())
             self._open(stack)
             self._run()
 
@@ -174,9 +190,11 @@ class Trainer:
         for name, value in tensors.items():
             group, _, rest = name.partition("/")
             groups.setdefault(group, {})[rest] = value
-        self.agent.load_state_dict(groups["agent"])
+        self._load_agent(groups["agent"])
         for name, optimizer in self.optimizers.items():
-            checkpoint.restore_optimizer(optimizer, groups[f"{name}_optimizer"])
+            # Saved before the first update, or before the run was given it, an optimiser has no
+            # state yet.
+            checkpoint.restore_optimizer(optimizer, groups.get(f"{name}_optimizer", {}))
         self.generator.set_state(groups["generators"]["update"])
         self.sample_rng.bit_generator.state = meta["sample_rng"]
         cursor = meta["cursor"]
@@ -194,14 +212,13 @@ class Trainer:
                 snapshot.unlink()
         return cursor["metric_lines"]
 
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        with open(self.run_dir / "lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(f"{self.run_dir} is being trained by another process") from None
-            yield
+    def _load_agent(self, weights: dict[str, Tensor]) -> None:
+        """Load weights; an explorer or guard that the run has only now been given starts here."""
+        for part in ("explorer.", "guard."):
+            if not any(name.startswith(part) for name in weights):
+                own = self.agent.state_dict()
+                weights = weights | {n: v for n, v in own.items() if n.startswith(part)}
+        self.agent.load_state_dict(weights)
 
     # --------------------------------------------------------------- schedule
 
@@ -265,7 +282,7 @@ class Trainer:
         config = self.config
         if self.job is not None:
             self._enter(self.job)
-        if self.env_frames >= config.train.frames:
+        if self.env_frames >= self._until:
             return False
         if self.episodes < config.collect.prefill:
             self._submit(episode=self.episodes, random=True)
@@ -338,7 +355,7 @@ class Trainer:
 
     def _finish(self) -> None:
         """Evaluate the final weights."""
-        if self.config.eval.every:
+        if self.config.eval.every and self._until >= self.config.train.frames:
             self.progress.update(phase="evaluating the final weights")
             self._submit(episode=None, evaluations=self.config.eval.episodes)
             self._enter(self.job)
@@ -412,7 +429,7 @@ def _oldest_episode(checkpoints: list[Path]) -> int:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[Any]:
+def stop_signals() -> Iterator[Any]:
     """Note Ctrl-C and SIGTERM in ``.asked`` instead of raising in the middle of an update."""
 
     class Asked:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastdreamer.agent import Dreamer
-from fastdreamer.config import ConfigError, SafetyConfig, preset
+from fastdreamer.config import ConfigError, ExploreConfig, SafetyConfig, preset
 from fastdreamer.ops.backend import last_backend, use_backend
 from fastdreamer.ops.params import GRUParams, MLPParams, RSSMParams, State, StdTransform
 from fastdreamer.safety import (
@@ -233,6 +233,21 @@ def test_an_actor_that_pays_learns_something_else():
     name = "actor.mlp.layers.0.weight"
     assert metrics["safety_multiplier"] > 0 and not torch.equal(free[name], paying[name])
     assert torch.equal(free["model.reward.layers.0.weight"], paying["model.reward.layers.0.weight"])
+
+
+def test_price_and_optimism_have_one_gradient_on_every_backend():
+    config = dataclasses.replace(configure(), explore=ExploreConfig("ucb", critics=True))
+    found = {}
+    for backend in ("eager", "native"):
+        agent = Dreamer(config, {"state": (STATE,)}, A)
+        agent.guard.multiplier.fill_(100.0)
+        with use_backend(backend):
+            found[backend] = agent.update(make_batch(), agent.make_optimizers(), seeded(1))
+        assert last_backend("imagine") == backend
+    for name in ("actor", "barrier", "explorer", "critics", "rewards"):
+        norms = [numbers[f"{name}_grad_norm"] for numbers in found.values()]
+        assert norms[0] > 0 and norms[1] == pytest.approx(norms[0], rel=1e-3), name
+    assert found["eager"]["safety_shortfall"] > 0
 
 
 def test_no_barrier_no_shield():

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -448,9 +449,18 @@ def test_violations_of_any_agent_that_sees_the_state_are_counted(plain_run, caps
     assert "violations: " in capsys.readouterr().out
 
 
-def test_what_fixes_a_run_stays(plain_run, capsys):
-    for change in (["--explore", "ucb"], ["--safety", "walker"]):
-        assert main(["train", "--resume", str(plain_run), *change]) == 1
+def test_a_run_may_be_given_an_explorer_and_a_guard_once(plain_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(plain_run, run)
+    before = load(run).state_dict()
+    added = ["--explore", "ucb", "--safety", "walker", "--train.frames", "160"]
+    assert main(["train", "--resume", str(run), *added]) == 0
+    agent = load(run)
+    assert agent.explorer.rounds == 1 and agent.make_shield().decisions == 0
+    assert before.keys() < agent.state_dict().keys()
+    capsys.readouterr()
+    for change in (["--explore.beta", "3"], ["--safety.alpha", "0.5"], ["--safety", "none"]):
+        assert main(["train", "--resume", str(run), *change]) == 1
         assert "fixed when a run starts" in " ".join(capsys.readouterr().err.split())
 
 

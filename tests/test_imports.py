@@ -42,7 +42,8 @@ ALLOWED = {
     "adapters": {"ops", "nn", "rollout"},
     "testing": {"ops", "nn"},
     "doctor": {"_version", "_native", "config", "envs", "ops"},
-    "cli": PUBLIC | {"doctor"},
+    "compare": PUBLIC - {"rollout"} | {"doctor"},
+    "cli": PUBLIC | {"compare", "doctor"},
     "__main__": {"cli"},
     "__init__": PUBLIC,
 }
@@ -57,7 +58,9 @@ THIRD_PARTY = {
     "tensorboard": {"logger"},
     "triton": {"ops/triton", "testing", "envs"},  # envs: before Mesa loads its LLVM
     "tyro": {"cli", "config"},
-    "rich": {"cli", "doctor", "logger"},
+    "rich": {"cli", "compare", "doctor", "logger"},
+    "gymnasium": {"envs/gymnasium"},
+    "stable_baselines3": {"compare"},
 }
 
 

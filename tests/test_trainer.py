@@ -33,7 +33,7 @@ from fastdreamer.collector import POLICY_PARTS, agent_policy, collect, episode_s
 from fastdreamer.config import preset, to_dict
 from fastdreamer.envs import make_env
 from fastdreamer.replay import episode_path, read_episode
-from fastdreamer.trainer import RunError, Trainer, create_run, read_config
+from fastdreamer.trainer import RunError, Trainer, create_run, lock_run, read_config
 
 TINY = preset("tiny")
 # 10 episodes of 20 decisions; 5 + 8 · 20 updates. Every 7 updates a checkpoint, so that they fall
@@ -168,6 +168,13 @@ def killing(self, *args):
     if len(calls) == 4:  # at work
         os.kill(self._process.pid, signal.SIGKILL)
 trainer.Collector.submit = killing
+"""
+IN_STAGES = """
+train = trainer.Trainer.train
+def staged(self):
+    for until in (40, 120, 130, None):  # among random episodes, before an evaluation, any
+        train(trainer.Trainer(self.run_dir), until)
+trainer.Trainer.train = staged
 """
 ENDLESS_JOB = """
 import dataclasses
@@ -343,6 +350,13 @@ def test_undisturbed_run_follows_the_schedule(reference):
     assert [m["update"] for m in lines if m["kind"] == "train"] == list(range(5, UPDATES + 1, 5))
     for line in lines:
         assert all(np.isfinite(v) for k, v in line.items() if k != "kind")
+
+
+def test_a_run_in_stages_equals_one_in_one_go(tmp_path, reference, launcher):
+    run_dir = new_run(tmp_path / "run")
+    assert launcher.run(run_dir, IN_STAGES) == 0
+    assert_equals(run_dir, reference[0])
+    assert (run_dir / "log.txt").read_text().count("resumed from") == 3
 
 
 def test_checkpoints_come_on_time_and_few_are_kept(reference):
@@ -604,7 +618,7 @@ def test_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
 def test_a_second_trainer_of_a_run_is_refused(tmp_path):
     run_dir = new_run(tmp_path / "run")
     with (
-        Trainer(run_dir)._lock(),
+        lock_run(run_dir),
         pytest.raises(RunError, match="is being trained by another process"),
     ):
         Trainer(run_dir).train()
