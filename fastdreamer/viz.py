@@ -232,7 +232,9 @@ def comparison_figure(path: Path, out: Path, labels: dict[str, str]) -> Path:
         panels[0].set_ylabel(f"return (mean of {about['eval_episodes']} episodes)")
         title = f"{about['task']} from {about['obs']}"
         panels[0].set_title(title, loc="left", fontweight="bold")
-        panels[1].set_title("band: ±1 std of seeds", loc="right", fontsize=9, color="#6e6e6e")
+        several = any(len(curves) > 1 for curves in methods.values())
+        note = "band: ±1 std of seeds" if several else "one seed: no band"
+        panels[1].set_title(note, loc="right", fontsize=9, color="#6e6e6e")
         handles = panels[0].get_legend_handles_labels()
         figure.legend(*handles, loc="outside lower center", ncols=min(len(methods), 5), fontsize=9)
         return _save(figure, Path(out))
