@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from benchmarks import compiled, flops
 from benchmarks.race import Case
+from benchmarks.variants import OURS
 from fastdreamer import losses, testing
 from fastdreamer.ops.imagine import OP, imagine
 from fastdreamer.ops.lambda_return import OP as LAMBDA_RETURN
@@ -49,7 +50,7 @@ def with_heads(
     The eager baseline does no more than it must: heads once for the states 1..H, and the critic
     again in the states 0..H-1 only where its loss is wanted.
     """
-    if backend == "native":
+    if backend in OURS:
         out = imagine(**rollout, returns=returns, backend=backend)
         seen = out.deter, out.stoch, out.action, out.reward, out.returns
         return Imagined(*seen, out.value if value else None)

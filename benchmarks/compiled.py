@@ -45,6 +45,7 @@ ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorEr
 
 
 _unroll = False
+_mode: str | None = None
 # The bodies themselves, whatever stands in for them.
 _open_loop, _imagine, _lambda_return = OPEN_LOOP.eager, IMAGINE.eager, LAMBDA_RETURN.eager
 
@@ -60,10 +61,25 @@ def unrolled() -> Iterator[None]:
         _unroll = before
 
 
-@functools.cache
+@contextlib.contextmanager
+def mode(name: str) -> Iterator[None]:
+    """Compile with a mode of ``torch.compile``."""
+    global _mode
+    before, _mode = _mode, name
+    try:
+        yield
+    finally:
+        _mode = before
+
+
 def compiled(body: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.compile`` of a function, once a process; shapes are constants of the code."""
-    return torch.compile(body, dynamic=False)
+    return _compiled(body, _mode)
+
+
+@functools.cache
+def _compiled(body: Callable[..., Any], mode: str | None) -> Callable[..., Any]:
+    return torch.compile(body, dynamic=False, mode=mode)
 
 
 def rssm_step(

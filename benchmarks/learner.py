@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from unittest import mock
 
 import numpy as np
 import torch
 
 from benchmarks.synthetic import ACTION_DIM, OBS_SHAPES
-from benchmarks.variants import VARIANTS, Variant
+from benchmarks.variants import OURS, VARIANTS, Variant
 from fastdreamer.agent import Dreamer
 from fastdreamer.config import preset
 from fastdreamer.ops.backend import OPS, use_backend
@@ -34,16 +34,23 @@ class Learner(Trainer):
     """A trainer that only learns: ``step()`` is one update by ``Trainer``'s own code.
 
     Args:
-        variant: a key of ``race.VARIANTS``; compiled: encoder, decoder, heads and loops.
+        variant: a key of ``variants``; compiled: encoder, decoder, heads and loops.
         replay: to sample from.
         preset_name: of the configuration.
     """
 
-    def __init__(self, variant: str, replay: Replay, preset_name: str) -> None:
-        self.variant = VARIANTS[variant]
+    def __init__(
+        self,
+        variant: str,
+        replay: Replay,
+        preset_name: str,
+        variants: Mapping[str, Variant] = VARIANTS,
+    ) -> None:
+        self.variant = variants[variant]
         config = dataclasses.replace(
             preset(preset_name),
-            backend="native" if self.variant.backend == "native" else "eager",
+            backend=self.variant.backend if self.variant.backend in OURS else "eager",
+            device=self.variant.device,
             precision="bf16" if self.variant.bf16 else "fp32",
         )
         self.config = config

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from benchmarks import compiled
 from benchmarks.timing import MIN_REPEATS, summary
-from benchmarks.variants import VARIANTS, Variant
+from benchmarks.variants import OURS, VARIANTS, Variant
 from fastdreamer import testing
 from fastdreamer.ops.backend import Op
 
@@ -76,49 +76,71 @@ class Case:
     def entries(self, variants: Mapping[str, Variant] = VARIANTS) -> Entries:
         """Build every variant and check it; return those that are right.
 
-        Native is held to the limits of its op. A baseline is not ours to make accurate (compiled
-        code sums biases' gradients row by row, for one, with ten times eager's error); it must do
-        the same work. One that does not, or that the compiler cannot make, is left out with the
-        reason.
+        Native and triton are held to the limits of their op. A baseline is not ours to make
+        accurate (compiled code sums biases' gradients row by row, for one, with ten times eager's
+        error); it must do the same work. One that does not, or that the compiler cannot make, is
+        left out with the reason.
 
         Raises:
-            AssertionError: a native variant is outside its limits.
+            AssertionError: a variant of native or triton is outside its limits.
         """
-        truth = self._results(Variant("eager"), *self._prepared(torch.float64))
+        device = next(iter(variants.values())).device
+        reference = Variant("eager", device=device)
+        truth = self._results(reference, *self._prepared(torch.float64, device))
         eager = {
-            bf16: self._results(Variant("eager", bf16=bf16), *self._prepared(torch.float32))
+            bf16: self._results(
+                reference._replace(bf16=bf16), *self._prepared(torch.float32, device)
+            )
             for bf16 in (False, True)
         }
         run, left_out = {}, {}
         for name, variant in variants.items():
+            ours = variant.backend in OURS
             try:
-                if variant.backend == "native" and (reason := self.op.why_not("native", "cpu")):
+                if ours and (reason := self.op.why_not(variant.backend, device)):
                     raise _LeftOut(reason)
                 reduced = variant.bf16 or variant.medium
-                prepared = self._prepared(torch.float32)  # checked and timed: the same tensors
+                prepared = self._prepared(torch.float32, device)  # checked and timed: the same
                 got = self._results(variant, *prepared)
-                if variant.backend == "native":
+                if ours:
                     testing.assert_accurate(self.op.name, got, eager[reduced], truth, bf16=reduced)
                 else:
                     _assert_same_work(got, eager[reduced], truth)
             except AssertionError as error:
-                if variant.backend == "native":
+                if ours:
                     raise
                 left_out[name] = str(error)
             except (_LeftOut, *compiled.ERRORS) as error:
                 left_out[name] = str(error).strip().partition("\n")[0]
             else:
                 run[name] = self._timed(variant, *prepared)
+                if variant.backend == "graph":
+                    try:
+                        run[name] = _captured(run[name])
+                    except RuntimeError as error:  # something in it cannot be captured
+                        del run[name]
+                        left_out[name] = str(error).strip().partition("\n")[0]
         return Entries(run, left_out)
 
     def _function(self, variant: Variant) -> Callable[..., Any]:
         if variant.backend == "compiled":
             return self.compiled
+        if variant.backend == "reduced":
+            return _with_mode(self.compiled, "reduce-overhead")
+        if variant.backend == "graph":
+            return functools.partial(self.call, backend="eager")
         return functools.partial(self.call, backend=variant.backend)
 
-    def _prepared(self, dtype: torch.dtype) -> tuple[dict[str, Any], list[list[Tensor]]]:
+    def _prepared(
+        self, dtype: torch.dtype, device: str = "cpu"
+    ) -> tuple[dict[str, Any], list[list[Tensor]]]:
         """Inputs of its own, every parameter as an ``nn.Parameter`` is (autocast caches those)."""
-        cast = lambda x: x.detach().to(dtype, copy=True) if _floating(x) else x  # noqa: E731
+
+        def cast(x: Any) -> Any:
+            if _floating(x):
+                return x.detach().to(device, dtype, copy=True)
+            return x.to(device) if isinstance(x, Tensor) else x
+
         inputs = pytree.tree_map(cast, self.inputs())
         if self.leaves is None:
             for parameter in self._parameters(inputs):
@@ -157,7 +179,8 @@ class Case:
                 self.loss(out).backward()
             return
         outputs = [x for x in _tensors(out) if x.requires_grad]
-        weights = _weights(tuple((tuple(x.shape), x.dtype) for x in outputs))
+        like = tuple((tuple(x.shape), x.dtype) for x in outputs)
+        weights = _weights(like, variant.device)
         with variant._replace(bf16=False).context():
             torch.autograd.backward(outputs, weights)
 
@@ -168,7 +191,8 @@ class Case:
         leaves = [leaf for group in groups for leaf in group]
         optimizers = []
         if self.learning_rate is not None:
-            make = functools.partial(torch.optim.Adam, lr=self.learning_rate, fused=True)
+            graph = {"capturable": True} if variant.backend == "graph" else {}
+            make = functools.partial(torch.optim.Adam, lr=self.learning_rate, fused=True, **graph)
             optimizers = [make(group) for group in groups]
 
         def once() -> None:
@@ -212,6 +236,35 @@ def _assert_same_work(
         allowed = 10 * (testing.error(eager[name], exact) + eps * norm)
         actual = testing.error(got[name], exact)
         assert actual <= allowed, f"error of {name} is {actual:.3g}, allowed {allowed:.3g}"
+
+
+def _captured(run: Callable[[], object]) -> Callable[[], object]:
+    """The same work as one torch CUDA graph, which is replayed."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+
+    def replay() -> None:
+        graph.replay()
+        torch.cuda.synchronize()
+
+    replay.before = run.before  # type: ignore[attr-defined]
+    return replay
+
+
+def _with_mode(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
+    def call(**inputs: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()  # its outputs are overwritten by the next call
+        with compiled.mode(mode):
+            return function(**inputs)
+
+    return call
 
 
 class _LeftOut(Exception):
@@ -300,9 +353,11 @@ def peak(threads: int, seconds: float = 0.25) -> dict[str, float] | None:
 
 
 @functools.cache
-def _weights(like: tuple[tuple[tuple[int, ...], torch.dtype], ...]) -> list[Tensor]:
+def _weights(
+    like: tuple[tuple[tuple[int, ...], torch.dtype], ...], device: str = "cpu"
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator).to(dtype) for shape, dtype in like]
+    return [torch.randn(shape, generator=generator).to(device, dtype) for shape, dtype in like]
 
 
 def _tensors(tree: Any) -> list[Tensor]:

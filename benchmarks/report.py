@@ -27,9 +27,11 @@ MEASUREMENTS = (
     "phases",
     "collection",
     "planning",
+    "rollout",
     "options",
     "memory",
     "random_policy",
+    "graph_overhead",
 )
 """In the order in which `python -m benchmarks` makes them."""
 RESULTS = Path(__file__).resolve().parent / "results"

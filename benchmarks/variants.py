@@ -12,9 +12,12 @@ import torch
 class Variant(NamedTuple):
     """How the work is done."""
 
-    backend: str  # "native", "eager", or "compiled": torch.compile of the eager body
-    bf16: bool = False  # under CPU autocast to bfloat16; parameters stay float32
+    # "native", "triton", "eager"; "compiled": torch.compile of the eager body; "graph": eager in a
+    # torch CUDA graph; "reduced": compiled with mode="reduce-overhead"
+    backend: str
+    bf16: bool = False  # under autocast to bfloat16; parameters stay float32
     medium: bool = False  # under torch.set_float32_matmul_precision("medium")
+    device: str = "cpu"
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
@@ -23,7 +26,7 @@ class Variant(NamedTuple):
         if self.medium:
             torch.set_float32_matmul_precision("medium")
         try:
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
                 yield
         finally:
             if self.medium:
@@ -40,3 +43,18 @@ VARIANTS = {
     "eager medium": Variant("eager", medium=True),
 }
 """Name → variant, in the order of every table. "medium": fp32 tensors, bf16 matrix products."""
+
+GPU = {
+    f"{name} {precision}": Variant(backend, precision == "bf16", device="cuda")
+    for name, backend in (
+        ("triton", "triton"),
+        ("eager", "eager"),
+        ("eager, CUDA graph", "graph"),
+        ("reduce-overhead", "reduced"),
+    )
+    for precision in ("fp32", "bf16")
+}
+"""The same on a GPU."""
+
+OURS = ("native", "triton")
+"""Backends that have to be right; the others are baselines."""

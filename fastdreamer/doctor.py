@@ -18,6 +18,7 @@ from fastdreamer import ops
 from fastdreamer._version import __version__
 from fastdreamer.envs.gl import GL, GLError, probe_all, select_gl
 from fastdreamer.ops.backend import BACKENDS, OPS, last_backend
+from fastdreamer.ops.cuda_graph import driver_state
 
 _PACKAGES = ("torch", "triton", "numpy", "mujoco", "dm_control", "safetensors", "nvtx", "tyro")
 
@@ -66,6 +67,7 @@ def _machine() -> Iterator[tuple[str, str]]:
         )
     else:
         yield "GPU", "none that torch can use"
+    yield "NVIDIA driver", driver_state()
 
 
 def _rendering() -> Iterator[tuple[str, str]]:

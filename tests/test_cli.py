@@ -17,6 +17,7 @@ import torch
 
 import fastdreamer
 from fastdreamer.cli import main
+from fastdreamer.ops.cuda_graph import driver_state
 
 PIXELS = ["--preset", "tiny", "--obs", "pixels", "--render-quality", "fast"]
 SHORT = ["--env.time-limit", "0.5", "--train.frames", "120", "--eval.every", "60"]
@@ -145,13 +146,16 @@ def test_runs_are_not_overwritten_and_fixed_settings_not_changed(run, capsys):
 def test_what_cannot_run_here_is_refused_at_once(option, value, tmp_path, capsys):
     argv = ["train", "walker", "--preset", "tiny", option, value, "--run", str(tmp_path / "run")]
     assert main(argv) == 1
-    assert "cannot run" in output(capsys)
+    text = output(capsys)
+    assert "cannot run" in text
+    assert driver_state() in text, "the reason that doctor shows"
     assert not (tmp_path / "run").exists()
 
 
 def test_doctor_and_version(capsys):
     assert main(["doctor"]) == 0
     text = output(capsys)
+    assert f"NVIDIA driver {driver_state()[:20]}" in text
     for word in ("CPU", "threads", "rendering", "torch", "lambda_return", "imagine"):
         assert word in text
     assert main(["--version"]) == 0

@@ -11,7 +11,7 @@ import pytest
 from fastdreamer import report
 from fastdreamer.checkpoint import list_snapshots
 from fastdreamer.cli import main
-from fastdreamer.config import ConfigError, PlanConfig, preset
+from fastdreamer.config import ConfigError, preset
 from fastdreamer.report import write_report
 from fastdreamer.trainer import RunError, Trainer, create_run
 from fastdreamer.viz import state_figure
@@ -184,14 +184,6 @@ def test_planet_from_the_command_line(tmp_path, capsys):
     argv = ["train", "walker", "--preset", "tiny", "--agent", "planet", "--collect", "mpc"]
     assert main([*argv, "--run", str(tmp_path / "no")]) == 1
     assert "collect.controller must be 'auto' for planet" in capsys.readouterr().err
-
-
-def test_plan_settings_of_eval_start_from_the_run_s(run):
-    from fastdreamer.cli import _plan_of
-
-    assert _plan_of(run) == TINY.plan != PlanConfig()
-    assert _plan_of(run / "snapshots" / "snapshot-000000160.safetensors") == TINY.plan
-    assert _plan_of(run / "nothing") == PlanConfig()
 
 
 def test_state_figure(tmp_path):

@@ -83,6 +83,16 @@ def check_backend(name: str, device: torch.device | str) -> None:
             raise BackendError(f"{op.name}: backend {name!r} cannot run: {reason}")
 
 
+def why_no_cuda() -> str | None:
+    """Return why there is no CUDA device here, None where there is one."""
+    if torch.cuda.is_available():
+        return None
+    from fastdreamer.ops.cuda_graph import driver_state
+
+    built = "" if torch.version.cuda else "this PyTorch is built without CUDA; "
+    return f"no usable NVIDIA GPU: {built}{driver_state()}"
+
+
 class Op:
     """One op: its eager body, and loaders of the compiled bodies it has.
 
@@ -149,8 +159,8 @@ class Op:
         if backend not in BACKENDS:
             raise ValueError(f"why_not: backend must be one of {_list(BACKENDS)}, got {backend!r}")
         device = torch.device(device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            return "no usable NVIDIA driver or GPU"
+        if device.type == "cuda" and (reason := why_no_cuda()):
+            return reason
         if backend == "eager":
             return None
         if self._loaders[backend] is None:
@@ -158,7 +168,8 @@ class Op:
         if backend == "native" and device.type != "cpu":
             return f"tensor is on {device}, native needs the cpu"
         if backend == "triton" and device.type != "cuda" and not _interpreting():
-            return f"tensor is on {device}, triton needs a CUDA device"
+            needs = f"tensor is on {device}, triton needs a CUDA device"
+            return f"{needs}; {reason}" if (reason := why_no_cuda()) else needs
         body = self._load(backend)
         return body if isinstance(body, str) else None
 

@@ -187,4 +187,10 @@ def _load_native() -> Callable:
     return cem
 
 
-OP = Op("cem", eager=eager, native=_load_native)
+def _load_triton() -> Callable:
+    from fastdreamer.ops.triton.cem import cem
+
+    return cem
+
+
+OP = Op("cem", eager=eager, native=_load_native, triton=_load_triton)

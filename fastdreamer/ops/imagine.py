@@ -128,4 +128,10 @@ def _load_native() -> Callable:
     return imagine
 
 
-OP = Op("imagine", eager=eager, native=_load_native)
+def _load_triton() -> Callable:
+    from fastdreamer.ops.triton.imagine import imagine
+
+    return imagine
+
+
+OP = Op("imagine", eager=eager, native=_load_native, triton=_load_triton)

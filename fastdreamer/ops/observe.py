@@ -124,4 +124,10 @@ def _load_native() -> Callable:
     return observe
 
 
-OP = Op("observe", eager=eager, native=_load_native)
+def _load_triton() -> Callable:
+    from fastdreamer.ops.triton.observe import observe
+
+    return observe
+
+
+OP = Op("observe", eager=eager, native=_load_native, triton=_load_triton)

@@ -58,4 +58,10 @@ def _load_native() -> Callable:
     return open_loop
 
 
-OP = Op("open_loop", eager=eager, native=_load_native)
+def _load_triton() -> Callable:
+    from fastdreamer.ops.triton.imagine import open_loop
+
+    return open_loop
+
+
+OP = Op("open_loop", eager=eager, native=_load_native, triton=_load_triton)

@@ -68,4 +68,10 @@ def _load_native() -> Callable:
     return rssm_step
 
 
-OP = Op("rssm_step", eager=eager, native=_load_native)
+def _load_triton() -> Callable:
+    from fastdreamer.ops.triton.imagine import rssm_step
+
+    return rssm_step
+
+
+OP = Op("rssm_step", eager=eager, native=_load_native, triton=_load_triton)

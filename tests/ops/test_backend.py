@@ -15,6 +15,7 @@ from fastdreamer.ops.backend import (
     use_backend,
 )
 from fastdreamer.ops.checks import check_tensor
+from fastdreamer.ops.cuda_graph import driver_state
 
 CPU = torch.zeros(2, 3)
 
@@ -141,9 +142,13 @@ def test_why_not_answers_for_every_backend(make, monkeypatch):
     op = make(native=native, triton=triton)
     assert op.why_not("eager", "cpu") is None
     assert op.why_not("native", "cpu") is None
-    assert op.why_not("triton", "cpu") == "tensor is on cpu, triton needs a CUDA device"
+    needs = "tensor is on cpu, triton needs a CUDA device; no usable NVIDIA GPU: "
+    assert op.why_not("triton", "cpu").startswith(needs)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert op.why_not("triton", "cuda") == "no usable NVIDIA driver or GPU"
+    monkeypatch.setenv("FASTDREAMER_LIBCUDA", "/nonexistent")
+    reason = op.why_not("triton", "cuda")
+    assert reason.startswith("no usable NVIDIA GPU: ")
+    assert reason.endswith(driver_state())  # as doctor shows it
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert op.why_not("triton", "cuda") is None
     assert op.why_not("native", "cuda") == "tensor is on cuda, native needs the cpu"

@@ -1,0 +1,104 @@
+"""Kernels compiled ahead of time, for the CUDA-graph loop; needs no GPU.
+
+What is compiled is decided by the argument types of the launches alone. A pointer is said to be a
+multiple of 16 bytes where it always is; integers are never specialised by value.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastdreamer.ops.graph import ALIGNMENT, Compiled, Spec
+
+# As the kernel takes it: what PTX says of a parameter, and what the loop is told.
+_LAYOUT = {
+    "i1": ("u8", "u8"),
+    "i32": ("u32", "i32"),
+    "i64": ("u64", "i64"),
+    "fp32": ("f32", "f32"),
+}
+_POINTER = ("u64", "pointer")
+_MAX_HIDDEN = 2  # global and profile scratch; Triton 3.4 has the first alone
+
+
+class LayoutError(RuntimeError):
+    """The compiler made a kernel that takes other parameters than the loop would give it."""
+
+
+@functools.lru_cache(maxsize=512)
+def compile_kernel(spec: Spec, capability: int) -> Compiled:
+    """Compile a kernel for a device.
+
+    Args:
+        spec: the function, its constants, options and argument types.
+        capability: 90 is 9.0.
+
+    Raises:
+        LayoutError: this version of Triton passes parameters in another way than is known here,
+            or the kernel wants what the loop does not give (scratch memory, clusters of blocks).
+    """
+    made = triton.compile(
+        source(spec),
+        target=GPUTarget("cuda", capability, 32),
+        options=dict(spec.options),
+    )
+    return checked(spec, made.metadata, made.asm["ptx"], made.asm["cubin"])
+
+
+def source(spec: Spec) -> ASTSource:
+    """Return what ``triton.compile`` is given."""
+    constants, types = dict(spec.constants), dict(spec.types)
+    names = spec.fn.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    hints = [["tt.divisibility", ALIGNMENT]]
+    aligned = {(i,): hints for i, name in enumerate(names) if name in spec.aligned}
+    return ASTSource(spec.fn, signature, constants, aligned)
+
+
+def checked(spec: Spec, metadata: Any, ptx: str, cubin: bytes) -> Compiled:
+    """Return the kernel with its parameters, derived from the types and compared with the PTX."""
+    name = metadata.name
+    unexpected = {
+        "num_ctas": 1,
+        "launch_cooperative_grid": False,
+        "launch_pdl": False,
+        "global_scratch_size": 0,
+        "profile_scratch_size": 0,
+    }
+    for what, only in unexpected.items():
+        if (got := getattr(metadata, what, only)) != only:
+            raise LayoutError(f"{name}: {what} is {got}, the loop can run it with {only} only")
+    layout = [_POINTER if t.startswith("*") else _LAYOUT[t] for _, t in spec.types]
+    expected, found = [ptx_type for ptx_type, _ in layout], entry_types(ptx, name)
+    hidden = len(found) - len(expected)
+    if not 0 <= hidden <= _MAX_HIDDEN or found != expected + ["u64"] * hidden:
+        raise LayoutError(
+            f"{name}: the compiled kernel takes {found}, its signature says {expected} and at "
+            f"most {_MAX_HIDDEN} pointers (Triton {triton.__version__})"
+        )
+    return Compiled(
+        name=name,
+        image=cubin,
+        kinds=tuple(kind for _, kind in layout),
+        hidden=hidden,
+        threads=32 * metadata.num_warps,
+        shared_bytes=metadata.shared,
+    )
+
+
+def entry_types(ptx: str, name: str) -> list[str]:
+    """Return the type of each parameter of a kernel, as PTX writes it (``u64``, ``f32``, ...)."""
+    entry = re.search(rf"\.entry\s+{re.escape(name)}\s*\(([^)]*)\)", ptx)
+    if entry is None:
+        raise LayoutError(f"{name}: no such .entry in the PTX")
+    parameters = [line for line in entry[1].split(",") if line.strip()]
+    types = [re.match(r"\s*\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\b", p) for p in parameters]
+    if not all(types):
+        raise LayoutError(f"{name}: the PTX's parameters cannot be read: {entry[1]}")
+    return [found[1] for found in types]  # type: ignore[index]

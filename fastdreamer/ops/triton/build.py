@@ -1,0 +1,529 @@
+"""Pieces that the programs of the ops are built from: packing, forward, backward, gradients."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdreamer.ops.graph import Affine, Arg, Kernel, Launch, Loop, Program, Slot
+from fastdreamer.ops.params import GRUParams, MLPParams
+from fastdreamer.ops.triton import mlp, rssm_step, tiles, weights
+from fastdreamer.ops.triton.layout import NO_STD, MlpShape, Std, StepShape
+
+COPY_BLOCK = 1024
+PACK_BLOCK = 32
+FILL = 264  # programs that fill a large GPU twice
+
+
+class Weights(NamedTuple):
+    """Packed parameters of one part of a program."""
+
+    weights: Arg
+    biases: Arg | None  # transposed weights have none
+
+
+class Action(NamedTuple):
+    """What makes an actor of an MLP."""
+
+    bound: float  # c of the mean c·tanh(x / c), inf: the mean as it is
+    std: Std
+
+
+class Precision(NamedTuple):
+    """Of the products' operands and the tapes, and for which GPU the tiles are."""
+
+    bf16: bool
+    arch: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+
+class Builder:
+    """A program in the making: slots and launches in order.
+
+    Args:
+        name: of the program.
+        precision: of its products.
+    """
+
+    def __init__(self, name: str, precision: Precision) -> None:
+        self.name, self.precision = name, precision
+        self.slots: dict[str, Slot] = {}
+        self.body: list[Launch | Loop] = []
+        self._bodies: list[list[Launch | Loop]] = [self.body]
+
+    def program(self) -> Program:
+        return Program(self.name, list(self.slots.values()), self.body)
+
+    # slots and launches ------------------------------------------------------------------------
+
+    def slot(
+        self,
+        name: str,
+        shape: Sequence[int],
+        kind: str = "input",
+        dtype: torch.dtype = torch.float32,
+    ) -> Slot:
+        """Add a slot, or return the one of that name."""
+        if name not in self.slots:
+            self.slots[name] = Slot(name, tuple(shape), dtype, kind)
+        return self.slots[name]
+
+    def operands(self, name: str, shape: Sequence[int], kind: str = "input") -> Slot:
+        """A slot in the precision of the products."""
+        return self.slot(name, shape, kind, self.precision.dtype)
+
+    def launch(
+        self,
+        fn: Any,
+        grid: Sequence[int],
+        args: dict[str, Any],
+        constants: dict[str, Any],
+        tile: tiles.Tile | None = None,
+    ) -> None:
+        """Launch a kernel; arguments that are None are None at compile time."""
+        constants = {k: v for k, v in constants.items() if k in fn.arg_names}
+        constants |= {k: None for k, v in args.items() if v is None}
+        args = {k: v for k, v in args.items() if v is not None}
+        options = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
+        self._bodies[-1].append(Launch(Kernel(fn, constants, **options), grid, args))
+
+    def loop(self, name: str, count: int) -> _LoopScope:
+        """``with builder.loop("t", H):`` launches inside go into the loop."""
+        return _LoopScope(self, name, count)
+
+    def _tile(self, kind: tiles.Kind, rows: int) -> tiles.Tile:
+        return tiles.choose(kind, rows, bf16=self.precision.bf16, arch=self.precision.arch)
+
+    def copy(
+        self,
+        source: Slot | Arg | None,
+        target: Slot | Arg,
+        rows: int,
+        width: int,
+        *,
+        repeat: int = 1,
+        value: float = 0.0,
+        add: bool = False,
+    ) -> None:
+        """Copy (or add) rows, each ``repeat`` times; without a source, set all to ``value``."""
+        size = rows * repeat * width
+        self.launch(
+            weights.copy_kernel,
+            (-(-size // COPY_BLOCK),),
+            {"source": source, "target": target, "size": size, "value": value},
+            {"WIDTH": width, "REPEAT": repeat, "ADD": add, "BLOCK": COPY_BLOCK},
+        )
+
+    # parameters --------------------------------------------------------------------------------
+
+    def mlp_slots(self, name: str, shape: MlpShape) -> list[tuple[Slot, Slot]]:
+        """The inputs that :func:`mlp_inputs` fills: weight and bias of each layer."""
+        slots = []
+        for i, layer in enumerate(shape.all_layers()):
+            rows = layer.groups * layer.n
+            weight = self.slot(f"{name}.weight{i}", (rows, layer.columns))
+            slots.append((weight, self.slot(f"{name}.bias{i}", (rows,))))
+        return slots
+
+    def pack_mlp(self, name: str, shape: MlpShape, *, transposed: bool = False) -> Weights:
+        """Pack an MLP into scratch of its own, for the forward or the backward kernels."""
+        packed = self.operands(f"{name}.packed", (shape.weights,), "scratch")
+        biases = None
+        if not transposed:
+            biases = self.slot(f"{name}.biases", (shape.biases,), "scratch").at(0)
+        self._pack_layers(name, shape, packed, 0, biases and biases.slot, 0)
+        return Weights(packed.at(0), biases)
+
+    def pack_step(
+        self, name: str, shape: StepShape, latent: str, *, transposed: bool = False
+    ) -> Weights:
+        """Pack the dynamics; ``latent`` names the parameters of prior or posterior."""
+        packed = self.operands(f"{name}.packed", (shape.weights,), "scratch")
+        biases = None if transposed else self.slot(f"{name}.biases", (shape.biases,), "scratch")
+        self._pack_layers("inp", shape.inp, packed, 0, biases, 0)
+        hidden, D, DP = shape.inp.widths[-1], shape.D, shape.d_padded
+        weight_ih, weight_hh, bias_ih, bias_hh = self.gru_slots(shape)
+        for weight, columns, padded, at in (
+            (weight_ih, hidden, shape.inp.width, shape.ih_at),
+            (weight_hh, D, DP, shape.hh_at),
+        ):
+            self._pack(
+                weight, None, packed.at(at), None, transposed,
+                columns, (0, 0), (columns, 0), (padded, 0), D, DP, 3,
+            )  # fmt: skip
+        if biases is not None:
+            self.launch(
+                weights.pack_gru_bias_kernel,
+                (-(-4 * DP // COPY_BLOCK),),
+                {"bias_ih": bias_ih, "bias_hh": bias_hh, "biases": biases.at(shape.gru_bias_at)},
+                {"D": D, "DP": DP, "BLOCK": COPY_BLOCK},
+            )
+        self._pack_layers(
+            latent, shape.latent, packed, shape.latent_at, biases, shape.latent_bias_at
+        )
+        return Weights(packed.at(0), biases and biases.at(0))
+
+    def pack_embed(self, shape: MlpShape, *, transposed: bool = False) -> Weights:
+        """Pack the embedding's columns of the posterior's first weight; the bias is the step's."""
+        packed = self.operands("embed.packed", (shape.weights,), "scratch")
+        weight = self.slot("post.weight0", (shape.out, shape.columns))
+        layer = shape.layer(0)
+        self._pack(
+            weight, None, packed.at(0), None, transposed,
+            layer.columns, layer.begins, layer.pieces, layer.padded,
+            layer.n, layer.n_padded, layer.groups,
+        )  # fmt: skip
+        if transposed:
+            return Weights(packed.at(0), None)
+        biases = self.slot("embed.biases", (shape.biases,), "scratch")
+        self.copy(None, biases, 1, shape.biases)
+        return Weights(packed.at(0), biases.at(0))
+
+    def gru_slots(self, shape: StepShape) -> tuple[Slot, Slot, Slot, Slot]:
+        D = shape.D
+        return (
+            self.slot("gru.weight_ih", (3 * D, shape.inp.widths[-1])),
+            self.slot("gru.weight_hh", (3 * D, D)),
+            self.slot("gru.bias_ih", (3 * D,)),
+            self.slot("gru.bias_hh", (3 * D,)),
+        )
+
+    def _pack_layers(self, name, shape, packed, at, biases, bias_at) -> None:
+        slots = self.mlp_slots(name, shape)
+        for layer, (weight, bias) in zip(shape.all_layers(), slots, strict=True):
+            target = biases and biases.at(bias_at + layer.bias_at)
+            self._pack(
+                weight, bias, packed.at(at + layer.at), target, biases is None,
+                layer.columns, layer.begins, layer.pieces, layer.padded,
+                layer.n, layer.n_padded, layer.groups,
+            )  # fmt: skip
+
+    def _pack(
+        self, weight, bias, packed, biases, transposed, columns, begins, pieces, padded, n, np, g
+    ) -> None:
+        self.launch(
+            weights.pack_kernel,
+            (-(-sum(padded) // PACK_BLOCK), -(-g * np // PACK_BLOCK)),
+            {
+                "weight": weight,
+                "bias": bias if biases is not None else None,
+                "packed": None if transposed else packed,
+                "transposed": packed if transposed else None,
+                "biases": biases,
+            },
+            {
+                "IN": columns, "FIRST1": begins[0], "K1": pieces[0], "K1P": padded[0],
+                "FIRST2": begins[1], "K2": pieces[1], "K2P": padded[1], "N": n, "NP": np,
+                "GROUPS": g, "BLOCK_K": PACK_BLOCK, "BLOCK_N": PACK_BLOCK,
+            },
+        )  # fmt: skip
+
+    # MLPs --------------------------------------------------------------------------------------
+
+    def mlp_forward(
+        self,
+        shape: MlpShape,
+        packed: Weights,
+        x: tuple[Arg, Arg | None],
+        out: Arg,
+        tape: Arg,
+        rows: int,
+        *,
+        save: bool,
+        columns: int | None = None,
+        head: str = "plain",
+        std: Arg | None = None,
+        noise: Arg | None = None,
+        action: Action | None = None,
+        normal: Std = NO_STD,
+    ) -> None:
+        tile = self._tile("mlp", rows)
+        bound, normal = action or (float("inf"), normal)
+        bounded = bound != float("inf")
+        self.launch(
+            mlp.forward_kernel,
+            (-(-rows // tile.rows),),
+            {
+                "weights": packed.weights, "biases": packed.biases, "x1": x[0], "x2": x[1],
+                "noise": noise, "out": out, "std": std, "tape": tape, "rows": rows,
+                "bound": bound if bounded else 1.0, **normal.scalars,
+            },
+            {
+                **shape.constants(save=save), **normal.constants, "HEAD": head,
+                "OUT": columns or shape.n,
+                "BOUNDED": bounded, "SAVE": save, **_blocks(tile, shape),
+            },
+            tile,
+        )  # fmt: skip
+
+    def mlp_backward(
+        self,
+        shape: MlpShape,
+        packed: Weights,
+        d_out: Arg | None,
+        tape: Arg,
+        grads: Arg,
+        rows: int,
+        *,
+        d_x: tuple[Arg | None, Arg | None] = (None, None),
+        grads_width: int | None = None,
+        head: str = "plain",
+        d_std: Arg | None = None,
+        noise: Arg | None = None,
+        drawn: Arg | None = None,
+        action: Action | None = None,
+        normal: Std = NO_STD,
+    ) -> None:
+        tile = self._tile("mlp_backward", rows)
+        bound, normal = action or (float("inf"), normal)
+        bounded = bound != float("inf")
+        self.launch(
+            mlp.backward_kernel,
+            (-(-rows // tile.rows),),
+            {
+                "weights": packed.weights, "noise": noise, "action": drawn, "d_out": d_out,
+                "d_std": d_std, "tape": tape, "grads": grads, "d_x1": d_x[0], "d_x2": d_x[1],
+                "rows": rows, "bound": bound if bounded else 1.0, **normal.scalars,
+            },
+            {
+                **shape.constants(), **normal.constants,
+                "GRADS": grads_width or shape.grads, "HEAD": head,
+                "BOUNDED": bounded, **_blocks(tile, shape),
+            },
+            tile,
+        )  # fmt: skip
+
+    def mlp_gradients(
+        self,
+        name: str,
+        shape: MlpShape,
+        x: Sequence[tuple[Arg, int, Arg | None]],
+        tape: Arg,
+        tape_width: int,
+        grads: Arg,
+        grads_width: int,
+        rows: int,
+        *,
+        more: tuple[Arg, int, int, int, None] | None = None,
+    ) -> None:
+        """Outputs ``d_`` and the parameter's name for each of an MLP's parameters.
+
+        ``x`` holds each piece of the input, its columns and the rows that were zeroed; ``tape`` and
+        ``grads`` begin at the MLP's hidden layers. ``more`` is a further piece of
+        the input, as in :meth:`gradient`.
+        """
+        for i, layer in enumerate(shape.all_layers()):
+            if i == 0:
+                pieces = [
+                    (arg, width, size, begin, first)
+                    for (arg, width, first), size, begin in zip(
+                        x, layer.pieces, layer.begins, strict=False
+                    )
+                ] + ([more] if more else [])
+            else:
+                below = tape._replace(offset=tape.offset + (i - 1) * shape.width)
+                pieces = [(below, tape_width, layer.columns, 0, None)]
+            own = grads._replace(offset=grads.offset + i * shape.width)
+            self.gradient(
+                f"{name}.weight{i}", f"{name}.bias{i}", own, grads_width, pieces, rows,
+                columns=layer.columns, n=layer.n, n_padded=layer.n_padded, groups=layer.groups,
+            )  # fmt: skip
+
+    def gradient(
+        self,
+        weight: str,
+        bias: str | None,
+        grads: Arg,
+        grads_width: int,
+        pieces: Sequence[tuple[Arg, int, int, int, Arg | None]],
+        rows: int,
+        *,
+        columns: int,
+        n: int,
+        n_padded: int,
+        groups: int,
+        last: int = 0,
+    ) -> None:
+        """The gradient of one weight and its bias, summed over rows in a fixed order.
+
+        A piece of the input: where it is, its width, the columns used, where in the weight they
+        begin, and which rows were zeroed.
+        """
+        tile = self._tile("gradient", rows)
+        out_tiles = groups * -(-n // tile.columns)
+        in_tiles = max(-(-size // tile.depth) for _, _, size, *_ in pieces)
+        splits = max(1, min(-(-rows // (8 * tile.rows)), FILL // (out_tiles * in_tiles)))
+        share = -(-rows // (splits * tile.rows)) * tile.rows
+        splits = -(-rows // share)
+        d_weight = self.slot(f"d_{weight}", (groups * n, columns), "output")
+        d_bias = None if bias is None else self.slot(f"d_{bias}", (groups * n,), "output")
+        w_parts, b_parts = d_weight, d_bias
+        if splits > 1:
+            w_parts = self.slot(f"{weight}.parts", (splits, *d_weight.shape), "scratch")
+            if d_bias is not None:
+                b_parts = self.slot(f"{bias}.parts", (splits, *d_bias.shape), "scratch")
+        for i, (x, width, size, begin, first) in enumerate(pieces):
+            self.launch(
+                weights.gradient_kernel,
+                (out_tiles, -(-size // tile.depth), splits),
+                {
+                    "grads": grads, "x": x, "first": first, "d_weight": w_parts.at(begin),
+                    "d_bias": None if i or b_parts is None else b_parts.at(0),
+                    "rows": rows, "share": share,
+                },
+                {
+                    "GRADS": grads_width, "XS": width, "K": size, "IN": columns, "N": n,
+                    "NP": n_padded, "GROUPS": groups, "LAST": last,
+                    "BO": tile.columns, "BI": tile.depth, "BR": tile.rows,
+                },
+                tile,
+            )  # fmt: skip
+        if splits > 1:
+            for parts, total in ((w_parts, d_weight), (b_parts, d_bias)):
+                if total is not None:
+                    self.launch(
+                        weights.sum_kernel,
+                        (-(-total.numel // COPY_BLOCK),),
+                        {"parts": parts, "total": total, "size": total.numel},
+                        {"SPLITS": splits, "BLOCK": COPY_BLOCK},
+                    )
+
+    # steps -------------------------------------------------------------------------------------
+
+    def step_forward(
+        self, shape: StepShape, packed: Weights, args: dict[str, Any], rows: int, *, save: bool
+    ) -> None:
+        """A step of the dynamics; ``args`` are the tensors of ``rssm_step.forward_kernel``."""
+        tile = self._tile("step", rows)
+        optional = dict.fromkeys(("first", "extra", "mean", "std"))
+        self.launch(
+            rssm_step.forward_kernel,
+            (-(-rows // tile.rows),),
+            {
+                "weights": packed.weights, "biases": packed.biases, **optional, **args,
+                "rows": rows, **shape.std.scalars,
+            },
+            {**shape.constants(save=save), "SAVE": save, **_step_blocks(tile, shape)},
+            tile,
+        )  # fmt: skip
+
+    def step_backward(
+        self, shape: StepShape, packed: Weights, args: dict[str, Any], rows: int
+    ) -> None:
+        tile = self._tile("step_backward", rows)
+        optional = dict.fromkeys(("first", "d_mean", "d_std"))
+        self.launch(
+            rssm_step.backward_kernel,
+            (-(-rows // tile.rows),),
+            {
+                "weights": packed.weights, **optional, **args,
+                "rows": rows, **shape.std.scalars,
+            },
+            {**shape.constants(), "GRADS": shape.grads, **_step_blocks(tile, shape)},
+            tile,
+        )  # fmt: skip
+
+    def step_gradients(
+        self,
+        shape: StepShape,
+        latent: str,
+        deter: Arg,  # [rows, D] before the step
+        stoch: Arg,
+        action: Arg,
+        new_deter: Arg,  # [rows, D] behind it
+        tape: Arg,
+        grads: Arg,
+        rows: int,
+        *,
+        first: Arg | None = None,
+        more: tuple[Arg, int, int, int, None] | None = None,
+    ) -> None:
+        """Outputs for the parameters of the dynamics and of ``latent``."""
+        T, G, D, DP = shape.tape, shape.grads, shape.D, shape.d_padded
+        of_deter, of_stoch, of_action = (first if zeroed else None for zeroed in shape.resets)
+        self.mlp_gradients(
+            "inp", shape.inp, [(stoch, shape.S, of_stoch), (action, shape.A, of_action)],
+            tape, T, grads, G, rows,
+        )  # fmt: skip
+        gates = grads._replace(offset=grads.offset + shape.gates)
+        x = tape._replace(offset=tape.offset + (shape.inp.layers - 1) * shape.inp.width)
+        hidden = shape.inp.widths[-1]
+        for side, piece, columns, last in (
+            ("ih", (x, T, hidden, 0, None), hidden, 0),
+            ("hh", (deter, D, D, 0, of_deter), D, DP),
+        ):
+            self.gradient(
+                f"gru.weight_{side}", f"gru.bias_{side}", gates, G, [piece], rows,
+                columns=columns, n=D, n_padded=DP, groups=3, last=last,
+            )  # fmt: skip
+        self.mlp_gradients(
+            latent, shape.latent, [(new_deter, D, None)],
+            tape._replace(offset=tape.offset + shape.latents), T,
+            grads._replace(offset=grads.offset + shape.latents), G, rows, more=more,
+        )  # fmt: skip
+
+
+class _LoopScope:
+    def __init__(self, builder: Builder, name: str, count: int) -> None:
+        self.builder, self.name, self.count = builder, name, count
+        self.index = Affine()
+
+    def __enter__(self) -> Affine:
+        from fastdreamer.ops.graph import index
+
+        self.builder._bodies.append([])
+        return index(self.name)
+
+    def __exit__(self, *raised: Any) -> None:
+        body = self.builder._bodies.pop()
+        self.builder._bodies[-1].append(Loop(self.name, self.count, body))
+
+
+def _blocks(tile: tiles.Tile, shape: MlpShape) -> dict[str, int]:
+    out = tile.out(max(shape.n_padded, shape.padded[1]))
+    return {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "BO": out}
+
+
+def _step_blocks(tile: tiles.Tile, shape: StepShape) -> dict[str, int]:
+    return {
+        "BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "BG": tile.gates,
+        "BS": tile.out(shape.latent.n_padded),
+    }  # fmt: skip
+
+
+def mlp_inputs(name: str, params: MLPParams) -> dict[str, Tensor]:
+    """A program's inputs for an MLP's parameters; see :meth:`Builder.mlp_slots`."""
+    named = {}
+    for i, (weight, bias) in enumerate(zip(params.weights, params.biases, strict=True)):
+        named[f"{name}.weight{i}"] = weight.detach().contiguous()
+        named[f"{name}.bias{i}"] = bias.detach().contiguous()
+    return named
+
+
+def gru_inputs(params: GRUParams) -> dict[str, Tensor]:
+    return {f"gru.{key}": value.detach().contiguous() for key, value in params._asdict().items()}
+
+
+def autocast_bf16(device: torch.device) -> bool:
+    """Whether the call is under autocast to bfloat16, which the kernels take as their precision."""
+    kind = device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+
+
+def first_order(backward: Callable) -> Callable:
+    """Decorate a node's backward pass, which autograd cannot differentiate again."""
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():  # only where gradients are to have gradients
+            raise RuntimeError("triton gradients have none of their own: choose backend='eager'")
+        return backward(ctx, *grads)
+
+    return checked

@@ -1,0 +1,391 @@
+"""Device functions that the kernels of the recurrent ops share.
+
+A program handles a block of rows through all layers of a step, one layer after the other. Layers
+hand over through global memory (the *tape*: one row of columns per row of the batch), which stays
+in cache; a barrier between them makes a layer's columns visible to all threads of the program.
+Pointers come already moved to the program's first row; ``row`` counts from there.
+
+Weights are packed ``[K][N]`` in the dtype of the products' operands (bfloat16 or float32), K and N
+padded with zeros to multiples of 16 (:mod:`fastdreamer.ops.triton.layout`). So a padded column of
+a layer is act(0) = 0, and everything but the states needs no mask finer than 16 columns.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def tanh(x):
+    """±(1 - 2u / (1 + u)), u = exp(-2|x|): exact near ±1, where slopes 1 - y² cancel."""
+    u = tl.exp(-2.0 * tl.abs(x))
+    y = 1.0 - 2.0 * (u / (1.0 + u))
+    return tl.where(x < 0, -y, y)
+
+
+@triton.jit
+def softplus(x):
+    """max(x, 0) + log1p(exp(-|x|)); the quotient makes up for the rounding of 1 + u (Kahan)."""
+    u = tl.exp(-tl.abs(x))
+    w = 1.0 + u
+    log1p = tl.where(w == 1.0, u, tl.log(w) * (u / tl.where(w == 1.0, 1.0, w - 1.0)))
+    return tl.maximum(x, 0.0) + log1p
+
+
+@triton.jit
+def activate(x, ACT: tl.constexpr):
+    if ACT == "elu":
+        y = tl.where(x > 0, x, tl.exp(tl.minimum(x, 0.0)) - 1.0)
+    elif ACT == "relu":
+        y = tl.where(x > 0, x, 0.0)
+    elif ACT == "silu":
+        y = x * sigmoid(x)
+    else:
+        tl.static_assert(ACT == "tanh", "activation must be elu, relu, silu or tanh")
+        y = tanh(x)
+    return y
+
+
+@triton.jit
+def activation_slope(at, ACT: tl.constexpr):
+    """The derivative by the layer's sum, from its value; SiLU's from the sum itself."""
+    if ACT == "elu":
+        slope = tl.where(at > 0, 1.0, at + 1.0)
+    elif ACT == "relu":
+        slope = tl.where(at > 0, 1.0, 0.0)
+    elif ACT == "silu":
+        s = sigmoid(at)
+        slope = s * (1.0 + at * (1.0 - s))
+    else:
+        slope = 1.0 - at * at
+    return slope
+
+
+@triton.jit
+def std_of(y, scale, slope, offset, least, floor, KIND: tl.constexpr):
+    """max(scale · f(slope · y + offset) + least, floor), all of them at least 0."""
+    x = slope * y + offset
+    if KIND == "softplus":
+        std = softplus(x)
+    elif KIND == "sigmoid":
+        std = sigmoid(x)
+    else:
+        tl.static_assert(KIND == "exp", "std must be softplus, sigmoid or exp")
+        std = tl.exp(x)
+    std = scale * std + least
+    return tl.where(std < floor, floor, std)  # a NaN stays one
+
+
+@triton.jit
+def std_slope(y, scale, slope, offset, least, floor, KIND: tl.constexpr):
+    """Its derivative by y, 0 below the floor."""
+    x = slope * y + offset
+    if KIND == "softplus":
+        d = sigmoid(x)
+    elif KIND == "sigmoid":
+        s = sigmoid(x)
+        d = s * (1.0 - s)
+    else:
+        d = tl.exp(x)
+    std = std_of(y, scale, slope, offset, least, 0.0, KIND)
+    return tl.where(std < floor, 0.0, scale * slope * d)
+
+
+@triton.jit
+def accumulate(
+    acc,  # [BM, BN] float32
+    x,  # [*, XS], the first K columns of it
+    w,  # [K][WS]
+    row,
+    alive,  # rows of x that are read; the others count as zeros
+    column,
+    inside,
+    K: tl.constexpr,
+    XS: tl.constexpr,
+    WS: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """acc + x @ w[:, column]."""
+    k = tl.arange(0, BK)
+    for start in range(0, K, BK):
+        at = start + k
+        xk = tl.load(
+            x + row[:, None] * XS + at[None, :],
+            mask=alive[:, None] & (at < K)[None, :],
+            other=0.0,
+        )
+        wk = tl.load(
+            w + at[:, None] * WS + column[None, :],
+            mask=(at < K)[:, None] & inside[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(xk.to(wk.dtype), wk, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def accumulate_gates(
+    a,
+    b,
+    c,
+    x,
+    w,  # [K][3 · GAP]
+    row,
+    alive,
+    column,
+    inside,
+    K: tl.constexpr,
+    XS: tl.constexpr,
+    GAP: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """The same for the three gates of a GRU, reading x once."""
+    k = tl.arange(0, BK)
+    for start in range(0, K, BK):
+        at = start + k
+        xk = tl.load(
+            x + row[:, None] * XS + at[None, :],
+            mask=alive[:, None] & (at < K)[None, :],
+            other=0.0,
+        )
+        where = w + at[:, None] * (3 * GAP) + column[None, :]
+        mask = (at < K)[:, None] & inside[None, :]
+        wa = tl.load(where, mask=mask, other=0.0)
+        wb = tl.load(where + GAP, mask=mask, other=0.0)
+        wc = tl.load(where + 2 * GAP, mask=mask, other=0.0)
+        xk = xk.to(wa.dtype)
+        a = tl.dot(xk, wa, a, input_precision="ieee")
+        b = tl.dot(xk, wb, b, input_precision="ieee")
+        c = tl.dot(xk, wc, c, input_precision="ieee")
+    return a, b, c
+
+
+@triton.jit
+def accumulate_inputs(
+    acc,
+    x1,
+    x2,
+    w,  # [K1P + K2P][WS]
+    row,
+    alive1,  # rows of x1 and of x2 that are read
+    alive2,
+    column,
+    inside,
+    K1: tl.constexpr,
+    K1P: tl.constexpr,
+    K2: tl.constexpr,  # 0: there is no x2
+    WS: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """acc + [x1, x2] @ w[:, column]; both lie contiguous, K1 and K2 columns each."""
+    acc = accumulate(acc, x1, w, row, alive1, column, inside, K1, K1, WS, BK)
+    if K2 > 0:
+        acc = accumulate(acc, x2, w + K1P * WS, row, alive2, column, inside, K2, K2, WS, BK)
+    return acc
+
+
+@triton.jit
+def bias_block(biases, column, inside, BM: tl.constexpr, BN: tl.constexpr):
+    """The bias as the first value of an accumulator [BM, BN]."""
+    bias = tl.load(biases + column, mask=inside, other=0.0)
+    return tl.zeros([BM, BN], tl.float32) + bias[None, :]
+
+
+@triton.jit
+def hidden_layers(
+    x1,
+    x2,
+    extra,  # [*, W] float32 added to the first layer's sum, or None
+    weights,
+    biases,
+    tape,  # receives LAYERS · W columns; with PRE > 0 the sums, too, PRE columns behind
+    row,
+    real,  # rows of the batch
+    alive1,  # rows of x1 and of x2 that are read
+    alive2,
+    K1: tl.constexpr,
+    K1P: tl.constexpr,
+    K2: tl.constexpr,
+    K2P: tl.constexpr,
+    W: tl.constexpr,
+    LAYERS: tl.constexpr,
+    TAPE: tl.constexpr,
+    PRE: tl.constexpr,
+    ACT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Layers of W columns, each followed by the activation and a barrier."""
+    if LAYERS > 0:
+        for start in range(0, W, BN):
+            column = start + tl.arange(0, BN)
+            inside = column < W
+            mask = real[:, None] & inside[None, :]
+            acc = bias_block(biases, column, inside, BM, BN)
+            if extra is not None:
+                acc += tl.load(extra + row[:, None] * W + column[None, :], mask=mask, other=0.0)
+            acc = accumulate_inputs(
+                acc, x1, x2, weights, row, alive1, alive2, column, inside, K1, K1P, K2, W, BK
+            )
+            store_hidden(tape, row[:, None] * TAPE + column[None, :], acc, mask, PRE, ACT)
+        tl.debug_barrier()
+    # A loop at run time, which keeps the code small whatever the depth. It must never be pipelined:
+    # a layer's loads belong behind the barrier of the layer below.
+    for layer in tl.range(1, LAYERS, num_stages=1):
+        w = weights + (K1P + K2P + (layer - 1) * W) * W
+        below = tape + (layer - 1) * W
+        for start in range(0, W, BN):
+            column = start + tl.arange(0, BN)
+            inside = column < W
+            acc = bias_block(biases + layer * W, column, inside, BM, BN)
+            acc = accumulate(acc, below, w, row, real, column, inside, W, TAPE, W, BK)
+            at = row[:, None] * TAPE + column[None, :]
+            mask = real[:, None] & inside[None, :]
+            store_hidden(below + W, at, acc, mask, PRE, ACT)
+        tl.debug_barrier()
+
+
+@triton.jit
+def store_hidden(tape, at, acc, mask, PRE: tl.constexpr, ACT: tl.constexpr):
+    if PRE > 0:
+        tl.store(tape + at + PRE, acc.to(tape.dtype.element_ty), mask=mask)
+    tl.store(tape + at, activate(acc, ACT).to(tape.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def output_block(
+    x1,
+    x2,
+    extra,  # [*, OUT] float32, or None; only without hidden layers
+    weights,
+    biases,
+    tape,
+    row,
+    real,
+    column,
+    inside,
+    K1: tl.constexpr,
+    K1P: tl.constexpr,
+    K2: tl.constexpr,
+    K2P: tl.constexpr,
+    W: tl.constexpr,
+    LAYERS: tl.constexpr,
+    TAPE: tl.constexpr,
+    OUT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Columns of the last layer, behind ``hidden_layers``; no activation."""
+    acc = bias_block(biases + LAYERS * W, column, inside, BM, BN)
+    if LAYERS == 0:
+        if extra is not None:
+            mask = real[:, None] & inside[None, :]
+            acc += tl.load(extra + row[:, None] * OUT + column[None, :], mask=mask, other=0.0)
+        acc = accumulate_inputs(
+            acc, x1, x2, weights, row, real, real, column, inside, K1, K1P, K2, OUT, BK
+        )
+    else:
+        w = weights + (K1P + K2P + (LAYERS - 1) * W) * W
+        x = tape + (LAYERS - 1) * W
+        acc = accumulate(acc, x, w, row, real, column, inside, W, TAPE, OUT, BK)
+    return acc
+
+
+@triton.jit
+def hidden_backward(
+    weights,  # transposed: layer 0 [W][K1P + K2P], then [W][W], the last [OUT][W]
+    tape,
+    grads,  # LAYERS · W columns of gradients by sums are written, OUT columns behind are read
+    row,
+    real,
+    KP: tl.constexpr,
+    W: tl.constexpr,
+    LAYERS: tl.constexpr,
+    OUT: tl.constexpr,
+    TAPE: tl.constexpr,
+    GRADS: tl.constexpr,
+    PRE: tl.constexpr,
+    ACT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """The hidden layers' gradients, last to first, a barrier behind each."""
+    if LAYERS > 0:
+        above = grads + LAYERS * W
+        w = weights + (KP + (LAYERS - 1) * W) * W
+        at = tape + (LAYERS - 1) * W + PRE
+        hidden_gradient(
+            above, w, at, row, real, OUT, W, TAPE, GRADS, ACT, BM, BN, BK,
+        )  # fmt: skip
+        tl.debug_barrier()
+    for done in tl.range(1, LAYERS, num_stages=1):  # never pipelined, see hidden_layers
+        layer = LAYERS - done  # whose gradient is there
+        above = grads + layer * W
+        w = weights + (KP + (layer - 1) * W) * W
+        at = tape + (layer - 1) * W + PRE
+        hidden_gradient(
+            above, w, at, row, real, W, W, TAPE, GRADS, ACT, BM, BN, BK,
+        )  # fmt: skip
+        tl.debug_barrier()
+
+
+@triton.jit
+def hidden_gradient(
+    above,  # gradients by the sums of the layer above, OUT columns
+    w,  # [OUT][W]
+    value,  # the layer's value, or its sum
+    row,
+    real,
+    OUT: tl.constexpr,
+    W: tl.constexpr,
+    TAPE: tl.constexpr,
+    GRADS: tl.constexpr,
+    ACT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """The gradient by one layer's sums, written W columns before ``above``."""
+    for start in range(0, W, BN):
+        column = start + tl.arange(0, BN)
+        inside = column < W
+        mask = real[:, None] & inside[None, :]
+        acc = tl.zeros([BM, BN], tl.float32)
+        acc = accumulate(acc, above, w, row, real, column, inside, OUT, GRADS, W, BK)
+        y = tl.load(value + row[:, None] * TAPE + column[None, :], mask=mask, other=0.0)
+        acc *= activation_slope(y.to(tl.float32), ACT)
+        at = row[:, None] * GRADS + column[None, :]
+        tl.store(above - W + at, acc.to(above.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def input_gradient(
+    weights,
+    grads,
+    row,
+    real,
+    column,  # of the packed input, K1P + K2P
+    inside,
+    KP: tl.constexpr,
+    W: tl.constexpr,
+    LAYERS: tl.constexpr,
+    OUT: tl.constexpr,
+    GRADS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Columns of the gradient by the first layer's input, behind ``hidden_backward``."""
+    acc = tl.zeros([BM, BN], tl.float32)
+    if LAYERS == 0:
+        acc = accumulate(acc, grads, weights, row, real, column, inside, OUT, GRADS, KP, BK)
+    else:
+        acc = accumulate(acc, grads, weights, row, real, column, inside, W, GRADS, KP, BK)
+    return acc

@@ -1,0 +1,270 @@
+"""Triton body of :mod:`fastdreamer.ops.observe`: one program forward, one backward.
+
+The loop is the posterior's step alone. The embeddings' part of the posterior's first layer comes
+before it and the priors behind it, both for all T·B rows at once; backward likewise.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdreamer.ops.graph import Program, run
+from fastdreamer.ops.params import Normal, RSSMParams, State
+from fastdreamer.ops.triton import tiles
+from fastdreamer.ops.triton.build import Builder, Precision, autocast_bf16, first_order
+from fastdreamer.ops.triton.imagine import chosen, named
+from fastdreamer.ops.triton.layout import (
+    MlpShape,
+    StepShape,
+    embed_shape,
+    prior_shape,
+    step_shape,
+)
+
+OUTPUTS = ("deter", "stoch", "post.mean", "post.std", "prior.mean", "prior.std")
+
+
+class _Spec(NamedTuple):
+    """All that the programs depend on."""
+
+    T: int
+    B: int
+    precision: Precision
+    step: StepShape
+    prior: MlpShape
+    embed: MlpShape
+    wide: bool  # whether the embedding is float32, bfloat16 otherwise
+    save: bool
+
+    @property
+    def embed_dtype(self) -> torch.dtype:
+        return torch.float32 if self.wide else torch.bfloat16
+
+
+class _Wants(NamedTuple):
+    """What the backward pass computes gradients of, beside the start and the actions."""
+
+    dynamics: bool  # input layer, GRU, posterior
+    prior: bool
+    embed: bool
+
+
+@functools.lru_cache(maxsize=64)
+def forward_program(spec: _Spec) -> Program:
+    T, B, step, prior = spec.T, spec.B, spec.step, spec.prior
+    A, D, S, E = step.A, step.D, step.S, spec.embed.pieces[0]
+    b = Builder("observe", spec.precision)
+    start = b.slot("start.deter", (B, D)), b.slot("start.stoch", (B, S))
+    embed = b.slot("embed", (T, B, E), dtype=spec.embed_dtype)
+    action, noise = b.slot("action", (T, B, A)), b.slot("noise", (T, B, S))
+    is_first = b.slot("is_first", (T, B), dtype=torch.bool)
+    deter, stoch = (
+        b.slot("deter", (T + 1, B, D), "output"),
+        b.slot("stoch", (T + 1, B, S), "output"),
+    )
+    moments = {name: b.slot(name, (T, B, S), "output") for name in OUTPUTS[2:]}
+    keep = "output" if spec.save else "scratch"
+    stride = B if spec.save else 0
+    tape = b.operands("tape", (T * B if spec.save else B, step.tape), keep)
+    prior_tape = b.operands("prior.tape", (T * B, prior.tape), keep)
+
+    columns = spec.embed.total
+    extra = b.slot("extra", (T * B, columns), "scratch")
+    b.mlp_forward(
+        spec.embed, b.pack_embed(spec.embed), (embed.at(0), None), extra.at(0), tape.at(0), T * B,
+        save=False, columns=columns,
+    )  # fmt: skip
+    dynamics = b.pack_step("step", step, "post")
+    b.copy(start[0], deter, B, D)
+    b.copy(start[1], stoch, B, S)
+    with b.loop("t", T) as t:
+        b.step_forward(
+            step,
+            dynamics,
+            {
+                "deter": deter.at(t * B * D), "stoch": stoch.at(t * B * S),
+                "action": action.at(t * B * A), "noise": noise.at(t * B * S),
+                "first": is_first.at(t * B), "extra": extra.at(t * B * columns),
+                "new_deter": deter.at((t + 1) * B * D), "new_stoch": stoch.at((t + 1) * B * S),
+                "mean": moments["post.mean"].at(t * B * S),
+                "std": moments["post.std"].at(t * B * S),
+                "tape": tape.at(t * stride * step.tape),
+            },
+            B,
+            save=spec.save,
+        )  # fmt: skip
+    b.mlp_forward(
+        prior, b.pack_mlp("prior", prior), (deter.at(B * D), None),
+        moments["prior.mean"].at(0), prior_tape.at(0), T * B,
+        save=spec.save, head="normal", std=moments["prior.std"].at(0), normal=step.std,
+    )  # fmt: skip
+    return b.program()
+
+
+@functools.lru_cache(maxsize=64)
+def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Program:
+    """``given`` names the outputs that a gradient reaches: inputs ``d_out.`` and the name."""
+    T, B, step, prior = spec.T, spec.B, spec.step, spec.prior
+    A, D, S, E = step.A, step.D, step.S, spec.embed.pieces[0]
+    rows = T * B
+    b = Builder("observe backward", spec.precision)
+    deter, stoch = b.slot("deter", (T + 1, B, D)), b.slot("stoch", (T + 1, B, S))
+    noise = b.slot("noise", (T, B, S))
+    is_first = b.slot("is_first", (T, B), dtype=torch.bool)
+    tape = b.operands("tape", (rows, step.tape))
+    grads = b.operands("grads", (rows, step.grads), "scratch")
+
+    def reaching(name: str, size: int = S) -> Any:
+        return b.slot(f"d_out.{name}", (T, B, size)) if name in given else None
+
+    d_deter = b.slot("d_deter", (T + 1, B, D), "output")
+    d_stoch = b.slot("d_stoch", (T + 1, B, S), "output")
+    d_action = b.slot("d_action", (T, B, A), "output")
+    for target, name, size in ((d_deter, "deter", D), (d_stoch, "stoch", S)):
+        b.copy(None, target, B, size)
+        b.copy(reaching(name, size), target.at(B * size), rows, size)
+    b.copy(None, d_action, rows, A)
+
+    if "prior.mean" in given:
+        prior_tape = b.operands("prior.tape", (rows, prior.tape))
+        prior_grads = b.operands("prior.grads", (rows, prior.grads), "scratch")
+        b.mlp_backward(
+            prior, b.pack_mlp("prior", prior, transposed=True),
+            reaching("prior.mean").at(0), prior_tape.at(0), prior_grads.at(0), rows,
+            d_x=(d_deter.at(B * D), None), head="normal", d_std=reaching("prior.std").at(0),
+            normal=step.std,
+        )  # fmt: skip
+        if wants.prior:
+            b.mlp_gradients(
+                "prior", prior, [(deter.at(B * D), D, None)], prior_tape.at(0), prior.tape,
+                prior_grads.at(0), prior.grads, rows,
+            )  # fmt: skip
+
+    dynamics = b.pack_step("step", step, "post", transposed=True)
+    d_mean, d_std = reaching("post.mean"), reaching("post.std")
+    with b.loop("t", T) as i:
+        t = T - 1 - i
+        b.step_backward(
+            step,
+            dynamics,
+            {
+                "deter": deter.at(t * B * D), "noise": noise.at(t * B * S),
+                "first": is_first.at(t * B),
+                "tape": tape.at(t * B * step.tape), "grads": grads.at(t * B * step.grads),
+                "d_new_deter": d_deter.at((t + 1) * B * D),
+                "d_new_stoch": d_stoch.at((t + 1) * B * S),
+                "d_mean": d_mean and d_mean.at(t * B * S),
+                "d_std": d_std and d_std.at(t * B * S),
+                "d_deter": d_deter.at(t * B * D), "d_stoch": d_stoch.at(t * B * S),
+                "d_action": d_action.at(t * B * A),
+            },
+            B,
+        )  # fmt: skip
+    if wants.dynamics:
+        embed = b.slot("embed", (T, B, E), dtype=spec.embed_dtype)
+        b.step_gradients(
+            step, "post", deter.at(0), stoch.at(0), b.slot("action", (T, B, A)).at(0),
+            deter.at(B * D), tape.at(0), grads.at(0), rows, first=is_first.at(0),
+            more=(embed.at(0), E, E, spec.embed.begins[0], None),
+        )  # fmt: skip
+    if wants.embed:
+        d_embed = b.slot("d_embed", (T, B, E), "output")
+        b.copy(None, d_embed, rows, E)
+        b.mlp_backward(
+            spec.embed, b.pack_embed(spec.embed, transposed=True), None, tape.at(0),
+            grads.at(step.latents), rows, d_x=(d_embed.at(0), None), grads_width=step.grads,
+            head="ready",
+        )  # fmt: skip
+    return b.program()
+
+
+def observe(
+    params: RSSMParams,
+    start: State,
+    embed: Tensor,
+    action: Tensor,
+    is_first: Tensor,
+    noise: Tensor,
+    resets: tuple[bool, bool, bool],
+) -> tuple[State, Normal, Normal]:
+    """See ``fastdreamer.ops.observe``: posterior states, posterior and prior."""
+    device = noise.device
+    given = {
+        "start.deter": start.deter, "start.stoch": start.stoch, "embed": embed,
+        "action": action, "is_first": is_first, "noise": noise,
+    }  # fmt: skip
+    groups = {
+        "inp": named("inp", params.inp),
+        "gru": {f"gru.{key}": value for key, value in params.gru._asdict().items()},
+        "post": named("post", params.post),
+        "prior": named("prior", params.prior),
+    }
+    parameters = {name: t for group in groups.values() for name, t in group.items()}
+    save = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (*given.values(), *parameters.values())
+    )
+    spec = _Spec(
+        *noise.shape[:2],
+        Precision(autocast_bf16(device), tiles.capability(device)),
+        step_shape(params, posterior=True, resets=resets),
+        prior_shape(params),
+        embed_shape(params),
+        embed.dtype == torch.float32,
+        save,
+    )
+    tensors = {**given, **parameters}
+    outputs = _Observe.apply(spec, list(tensors), list(given), *tensors.values())
+    deter, stoch, *rest = outputs
+    return State(deter, stoch), Normal(*rest[:2]), Normal(*rest[2:])
+
+
+class _Observe(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, spec, names, given, *tensors):
+        inputs = {n: t.detach().contiguous() for n, t in zip(names, tensors, strict=True)}
+        found = run(forward_program(spec), inputs)
+        ctx.set_materialize_grads(False)
+        ctx.spec, ctx.names = spec, names
+        ctx.needs = dict(zip(names, ctx.needs_input_grad[3:], strict=True))
+        ctx.kept = [*names, *found]
+        if spec.save:
+            # saved, so that autograd refuses if they are changed
+            ctx.save_for_backward(*tensors, *found.values())
+        shown = {**found, "deter": found["deter"][1:], "stoch": found["stoch"][1:]}
+        return tuple(shown[name] for name in OUTPUTS)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, *grads):
+        spec, needs = ctx.spec, ctx.needs
+        reached = {
+            name: grad.contiguous()
+            for name, grad in zip(OUTPUTS, grads, strict=True)
+            if grad is not None
+        }
+        for one in list(reached):
+            if "." in one:  # mean and std go together
+                part, name = one.split(".")
+                other = f"{part}.{'std' if name == 'mean' else 'mean'}"
+                reached.setdefault(other, torch.zeros_like(reached[one]))
+        if not reached:
+            return (None,) * (3 + len(ctx.names))
+
+        def any_of(*groups: str) -> bool:
+            return any(need and name.startswith(groups) for name, need in needs.items())
+
+        wants = _Wants(any_of("inp.", "gru.", "post."), any_of("prior."), needs["embed"])
+        program = backward_program(spec, wants, frozenset(reached))
+        tensors = dict(zip(ctx.kept, ctx.saved_tensors, strict=True))
+        tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
+        tensors |= {f"d_out.{name}": grad for name, grad in reached.items()}
+        found = run(program, chosen(program, tensors))
+        found = {name.removeprefix("d_"): grad for name, grad in found.items()}
+        found["start.deter"], found["start.stoch"] = found.pop("deter")[0], found.pop("stoch")[0]
+        if "embed" in found:
+            found["embed"] = found["embed"].to(spec.embed_dtype)
+        return (None,) * 3 + tuple(found.get(n) if needs[n] else None for n in ctx.names)

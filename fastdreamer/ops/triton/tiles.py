@@ -1,0 +1,102 @@
+"""Block sizes of the kernels, by what they run on and for how many rows."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """Of a kernel over rows; of the weights' gradients ``rows`` is the depth of the sum."""
+
+    rows: int
+    columns: int
+    depth: int  # of the products
+    gates: int  # columns of a block of the GRU's gates, which has four accumulators
+    warps: int
+    stages: int
+
+    def out(self, padded: int) -> int:
+        """Columns of a block of outputs: the power of two that holds them, at most ``columns``."""
+        size = 16
+        while size < min(padded, self.columns):
+            size *= 2
+        return size
+
+
+Kind = Literal["step", "step_backward", "mlp", "mlp_backward", "gradient"]
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability without the dot; that of an A100 where the interpreter runs on a CPU."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+class Entry(NamedTuple):
+    """From which compute capability and number of rows on a tile is taken."""
+
+    kinds: tuple[str, ...]
+    bf16: bool
+    arch: int
+    rows: int
+    tile: Tile
+    reason: str
+
+
+_STEPS, _MLPS, _GRADIENT = ("step", "step_backward"), ("mlp", "mlp_backward"), ("gradient",)
+
+TABLE = (
+    Entry(
+        _STEPS, True, 80, 1, Tile(16, 64, 64, 64, 8, 3),
+        "one step waits for the other, and a program streams all weights from the L2 cache in the "
+        "same time whatever rows it has: the fewest that a matrix instruction takes",
+    ),
+    Entry(
+        _STEPS, True, 80, 2049, Tile(32, 64, 64, 64, 8, 3),
+        "16 rows would be more programs than multiprocessors (about 130), each of which reads all "
+        "weights again",
+    ),
+    Entry(
+        _MLPS, True, 80, 1, Tile(16, 64, 64, 64, 8, 3),
+        "the actor inside a rollout, as the step; else few rows in all",
+    ),
+    Entry(
+        _MLPS, True, 80, 2049, Tile(32, 64, 64, 64, 8, 3),
+        "all steps at once, nothing waits: weights are read half as often as with 16 rows",
+    ),
+    Entry(
+        _MLPS, True, 90, 2049, Tile(64, 64, 64, 64, 8, 3),
+        "as many rows as the wide matrix instructions take",
+    ),
+    Entry(
+        _MLPS, True, 100, 2049, Tile(32, 64, 64, 64, 8, 3),
+        "sm_100 has wide ones too, but there and on sm_120 64 rows spill",
+    ),
+    Entry(
+        _GRADIENT, True, 80, 1, Tile(64, 64, 64, 64, 4, 3),
+        "square blocks of the weight, 64 rows at a time",
+    ),
+    Entry(
+        _STEPS + _MLPS, False, 80, 1, Tile(16, 32, 32, 32, 4, 2),
+        "ieee products use no matrix instruction: larger blocks of operands spill",
+    ),
+    Entry(_GRADIENT, False, 80, 1, Tile(32, 64, 64, 64, 4, 2), "the same"),
+)  # fmt: skip
+"""Compiled for sm_80, 90, 100 and 120, none spills or takes more than 99 KB of shared memory, what
+the least of them has; ``python -m tests.triton_resources`` shows it. No time was measured."""
+
+
+def choose(kind: Kind, rows: int, *, bf16: bool, arch: int) -> Tile:
+    """Return the tile of a kernel: the last entry that fits."""
+    fitting = [
+        entry.tile
+        for entry in TABLE
+        if kind in entry.kinds and entry.bf16 == bf16 and arch >= entry.arch and rows >= entry.rows
+    ]
+    if not fitting:
+        raise ValueError(f"triton kernels need a GPU of compute capability 8.0 or more, got {arch}")
+    return fitting[-1]

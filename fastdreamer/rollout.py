@@ -1,0 +1,392 @@
+"""The fast rollout in other people's Dreamer code: their modules, our loops.
+
+:meth:`Rollout.from_modules` reads the layers of a world model written with ``torch.nn`` and runs
+its recurrent loops with :mod:`fastdreamer.ops`. Parameters are used in place and read anew at every
+call, so that optimisers, ``state_dict``, ``load_state_dict`` and ``.to()`` go on working and
+gradients arrive in ``.grad`` of the caller's own parameters. :func:`fastdreamer.adapters.adapt`
+does the reading for known peers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastdreamer.nn.layers import MisfitError, Net, read_gru, read_net
+from fastdreamer.ops.cem import Plan, cem
+from fastdreamer.ops.imagine import Imagination, imagine
+from fastdreamer.ops.observe import RESETS, Observation, observe
+from fastdreamer.ops.open_loop import open_loop
+from fastdreamer.ops.params import (
+    STDS,
+    ActorParams,
+    Normal,
+    ReturnParams,
+    RSSMParams,
+    State,
+    StdTransform,
+    latent_dist,
+    mlp,
+)
+from fastdreamer.ops.rssm_step import rssm_step
+from fastdreamer.verify import Verification, verify
+
+__all__ = ["MisfitError", "Rollout", "StdTransform"]
+
+Layers = nn.Module | Sequence[nn.Module]
+
+
+class _Options(NamedTuple):
+    std: StdTransform
+    action_std: StdTransform
+    mean_scale: float
+    gamma: float
+    lam: float
+    action_first: bool
+    embed_first: bool
+    stoch_first: bool
+    through_feat: bool
+
+
+class Rollout:
+    """Recurrent loops over somebody's world model. Make one with :meth:`from_modules`.
+
+    Not a module: it owns no parameter, and belongs in no ``state_dict``. With ``batch_first`` all
+    sequences are [B, T, ...]: outputs are transposed views, inputs are copied once where they are
+    not time-major in memory. Time-major, nothing is copied.
+    """
+
+    def __init__(self, nets: dict[str, Any], options: _Options, **call: Any) -> None:
+        self.nets, self.options = nets, options
+        self.batch_first: bool = call["batch_first"]
+        self.reset: str = call["reset"]
+        self.backend: str | None = call["backend"]
+        self.dims = self._check()
+
+    @classmethod
+    def from_modules(
+        cls,
+        *,
+        inp: Layers,
+        gru: nn.GRUCell | nn.GRU,
+        prior: Layers,
+        post: Layers | None = None,
+        actor: Layers | None = None,
+        reward: Layers | None = None,
+        critic: Layers | None = None,
+        target: Layers | None = None,
+        discount: Layers | None = None,
+        activation: str | None = None,
+        std: StdTransform = StdTransform(min=0.1),  # noqa: B008 immutable
+        action_std: StdTransform = StdTransform(offset=5.0, min=1e-4),  # noqa: B008
+        mean_scale: float = 5.0,
+        gamma: float = 0.99,
+        lam: float = 0.95,
+        action_first: bool = False,
+        embed_first: bool = False,
+        stoch_first: bool = False,
+        through_feat: bool = False,
+        batch_first: bool = False,
+        reset: str = "all",
+        backend: str | None = None,
+    ) -> Rollout:
+        """Read a world model's layers.
+
+        Args:
+            inp: [stoch, action] -> the GRU's input, its activation last: ``nn.Sequential``, an
+                ``nn.Linear``, or a list of these.
+            gru: ``nn.GRUCell`` or a one-layer ``nn.GRU``.
+            prior: deter -> 2S raw outputs [mean, y].
+            post: [deter, embed] -> 2S; ``observe`` needs it.
+            actor: [deter, stoch] -> 2A; ``imagine`` needs it.
+            reward, critic, target, discount: [deter, stoch] -> 1; for rewards, values and
+                λ-returns of ``imagine`` and the scores of ``plan``. ``discount`` gives a logit.
+            activation: elu, relu, silu or tanh between the layers of lists without activation
+                modules, and behind the last of such an ``inp``.
+            std: of prior and posterior, see :class:`StdTransform`.
+            action_std, mean_scale: of the policy a = tanh(c·tanh(x/c) + std(y)·ε); an infinite
+                scale c leaves the mean x as it is.
+            gamma, lam: γ and λ.
+            action_first, embed_first, stoch_first: inputs are [action, stoch], [embed, deter],
+                and for actor and heads [stoch, deter].
+            through_feat: whether imagined gradients pass through the features that the actor sees;
+                by default they are detached, as in the original Dreamer.
+            batch_first: [B, T, ...] instead of [T, B, ...].
+            reset: what ``is_first`` zeroes, see :func:`fastdreamer.ops.observe.observe`.
+            backend: see :mod:`fastdreamer.ops.backend`.
+
+        Raises:
+            MisfitError: a module does not fit; names it, why, and what would.
+        """
+        given = {
+            "inp": inp, "prior": prior, "post": post, "actor": actor, "reward": reward,
+            "critic": critic, "target": target, "discount": discount,
+        }  # fmt: skip
+        nets: dict[str, Any] = {"gru": read_gru("gru", gru)}
+        for name, module in given.items():
+            if module is not None:
+                nets[name] = read_net(name, module, activation, act_last=name == "inp")
+        for name, transform in {"std": std, "action_std": action_std}.items():
+            if transform.kind not in STDS:
+                kinds = ", ".join(STDS)
+                raise MisfitError(f"{name}: kind must be one of {kinds}, got {transform.kind!r}")
+        if not mean_scale > 0:
+            raise MisfitError(f"mean_scale must be positive (inf: no bound), got {mean_scale}")
+        if reset not in RESETS:
+            raise MisfitError(f"reset must be one of {', '.join(RESETS)}, got {reset!r}")
+        flags = (action_first, embed_first, stoch_first, through_feat)
+        options = _Options(std, action_std, mean_scale, gamma, lam, *flags)
+        return cls(nets, options, batch_first=batch_first, reset=reset, backend=backend)
+
+    # ---------------------------------------------------------------- parameters
+
+    @property
+    def rssm(self) -> RSSMParams:
+        """The dynamics as the ops take them; tensors in place."""
+        nets, o = self.nets, self.options
+        post = nets["post"].params() if "post" in nets else None
+        parts = nets["inp"].params(), nets["gru"].params(), nets["prior"].params(), post
+        return RSSMParams(*parts, o.std, o.action_first, o.embed_first)
+
+    @property
+    def policy(self) -> ActorParams:
+        """The actor likewise."""
+        net, o = self._need("actor", "imagine"), self.options
+        return ActorParams(net.params(), o.mean_scale, o.action_std, o.stoch_first, o.through_feat)
+
+    @property
+    def heads(self) -> ReturnParams:
+        """Reward, critic, target and discount likewise."""
+        reward, o = self._need("reward", "returns and plans"), self.options
+        critic, target, discount = (
+            self.nets[name].params() if name in self.nets else None
+            for name in ("critic", "target", "discount")
+        )
+        return ReturnParams(
+            reward.params(), critic, target, o.gamma, o.lam, discount, o.stoch_first
+        )
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Every parameter that the loops use, each once."""
+        seen = {id(p): p for net in self.nets.values() for m in net.modules for p in m.parameters()}
+        return list(seen.values())
+
+    # ---------------------------------------------------------------- loops
+
+    def initial(self, batch: int) -> State:
+        """The state before an episode: zeros, deter [B, D] and stoch [B, S]."""
+        like = self.nets["gru"].params().weight_hh
+        return State(*(like.new_zeros(batch, self.dims[n]) for n in "DS"))
+
+    def step(
+        self,
+        state: State | tuple[Tensor, Tensor],
+        action: Tensor,
+        noise: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[State, Normal]:
+        """One step without an observation: the next State and its prior; see ``ops.rssm_step``."""
+        noise = self._noise(noise, (len(action), self.dims["S"]), generator, lead=1)
+        return rssm_step(self.rssm, State(*state), action, noise, backend=self.backend)
+
+    def open_loop(
+        self,
+        start: State | tuple[Tensor, Tensor],
+        action: Tensor,
+        noise: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> State:
+        """States 1..H under given actions [H, B, A]; see ``ops.open_loop``."""
+        action = self._inward(action)
+        noise = self._noise(noise, (*action.shape[:2], self.dims["S"]), generator)
+        return self._outward(
+            open_loop(self.rssm, State(*start), action, noise, backend=self.backend)
+        )
+
+    def observe(
+        self,
+        embed: Tensor,
+        action: Tensor,
+        is_first: Tensor | None = None,
+        start: State | tuple[Tensor, Tensor] | None = None,
+        noise: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Observation:
+        """Filter a sequence: embed [T, B, E], action [T, B, A] that led to each, is_first [T, B].
+
+        Without ``is_first`` nothing is reset, without ``start`` the sequence starts from zeros;
+        see ``ops.observe``.
+        """
+        self._need("post", "observe")
+        embed, action = self._inward(embed), self._inward(action)
+        lead = action.shape[:2]
+        if is_first is None:
+            is_first = torch.zeros(lead, dtype=torch.bool, device=action.device)
+        else:
+            is_first = self._inward(is_first)
+        start = self.initial(lead[1]) if start is None else State(*start)
+        noise = self._noise(noise, (*lead, self.dims["S"]), generator)
+        given = (start, embed, action, is_first, noise)
+        seen = observe(self.rssm, *given, reset=self.reset, backend=self.backend)
+        return Observation(*map(self._outward, seen))
+
+    def imagine(
+        self,
+        start: State | tuple[Tensor, Tensor],
+        horizon: int | None = None,
+        *,
+        state_noise: Tensor | None = None,
+        action_noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        returns: bool | None = None,
+    ) -> Imagination:
+        """H decisions of the actor from start states [B, ...]; see ``ops.imagine``.
+
+        Args:
+            start: deter [B, D] and stoch [B, S].
+            horizon: H; may be left out where noise is given.
+            state_noise, action_noise: [H, B, S] and [H, B, A] standard normal, drawn if not given.
+            generator: where from.
+            returns: whether to add rewards, values and λ-returns; by default if the Rollout has
+                a reward head and a critic.
+        """
+        start = State(*start)
+        noises = [n for n in (state_noise, action_noise) if n is not None]
+        if horizon is None:
+            if not noises:
+                raise ValueError("imagine: horizon or noise must be given")
+            horizon = noises[0].shape[1 if self.batch_first else 0]
+        lead = (horizon, len(start.deter))
+        state_noise = self._noise(state_noise, (*lead, self.dims["S"]), generator)
+        action_noise = self._noise(action_noise, (*lead, self.dims["A"]), generator)
+        if returns is None:
+            returns = "reward" in self.nets and "critic" in self.nets
+        heads = self.heads if returns else None
+        given = (self.rssm, self.policy, start, state_noise, action_noise)
+        return self._outward(imagine(*given, returns=heads, backend=self.backend))
+
+    @torch.no_grad()
+    def plan(
+        self,
+        start: State | tuple[Tensor, Tensor],
+        horizon: int,
+        *,
+        num_samples: int = 1000,
+        num_elites: int = 100,
+        iterations: int = 10,
+        init_std: float = 1.0,
+        min_std: float = 0.0,
+        score: str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Plan:
+        """Plan with the cross-entropy method; ``mean[0]`` is the action (see ``ops.cem``).
+
+        ``score`` is ``"reward"`` or, by default where there is a critic, ``"lambda_return"``.
+        """
+        start = State(*start)
+        batch, A = len(start.deter), self.dims["A"]
+        mean = start.deter.new_zeros(horizon, batch, A)
+        lead = (iterations, horizon, batch, num_samples)
+        noise = [self._noise(None, (*lead, n), generator, lead=0) for n in (A, self.dims["S"])]
+        bootstraps = "critic" in self.nets or "target" in self.nets
+        found = cem(
+            *(self.rssm, self.heads, start, mean, torch.full_like(mean, init_std), *noise),
+            num_elites=num_elites,
+            min_std=min_std,
+            score=score or ("lambda_return" if bootstraps else "reward"),
+            backend=self.backend,
+        )
+        return found._replace(mean=self._outward(found.mean), std=self._outward(found.std))
+
+    def prior(self, deter: Tensor) -> Normal:
+        """The prior of deterministic states, [..., D]."""
+        params = self.rssm
+        return latent_dist(mlp(params.prior, deter), params.std, deter.dtype)
+
+    def verify(
+        self, batch: Mapping[str, Tensor] | None = None, *, seed: int = 0, repeats: int = 5
+    ) -> Verification:
+        """Compare with a loop over the caller's own modules, values and gradients; and its speed.
+
+        The loop calls the modules themselves, in float32 and (copies of them) in float64.
+
+        Args:
+            batch: ``embed``, ``action`` and ``is_first`` as ``observe`` takes them; what is
+                missing is drawn, 20 steps of 8 rows.
+            seed: of everything drawn.
+            repeats: of each timing.
+
+        Returns:
+            A Verification: ``print`` it; ``.ok`` says whether every error is in the order of the
+            loop's own.
+        """
+        return verify(self, batch, seed, repeats)
+
+    # ---------------------------------------------------------------- inside
+
+    def _check(self) -> dict[str, int]:
+        """Sizes by letter; refuses what does not fit together."""
+        nets, gru = self.nets, self.nets["gru"]
+        D, hidden = gru.deter, gru.inputs
+        out = nets["prior"].out
+        if out % 2:
+            raise MisfitError(
+                f"prior: has {out} outputs, but mean and std of a Gaussian latent are an even "
+                "number; categorical latents have no fast loop"
+            )
+        S = out // 2
+        dims = {"D": D, "S": S, "A": nets["inp"].inputs - S}
+        if dims["A"] < 1:
+            raise MisfitError(
+                f"inp: takes {nets['inp'].inputs} inputs, too few for a state of {S} (half of the "
+                "prior's outputs) and an action; are the latents categorical?"
+            )
+        if "post" in nets:
+            dims["E"] = nets["post"].inputs - D
+        feat, wanted = D + S, {"inp": (None, hidden), "prior": (D, 2 * S)}
+        wanted |= {"post": (None, 2 * S), "actor": (feat, 2 * dims["A"])}
+        wanted |= dict.fromkeys(("reward", "critic", "target", "discount"), (feat, 1))
+        for name, (inputs, outputs) in wanted.items():
+            net = nets.get(name)
+            if net is None:
+                continue
+            got = net.inputs, net.out
+            want = (got[0] if inputs is None else inputs, outputs)
+            if got != want or (name == "post" and dims["E"] < 1):
+                raise MisfitError(
+                    f"{name}: must map {want[0]} to {want[1]} (D={D}, S={S}, A={dims['A']}), "
+                    f"got {got[0]} to {got[1]}"
+                )
+        return dims
+
+    def _need(self, name: str, what: str) -> Net:
+        if name not in self.nets:
+            raise MisfitError(f"{what} needs {name}, and this Rollout was made without")
+        return self.nets[name]
+
+    def _noise(
+        self,
+        given: Tensor | None,
+        shape: tuple[int, ...],
+        generator: torch.Generator | None,
+        lead: int = 2,
+    ) -> Tensor:
+        if given is not None:
+            return self._inward(given) if lead == 2 else given
+        like = self.nets["gru"].params().weight_hh
+        return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+
+    def _inward(self, x: Tensor) -> Tensor:
+        """[B, T, ...] to time-major, contiguous."""
+        return x.transpose(0, 1).contiguous() if self.batch_first else x
+
+    def _outward(self, x: Any) -> Any:
+        if not self.batch_first or x is None:
+            return x
+        return x.transpose(0, 1) if isinstance(x, Tensor) else type(x)(*map(self._outward, x))

@@ -1,0 +1,253 @@
+"""A Rollout against the loop that its modules' own ``forward`` makes: errors and speed."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdreamer.ops.params import Normal, State, std_of
+
+_TOLERANCE = 32  # eps, beside twice the loop's own error: sums in another order
+
+
+class Line(NamedTuple):
+    """One output or gradient: relative errors against float64, and whether that is well."""
+
+    name: str
+    fast: float
+    loop: float
+    ok: bool
+
+
+class Verification(NamedTuple):
+    """What :meth:`Rollout.verify` found; prints as a table."""
+
+    lines: list[Line]
+    seconds: dict[str, tuple[float, float]]  # forward + backward of the fast and the own loop
+
+    @property
+    def ok(self) -> bool:
+        """Whether every error is in the order of the own loop's."""
+        return all(line.ok for line in self.lines)
+
+    def __str__(self) -> str:
+        width = max(len(line.name) for line in self.lines)
+        rows = [f"{'':{width}}  {'fast':>9}  {'own loop':>9}   (relative errors against float64)"]
+        for line in self.lines:
+            mark = "" if line.ok else "   <- does not agree"
+            rows.append(f"{line.name:{width}}  {line.fast:9.1e}  {line.loop:9.1e}{mark}")
+        for name, (fast, loop) in self.seconds.items():
+            rows.append(
+                f"{name}, forward and backward: {fast * 1e3:.2f} ms, own loop {loop * 1e3:.2f} ms: "
+                f"{loop / fast:.2f}x"
+            )
+        rows.append("agrees" if self.ok else "DOES NOT AGREE")
+        return "\n".join(rows)
+
+
+def verify(
+    rollout: Any, batch: Mapping[str, Tensor] | None, seed: int, repeats: int
+) -> Verification:
+    """See :meth:`fastdreamer.rollout.Rollout.verify`."""
+    time_major = copy.copy(rollout)
+    time_major.batch_first = False
+    wide = copy.deepcopy(rollout)
+    for net in wide.nets.values():
+        for module in {id(m): m for m in (*net.modules, getattr(net, "given", None))}.values():
+            if isinstance(module, torch.nn.Module):
+                module.double()
+    given = _inputs(rollout, dict(batch or {}), seed)
+    cases: dict[str, tuple[Callable, Callable]] = {}
+    if "post" in rollout.nets:
+        cases["observe"] = _observe_fast, _observe_loop
+    else:
+        cases["open_loop"] = _open_loop_fast, _open_loop_loop
+    if "actor" in rollout.nets:
+        cases["imagine"] = _imagine_fast, _imagine_loop
+    lines, seconds = [], {}
+    double = {
+        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in given.items()
+    }
+    for name, (fast, loop) in cases.items():
+        truth = _results(loop, wide, double)
+        got, own = _results(fast, time_major, given), _results(loop, time_major, given)
+        eps = torch.finfo(given["noise"].dtype).eps
+        for key, exact in truth.items():
+            norm = max(float(exact.norm()), 1e-30)
+            errors = [float((r[key].double() - exact).norm()) / norm for r in (got, own)]
+            ok = errors[0] <= 2 * errors[1] + _TOLERANCE * eps
+            lines.append(Line(f"{name}: {key}", *errors, ok))
+        seconds[name] = _race(
+            lambda fast=fast: _results(fast, time_major, given),
+            lambda loop=loop: _results(loop, time_major, given),
+            repeats,
+        )
+    return Verification(lines, seconds)
+
+
+def _inputs(rollout: Any, batch: dict[str, Tensor], seed: int) -> dict[str, Any]:
+    """The batch, time-major, and what it lacks, drawn."""
+    like, dims = rollout.nets["gru"].params().weight_hh, rollout.dims
+    generator = torch.Generator().manual_seed(seed)
+    unknown = set(batch) - {"embed", "action", "is_first"}
+    if unknown:
+        raise ValueError(f"verify: batch has {', '.join(sorted(unknown))}; embed, action and "
+                         "is_first are read")  # fmt: skip
+    given = {name: rollout._inward(x) for name, x in batch.items()}
+    T, B = given["action"].shape[:2] if "action" in given else (20, 8)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(like)
+
+    given.setdefault("action", randn(T, B, dims["A"]).tanh())
+    if "E" in dims:
+        given.setdefault("embed", randn(T, B, dims["E"]))
+    if "is_first" not in given:
+        first = torch.rand(T, B, generator=generator) < 0.1
+        given["is_first"] = first.to(like.device)
+    given |= {"noise": randn(T, B, dims["S"]), "deter": randn(B, dims["D"]).tanh()}
+    given |= {"stoch": randn(B, dims["S"])}
+    given |= {"state_noise": randn(15, B, dims["S"]), "action_noise": randn(15, B, dims["A"])}
+    return given
+
+
+def _results(run: Callable, rollout: Any, given: dict[str, Any]) -> dict[str, Tensor]:
+    """Outputs, and gradients of all parameters for a fixed weighting of the outputs."""
+    outputs = run(rollout, given)
+    generator = torch.Generator().manual_seed(1)
+    loss, weights = 0, {}
+    for name, out in outputs.items():
+        weights[name] = torch.randn(out.shape, generator=generator).to(out)
+        loss = loss + (weights[name] * out).sum()
+    tensors = {
+        f"{name}.{i}.{label}": p
+        for name, net in rollout.nets.items()
+        for i, module in enumerate(net.modules)
+        for label, p in module.named_parameters()
+        if p.requires_grad
+    }
+    grads = [None] * len(tensors)
+    if tensors and loss.requires_grad:
+        grads = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
+    result = {name: out.detach() for name, out in outputs.items()}
+    for name, p, grad in zip(tensors, tensors.values(), grads, strict=True):
+        result[f"gradient of {name}"] = torch.zeros_like(p) if grad is None else grad
+    return result
+
+
+# ---------------------------------------------------------------- the two sides
+
+
+def _observe_fast(r: Any, x: dict[str, Any]) -> dict[str, Tensor]:
+    start = State(x["deter"], x["stoch"])
+    seen = r.observe(x["embed"], x["action"], x["is_first"], start, x["noise"])
+    return _named(seen.state, seen.post, seen.prior)
+
+
+def _open_loop_fast(r: Any, x: dict[str, Any]) -> dict[str, Tensor]:
+    return r.open_loop(State(x["deter"], x["stoch"]), x["action"], x["noise"])._asdict()
+
+
+def _imagine_fast(r: Any, x: dict[str, Any]) -> dict[str, Tensor]:
+    start = State(x["deter"], x["stoch"])
+    dream = r.imagine(start, state_noise=x["state_noise"], action_noise=x["action_noise"])
+    return {name: out for name, out in dream._asdict().items() if out is not None}
+
+
+def _observe_loop(r: Any, x: dict[str, Any]) -> dict[str, Tensor]:
+    from fastdreamer.ops.observe import RESETS
+
+    deter, stoch = x["deter"], x["stoch"]
+    keep = (~x["is_first"]).unsqueeze(-1).to(deter)
+    states, posts, priors = [], [], []
+    for t in range(len(x["action"])):
+        zeroed = zip((deter, stoch, x["action"][t]), RESETS[r.reset], strict=True)
+        deter, stoch, action = (part * keep[t] if zero else part for part, zero in zeroed)
+        deter = _next(r, deter, stoch, action)
+        priors.append(_dist(r, r.nets["prior"](deter)))
+        seen = (x["embed"][t], deter) if r.options.embed_first else (deter, x["embed"][t])
+        posts.append(_dist(r, r.nets["post"](torch.cat(seen, -1))))
+        stoch = posts[-1].sample(x["noise"][t])
+        states.append(State(deter, stoch))
+    stacked = (map(torch.stack, zip(*parts, strict=True)) for parts in (states, posts, priors))
+    state, post, prior = stacked
+    return _named(State(*state), Normal(*post), Normal(*prior))
+
+
+def _open_loop_loop(r: Any, x: dict[str, Any]) -> dict[str, Tensor]:
+    deter, stoch, states = x["deter"], x["stoch"], []
+    for action, noise in zip(x["action"], x["noise"], strict=True):
+        deter = _next(r, deter, stoch, action)
+        stoch = _dist(r, r.nets["prior"](deter)).sample(noise)
+        states.append(State(deter, stoch))
+    return State(*map(torch.stack, zip(*states, strict=True)))._asdict()
+
+
+def _imagine_loop(r: Any, x: dict[str, Any]) -> dict[str, Tensor]:
+    o, state, steps = r.options, State(x["deter"], x["stoch"]), []
+    for state_noise, action_noise in zip(x["state_noise"], x["action_noise"], strict=True):
+        feat = state.concat(o.stoch_first)
+        mean, y = r.nets["actor"](feat if o.through_feat else feat.detach()).chunk(2, -1)
+        if o.mean_scale != float("inf"):
+            mean = o.mean_scale * torch.tanh(mean / o.mean_scale)
+        action = torch.tanh(mean + std_of(o.action_std, y) * action_noise)
+        deter = _next(r, *state, action)
+        state = State(deter, _dist(r, r.nets["prior"](deter)).sample(state_noise))
+        steps.append((*state, action))
+    deter, stoch, action = map(torch.stack, zip(*steps, strict=True))
+    outputs = {"deter": deter, "stoch": stoch, "action": action}
+    if "reward" not in r.nets or "critic" not in r.nets:
+        return outputs
+    feat = State(deter, stoch).concat(o.stoch_first)
+    first = State(x["deter"], x["stoch"]).concat(o.stoch_first)
+    outputs["reward"] = reward = r.nets["reward"](feat)[..., 0]
+    critic = r.nets["critic"]
+    outputs["value"] = critic(torch.cat([first[None], feat[:-1]]).detach())[..., 0]
+    bootstrap = r.nets.get("target", critic)
+    frozen = [p for m in bootstrap.modules for p in m.parameters() if p.requires_grad]
+    for p in frozen:  # its parameters get no gradient from the returns
+        p.requires_grad_(False)
+    following = bootstrap(feat)[..., 0]
+    for p in frozen:
+        p.requires_grad_(True)
+    discount = torch.full_like(reward, o.gamma)
+    if "discount" in r.nets:
+        discount = o.gamma * torch.sigmoid(r.nets["discount"](feat)[..., 0])
+    total, returns = following[-1], []
+    for t in reversed(range(len(reward))):
+        total = reward[t] + discount[t] * ((1 - o.lam) * following[t] + o.lam * total)
+        returns.append(total)
+    outputs["returns"] = torch.stack(returns[::-1])
+    return outputs | ({"discount": discount} if "discount" in r.nets else {})
+
+
+def _next(r: Any, deter: Tensor, stoch: Tensor, action: Tensor) -> Tensor:
+    parts = (action, stoch) if r.options.action_first else (stoch, action)
+    return r.nets["gru"](r.nets["inp"](torch.cat(parts, -1), act_last=True), deter)
+
+
+def _dist(r: Any, raw: Tensor) -> Normal:
+    mean, y = raw.chunk(2, -1)
+    return Normal(mean, std_of(r.options.std, y))
+
+
+def _named(state: State, post: Normal, prior: Normal) -> dict[str, Tensor]:
+    names = ("deter", "stoch", "posterior mean", "posterior std", "prior mean", "prior std")
+    return dict(zip(names, (*state, *post, *prior), strict=True))
+
+
+def _race(fast: Callable, loop: Callable, repeats: int) -> tuple[float, float]:
+    times: dict[Callable, list[float]] = {fast: [], loop: []}
+    for _ in range(repeats):
+        for run, seconds in times.items():
+            begin = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - begin)
+    return statistics.median(times[fast]), statistics.median(times[loop])

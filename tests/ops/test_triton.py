@@ -1,0 +1,264 @@
+"""The recurrent ops as Triton kernels, under Triton's interpreter, against eager float64.
+
+The interpreter is chosen by the environment before triton is imported, so every check runs in a
+process of its own. The interpreter is slow: the default run takes small models that have a
+remainder in every block, ``python tests/ops/test_triton.py all`` every case of the native tests
+that takes less than minutes.
+"""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastdreamer import testing
+from fastdreamer.ops.backend import last_backend
+from fastdreamer.ops.cem import cem, top
+from fastdreamer.ops.imagine import imagine
+from fastdreamer.ops.observe import observe
+from fastdreamer.ops.open_loop import open_loop
+from fastdreamer.ops.rssm_step import rssm_step
+from fastdreamer.testing import Sizes, assert_accurate, evaluate
+
+OPS = {
+    "rssm_step": rssm_step,
+    "open_loop": open_loop,
+    "imagine": imagine,
+    "observe": observe,
+    "cem": cem,
+}
+nan, inf = math.nan, math.inf
+
+# sizes, H or T, B, layers of inp and of prior and posterior; one block of 16 columns and its
+# remainder, several blocks, more than one block of rows
+SMALL = Sizes(3, 21, 5, 7, 17, 19, 1, 2, 2, "elu")
+CASES = {
+    "blocks": (Sizes(2, 35, 17, 33, 40, 35, 1, 0, 1, "elu"), 2, 3, (1, 2)),
+    "rows": (Sizes(1, 7, 1, 1, 5, 5, 0, 1, 1, "tanh"), 2, 17, (2, 1)),
+    "silu": (Sizes(3, 16, 5, 9, 17, 18, 2, 1, 0, "silu"), 1, 4, (2, 3)),
+    "relu": (Sizes(6, 21, 30, 4, 33, 20, 1, 2, 1, "relu"), 2, 1, (1, 2)),
+}
+ONLY_FP32 = ("relu",)  # in bfloat16 a unit near its kink may switch, as in the native tests
+
+
+def check(op: str, inputs: dict, *, bf16: bool = False, **options) -> None:
+    run, fp32 = OPS[op], {"dtype": torch.float32, "autocast": bf16, **options}
+    got = evaluate(run, inputs, backend="triton", **fp32)
+    eager = evaluate(run, inputs, backend="eager", **fp32)
+    truth = evaluate(run, inputs, backend="eager", dtype=torch.float64, **options)
+    assert_accurate(op, got, eager, truth, bf16=bf16)
+
+
+def make_inputs(op: str, *case) -> dict:
+    from test_native import make_inputs  # layers of any number
+
+    return make_inputs(op, *case)
+
+
+def check_case(op: str, name: str, *precisions: bool) -> None:
+    for bf16 in precisions:
+        check(op, make_inputs(op, *CASES[name]), bf16=bf16)
+
+
+# --- what a process of its own runs -------------------------------------------------------------
+
+
+def check_rssm_step() -> None:
+    check_case("rssm_step", "blocks", False)
+    check_case("rssm_step", "silu", True)
+    inputs = make_inputs("rssm_step", SMALL, 1, 2)
+    check("rssm_step", inputs, using=("out[1].std",))
+    check("rssm_step", inputs, wrt=())
+    check("rssm_step", inputs, wrt=("action",))
+
+
+def check_open_loop() -> None:
+    check_case("open_loop", "rows", False)
+    check_case("open_loop", "silu", True)
+
+
+def check_imagine() -> None:
+    check_case("imagine", "blocks", False)
+    check_case("imagine", "silu", True)
+    check_case("imagine", "relu", False)
+
+
+def check_imagine_gradients() -> None:
+    """Of some inputs by some outputs: exactly those that native gives."""
+    inputs = make_inputs("imagine", SMALL, 2, 2)
+    check("imagine", inputs, wrt=())
+    check("imagine", inputs, wrt=("actor",), using=("out.returns",))
+    check("imagine", inputs, wrt=("returns.critic", "start"), using=("out.value", "out.action"))
+    inputs["returns"] = inputs["returns"]._replace(target=None)
+    check("imagine", inputs, wrt=("returns.reward",), using=("out.reward", "out.returns"))
+    del inputs["returns"]
+    check("imagine", inputs, wrt=("params.gru",), using=("out.deter",))
+
+
+def check_observe() -> None:
+    check_case("observe", "blocks", True)
+    check_case("observe", "rows", False)
+    check_case("observe", "silu", False)
+
+
+def check_observe_gradients() -> None:
+    inputs = make_inputs("observe", SMALL, 3, 3)
+    inputs["is_first"][0, 1] = inputs["is_first"][2, 2] = True
+    check("observe", inputs, using=("out.prior.std",), wrt=("embed", "params.prior"))
+    check("observe", inputs, using=("out.state.stoch",), wrt=("start", "action", "params.post"))
+    check("observe", inputs, wrt=())
+    wide = {**inputs, "embed": inputs["embed"].bfloat16().float()}
+    outs, grads = [], []
+    for given in (wide["embed"], wide["embed"].bfloat16()):
+        given = given.clone().requires_grad_()
+        seen = observe(**wide | {"embed": given}, backend="triton")
+        seen.state.stoch.square().sum().backward()
+        outs.append(seen.post.mean)
+        grads.append(given.grad)
+    assert torch.equal(*outs) and grads[1].dtype == torch.bfloat16
+    assert torch.equal(grads[0].bfloat16(), grads[1])
+
+
+def check_cem() -> None:
+    inputs = testing.cem_inputs(SMALL, 3, 2, 9, 2)
+    check("cem", inputs, wrt=())
+    check("cem", inputs | {"score": "reward", "num_elites": 9}, wrt=())
+    check("cem", testing.cem_inputs(SMALL, 1, 1, 17, 2), wrt=(), bf16=True)
+    inputs = testing.cem_inputs(SMALL, 2, 2, 1, 2)
+    inputs["returns"] = inputs["returns"]._replace(target=None)
+    check("cem", inputs, wrt=())
+    given = {k: v for k, v in inputs.items() if k not in ("action_noise", "state_noise")}
+    none = cem(
+        **given, action_noise=inputs["action_noise"][:0], state_noise=inputs["state_noise"][:0],
+        backend="triton",
+    )  # fmt: skip
+    assert torch.equal(none.mean, given["mean"]) and none.scores.shape == (0, 2, 1)
+
+
+def check_variants() -> None:
+    """Column orders, std transforms, plain means, discount heads, resets by part, gradients
+    through what the actor sees."""
+    from test_variants import discount_head, make
+
+    orders = {"action_first": True, "embed_first": True, "stoch_first": True}
+    for transform in ("exp", "floor"):  # softplus is everywhere, sigmoid below
+        check("rssm_step", make("rssm_step", B=2, transform=transform, **orders))
+    for reset in ("state", "stoch", "deter"):
+        check("observe", make("observe", 3, 3, reset=reset, **orders))
+    flags = {"discount": discount_head(), "through_feat": True}
+    check("imagine", make("imagine", 2, 3, mean_scale=inf, transform="sigmoid", **flags))
+    check("imagine", make("imagine", 2, 3, **flags, **orders), bf16=True)
+    check("imagine", make("imagine", 2, 3, **flags), wrt=("start",), using=("out.discount",))
+    check("cem", make("cem", 2, 5, discount=flags["discount"], **orders), wrt=())
+
+
+def check_refit() -> None:
+    """Ties go to the lower index, -0 is 0, NaN comes last and is never an elite."""
+    import triton
+
+    from fastdreamer.ops.triton.cem import refit_kernel, sample_kernel
+
+    rows = [
+        [1.0, 2.0, 2.0, 2.0, -1.0, 0.5, 2.0],
+        [0.0, -0.0, 0.0, -0.0, -1.0, -0.0, 0.0],
+        [nan, -inf, 3.0, nan, inf, -inf, nan],
+        [nan, nan, 1.0, nan, nan, nan, -nan],
+        [nan] * 7,
+        [-inf] * 7,
+        [inf, -3.5, -1e-45, 1e-45, 3e38, -3e38, inf],
+    ]
+    scores = torch.tensor(rows)
+    B, N = scores.shape
+    H, A = 3, 2
+    action = torch.randn(H, B, N, A, generator=torch.Generator().manual_seed(0))
+    for K in range(1, N + 1):
+        mean, std = torch.full((H, B, A), -9.0), torch.full((H, B, A), -9.0)
+        refit_kernel[(B,)](
+            scores, action, mean, std, B, 0.05,
+            H=H, A=A, N=N, K=K, NP=16, KP=max(2, triton.next_power_of_2(K)), BLOCK=16,
+        )  # fmt: skip
+        best = top(scores, K)
+        elites = action.take_along_dim(best[None, :, :, None], 2).double()
+        failed = scores.take_along_dim(best, 1).isnan()
+        elites = elites.masked_fill(failed[None, :, :, None], nan)
+        want = elites.nanmean(2)
+        spread = (elites - want.unsqueeze(2)).square().nanmean(2).sqrt().clamp(min=0.05)
+        close = {"rtol": 1e-6, "atol": 1e-6, "equal_nan": True}
+        torch.testing.assert_close(mean.double(), want, **close)
+        torch.testing.assert_close(std.double(), spread, **close)
+
+    mean = torch.tensor([0.5, nan, 5.0, -5.0]).view(2, 1, 2)
+    noise = torch.randn(2, 1, 3, 2, generator=torch.Generator().manual_seed(1))
+    got = torch.full_like(noise, -9.0)
+    sample_kernel[(1,)](mean, mean.abs() / 9, noise, got, 12, 0.9, A=2, N=3, BLOCK=16)
+    want = (mean.unsqueeze(2) + mean.abs().unsqueeze(2) / 9 * noise).clamp(-0.9, 0.9)
+    torch.testing.assert_close(got, want, equal_nan=True)
+
+
+def check_misuse() -> None:
+    """What was saved for a backward pass may not be changed, and gradients have none."""
+    inputs = make_inputs("open_loop", SMALL, 2, 2)
+    action = inputs["action"].requires_grad_()
+    states = open_loop(**inputs, backend="triton")
+    states.deter.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="triton gradients have none of their own"):
+        torch.autograd.grad(states.deter.sum(), action, create_graph=True)
+    with torch.no_grad():
+        inputs["params"].gru.weight_hh.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        states.deter.sum().backward()
+
+
+QUICK = {
+    name.removeprefix("check_"): function
+    for name, function in list(globals().items())
+    if name.startswith("check_") and name != "check_case"
+}
+
+
+def check_all() -> None:
+    """Every case of these and of the native tests that the interpreter gets through."""
+    from test_native import CASES as NATIVE
+    from test_native import precisions
+
+    for function in QUICK.values():
+        function()
+    for op in ("rssm_step", "open_loop", "imagine", "observe"):
+        for name in CASES:
+            check_case(op, name, *[False] * 1, *[True] * (name not in ONLY_FP32))
+        for name, case in NATIVE.items():
+            if max(case[0].D, case[0].units) <= 200 and case[2] < 60:
+                for bf16 in precisions(name):
+                    check(op, make_inputs(op, *case), bf16=bf16)
+                print(op, name, flush=True)
+
+
+def run_self(name: str) -> str:
+    done = subprocess.run(
+        [sys.executable, __file__, name],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.split()[-1]
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_under_the_interpreter(name):
+    assert run_self(name) == "triton"
+
+
+if __name__ == "__main__":
+    from interpreter import correct_bfloat16
+
+    correct_bfloat16()
+    os.environ.setdefault("FASTDREAMER_BACKEND", "triton")
+    (check_all if sys.argv[1] == "all" else QUICK[sys.argv[1]])()
+    ops = [op for op in OPS if last_backend(op)]
+    assert ops or sys.argv[1] == "refit"
+    print("triton")

@@ -1,0 +1,57 @@
+"""The examples run as they stand, and the shell checks them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastdreamer.cli import main
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_rollout():
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "rollout.py"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    *losses, _ = [line for line in done.stdout.splitlines() if line.startswith("loss")] + [""]
+    assert len(losses) == 3
+    assert done.stdout.splitlines()[-1] == "agrees"
+
+
+def test_bench_from_the_shell(monkeypatch, capsys):
+    monkeypatch.chdir(EXAMPLES)
+    assert main(["bench", "--module", "rollout:make", "--repeats", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "imagine: gradient of actor.0.weight" in out and out.strip().endswith("agrees")
+    assert str(EXAMPLES) not in sys.path
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["rollout"], "must be PACKAGE.MODULE:FUNCTION, got 'rollout'"),
+        (["no.such:make"], "no.such:make: No module named 'no'"),
+        (["rollout:nothing"], "has no attribute 'nothing'"),
+        (["rollout:WorldModel"], "WorldModel is no peer known here"),
+        (["rollout:make", "--repeats", "0"], "--repeats must be at least 1"),
+    ],
+)
+def test_bench_refuses(monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(EXAMPLES)
+    assert main(["bench", "--module", *argv]) in (1, 2)
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_bench_says_what_disagrees(monkeypatch, capsys, tmp_path):
+    (tmp_path / "wrong_model.py").write_text(
+        "import sys\nsys.path.insert(0, r'" + str(EXAMPLES) + "')\nimport rollout, torch.nn as nn\n"
+        "def make():\n    made = rollout.make()\n"
+        "    made.nets['prior'].given = nn.Sequential(nn.Linear(200, 60))\n    return made\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert main(["bench", "--module", "wrong_model:make", "--repeats", "1"]) == 1
+    assert "does not agree" in capsys.readouterr().out

@@ -1,0 +1,243 @@
+"""What the shipped Triton kernels use on GPUs that need not be there.
+
+Compiles every kernel of every program of the recurrent ops at Walker's sizes, for each precision,
+tile and architecture, and checks: no stack, no local memory (LDL, STL), at most 99 KB of shared
+memory, matrix instructions in every kernel with products in bfloat16, and barriers where layers
+hand over through global memory. The whole matrix, two processes at a time, takes minutes::
+
+    python -m tests.triton_resources            # or: --arch 90 --precision bf16 --rows 50
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+from fastdreamer.ops.graph import Program, Spec
+from fastdreamer.ops.triton import cem, imagine, observe
+from fastdreamer.ops.triton.aot import source
+from fastdreamer.ops.triton.build import Action, Precision
+from fastdreamer.ops.triton.layout import (
+    embed_shape,
+    feat_shape,
+    make_std,
+    prior_shape,
+    step_shape,
+)
+from fastdreamer.testing import REPORT, Sizes, make_params
+
+ARCHS = (80, 90, 100, 120)
+ROWS = (50, 2500)  # around the tiles' switch
+SHARED = 99 * 1024  # what the least of the four architectures lends a block
+MATRIX = re.compile(r"\b(HMMA|HGMMA|UTCHMMA)\b")
+PRODUCTS = ("rssm_step", "mlp", "gradient_kernel")  # of modules or functions: they multiply
+BLOCKS = ("BM", "BN", "BK", "BG", "BS", "BO", "BI", "BR", "BLOCK", "BLOCK_K", "BLOCK_N")
+
+
+class Usage(NamedTuple):
+    """Of one kernel on one architecture."""
+
+    kernel: str
+    arch: int
+    registers: int
+    stack: int
+    local: int
+    spills: int  # instructions that load from or store to local memory
+    shared: int
+    matrix: tuple[str, ...]  # kinds of matrix instructions
+    order: str  # of stores (any number is one S) and barriers (B) in its TTGIR
+    seconds: float  # of compiling
+
+
+def programs(sizes: Sizes, rows: int, precision: Precision) -> Iterator[Program]:
+    """Every program of the ops, forward and backward."""
+    params, actor, returns = make_params(sizes)
+    step, D, S = step_shape(params), sizes.D, sizes.S
+    shapes = [feat_shape(head, D, S) for head in returns[:3]]
+    heads = imagine._Heads(*shapes, None, returns.gamma, returns.lam)
+    policy = Action(actor.mean_scale, make_std(actor.std))
+    rollout = imagine._Spec(
+        "imagine", 2, rows, precision, step, feat_shape(actor.mlp, D, S, groups=2), policy, False,
+        heads, False, True, True,
+    )  # fmt: skip
+    yield imagine.forward_program(rollout)
+    yield imagine.forward_program(rollout._replace(through=False, critic=False))
+    wants = imagine._Wants(True, True, True, True)
+    given = frozenset({"deter", "stoch", "action", "reward", "returns"})
+    yield imagine.backward_program(rollout, wants, given)
+    yield imagine.critic_program(rollout)
+    other = rollout._replace(through_feat=True, heads=heads._replace(discount=shapes[0]))
+    yield imagine.forward_program(other)
+    yield imagine.backward_program(other, wants, given)
+    one = rollout._replace(op="rssm_step", H=1, actor=None, policy=None, heads=None, prior=True)
+    yield imagine.forward_program(one)
+    yield imagine.backward_program(one, wants._replace(actor=False), frozenset({"mean", "std"}))
+    filtered = observe._Spec(
+        2, rows, precision, step_shape(params, posterior=True), prior_shape(params),
+        embed_shape(params), True, True,
+    )  # fmt: skip
+    yield observe.forward_program(filtered)
+    yield observe.forward_program(filtered._replace(save=False))
+    yield observe.backward_program(
+        filtered, observe._Wants(True, True, True), frozenset(observe.OUTPUTS)
+    )
+    elites = max(1, rows // 10)
+    plan = cem._Spec(
+        (2, 3, 1, rows), precision, step, *shapes[:2], None,
+        gamma=returns.gamma, lam=returns.lam, num_elites=elites, min_std=0.1, clip=1.0, proposals=0,
+    )  # fmt: skip
+    yield cem.program(plan)
+    yield cem.program(plan._replace(value=None, proposals=2))
+    yield cem.program(plan._replace(discount=shapes[0]))
+
+
+def kernels(sizes: Sizes, rows: int, precision: Precision) -> list[Spec]:
+    """What there is to compile: of kernels that differ in the model's sizes alone, the largest."""
+    found: dict[Any, tuple[int, Spec]] = {}
+    for program in programs(sizes, rows, precision):
+        for launch, indices in program.launches():
+            spec = launch.spec(dict.fromkeys(indices, 1))
+            size = sum(v for _, v in spec.constants if type(v) is int)
+            key = (
+                spec.fn,
+                tuple((k, v) for k, v in spec.constants if type(v) is not int or k in BLOCKS),
+                spec.options,
+                spec.types,
+            )
+            if key not in found or found[key][0] < size:
+                found[key] = size, spec
+    return [spec for _, spec in found.values()]
+
+
+def label(spec: Spec) -> str:
+    """A name that tells the kernels apart."""
+    constants = dict(spec.constants)
+    module = spec.fn.fn.__module__.rpartition(".")[2]
+    words = [f"{module}.{spec.fn.fn.__name__}"]
+    words += [str(v) for k, v in constants.items() if k in ("HEAD", "SAVE") and v]
+    words += ["with " + "/".join(names)] if (names := _optional(spec)) else []
+    words += ["x".join(str(constants[k]) for k in BLOCKS if k in constants)]
+    words += ["bf16" if any(t == "*bf16" for _, t in spec.types) else "fp32"]
+    return " ".join(words)
+
+
+def _optional(spec: Spec) -> list[str]:
+    return [n for n, _ in spec.types if n in ("first", "extra", "d_mean", "d_x1", "proposals")]
+
+
+def compile_for(spec: Spec, arch: int) -> Usage:
+    """Compile a kernel and return what it uses."""
+    began = time.perf_counter()
+    made = triton.compile(
+        source(spec), target=GPUTarget("cuda", arch, 32), options=dict(spec.options)
+    )
+    seconds = time.perf_counter() - began
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(made.asm["cubin"])
+
+        def tool(command: Any, option: str) -> str:
+            done = subprocess.run(
+                [command.path, option, cubin], capture_output=True, text=True, check=True
+            )
+            return done.stdout
+
+        report = tool(triton.knobs.nvidia.cuobjdump, "-res-usage")
+        code = tool(triton.knobs.nvidia.nvdisasm, "-c")
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    events = re.findall(r"\b(tt\.store|barrier)\b", made.asm["ttgir"])
+    order = "".join("S" if event == "tt.store" else "B" for event in events)
+    return Usage(
+        label(spec), arch, used["REG"], used["STACK"], used["LOCAL"],
+        len(re.findall(r"\b(?:LDL|STL)\b", code)), made.metadata.shared,
+        tuple(sorted(set(MATRIX.findall(code)))), re.sub("S+", "S", order), seconds,
+    )  # fmt: skip
+
+
+def faults(spec: Spec, usage: Usage) -> list[str]:
+    """What is wrong with a kernel, nothing if all is well."""
+    wrong = []
+    if usage.stack or usage.local or usage.spills:
+        wrong.append(
+            f"{usage.stack} bytes of stack, {usage.local} of local memory, {usage.spills} spills"
+        )
+    if usage.shared > SHARED:
+        wrong.append(f"{usage.shared} bytes of shared memory")
+    bf16 = any(t == "*bf16" for _, t in spec.types)
+    multiplies = any(name in usage.kernel for name in PRODUCTS)
+    if bf16 and multiplies and not usage.matrix:
+        wrong.append("no matrix instructions")
+    if (want := "S" + "BS" * barriers(spec)) != usage.order:
+        wrong.append(f"stores and barriers in the order {usage.order}, not {want}")
+    return wrong
+
+
+def barriers(spec: Spec) -> int:
+    """How many places inside a kernel hand over through global memory.
+
+    Hidden layers are the first one and a loop over the others.
+    """
+    c = dict(spec.constants)
+    module = spec.fn.fn.__module__.rpartition(".")[2]
+    backward = spec.fn.fn.__name__ == "backward_kernel"
+    if module == "rssm_step":
+        # forward: input layers, gates, latent layers; backward: outputs, latent layers, gates,
+        # what the recurrent weights and the last input layer share, the other input layers
+        return min(c["IL"] - backward, 2) + min(c["LL"], 2) + (3 if backward else 1)
+    if module == "mlp":
+        return min(c["LAYERS"], 2) + (1 if backward and c["HEAD"] != "ready" else 0)
+    return 0
+
+
+def check(task: tuple[Sizes, int, bool, int, int]) -> tuple[Usage, list[str]]:
+    sizes, rows, bf16, arch, number = task
+    spec = kernels(sizes, rows, Precision(bf16, arch))[number]
+    usage = compile_for(spec, arch)
+    return usage, faults(spec, usage)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="*", default=ARCHS)
+    parser.add_argument("--precision", nargs="*", default=("bf16", "fp32"))
+    parser.add_argument("--rows", type=int, nargs="*", default=ROWS)
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    tasks, seen = [], set()
+    for arch in options.arch:
+        for precision in options.precision:
+            for rows in options.rows:
+                bf16 = precision == "bf16"
+                for i, spec in enumerate(kernels(REPORT, rows, Precision(bf16, arch))):
+                    if (name := (label(spec), arch)) not in seen:
+                        seen.add(name)
+                        tasks.append((REPORT, rows, bf16, arch, i))
+    began, failed = time.perf_counter(), 0
+    print(f"{'kernel':64} sm  regs stack local shared barriers compile  matrix")
+    with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
+        for used, wrong in pool.map(check, tasks):
+            failed += bool(wrong)
+            print(
+                f"{used.kernel:64} {used.arch:<3} {used.registers:4} {used.stack:5} "
+                f"{used.local:5} {used.shared:6} {used.order.count('B'):8} {used.seconds:6.1f}s  "
+                f"{' '.join(used.matrix)}{'  FAULT: ' if wrong else ''}{'; '.join(wrong)}",
+                flush=True,
+            )
+    print(f"{len(tasks)} kernels, {failed} at fault, {time.perf_counter() - began:.0f} s")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
