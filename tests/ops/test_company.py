@@ -211,8 +211,9 @@ def test_outputs_and_gradients_outlive_the_tape():
     inputs, leaves = case()
     dream = imagine(**inputs, backend="native")
     grads = torch.autograd.grad(dream.returns.sum() + dream.value.sum(), leaves)
-    copies = [t.detach().clone() for t in (*dream, *grads)]
-    kept = [t.detach() for t in (*dream, *grads)]
+    kept = [t for t in (*dream, *grads) if t is not None]
+    copies = [t.detach().clone() for t in kept]
+    kept = [t.detach() for t in kept]
     del dream, grads
     for seed in range(1, 5):
         gradients(*case(seed))  # reuses the tape's memory

@@ -244,10 +244,11 @@ class Forward:
         inp, gru = pack_mlp(params.inp, act_last=True, **pack), pack_gru(params.gru, **pack)
         prior = pack_mlp(params.prior, **pack)
         heads = [pack_mlp(head, **pack) for head in returns[:3]]
+        heads.append(heads[0])  # as a discount head: any of that shape
         self.imagine = {
             "op": "imagine",
-            "rssm": (inp, gru, prior, 0.1),
-            "actor": (pack_mlp(actor.mlp, **pack), 5.0, 5.0, 1e-4),
+            "rssm": (inp, gru, prior, tuple(params.std)),
+            "actor": (pack_mlp(actor.mlp, **pack), 5.0, tuple(actor.std), False),
             "heads": (*heads, 0.99, 0.95),
             "start_deter": zeros(B, D),
             "start_stoch": zeros(B, S),
@@ -255,9 +256,9 @@ class Forward:
             "action_noise": zeros(H, B, A),
             "action": zeros(H, B, A),
             "outputs": tuple(
-                zeros(*s) for s in [(H, B, D), *[(H, B, S)] * 3, *[(H, B)] * 4]
+                zeros(*s) for s in [(H, B, D), *[(H, B, S)] * 3, *[(H, B)] * 5]
             ),
-            "wants": (True, True, True, True, True),
+            "wants": (True, True, True, True, True, True),
             "threads": 1,
         }  # fmt: skip
         post = params.post
@@ -271,6 +272,7 @@ class Forward:
             "embed": zeros(H, B, E),
             "action": zeros(H, B, A),
             "is_first": np.zeros((H, B), np.bool_),
+            "resets": (True, True, True),
             "noise": zeros(H, B, S),
             "outputs": tuple(zeros(H, B, n) for n in (D, S, S, S, S, S)),
             "keep": True,
@@ -387,7 +389,7 @@ def test_backward_refuses_what_was_not_announced():
 
     good = {
         "grads": tuple(
-            zeros(*s) for s in [(H, B, D), (H, B, S), (H, B, A), *[(H, B, S)] * 2, *[(H, B)] * 2]
+            zeros(*s) for s in [(H, B, D), (H, B, S), (H, B, A), *[(H, B, S)] * 2, *[(H, B)] * 3]
         ),
         "inputs": (zeros(B, D), zeros(B, S), None),
         "actor": layers(actor.mlp),
@@ -395,6 +397,7 @@ def test_backward_refuses_what_was_not_announced():
         "gru": [zeros(*t.shape) for t in params.gru],
         "prior": layers(params.prior),
         "reward": layers(returns.reward),
+        "discount": layers(returns.reward),
         "threads": 1,
     }  # fmt: skip
     tape = Forward().call("imagine")
@@ -403,8 +406,8 @@ def test_backward_refuses_what_was_not_announced():
         _native.imagine_backward(tape, *{**good, **replaced}.values())
 
     backward()
-    backward(grads=(None,) * 7, inputs=(None, None, None))
-    for name in ("actor", "inp", "gru", "prior", "reward"):
+    backward(grads=(None,) * 8, inputs=(None, None, None))
+    for name in ("actor", "inp", "gru", "prior", "reward", "discount"):
         with pytest.raises(ValueError, match="not announced"):
             backward(**{name: None})
         with pytest.raises((ValueError, IndexError)):
@@ -413,7 +416,7 @@ def test_backward_refuses_what_was_not_announced():
             backward(**{name: good[name][::-1]} if len(good[name]) > 1 else {name: []})
     with pytest.raises(ValueError, match="threads"):
         backward(threads=0)
-    for i in range(7):
+    for i in range(8):
         grads = list(good["grads"])
         grads[i] = grads[i][..., :-1].copy()
         with pytest.raises(ValueError, match="grad of"):
@@ -427,10 +430,10 @@ def test_backward_refuses_what_was_not_announced():
         _native.critic_backward(tape, zeros(H, B), critic[:-1], 1)
     with pytest.raises(ValueError):
         _native.critic_backward(tape, zeros(H, B + 1), critic, 1)
-    forward_only = Forward().call("imagine", wants=(False, False, False, False, True))
+    forward_only = Forward().call("imagine", wants=(False, False, False, False, True, False))
     with pytest.raises(ValueError, match="no backward sweep"):
         backward(forward_only)
-    without_critic = Forward().call("imagine", wants=(True, True, True, True, False))
+    without_critic = Forward().call("imagine", wants=(True, True, True, True, False, True))
     with pytest.raises(ValueError, match="no critic"):
         _native.critic_backward(without_critic, zeros(H, B), critic, 1)
     no_returns = Forward()
