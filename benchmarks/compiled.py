@@ -171,8 +171,5 @@ def _prior(params: RSSMParams, deter: Tensor, dtype: torch.dtype) -> Normal:
 
 
 def cem(*args: Any, **kwargs: Any) -> cem_module.Plan:
-    with (
-        mock.patch.object(cem_module, "open_loop", open_loop),
-        mock.patch.object(cem_module, "evaluate", compiled(cem_module.evaluate)),
-    ):
-        return cem_module.OP.eager(*args, **kwargs)
+    with mock.patch.object(cem_module, "evaluate", compiled(cem_module.evaluate)):
+        return cem_module.OP.eager(*args, **{"proposals": None} | kwargs, roll=open_loop)
