@@ -88,9 +88,17 @@ TABLE = (
         "multiprocessor: left to itself, the assembler takes fewer and spills on sm_100 and sm_120",
     ),
     Entry(
-        _STEPS + _MLPS, False, 80, 1, Tile(16, 32, 32, 32, 4, 2, _ALL),
-        "ieee products use no matrix instruction: larger blocks of operands spill, as do these "
-        "where the assembler saves registers or may take no more than 128",
+        ("step",), False, 80, 1, Tile(16, 32, 16, 32, 4, 2),
+        "ieee products use no matrix instruction: larger blocks of operands spill; with three "
+        "gates those 32 deep do on sm_90 and sm_100, with a bound on registers or without",
+    ),
+    Entry(
+        ("step_backward",), False, 80, 1, Tile(16, 32, 32, 32, 4, 2),
+        "one accumulator: operands may be 32 deep",
+    ),
+    Entry(
+        _MLPS, False, 80, 1, Tile(16, 32, 32, 32, 4, 2, _ALL),
+        "the same; these spill where the assembler saves registers or may take no more than 128",
     ),
     Entry(_GRADIENT, False, 80, 1, Tile(32, 64, 64, 64, 4, 2, _ALL), "the same"),
 )  # fmt: skip
