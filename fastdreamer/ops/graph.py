@@ -149,7 +149,7 @@ class Kernel:
     Args:
         fn: what ``triton.jit`` returned.
         constants: its ``tl.constexpr`` arguments, and None for pointers that it does not use.
-        num_warps, num_stages: as in Triton.
+        num_warps, num_stages, maxnreg: as in Triton.
         enable_fp_fusion: whether a · b + c may be rounded once.
     """
 
@@ -160,6 +160,7 @@ class Kernel:
         *,
         num_warps: int = 4,
         num_stages: int = 3,
+        maxnreg: int | None = None,
         enable_fp_fusion: bool = True,
     ) -> None:
         self.fn = fn
@@ -167,6 +168,7 @@ class Kernel:
         self.options = {
             "num_warps": num_warps,
             "num_stages": num_stages,
+            "maxnreg": maxnreg,
             "enable_fp_fusion": enable_fp_fusion,
         }
         if unknown := self.constants.keys() - set(fn.arg_names):

@@ -193,9 +193,15 @@ def check_refit() -> None:
     mean = torch.tensor([0.5, nan, 5.0, -5.0]).view(2, 1, 2)
     noise = torch.randn(2, 1, 3, 2, generator=torch.Generator().manual_seed(1))
     got = torch.full_like(noise, -9.0)
-    sample_kernel[(1,)](mean, mean.abs() / 9, noise, got, 12, 0.9, A=2, N=3, BLOCK=16)
-    want = (mean.unsqueeze(2) + mean.abs().unsqueeze(2) / 9 * noise).clamp(-0.9, 0.9)
-    torch.testing.assert_close(got, want, equal_nan=True)
+    proposals = 2 * torch.randn(2, 1, 1, 2, generator=torch.Generator().manual_seed(2))
+    drawn = mean.unsqueeze(2) + mean.abs().unsqueeze(2) / 9 * noise
+    for given in (None, proposals):
+        P = 0 if given is None else 1
+        sample_kernel[(1,)](
+            mean, mean.abs() / 9, noise, given, got, 12, 0.9, A=2, N=3, P=P, BLOCK=16
+        )
+        want = torch.cat([proposals[:, :, :P], drawn[:, :, P:]], 2).clamp(-0.9, 0.9)
+        torch.testing.assert_close(got, want, equal_nan=True)
 
 
 def check_misuse() -> None:

@@ -91,7 +91,13 @@ class Builder:
         constants = {k: v for k, v in constants.items() if k in fn.arg_names}
         constants |= {k: None for k, v in args.items() if v is None}
         args = {k: v for k, v in args.items() if v is not None}
-        options = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
+        options = {}
+        if tile is not None:
+            options = {
+                "num_warps": tile.warps,
+                "num_stages": tile.stages,
+                "maxnreg": tile.registers,
+            }
         self._bodies[-1].append(Launch(Kernel(fn, constants, **options), grid, args))
 
     def loop(self, name: str, count: int) -> _LoopScope:
