@@ -22,7 +22,7 @@ from torch import Tensor
 from fastdreamer.ops import cem as cem_module
 from fastdreamer.ops.imagine import OP as IMAGINE
 from fastdreamer.ops.lambda_return import OP as LAMBDA_RETURN
-from fastdreamer.ops.observe import Observation
+from fastdreamer.ops.observe import RESETS, Observation
 from fastdreamer.ops.open_loop import OP as OPEN_LOOP
 from fastdreamer.ops.params import (
     ActorParams,
@@ -145,7 +145,9 @@ def observe(
     action: Tensor,
     is_first: Tensor,
     noise: Tensor,
+    resets: tuple[bool, bool, bool] = RESETS["all"],
 ) -> Observation:
+    assert resets == RESETS["all"], "an episode's beginning zeroes all, as in training"
     steps, state = [], start
     for t in range(len(embed)):
         state, post = compiled(_filter)(params, state, embed[t], action[t], is_first[t], noise[t])
