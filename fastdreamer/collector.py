@@ -26,9 +26,9 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
-from fastdreamer.agent import Dreamer
 from fastdreamer.config import Config, from_dict, to_dict
 from fastdreamer.envs import make_env
+from fastdreamer.policy import Policy
 from fastdreamer.replay import write_episode
 from fastdreamer.safety import Shield, Violations, safety_rates
 from fastdreamer.viz import write_video
@@ -179,7 +179,7 @@ class Collector:
         return answer
 
 
-def policy_weights(agent: Dreamer) -> dict[str, Tensor]:
+def policy_weights(agent: Policy) -> dict[str, Tensor]:
     """A copy of the weights that the worker acts with, on the CPU, by name."""
     parts = policy_parts(agent.config)
     return {
@@ -237,7 +237,7 @@ def random_policy(action_dim: int, seed: int) -> Callable[[dict[str, np.ndarray]
 
 
 def agent_policy(
-    agent: Dreamer,
+    agent: Policy,
     seed: int,
     noise: float,
     controller: str | None = None,
@@ -245,7 +245,7 @@ def agent_policy(
     explore: bool = False,
     shield: Shield | None = None,
 ) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
-    """The agent with exploration noise (0: none), for one episode; see ``Dreamer.act``."""
+    """The agent with exploration noise (0: none), for one episode; see ``Policy.act``."""
     generator = torch.Generator().manual_seed(seed)
     state = None
 
@@ -308,7 +308,7 @@ class Recorder:
 
 
 def evaluate(
-    agent: Dreamer,
+    agent: Policy,
     env: Any,
     seed: int,
     video: Path | None = None,
@@ -349,7 +349,7 @@ def _worker(connection: Any, config_json: str, episodes: str) -> None:
                 job = Job(**json.loads(connection.recv_bytes()))
                 weights = load_bytes(connection.recv_bytes())
                 if agent is None:
-                    agent = Dreamer(_on_cpu(config), env.obs_shapes, env.action_dim)
+                    agent = Policy(_on_cpu(config), env.obs_shapes, env.action_dim)
                 if weights:
                     agent.load_state_dict(weights, strict=False)
                 result = _run_job(job, config, agent, env, Path(episodes))
@@ -368,7 +368,7 @@ def _exit_with_trainer() -> None:
     os._exit(1)
 
 
-def _run_job(job: Job, config: Config, agent: Dreamer, env: Any, episodes: Path) -> Result:
+def _run_job(job: Job, config: Config, agent: Policy, env: Any, episodes: Path) -> Result:
     episode_return, episode_safety = None, {}
     signal = agent.guard.signal if agent.guard is not None else None
     if job.episode is not None:

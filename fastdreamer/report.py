@@ -47,7 +47,7 @@ def write_report(
             ``figure-3.png`` (the first controller along training), ``figure-4.png`` (the dream of
             the last snapshot over the truth) and ``figure-5.png`` with its numbers,
             ``figure-5.csv`` (all controllers). Episodes it holds already are not played again.
-        controllers: see ``Dreamer.act``; none: actor and mpc, or PlaNet's planet.
+        controllers: see ``Policy.act``; none: actor and mpc, or PlaNet's planet.
         episodes: a snapshot and controller; the same seeds for every one.
         points: snapshots used at most, spread evenly over the run; 0: all.
         seed: of the episodes.

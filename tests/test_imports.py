@@ -15,11 +15,11 @@ PACKAGE = ROOT / "fastdreamer"
 MODEL = {"config", "ops", "nn"}
 PUBLIC = MODEL | {"_version", "losses", "planning", "exploration", "safety", "agent"}
 PUBLIC |= {"checkpoint", "collector", "envs", "logger", "replay", "report", "rollout", "trainer"}
-PUBLIC |= {"viz"}
+PUBLIC |= {"policy", "viz"}
 
 # What each room (a file or folder of the package) may import of ours, beside itself; imports
-# inside functions count. config → ops → nn → {losses, planning, exploration, safety} → agent →
-# trainer → cli.
+# inside functions count. config → ops → nn → {losses, planning, exploration, safety} → policy →
+# agent → trainer → cli.
 ALLOWED = {
     "_version": set(),
     "config": set(),
@@ -34,8 +34,9 @@ ALLOWED = {
     "replay": {"config", "_version"},
     "logger": {"config", "_version"},
     "viz": {"logger"},
-    "agent": MODEL | {"losses", "planning", "exploration", "safety", "checkpoint"},
-    "collector": {"config", "agent", "envs", "replay", "safety", "viz"},
+    "policy": MODEL | {"planning", "exploration", "safety"},
+    "agent": MODEL | {"losses", "exploration", "checkpoint", "policy"},
+    "collector": {"config", "policy", "envs", "replay", "safety", "viz"},
     "trainer": PUBLIC - {"trainer", "report", "rollout", "viz"},
     "report": {"config", "agent", "checkpoint", "collector", "trainer", "viz"},
     "verify": {"ops", "nn"},
