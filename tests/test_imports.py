@@ -59,7 +59,7 @@ THIRD_PARTY = {
     "imageio_ffmpeg": {"viz"},
     "tensorboard": {"logger"},
     "triton": {"ops/triton", "testing", "envs"},  # envs: before Mesa loads its LLVM
-    "tyro": {"cli", "config"},
+    "tyro": {"cli", "config/sections"},
     "rich": {"cli", "compare", "doctor", "logger"},
     "gymnasium": {"envs/gymnasium"},
     "stable_baselines3": {"compare"},
