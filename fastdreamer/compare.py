@@ -33,6 +33,7 @@ from fastdreamer.checkpoint import list_checkpoints
 from fastdreamer.collector import agent_policy, config_env, episode_seed, rollout_episode
 from fastdreamer.config import Config, ConfigError, preset
 from fastdreamer.doctor import cpu_model
+from fastdreamer.files import replacing
 from fastdreamer.logger import Progress, format_seconds, read_metrics
 from fastdreamer.ops.backend import check_backend
 from fastdreamer.trainer import RunError, Stopped, Trainer, create_run, lock_run, stop_signals
@@ -268,7 +269,7 @@ class _WorldModel:
         trainer.train(until=until)
         newest = list_checkpoints(self.run_dir / "checkpoints")[-1]
         name = f"stage-{trainer.env_frames:09d}{newest.suffix}"
-        with _renamed(self.directory / name) as temporary:
+        with replacing(self.directory / name) as temporary:
             shutil.copyfile(newest, temporary)
         seconds = max(record["seconds"] for record in read_metrics(self.run_dir))
         return Stage(trainer.env_frames, seconds, name, _machine())
@@ -336,7 +337,7 @@ class _ModelFree:
     def _save(self, model: Any, env_frames: int) -> str:
         """Write model and replay of a stage; older replays can go only when the stage counts."""
         name = f"stage-{env_frames:09d}.zip"
-        with _renamed(self.directory / name) as temporary:
+        with replacing(self.directory / name) as temporary:
             model.save(temporary)
         if self.name == "sac":
             newest = {
@@ -345,7 +346,7 @@ class _ModelFree:
             for old in self.directory.glob("replay-*.pkl"):
                 if f"stage-{old.stem.partition('-')[2]}.zip" not in newest:
                     old.unlink()
-            with _renamed(self._replay(env_frames)) as temporary:
+            with replacing(self._replay(env_frames)) as temporary:
                 model.save_replay_buffer(temporary)
         return name
 
@@ -382,7 +383,7 @@ def write_results(out: Path) -> list[Path]:
     if not rows:
         raise RunError(f"{out} holds no evaluation yet")
     table = out / "compare.csv"
-    with _renamed(table) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+    with replacing(table) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         file.write("# " + json.dumps({**settings, "machines": list(machines)}) + "\n")
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
@@ -390,7 +391,7 @@ def write_results(out: Path) -> list[Path]:
     labels = {name: method.label for name, method in METHODS.items()}
     plot = viz.comparison_figure(table, out / "compare.png", labels)
     text = out / "compare.md"
-    with _renamed(text) as temporary:
+    with replacing(text) as temporary:
         temporary.write_text(comparison_table(table), encoding="utf-8")
     return [table, plot, text]
 
@@ -461,18 +462,5 @@ def _read_json(path: Path, default: Any = None) -> Any:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    with _renamed(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
-
-
-@contextlib.contextmanager
-def _renamed(path: Path) -> Any:
-    """A temporary name beside ``path`` that becomes it when everything is on the disk."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -27,6 +27,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from safetensors.numpy import save
 
+from fastdreamer.files import replacing
+
 EPISODE_GLOB = "episode-*.safetensors"
 VERSION = 1
 
@@ -128,22 +130,9 @@ def write_episode(
     head = blob[: digits[0]] + b"%08x" % zlib.crc32(blob) + blob[digits[1] : start]
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        with open(tmp, "wb") as file:
-            file.write(head)
-            file.write(memoryview(blob)[start:])
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(tmp, path)
-    except BaseException:
-        tmp.unlink(missing_ok=True)
-        raise
-    directory_fd = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory_fd)
-    finally:
-        os.close(directory_fd)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(head)
+        file.write(memoryview(blob)[start:])
     return path
 
 

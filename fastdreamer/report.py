@@ -23,6 +23,7 @@ from fastdreamer.agent import Dreamer, load
 from fastdreamer.checkpoint import CheckpointError, list_checkpoints, list_snapshots, load_meta
 from fastdreamer.collector import config_env, episode_seed, evaluate
 from fastdreamer.config import ConfigError, PlanConfig
+from fastdreamer.files import replacing
 from fastdreamer.trainer import RunError, read_config
 
 _COLUMNS = ("controller", "env_frames", "update", "episode", "return", "seconds")
@@ -275,8 +276,7 @@ def _write_comparison(
     first, *others = controllers
     columns = ["env_frames", *(f"{c}_{n}" for c in controllers for n in ("episodes", "mean", "se"))]
     columns += [f"{c}_minus_{first}{n}" for c in others for n in ("", "_se")]
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         for frames in sorted({frames for _, frames in table}):
@@ -291,7 +291,6 @@ def _write_comparison(
                 mean, se = _mean_and_error([own[i] - base[i] for i in own if i in base])
                 row |= {f"{name}_minus_{first}": mean, f"{name}_minus_{first}_se": se}
             writer.writerow(row)
-    os.replace(temporary, path)
     return path
 
 

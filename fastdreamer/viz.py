@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from itertools import cycle
@@ -19,6 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure  # not pyplot: a bare Figure knows no windows
 from matplotlib.ticker import FuncFormatter
 
+from fastdreamer.files import replacing
 from fastdreamer.logger import METRICS_FILE, read_metrics
 
 # Okabe and Ito's palette, told apart with every kind of colour blindness.
@@ -153,7 +152,7 @@ def export_csv(run: Path, out: Path) -> Path:
 def write_curve(out: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
     """Write a curve as `export_csv` does; rows hold its columns. Returns out."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _renamed(out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+    with replacing(out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         file.write("# " + json.dumps({k: v for k, v in about.items() if v}) + "\n")
         writer = csv.DictWriter(file, _CSV_COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -255,7 +254,7 @@ def write_calibration(rows: Iterable[Any], out: Path) -> Path:
         }
         for row in rows
     ]
-    with _renamed(out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+    with replacing(out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
@@ -384,7 +383,7 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: float) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     shape = None
     writer = None
-    with _renamed(path) as temporary:
+    with replacing(path) as temporary:
         try:
             for frame in frames:
                 frame = np.asarray(frame)
@@ -542,17 +541,6 @@ def _save(figure: Figure, out: Path) -> Path:
         raise ValueError(f"a figure's file name must end in .png, .svg or .pdf, got {out}")
     out.parent.mkdir(parents=True, exist_ok=True)
     metadata = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}[out.suffix]
-    with _renamed(out) as temporary:
+    with replacing(out) as temporary:
         figure.savefig(temporary, dpi=150, metadata=metadata)
     return out
-
-
-@contextmanager
-def _renamed(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` (same suffix), renamed to it on success, else removed."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

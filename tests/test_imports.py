@@ -15,7 +15,7 @@ PACKAGE = ROOT / "fastdreamer"
 MODEL = {"config", "ops", "nn"}
 PUBLIC = MODEL | {"_version", "losses", "planning", "exploration", "safety", "agent"}
 PUBLIC |= {"checkpoint", "collector", "envs", "logger", "replay", "report", "rollout", "trainer"}
-PUBLIC |= {"policy", "viz"}
+PUBLIC |= {"files", "policy", "viz"}
 
 # What each room (a file or folder of the package) may import of ours, beside itself; imports
 # inside functions count. config → ops → nn → {losses, planning, exploration, safety} → policy →
@@ -23,22 +23,23 @@ PUBLIC |= {"policy", "viz"}
 ALLOWED = {
     "_version": set(),
     "config": set(),
+    "files": set(),
     "ops": {"_native"},
     "nn": {"config", "ops"},
     "losses": MODEL,
     "planning": MODEL,
     "exploration": MODEL,
     "safety": MODEL,
-    "checkpoint": {"config", "_version"},
+    "checkpoint": {"config", "_version", "files"},
     "envs": {"config", "_version"},
-    "replay": {"config", "_version"},
+    "replay": {"config", "_version", "files"},
     "logger": {"config", "_version"},
-    "viz": {"logger"},
+    "viz": {"files", "logger"},
     "policy": MODEL | {"planning", "exploration", "safety"},
     "agent": MODEL | {"losses", "exploration", "checkpoint", "policy"},
     "collector": {"config", "policy", "envs", "replay", "safety", "viz"},
     "trainer": PUBLIC - {"trainer", "report", "rollout", "viz"},
-    "report": {"config", "agent", "checkpoint", "collector", "trainer", "viz"},
+    "report": {"config", "files", "agent", "checkpoint", "collector", "trainer", "viz"},
     "verify": {"ops", "nn"},
     "rollout": {"ops", "nn", "verify"},
     "adapters": {"ops", "nn", "rollout"},
