@@ -24,7 +24,6 @@ import tyro
 from rich.console import Console
 from rich.logging import RichHandler
 
-from fastdreamer import viz
 from fastdreamer._version import __version__
 from fastdreamer.agent import Dreamer, NonFiniteLoss, load
 from fastdreamer.checkpoint import CheckpointError, list_checkpoints, load_meta
@@ -53,6 +52,9 @@ from fastdreamer.replay import EpisodeError
 from fastdreamer.report import dream_and_live, write_report
 from fastdreamer.safety import Violations, load_signal, safety_rates
 from fastdreamer.trainer import RunError, Stopped, Trainer, create_run, read_config, write_config
+from fastdreamer.viz.calibration import calibration_figure, write_calibration
+from fastdreamer.viz.curves import export_csv, plot_runs
+from fastdreamer.viz.dreams import dream_figure, dream_video
 
 _CONTROLLERS = {
     "actor": "deterministic actor",
@@ -417,8 +419,8 @@ def _calibrate(agent: Dreamer, recorder: Recorder, command: Eval, console: Conso
     rows = calibrate_episodes(
         agent.model, agent.explorer.rewards, recorder.episodes(), ahead, generator
     )
-    table = viz.write_calibration(rows, command.calibration / "calibration.csv")
-    picture = viz.calibration_figure(table, command.calibration / "calibration.png")
+    table = write_calibration(rows, command.calibration / "calibration.csv")
+    picture = calibration_figure(table, command.calibration / "calibration.png")
     for row in rows:
         inside = ", ".join(f"{100 * share:.0f} % of {100 * level:g} %" for level, share in
                            row.coverage.items())  # fmt: skip
@@ -448,8 +450,8 @@ def _dream(command: Dream, argv: list[str], console: Console) -> None:
     imagined, real = (part["pixels"] for part in dreamed)
     out = command.out or (command.run / "videos" if command.run.is_dir() else command.run.parent)
     out.mkdir(parents=True, exist_ok=True)
-    picture = viz.dream_figure(imagined, real, out / "dream.png")
-    video = viz.dream_video(imagined, real, out / "dream.mp4", fps=1 / env.decision_seconds)
+    picture = dream_figure(imagined, real, out / "dream.png")
+    video = dream_video(imagined, real, out / "dream.mp4", fps=1 / env.decision_seconds)
     console.print(f"picture: {picture}\nvideo: {video}", highlight=False, soft_wrap=True)
 
 
@@ -472,10 +474,10 @@ def _report(command: Report, argv: list[str], console: Console) -> None:
 def _plot(command: Plot, argv: list[str], console: Console) -> None:
     if command.csv and len(command.runs) != 1:
         raise ConfigError("--csv writes the curve of one run; name one RUN")
-    out = viz.plot_runs(list(command.runs), command.out, published=command.published)
+    out = plot_runs(list(command.runs), command.out, published=command.published)
     console.print(f"picture: {out}", highlight=False, soft_wrap=True)
     if command.csv:
-        table = viz.export_csv(command.runs[0], command.csv)
+        table = export_csv(command.runs[0], command.csv)
         console.print(f"curve: {table}", highlight=False, soft_wrap=True)
 
 

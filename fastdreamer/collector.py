@@ -31,7 +31,7 @@ from fastdreamer.envs import make_env
 from fastdreamer.policy import Policy
 from fastdreamer.replay import write_episode
 from fastdreamer.safety import Shield, Violations, safety_rates
-from fastdreamer.viz import write_video
+from fastdreamer.viz.video import write_video
 
 _log = logging.getLogger("fastdreamer")
 POLICY_PARTS = ("model.encoder.", "model.rssm.", "actor.")

@@ -9,7 +9,6 @@ those of an uninterrupted one. Evaluation happens between stages, outside the cl
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import json
 import os
@@ -26,17 +25,17 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from fastdreamer import viz
 from fastdreamer._version import __version__
 from fastdreamer.agent import load
 from fastdreamer.checkpoint import list_checkpoints
 from fastdreamer.collector import agent_policy, config_env, episode_seed, rollout_episode
 from fastdreamer.config import Config, ConfigError, preset
 from fastdreamer.doctor import cpu_model
-from fastdreamer.files import replacing
+from fastdreamer.files import replacing, write_csv
 from fastdreamer.logger import Progress, format_seconds, read_metrics
 from fastdreamer.ops.backend import check_backend
 from fastdreamer.trainer import RunError, Stopped, Trainer, create_run, lock_run, stop_signals
+from fastdreamer.viz.comparison import comparison_figure, mean_and_std, read_comparison
 
 Policy = Callable[[dict[str, np.ndarray]], np.ndarray]
 
@@ -364,8 +363,8 @@ def write_results(out: Path) -> list[Path]:
     """
     settings = _read_json(out / "compare.json", {})
     rows, machines = [], {}
-    for method, about in METHODS.items():
-        for directory in sorted(out.glob(f"{about.training}-seed*"), key=_seed_of):
+    for method, kind in METHODS.items():
+        for directory in sorted(out.glob(f"{kind.training}-seed*"), key=_seed_of):
             evaluations = _read_json(directory / f"{method}.json", [])
             for done in evaluations:
                 rows.append({
@@ -382,14 +381,10 @@ def write_results(out: Path) -> list[Path]:
                 machines |= dict.fromkeys(stage["machine"] for stage in stages)
     if not rows:
         raise RunError(f"{out} holds no evaluation yet")
-    table = out / "compare.csv"
-    with replacing(table) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        file.write("# " + json.dumps({**settings, "machines": list(machines)}) + "\n")
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    about = {**settings, "machines": list(machines)}
+    table = write_csv(out / "compare.csv", rows, about=about)
     labels = {name: method.label for name, method in METHODS.items()}
-    plot = viz.comparison_figure(table, out / "compare.png", labels)
+    plot = comparison_figure(table, out / "compare.png", labels)
     text = out / "compare.md"
     with replacing(text) as temporary:
         temporary.write_text(comparison_table(table), encoding="utf-8")
@@ -403,7 +398,7 @@ def comparison_table(path: Path) -> str:
     deviation over seeds, between evaluations by straight lines; "–" where some seed has no
     evaluation on both sides.
     """
-    about, curves = viz.read_comparison(path)
+    about, curves = read_comparison(path)
     targets = _targets(about["frames"], about["eval_every"])
     frames = sorted({targets[max(0, round(len(targets) * part / 4) - 1)] for part in range(1, 5)})
     times = _times(curves)
@@ -413,7 +408,7 @@ def comparison_table(path: Path) -> str:
     for method, seeds in curves.items():
         cells = [METHODS[method].label, str(len(seeds))]
         for axis, points in (("env_frames", frames), ("seconds", times)):
-            mean, std = viz.mean_and_std(seeds, axis, np.array(points, float))
+            mean, std = mean_and_std(seeds, axis, np.array(points, float))
             cells += [_cell(m, s, len(seeds)) for m, s in zip(mean, std, strict=True)]
         speed = sum(c["env_frames"][-1] for c in seeds) / sum(c["seconds"][-1] for c in seeds)
         lines.append([*cells, f"{3600 * speed:,.0f}"])

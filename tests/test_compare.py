@@ -16,12 +16,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastdreamer import compare, load, make_env, viz
+from fastdreamer import compare, load, make_env
 from fastdreamer.cli import main
 from fastdreamer.collector import config_env, episode_seed, evaluate
 from fastdreamer.compare import Settings, comparison_table
 from fastdreamer.config import ConfigError
 from fastdreamer.trainer import RunError, Stopped
+from fastdreamer.viz.comparison import comparison_figure
 
 # Episodes of 40 env frames, 20 decisions.
 TINY = Settings("walker-stand", frames=160, eval_every=80, eval_episodes=2, preset="tiny")
@@ -226,7 +227,7 @@ def test_the_table_interpolates_and_leaves_open_what_was_not_measured(tmp_path):
 def test_the_plot_names_methods_seeds_and_units(tmp_path):
     path = tmp_path / "compare.csv"
     path.write_text(CURVES)
-    text = viz.comparison_figure(path, tmp_path / "c.svg", {"ppo": "PPO"}).read_text("utf-8")
+    text = comparison_figure(path, tmp_path / "c.svg", {"ppo": "PPO"}).read_text("utf-8")
     for part in ("PPO (1 seed)", "dreamer (2 seeds)", "env frames", "minutes of training",
                  "walker-stand from state", "return (mean of 5 episodes)", "±1 std"):  # fmt: skip
         assert part in text, part

@@ -57,7 +57,7 @@ THIRD_PARTY = {
     "mujoco": {"envs"},
     "matplotlib": {"viz"},
     "imageio": {"viz"},
-    "imageio_ffmpeg": {"viz"},
+    "imageio_ffmpeg": {"viz/video"},
     "tensorboard": {"logger"},
     "triton": {"ops/triton", "testing", "envs"},  # envs: before Mesa loads its LLVM
     "tyro": {"cli", "config/sections"},
