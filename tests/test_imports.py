@@ -63,7 +63,7 @@ THIRD_PARTY = {
     "tyro": {"cli", "config/sections"},
     "rich": {"cli", "compare", "doctor", "logger"},
     "gymnasium": {"envs/gymnasium"},
-    "stable_baselines3": {"compare"},
+    "stable_baselines3": {"compare/methods"},
 }
 
 
