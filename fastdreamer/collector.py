@@ -28,8 +28,8 @@ from torch import Tensor
 
 from fastdreamer.config import Config, from_dict, to_dict
 from fastdreamer.envs import make_env
+from fastdreamer.episodes import write_episode
 from fastdreamer.policy import Policy
-from fastdreamer.replay import write_episode
 from fastdreamer.safety import Shield, Violations, safety_rates
 from fastdreamer.viz.video import write_video
 
@@ -274,7 +274,7 @@ def collect(
     """Play one episode for replay.
 
     Returns:
-        Its arrays (see ``replay.write_episode``) and its env frames.
+        Its arrays (see ``episodes.write_episode``) and its env frames.
     """
     steps: list[dict[str, Any]] = []
     env_frames = 0

@@ -29,10 +29,11 @@ from fastdreamer._version import __version__
 from fastdreamer.agent import Dreamer
 from fastdreamer.collector import Collector, Job, policy_weights
 from fastdreamer.config import Config, ConfigError, from_dict, to_dict
+from fastdreamer.episodes import episode_fields
 from fastdreamer.files import replacing
 from fastdreamer.logger import Logger, Progress
 from fastdreamer.ops.backend import check_backend, use_backend
-from fastdreamer.replay import Replay, episode_fields
+from fastdreamer.replay import Replay
 
 _log = logging.getLogger("fastdreamer")
 

@@ -27,7 +27,7 @@ from fastdreamer.collector import (
 from fastdreamer.config import preset
 from fastdreamer.envs import make_env
 from fastdreamer.envs.gl import GLError, select_gl
-from fastdreamer.replay import episode_path, read_episode
+from fastdreamer.episodes import episode_path, read_episode
 
 CONFIG = preset("tiny")
 DECISIONS, FRAMES = 20, 40

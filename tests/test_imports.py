@@ -15,7 +15,7 @@ PACKAGE = ROOT / "fastdreamer"
 MODEL = {"config", "ops", "nn"}
 PUBLIC = MODEL | {"_version", "losses", "planning", "exploration", "safety", "agent"}
 PUBLIC |= {"checkpoint", "collector", "envs", "logger", "replay", "report", "rollout", "trainer"}
-PUBLIC |= {"files", "policy", "viz"}
+PUBLIC |= {"episodes", "files", "policy", "viz"}
 
 # What each room (a file or folder of the package) may import of ours, beside itself; imports
 # inside functions count. config → ops → nn → {losses, planning, exploration, safety} → policy →
@@ -32,12 +32,13 @@ ALLOWED = {
     "safety": MODEL,
     "checkpoint": {"config", "_version", "files"},
     "envs": {"config", "_version"},
-    "replay": {"config", "_version", "files"},
+    "episodes": {"files"},
+    "replay": {"episodes", "files"},
     "logger": {"config", "_version"},
     "viz": {"files", "logger"},
     "policy": MODEL | {"planning", "exploration", "safety"},
     "agent": MODEL | {"losses", "exploration", "checkpoint", "policy"},
-    "collector": {"config", "policy", "envs", "replay", "safety", "viz"},
+    "collector": {"config", "policy", "envs", "episodes", "safety", "viz"},
     "trainer": PUBLIC - {"trainer", "report", "rollout", "viz"},
     "report": {"config", "files", "agent", "checkpoint", "collector", "trainer", "viz"},
     "verify": {"ops", "nn"},

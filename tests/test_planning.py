@@ -14,6 +14,7 @@ from fastdreamer.checkpoint import load_checkpoint
 from fastdreamer.collector import agent_policy, collect, collecting_controller, episode_seed
 from fastdreamer.config import ConfigError, PlanConfig, preset
 from fastdreamer.envs import make_env
+from fastdreamer.episodes import episode_path, read_episode
 from fastdreamer.ops.backend import last_backend, use_backend
 from fastdreamer.ops.params import (
     ActorParams,
@@ -25,7 +26,6 @@ from fastdreamer.ops.params import (
     StdTransform,
 )
 from fastdreamer.planning import PlanningError, plan
-from fastdreamer.replay import episode_path, read_episode
 from fastdreamer.trainer import Trainer, create_run
 
 TINY = preset("tiny")

@@ -18,8 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from fastdreamer import replay as replay_module
-from fastdreamer.replay import EPISODE_GLOB, EpisodeError, Replay, read_episode, write_episode
+from fastdreamer import episodes as episodes_module
+from fastdreamer.episodes import EPISODE_GLOB, EpisodeError, read_episode, write_episode
+from fastdreamer.replay import Replay
 
 FIELDS = {
     "action": (np.float32, (2,)),
@@ -198,7 +199,7 @@ def test_failed_write_leaves_the_old_episode_and_nothing_else(tmp_path, monkeypa
     def fail(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(replay_module.os, call, fail)
+    monkeypatch.setattr(episodes_module.os, call, fail)
     for index in 0, 1:
         with pytest.raises(OSError, match="No space"):
             write_episode(tmp_path, index, episode(seed=2), TASK)
@@ -207,7 +208,7 @@ def test_failed_write_leaves_the_old_episode_and_nothing_else(tmp_path, monkeypa
 
 
 def run_python(code, *args):
-    paths = [str(Path(replay_module.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(episodes_module.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, args)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
@@ -665,7 +666,7 @@ def test_touched_or_copied_file_with_the_same_data_stays(tmp_path, caplog):
 
 def test_file_cut_between_check_and_read_is_no_crash(tmp_path, monkeypatch):
     replay = fill(tmp_path, [12, 12])
-    stamp = replay_module._stamp
+    stamp = episodes_module._stamp
 
     def stamp_then_cut(file):
         result = stamp(file)
@@ -673,7 +674,7 @@ def test_file_cut_between_check_and_read_is_no_crash(tmp_path, monkeypatch):
             cut(Path(file.name))
         return result
 
-    monkeypatch.setattr(replay_module, "_stamp", stamp_then_cut)
+    monkeypatch.setattr(episodes_module, "_stamp", stamp_then_cut)
     batch = replay.sample(30, 8, np.random.default_rng(9))
     assert replay.indices == [1]
     assert (locate(batch)[0][1:] == 1).all()

@@ -32,7 +32,7 @@ from fastdreamer.checkpoint import (
 from fastdreamer.collector import POLICY_PARTS, agent_policy, collect, episode_seed, random_policy
 from fastdreamer.config import preset, to_dict
 from fastdreamer.envs import make_env
-from fastdreamer.replay import episode_path, read_episode
+from fastdreamer.episodes import episode_path, read_episode
 from fastdreamer.trainer import RunError, Trainer, create_run, lock_run, read_config
 
 TINY = preset("tiny")
