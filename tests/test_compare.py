@@ -18,11 +18,11 @@ from rich.console import Console
 
 from fastdreamer import load, make_env
 from fastdreamer.cli import main
-from fastdreamer.collector import config_env, episode_seed, evaluate
 from fastdreamer.compare import compare
 from fastdreamer.compare.records import Settings
 from fastdreamer.compare.results import comparison_table, write_results
 from fastdreamer.config import ConfigError
+from fastdreamer.play import config_env, episode_seed, evaluate
 from fastdreamer.trainer import RunError, Stopped
 from fastdreamer.viz.comparison import comparison_figure
 

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "fastdreamer"
 MODEL = {"config", "ops", "nn"}
 PUBLIC = MODEL | {"_version", "losses", "planning", "exploration", "safety", "agent"}
 PUBLIC |= {"checkpoint", "collector", "envs", "logger", "replay", "report", "rollout", "trainer"}
-PUBLIC |= {"episodes", "files", "policy", "viz"}
+PUBLIC |= {"episodes", "files", "play", "policy", "viz"}
 
 # What each room (a file or folder of the package) may import of ours, beside itself; imports
 # inside functions count. config → ops → nn → {losses, planning, exploration, safety} → policy →
@@ -38,9 +38,10 @@ ALLOWED = {
     "viz": {"files", "logger"},
     "policy": MODEL | {"planning", "exploration", "safety"},
     "agent": MODEL | {"losses", "exploration", "checkpoint", "policy"},
-    "collector": {"config", "policy", "envs", "episodes", "safety", "viz"},
+    "play": {"config", "policy", "envs", "safety", "viz"},
+    "collector": {"config", "policy", "play", "episodes", "safety"},
     "trainer": PUBLIC - {"trainer", "report", "rollout", "viz"},
-    "report": {"config", "files", "agent", "checkpoint", "collector", "trainer", "viz"},
+    "report": {"config", "files", "agent", "checkpoint", "play", "trainer", "viz"},
     "verify": {"ops", "nn"},
     "rollout": {"ops", "nn", "verify"},
     "adapters": {"ops", "nn", "rollout"},

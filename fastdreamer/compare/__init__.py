@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from fastdreamer.collector import config_env, episode_seed, rollout_episode
 from fastdreamer.compare.methods import (
     METHODS,
     MODEL_FREE,
@@ -30,6 +29,7 @@ from fastdreamer.compare.results import write_results
 from fastdreamer.config import ConfigError
 from fastdreamer.logger import format_seconds
 from fastdreamer.ops.backend import check_backend
+from fastdreamer.play import config_env, episode_seed, rollout_episode
 from fastdreamer.trainer import RunError, Stopped, lock_run, stop_signals
 
 

@@ -20,16 +20,13 @@ import torch
 from fastdreamer._version import __version__
 from fastdreamer.agent import load
 from fastdreamer.checkpoint import list_checkpoints
-from fastdreamer.collector import agent_policy, config_env
 from fastdreamer.compare.records import Stage, read_json
 from fastdreamer.config import Config, ConfigError
 from fastdreamer.doctor import cpu_model
 from fastdreamer.files import replacing
 from fastdreamer.logger import Progress, read_metrics
+from fastdreamer.play import Act, agent_policy, config_env
 from fastdreamer.trainer import Stopped, Trainer, create_run
-
-Act = Callable[[dict[str, np.ndarray]], np.ndarray]
-"""Chooses an action on an observation."""
 
 
 @dataclass(frozen=True)
