@@ -1,45 +1,29 @@
-"""Dreamer: world model, actor and critic; ``act()`` in the world, ``update()`` from replay.
+"""Dreamer: a policy that learns; ``update()`` from replay, and ``load()`` of what was learned.
 
 With ``config.agent == "planet"`` it is PlaNet: the same world model, and a planner for an actor.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
 import os
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import nvtx
 import torch
 from torch import Tensor, nn
 
 from fastdreamer import losses
 from fastdreamer.checkpoint import CheckpointError, load_checkpoint, load_newest
-from fastdreamer.config import Config, ConfigError, PlanConfig, SafetyConfig, from_dict
-from fastdreamer.exploration import Explorer, spread, upper_bound
-from fastdreamer.nn import MLP, Actor, WorldModel
-from fastdreamer.nn.codec import float_to_pixels, pixels_to_float
-from fastdreamer.nn.dists import symexp, symlog
+from fastdreamer.config import Config, PlanConfig, SafetyConfig, from_dict
+from fastdreamer.exploration import spread, upper_bound
+from fastdreamer.nn.codec import pixels_to_float
+from fastdreamer.nn.dists import symlog
 from fastdreamer.ops.backend import release_memory
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.observe import observe
-from fastdreamer.ops.open_loop import open_loop
-from fastdreamer.ops.params import ReturnParams, State
-from fastdreamer.planning import PlanInfo, plan
-from fastdreamer.safety import Guard, Shield
-
-
-class PolicyState(NamedTuple):
-    """What the agent carries from one decision to the next."""
-
-    deter: Tensor  # [B, D]
-    stoch: Tensor  # [B, S]
-    action: Tensor  # [B, A], the last action
-    plan: Tensor | None = None  # [H, B, A], the last plan, which a warm start goes on from
+from fastdreamer.ops.params import State
+from fastdreamer.policy import Policy
 
 
 class NonFiniteLoss(RuntimeError):
@@ -50,59 +34,18 @@ class NonFiniteLoss(RuntimeError):
         self.name, self.value = name, value
 
 
-class Dreamer(nn.Module):
-    """The agent of the report.
+class Dreamer(Policy):
+    """The agent of the report: ``act()`` in the world, ``update()`` from replay.
 
-    Args:
-        config: every setting.
-        obs_shapes: ``{"pixels": (64, 64, 3), "state": (n,)}``, one or both.
-        action_dim: A.
-
-    The initial weights are a function of ``config.seed`` alone; torch's global random generator
-    is left as it was.
+    Arguments are those of :class:`fastdreamer.policy.Policy`.
     """
 
     def __init__(
         self, config: Config, obs_shapes: dict[str, tuple[int, ...]], action_dim: int
     ) -> None:
-        super().__init__()
-        self.config = config.validate()
-        self.obs_shapes = {kind: tuple(shape) for kind, shape in obs_shapes.items()}
-        self.action_dim = action_dim
-        behavior, model = config.behavior, config.model
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            self.model = WorldModel(model, self.obs_shapes, action_dim)
-            feat = self.model.rssm.feat_size
-            self.actor = self.critic = None
-            if config.agent == "dreamer":
-                self.actor = Actor(
-                    [feat, *[model.units] * behavior.actor_layers, action_dim],
-                    model.activation,
-                    mean_scale=behavior.mean_scale,
-                    std_offset=behavior.std_offset,
-                    min_std=behavior.min_std,
-                )
-                self.critic = MLP(
-                    [feat, *[model.units] * behavior.critic_layers, 1], model.activation
-                )
-            self.explorer = self.guard = None
-            if config.explore.method == "ucb":
-                self.explorer = Explorer(config, feat, action_dim)
-            if config.safety.signal != "none":
-                self.guard = Guard(config, feat, self.obs_shapes["state"][0])
-        self.target_critic = None
-        if behavior.target_every and self.critic is not None:
-            self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.register_buffer("return_range", torch.ones(()))  # running 5-95 percentile range
-        self.to(config.device)
-        self.precision = resolve_precision(config.precision, self.device)
-        self._act_generator = torch.Generator().manual_seed(config.seed)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.return_range.device
+        super().__init__(config, obs_shapes, action_dim)
+        ones = torch.ones((), device=self.device)
+        self.register_buffer("return_range", ones)  # running 5-95 percentile range
 
     def make_optimizers(self) -> dict[str, torch.optim.Adam]:
         """One Adam each for ``model``, ``actor`` and ``critic`` (PlaNet: the model's alone).
@@ -126,184 +69,6 @@ class Dreamer(nn.Module):
         if self.guard is not None:
             modules["barrier"] = (self.guard.barrier, self.config.safety.lr)
         return {name: make(*pair) for name, pair in modules.items() if pair[0] is not None}
-
-    # ---------------------------------------------------------------- acting
-
-    def initial_state(self, batch: int) -> PolicyState:
-        """The state before an episode, [batch, ...] zeros."""
-        state = self.model.rssm.initial(batch)
-        return PolicyState(*state, state.deter.new_zeros(batch, self.action_dim))
-
-    @torch.no_grad()
-    def act(
-        self,
-        obs: dict[str, np.ndarray | Tensor] | np.ndarray | Tensor,
-        state: PolicyState | None = None,
-        *,
-        controller: str | None = None,
-        noise: float = 0.0,
-        explore: bool = False,
-        shield: Shield | None = None,
-        generator: torch.Generator | None = None,
-    ) -> tuple[np.ndarray, PolicyState]:
-        """Filter one observation and choose an action.
-
-        Args:
-            obs: ``{"pixels": uint8 [64, 64, 3], "state": float [n]}`` or the only kind the agent
-                sees by itself; or a batch of them, [B, ...].
-            state: what the last call returned; None at the start of an episode.
-            controller: ``"actor"``; ``"mpc"``, a plan ranked by λ-return; ``"planet"``, one ranked
-                by the sum of rewards; None takes the agent's own, actor or (PlaNet) planet.
-            noise: standard deviation of Gaussian exploration noise. The action is clipped to
-                [-1, 1], and the noisy, clipped one is what the filter sees next.
-            explore: be optimistic: the exploring actor chooses, a plan is ranked by the upper
-                confidence bound.
-            shield: of ``make_shield()``; has the last word on the action, noise included, and
-                counts what it does.
-            generator: of the posterior sample, the plan, the exploration noise and the shield's
-                candidates; None uses the agent's own, seeded with ``config.seed``.
-
-        Returns:
-            The action, float32 [A] or [B, A] in [-1, 1], and the state for the next call. With
-            ``noise=0`` the actor's action is tanh(mean).
-
-        Raises:
-            ValueError: an observation does not fit the agent. ConfigError: it has no such
-            controller, or no explorer. PlanningError: a plan came to nothing but NaN.
-        """
-        tensors, batched = self._observation(obs)
-        batch = len(next(iter(tensors.values())))
-        if state is None:
-            state = self.initial_state(batch)
-        if len(state.deter) != batch:
-            raise ValueError(f"act: a batch of {batch} observations, {len(state.deter)} states")
-        generator = generator or self._act_generator
-        draw = lambda size: torch.randn(batch, size, generator=generator).to(self.device)  # noqa: E731
-        embed = self.model.encoder(tensors)
-        filtered = observe(
-            self.model.rssm.params(),
-            State(state.deter, state.stoch),
-            embed[None],
-            state.action[None],
-            torch.zeros(1, batch, dtype=torch.bool, device=self.device),
-            draw(self.model.rssm.stoch)[None],
-        ).state
-        deter, stoch = filtered.deter[0], filtered.stoch[0]
-        chosen, controller = None, self.controller(controller)
-        if explore and self.explorer is None:
-            raise ConfigError("act: this agent has no explorer; train one with --explore ucb")
-        if controller == "actor":
-            actor = (self.explorer.actor if explore else None) or self.actor
-            action = torch.tanh(actor(torch.cat([deter, stoch], -1)).mean)
-        else:
-            now = State(deter, stoch)
-            action, info = self.plan(
-                now, controller, explore=explore, last=state.plan, generator=generator
-            )
-            chosen = info.mean
-        if noise:
-            action = (action + noise * draw(self.action_dim)).clamp(-1, 1)
-        if shield is not None:
-            action = shield(State(deter, stoch), action, generator)
-        out = action.cpu().numpy().copy()  # the caller may change it, the filter must not see that
-        return (out if batched else out[0]), PolicyState(deter, stoch, action, chosen)
-
-    def controller(self, name: str | None = None) -> str:
-        """The controller of that name, ``None`` and ``"auto"`` being the agent's own.
-
-        Raises:
-            ConfigError: there is none, or the agent has no actor for it.
-        """
-        own = "planet" if self.actor is None else "actor"
-        valid = (own,) if self.actor is None else ("actor", "mpc", "planet")
-        if name in (None, "auto"):
-            return own
-        if name not in valid:
-            raise ConfigError(
-                f"controller must be one of {', '.join(valid)} for a {self.config.agent} agent, "
-                f"got {name!r}"
-            )
-        return name
-
-    def plan(
-        self,
-        state: State,
-        controller: str = "mpc",
-        *,
-        explore: bool = False,
-        last: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, PlanInfo]:
-        """Plan with ``config.plan`` from each state of a batch.
-
-        Args:
-            state: deter [B, D] and stoch [B, S], of a PolicyState or imagined.
-            controller: ``"mpc"`` or ``"planet"``.
-            explore: rank by the upper confidence bound of the same score.
-            last: ``PlanInfo.mean`` of one decision ago, for a warm start.
-            generator: of every noise; None uses the agent's own.
-
-        Returns:
-            The actions [B, A] and how they were found; see :func:`fastdreamer.planning.plan`.
-        """
-        mpc = self.controller(controller) == "mpc"
-        actor, score = self.actor, "lambda_return" if mpc else "reward"
-        if explore:
-            actor = self.explorer.actor or actor
-            score = self.explorer.score(self.target_critic or self.critic, score)
-        with self._autocast():
-            return plan(
-                state,
-                self.model.rssm.params(),
-                self._return_params(),
-                self.config.plan,
-                actor=actor.params() if mpc else None,
-                score=score,
-                last=last,
-                generator=generator or self._act_generator,
-            )
-
-    def make_shield(self) -> Shield:
-        """A shield by this agent's barrier, with counts of its own; ``act`` takes it.
-
-        Raises:
-            ConfigError: the agent has learned no barrier.
-        """
-        if self.guard is None:
-            raise ConfigError("make_shield: this agent has no barrier; train one with --safety")
-        return Shield(self.config.safety, self.model.rssm, self.guard.barrier)
-
-    def _observation(self, obs: object) -> tuple[dict[str, Tensor], bool]:
-        """Check an observation; return it as a batch, and whether it was one already."""
-        if not isinstance(obs, dict):
-            if len(self.obs_shapes) != 1:
-                kinds = " and ".join(self.obs_shapes)
-                raise ValueError(f"act: obs must be a dict with {kinds}, got {type(obs).__name__}")
-            obs = {next(iter(self.obs_shapes)): obs}
-        tensors, leads = {}, set()
-        for kind, shape in self.obs_shapes.items():
-            if kind not in obs:
-                raise ValueError(f"act: obs lacks {kind!r}, got {', '.join(obs)}")
-            x = obs[kind]
-            if not isinstance(x, Tensor):  # a copy: frames may be read-only or upside down
-                x = torch.from_numpy(np.array(x, order="C"))
-            x = x.to(self.device)
-            dtype = torch.uint8 if kind == "pixels" else torch.float32
-            if kind == "pixels" and x.dtype != dtype:
-                raise ValueError(f"act: pixels must be uint8, got {str(x.dtype)[6:]}")
-            lead = x.shape[: x.ndim - len(shape)]
-            if x.ndim not in (len(shape), len(shape) + 1) or x.shape[len(lead) :] != shape:
-                want = ", ".join(map(str, shape))
-                raise ValueError(
-                    f"act: {kind} must be [{want}] or [B, {want}], got {list(x.shape)}"
-                )
-            tensors[kind] = x.to(dtype).reshape(-1, *shape)
-            leads.add(tuple(lead))
-        if len(leads) > 1:
-            raise ValueError("act: pixels and state differ in their batch size")
-        return tensors, leads != {()}
-
-    # -------------------------------------------------------------- learning
 
     def update(
         self,
@@ -490,12 +255,6 @@ class Dreamer(nn.Module):
                 optimizers[name].step()
         return norms
 
-    def _return_params(self) -> ReturnParams:
-        critics = (self.critic, self.target_critic)
-        critic, target = (None if head is None else head.params() for head in critics)
-        heads = (self.model.reward.params().detach(), critic, target)
-        return ReturnParams(*heads, self.config.behavior.gamma, self.config.behavior.lam)
-
     def _return_scale(self, returns: Tensor) -> Tensor | float:
         """max(1, running range of the returns), as in DreamerV3; 1 when not asked for."""
         if not self.config.behavior.return_norm:
@@ -503,68 +262,6 @@ class Dreamer(nn.Module):
         low, high = torch.quantile(returns.detach().flatten(), returns.new_tensor([0.05, 0.95]))
         self.return_range.lerp_(high - low, 0.01)
         return self.return_range.clamp(min=1.0)
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        enabled = self.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
-
-    # -------------------------------------------------------------- dreaming
-
-    @torch.no_grad()
-    def dream(
-        self, state: PolicyState, horizon: int, generator: torch.Generator | None = None
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Imagine what the agent does next and what it would see (report Figure 4).
-
-        Dreamer's actor acts in the dream; PlaNet plans at every step of it.
-
-        Args:
-            state: of one environment, as ``act`` returned it; its action has not been taken yet.
-            horizon: decisions to imagine, at least 1.
-            generator: of the latent samples and actions; None uses the agent's own.
-
-        Returns:
-            The actions [horizon, A], the first of which is the state's own, and the predicted
-            observations that they lead to: ``pixels`` uint8 [horizon, 64, 64, 3] and/or ``state``
-            [horizon, n] in the observation's units.
-
-        Raises:
-            ValueError: horizon below 1, or more than one environment.
-        """
-        if horizon < 1 or len(state.deter) != 1:
-            raise ValueError(f"dream: {horizon} decisions of {len(state.deter)} environments")
-        generator = generator or self._act_generator
-        rssm = self.model.rssm
-        draw = lambda *shape: torch.randn(*shape, generator=generator).to(self.device)  # noqa: E731
-        state_noise = draw(horizon, 1, rssm.stoch)
-        now = State(state.deter, state.stoch)
-        first = open_loop(rssm.params(), now, state.action[None], state_noise[:1])
-        deter, stoch, action = first.deter, first.stoch, state.action[None]
-        if self.actor is None:
-            for noise in state_noise[1:]:
-                now = State(deter[-1], stoch[-1])
-                then, _ = self.plan(now, "planet", generator=generator)
-                then = then[None]
-                step = open_loop(rssm.params(), now, then, noise[None])
-                deter, stoch = torch.cat([deter, step.deter]), torch.cat([stoch, step.stoch])
-                action = torch.cat([action, then])
-        elif horizon > 1:
-            rest = imagine(
-                rssm.params(),
-                self.actor.params(),
-                State(deter[0], stoch[0]),
-                state_noise[1:],
-                draw(horizon - 1, 1, self.action_dim),
-            )
-            deter, stoch = torch.cat([deter, rest.deter]), torch.cat([stoch, rest.stoch])
-            action = torch.cat([action, rest.action])
-        means = self.model.decoder(State(deter, stoch).feat[:, 0])
-        seen = {}
-        if "pixels" in means:
-            seen["pixels"] = float_to_pixels(means["pixels"]).cpu().numpy()
-        if "state" in means:
-            seen["state"] = symexp(means["state"]).cpu().numpy()
-        return action[:, 0].cpu().numpy(), seen
 
 
 def _numbers(
@@ -574,14 +271,6 @@ def _numbers(
     values = values | {f"{name}_grad_norm": norm for name, norm in norms.items()} | (more or {})
     numbers = torch.stack([v.detach() for v in values.values()]).tolist()
     return dict(zip(values, numbers, strict=True))
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """``auto`` becomes ``bf16`` where the device multiplies in bfloat16, else ``fp32``."""
-    if precision != "auto":
-        return precision
-    has_bf16 = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if has_bf16 else "fp32"
 
 
 def load(

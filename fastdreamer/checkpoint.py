@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from fastdreamer.files import replacing
 
 FORMAT = "fastdreamer-checkpoint-1"
 _NAME = re.compile(r"checkpoint-(\d{9})\.safetensors")
@@ -58,7 +59,7 @@ def list_snapshots(directory: Path) -> dict[int, Path]:
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Write a checkpoint atomically: temporary name, fsync, rename, fsync of the directory.
+    """Write a checkpoint; see :func:`fastdreamer.files.replacing`.
 
     Args:
         path: final name.
@@ -69,19 +70,8 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str
     cpu = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
     text = json.dumps(meta)
     metadata = {"format": FORMAT, "crc32": str(_crc(cpu, text)), "meta": text}
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
+    with replacing(path) as temporary:
         save_file(cpu, temporary, metadata=metadata)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

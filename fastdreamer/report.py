@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdreamer import viz
 from fastdreamer.agent import Dreamer, load
 from fastdreamer.checkpoint import CheckpointError, list_checkpoints, list_snapshots, load_meta
-from fastdreamer.collector import config_env, episode_seed, evaluate
 from fastdreamer.config import ConfigError, PlanConfig
+from fastdreamer.files import write_csv
+from fastdreamer.play import config_env, episode_seed, evaluate
 from fastdreamer.trainer import RunError, read_config
+from fastdreamer.viz.curves import plot_runs, write_curve
+from fastdreamer.viz.dreams import dream_figure, state_figure
 
 _COLUMNS = ("controller", "env_frames", "update", "episode", "return", "seconds")
 
@@ -47,7 +49,7 @@ def write_report(
             ``figure-3.png`` (the first controller along training), ``figure-4.png`` (the dream of
             the last snapshot over the truth) and ``figure-5.png`` with its numbers,
             ``figure-5.csv`` (all controllers). Episodes it holds already are not played again.
-        controllers: see ``Dreamer.act``; none: actor and mpc, or PlaNet's planet.
+        controllers: see ``Policy.act``; none: actor and mpc, or PlaNet's planet.
         episodes: a snapshot and controller; the same seeds for every one.
         points: snapshots used at most, spread evenly over the run; 0: all.
         seed: of the episodes.
@@ -257,10 +259,10 @@ def _draw(
             )
         if curve:
             label = {"run": f"{about['run']}, {name}", "task": about["task"], "obs": about["obs"]}
-            files.append(viz.write_curve(out / f"{name}.csv", label, curve))
-    files.append(viz.plot_runs(files[:1], out / "figure-3.png"))
+            files.append(write_curve(out / f"{name}.csv", label, curve))
+    files.append(plot_runs(files[:1], out / "figure-3.png"))
     if len(files) > 2:
-        files.append(viz.plot_runs(files[:-1], out / "figure-5.png", published=False))
+        files.append(plot_runs(files[:-1], out / "figure-5.png", published=False))
         files.append(_write_comparison(out / "figure-5.csv", controllers, table))
     return files
 
@@ -275,24 +277,20 @@ def _write_comparison(
     first, *others = controllers
     columns = ["env_frames", *(f"{c}_{n}" for c in controllers for n in ("episodes", "mean", "se"))]
     columns += [f"{c}_minus_{first}{n}" for c in others for n in ("", "_se")]
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        for frames in sorted({frames for _, frames in table}):
-            row: dict[str, Any] = {"env_frames": frames}
-            for name in controllers:
-                returns = list(table.get((name, frames), {}).values())
-                mean, se = _mean_and_error(returns)
-                row |= {f"{name}_episodes": len(returns), f"{name}_mean": mean, f"{name}_se": se}
-            base = table.get((first, frames), {})
-            for name in others:
-                own = table.get((name, frames), {})
-                mean, se = _mean_and_error([own[i] - base[i] for i in own if i in base])
-                row |= {f"{name}_minus_{first}": mean, f"{name}_minus_{first}_se": se}
-            writer.writerow(row)
-    os.replace(temporary, path)
-    return path
+    rows = []
+    for frames in sorted({frames for _, frames in table}):
+        row: dict[str, Any] = {"env_frames": frames}
+        for name in controllers:
+            returns = list(table.get((name, frames), {}).values())
+            mean, se = _mean_and_error(returns)
+            row |= {f"{name}_episodes": len(returns), f"{name}_mean": mean, f"{name}_se": se}
+        base = table.get((first, frames), {})
+        for name in others:
+            own = table.get((name, frames), {})
+            mean, se = _mean_and_error([own[i] - base[i] for i in own if i in base])
+            row |= {f"{name}_minus_{first}": mean, f"{name}_minus_{first}_se": se}
+        rows.append(row)
+    return write_csv(path, rows, columns=columns)
 
 
 def _mean_and_error(values: Sequence[float]) -> tuple[float | str, float | str]:
@@ -307,5 +305,5 @@ def _draw_dream(agent: Dreamer, env: Any, seed: int, out: Path) -> Path:
     half = min(50, env.max_decisions // 2)
     imagined, real = dream_and_live(agent, env, context=half, decisions=half, seed=seed)
     if "pixels" in imagined:
-        return viz.dream_figure(imagined["pixels"], real["pixels"], out / "figure-4.png")
-    return viz.state_figure(imagined["state"], real["state"], out / "figure-4.png")
+        return dream_figure(imagined["pixels"], real["pixels"], out / "figure-4.png")
+    return state_figure(imagined["state"], real["state"], out / "figure-4.png")

@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import json
 import logging
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -30,9 +29,11 @@ from fastdreamer._version import __version__
 from fastdreamer.agent import Dreamer
 from fastdreamer.collector import Collector, Job, policy_weights
 from fastdreamer.config import Config, ConfigError, from_dict, to_dict
+from fastdreamer.episodes import episode_fields
+from fastdreamer.files import replacing
 from fastdreamer.logger import Logger, Progress
 from fastdreamer.ops.backend import check_backend, use_backend
-from fastdreamer.replay import Replay, episode_fields
+from fastdreamer.replay import Replay
 
 _log = logging.getLogger("fastdreamer")
 
@@ -74,9 +75,8 @@ def create_run(run_dir: Path, config: Config) -> None:
 
 def write_config(run_dir: Path, config: Config) -> None:
     """Write ``config.json`` atomically."""
-    temporary = run_dir / f".tmp-{os.getpid()}-config.json"
-    temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    os.replace(temporary, run_dir / "config.json")
+    with replacing(run_dir / "config.json") as temporary:
+        temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def read_config(run_dir: Path) -> Config:

@@ -1,19 +1,14 @@
-"""Dreamer: acting, learning and dreaming, with pixels and state."""
+"""Dreamer: learning from pixels and state; acting is in test_policy.py."""
 
 import dataclasses
-import warnings
 
 import numpy as np
 import pytest
 import torch
 
-from fastdreamer.agent import Dreamer, NonFiniteLoss, PolicyState, resolve_precision
+from fastdreamer.agent import Dreamer, NonFiniteLoss
 from fastdreamer.config import ConfigError, preset
-from fastdreamer.nn.dists import symexp
 from fastdreamer.ops.backend import BackendError, last_backend, use_backend
-from fastdreamer.ops.observe import observe
-from fastdreamer.ops.open_loop import open_loop
-from fastdreamer.ops.params import State
 
 SHAPES = {"pixels": (64, 64, 3), "state": (5,)}
 KINDS = [("pixels",), ("state",), ("pixels", "state")]
@@ -102,161 +97,6 @@ def test_optimizers_share_out_every_parameter():
     ours = [p for o in optimizers.values() for group in o.param_groups for p in group["params"]]
     assert {id(p) for p in ours} == {id(p) for p in agent.parameters() if p.requires_grad}
     assert not any(p.requires_grad for p in agent.target_critic.parameters())
-
-
-def test_precision():
-    cpu = torch.device("cpu")
-    assert resolve_precision("fp32", cpu) == "fp32" and resolve_precision("bf16", cpu) == "bf16"
-    assert resolve_precision("auto", torch.device("cuda")) == "bf16"
-    assert resolve_precision("auto", cpu) in ("fp32", "bf16")
-    assert make_agent(precision="bf16").precision == "bf16"
-
-
-# ---------------------------------------------------------------- acting
-
-
-@pytest.mark.parametrize("kinds", KINDS)
-def test_act_on_one_and_on_a_batch(kinds):
-    agent = make_agent(kinds)
-    single, batch = make_obs(kinds), make_obs(kinds, 4)
-    action, state = agent.act(single)
-    assert action.shape == (A,) and action.dtype == np.float32 and np.abs(action).max() <= 1
-    assert [tuple(x.shape) for x in state[:3]] == [(1, 16), (1, 4), (1, A)] and state.plan is None
-    action, state = agent.act(single, state)
-    assert action.shape == (A,)
-
-    actions, states = agent.act(batch)
-    assert actions.shape == (4, A) and actions.dtype == np.float32
-    assert [tuple(x.shape) for x in states[:3]] == [(4, 16), (4, 4), (4, A)]
-    actions, states = agent.act(batch, states)
-    assert np.isfinite(actions).all() and not states.action.requires_grad
-    if len(kinds) == 1:
-        bare, _ = agent.act(single[kinds[0]], generator=seeded())
-        named, _ = agent.act(single, generator=seeded())
-        assert bare.shape == (A,) and (bare == named).all()
-
-
-@pytest.mark.parametrize("kinds", KINDS)
-def test_a_batch_of_one_is_one(kinds):
-    agent = make_agent(kinds)
-    one, many = None, None
-    for t in range(3):
-        single = make_obs(kinds, seed=t)
-        batch = {kind: x[None] for kind, x in single.items()}
-        a, one = agent.act(single, one, noise=0.2, generator=seeded(t))
-        b, many = agent.act(batch, many, noise=0.2, generator=seeded(t))
-        assert b.shape == (1, A) and (a == b[0]).all()
-        assert all(torch.equal(x, y) for x, y in zip(one[:3], many[:3], strict=True))
-
-
-def test_act_follows_its_generator():
-    agent, obs = make_agent(), make_obs(("state",))
-    first, _ = agent.act(obs, noise=0.3, generator=seeded(1))
-    again, _ = agent.act(obs, noise=0.3, generator=seeded(1))
-    other, _ = agent.act(obs, noise=0.3, generator=seeded(2))
-    assert (first == again).all() and (first != other).any()
-    # without one, the agent's own: two agents of one seed agree call by call
-    twin = make_agent()
-    for _ in range(3):
-        assert (agent.act(obs, noise=0.3)[0] == twin.act(obs, noise=0.3)[0]).all()
-
-
-def test_act_filters_then_takes_the_actor_s_mean():
-    agent, obs = make_agent(("pixels", "state")), make_obs(("pixels", "state"), 2)
-    state = PolicyState(torch.randn(2, 16), torch.randn(2, 4), torch.rand(2, A))
-    action, new = agent.act(obs, state, generator=seeded(3))
-    with torch.no_grad():
-        embed = agent.model.encoder({kind: torch.from_numpy(x)[None] for kind, x in obs.items()})
-        seen = observe(
-            agent.model.rssm.params(),
-            State(state.deter, state.stoch),
-            embed,
-            state.action[None],
-            torch.zeros(1, 2, dtype=torch.bool),
-            torch.randn(1, 2, 4, generator=seeded(3)),
-        ).state
-        want = torch.tanh(agent.actor(seen.feat[0]).mean)
-    torch.testing.assert_close(new, PolicyState(seen.deter[0], seen.stoch[0], want))
-    np.testing.assert_array_equal(action, new.action.numpy())
-    start = agent.initial_state(2)
-    assert not any(x.any() for x in start[:3])
-    a, _ = agent.act(obs, start, generator=seeded())
-    b, _ = agent.act(obs, None, generator=seeded())
-    assert (a == b).all()
-
-
-def test_the_noisy_clipped_action_is_what_the_filter_sees():
-    """Trap 2: what is returned, and so stored and executed, is what the state holds."""
-    agent, obs = make_agent(), make_obs(("state",), 200)
-    clean, quiet = agent.act(obs, generator=seeded(1))
-    noisy, state = agent.act(obs, noise=0.7, generator=seeded(1))
-    draw = seeded(1)
-    torch.randn(200, 4, generator=draw)  # the posterior sample
-    raw = clean + 0.7 * torch.randn(200, A, generator=draw).numpy()
-    assert (np.abs(raw) > 1).any() and (np.abs(raw) < 1).any()
-    np.testing.assert_allclose(noisy, np.clip(raw, -1, 1), rtol=1e-6, atol=1e-6)
-    np.testing.assert_array_equal(state.action.numpy(), noisy)
-    assert torch.equal(state.deter, quiet.deter) and torch.equal(state.stoch, quiet.stoch)
-    # and so the next latent state depends on it
-    _, after_clean = agent.act(obs, quiet, generator=seeded(2))
-    _, after_noisy = agent.act(obs, state, generator=seeded(2))
-    assert (after_clean.deter != after_noisy.deter).any(-1).all()
-
-
-def test_the_caller_owns_the_action():
-    """Scaling or shielding the array in place must not reach into the filter's memory."""
-    agent = make_agent()
-    action, state = agent.act(make_obs(("state",)))
-    kept = state.action.clone()
-    action += 1
-    assert torch.equal(state.action, kept)
-
-
-def test_act_takes_what_environments_and_replay_give():
-    agent, obs = make_agent(("pixels",)), make_obs(("pixels",))["pixels"]
-    want, _ = agent.act(obs, generator=seeded())
-    frozen = obs.copy()
-    frozen.flags.writeable = False  # a memory-mapped frame
-    flipped = obs[::-1].copy()[::-1]  # a renderer's bottom-up frame: negative strides
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for x in (frozen, flipped, torch.from_numpy(obs)):
-            assert (agent.act(x, generator=seeded())[0] == want).all()
-    agent, state = make_agent(), make_obs(("state",))["state"]
-    double, _ = agent.act(state.astype(np.float64), generator=seeded())
-    assert (double == agent.act(state, generator=seeded())[0]).all()
-
-
-@pytest.mark.parametrize(
-    ("kinds", "obs", "message"),
-    [
-        (("state",), np.zeros(4, np.float32), r"act: state must be \[5\] or \[B, 5\], got \[4\]"),
-        (("state",), np.zeros((1, 1, 5)), r"act: state must be .*, got \[1, 1, 5\]"),
-        (("state",), {"pixels": 0}, "act: obs lacks 'state', got pixels"),
-        (("pixels",), np.zeros((64, 64, 3)), "act: pixels must be uint8, got float64"),
-        (("pixels",), np.zeros((3, 64, 64), np.uint8), r"\[64, 64, 3\].*, got \[3, 64, 64\]"),
-        (("pixels", "state"), np.zeros(5), "act: obs must be a dict with pixels and state"),
-        (
-            ("pixels", "state"),
-            {"pixels": np.zeros((2, 64, 64, 3), np.uint8), "state": np.zeros((3, 5))},
-            "act: pixels and state differ in their batch size",
-        ),
-        (
-            ("pixels", "state"),
-            {"pixels": np.zeros((1, 64, 64, 3), np.uint8), "state": np.zeros(5)},
-            "act: pixels and state differ in their batch size",
-        ),
-    ],
-)
-def test_an_observation_that_does_not_fit(kinds, obs, message):
-    with pytest.raises(ValueError, match=message):
-        make_agent(kinds).act(obs)
-
-
-def test_a_state_that_does_not_fit():
-    agent = make_agent()
-    with pytest.raises(ValueError, match="act: a batch of 3 observations, 2 states"):
-        agent.act(make_obs(("state",), 3), agent.initial_state(2))
 
 
 # ---------------------------------------------------------------- learning
@@ -418,48 +258,3 @@ def test_backends_are_resolved_as_everywhere():
         assert last_backend(op) == "eager"
     with use_backend("triton"), pytest.raises(BackendError, match="observe: backend 'triton'"):
         agent.update(batch, agent.make_optimizers(), seeded())
-
-
-# ---------------------------------------------------------------- dreaming
-
-
-@pytest.mark.parametrize("kinds", KINDS)
-@pytest.mark.parametrize("horizon", [1, 4])
-def test_dream(kinds, horizon):
-    agent = make_agent(kinds)
-    _, state = agent.act(make_obs(kinds))
-    action, seen = agent.dream(state, horizon, seeded(1))
-    assert action.shape == (horizon, A) and np.abs(action).max() <= 1
-    np.testing.assert_array_equal(action[0], state.action[0].numpy())
-    assert {kind: x.shape for kind, x in seen.items()} == {
-        kind: (horizon, *SHAPES[kind]) for kind in kinds
-    }
-    assert all(x.dtype == (np.uint8 if k == "pixels" else np.float32) for k, x in seen.items())
-    again, _ = agent.dream(state, horizon, seeded(1))
-    assert (action == again).all()
-    if horizon > 1:
-        assert (agent.dream(state, horizon, seeded(2))[0] != action).any()
-
-
-def test_a_dream_s_actions_lead_to_what_it_shows():
-    agent = make_agent()
-    _, state = agent.act(make_obs(("state",)))
-    action, seen = agent.dream(state, 5, seeded(1))
-    noise = torch.randn(5, 1, 4, generator=seeded(1))
-    with torch.no_grad():
-        states = open_loop(
-            agent.model.rssm.params(),
-            State(state.deter, state.stoch),
-            torch.from_numpy(action)[:, None],
-            noise,
-        )
-        want = symexp(agent.model.decoder(states.feat[:, 0])["state"])
-    np.testing.assert_allclose(seen["state"], want.numpy(), rtol=1e-5, atol=1e-6)
-
-
-def test_a_dream_needs_one_environment_and_a_horizon():
-    agent = make_agent()
-    with pytest.raises(ValueError, match="dream: 0 decisions of 1 environments"):
-        agent.dream(agent.initial_state(1), 0)
-    with pytest.raises(ValueError, match="dream: 3 decisions of 2 environments"):
-        agent.dream(agent.initial_state(2), 3)

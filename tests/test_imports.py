@@ -15,29 +15,33 @@ PACKAGE = ROOT / "fastdreamer"
 MODEL = {"config", "ops", "nn"}
 PUBLIC = MODEL | {"_version", "losses", "planning", "exploration", "safety", "agent"}
 PUBLIC |= {"checkpoint", "collector", "envs", "logger", "replay", "report", "rollout", "trainer"}
-PUBLIC |= {"viz"}
+PUBLIC |= {"episodes", "files", "play", "policy", "viz"}
 
 # What each room (a file or folder of the package) may import of ours, beside itself; imports
-# inside functions count. config → ops → nn → {losses, planning, exploration, safety} → agent →
-# trainer → cli.
+# inside functions count. config → ops → nn → {losses, planning, exploration, safety} → policy →
+# agent → trainer → cli.
 ALLOWED = {
     "_version": set(),
     "config": set(),
+    "files": set(),
     "ops": {"_native"},
     "nn": {"config", "ops"},
     "losses": MODEL,
     "planning": MODEL,
     "exploration": MODEL,
     "safety": MODEL,
-    "checkpoint": {"config", "_version"},
+    "checkpoint": {"config", "_version", "files"},
     "envs": {"config", "_version"},
-    "replay": {"config", "_version"},
+    "episodes": {"files"},
+    "replay": {"episodes", "files"},
     "logger": {"config", "_version"},
-    "viz": {"logger"},
-    "agent": MODEL | {"losses", "planning", "exploration", "safety", "checkpoint"},
-    "collector": {"config", "agent", "envs", "replay", "safety", "viz"},
+    "viz": {"files", "logger"},
+    "policy": MODEL | {"planning", "exploration", "safety"},
+    "agent": MODEL | {"losses", "exploration", "checkpoint", "policy"},
+    "play": {"config", "policy", "envs", "safety", "viz"},
+    "collector": {"config", "policy", "play", "episodes", "safety"},
     "trainer": PUBLIC - {"trainer", "report", "rollout", "viz"},
-    "report": {"config", "agent", "checkpoint", "collector", "trainer", "viz"},
+    "report": {"config", "files", "agent", "checkpoint", "play", "trainer", "viz"},
     "verify": {"ops", "nn"},
     "rollout": {"ops", "nn", "verify"},
     "adapters": {"ops", "nn", "rollout"},
@@ -55,13 +59,13 @@ THIRD_PARTY = {
     "mujoco": {"envs"},
     "matplotlib": {"viz"},
     "imageio": {"viz"},
-    "imageio_ffmpeg": {"viz"},
+    "imageio_ffmpeg": {"viz/video"},
     "tensorboard": {"logger"},
     "triton": {"ops/triton", "testing", "envs"},  # envs: before Mesa loads its LLVM
-    "tyro": {"cli", "config"},
+    "tyro": {"cli", "config/sections"},
     "rich": {"cli", "compare", "doctor", "logger"},
     "gymnasium": {"envs/gymnasium"},
-    "stable_baselines3": {"compare"},
+    "stable_baselines3": {"compare/methods"},
 }
 
 

@@ -14,7 +14,7 @@ from fastdreamer.cli import main
 from fastdreamer.config import ConfigError, preset
 from fastdreamer.report import write_report
 from fastdreamer.trainer import RunError, Trainer, create_run
-from fastdreamer.viz import state_figure
+from fastdreamer.viz.dreams import state_figure
 
 TINY = preset("tiny")
 FRAMES = [80, 120, 160]

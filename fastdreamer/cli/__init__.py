@@ -1,0 +1,121 @@
+"""The ``fastdreamer`` command: train, eval, dream, report, plot, compare, bench, doctor.
+
+A file a command, which holds its options and what it does. Options come from typed dataclasses
+through tyro: the configuration is one already, so every field is an option with its help text and
+type, and nothing is declared twice.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.logging import RichHandler
+
+from fastdreamer._version import __version__
+from fastdreamer.checkpoint import CheckpointError, load_meta
+from fastdreamer.cli.bench import Bench, run_bench
+from fastdreamer.cli.compare import Compare, run_compare
+from fastdreamer.cli.doctor import Doctor, run_doctor
+from fastdreamer.cli.dream import Dream, run_dream
+from fastdreamer.cli.eval import Eval, run_eval
+from fastdreamer.cli.plot import Plot, run_plot
+from fastdreamer.cli.report import Report, run_report
+from fastdreamer.cli.train import Train, run_train, train_defaults
+from fastdreamer.collector import CollectorError
+from fastdreamer.config import Config, ConfigError, from_dict
+from fastdreamer.envs.gl import GLError
+from fastdreamer.episodes import EpisodeError
+from fastdreamer.ops.backend import BackendError
+from fastdreamer.planning import PlanningError
+from fastdreamer.trainer import RunError, Stopped, read_config
+
+_COMMANDS = {
+    Train: run_train,
+    Eval: run_eval,
+    Dream: run_dream,
+    Report: run_report,
+    Plot: run_plot,
+    Bench: run_bench,
+    Compare: run_compare,
+    Doctor: run_doctor,
+}
+_EXPECTED = (
+    BackendError,
+    CheckpointError,
+    CollectorError,
+    ConfigError,
+    EpisodeError,
+    GLError,
+    PlanningError,
+    RunError,
+)
+"""Errors whose message is all that a user needs."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status (0 done, 1 failed, 2 misused, 130 stopped)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    errors = Console(stderr=True)
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=errors, show_time=False, show_path=False)],
+    )
+    as_it_is = {"markup": False, "highlight": False, "soft_wrap": True}
+    say = functools.partial(Console().print, **as_it_is)
+    fail = functools.partial(errors.print, **as_it_is)
+    if argv in (["--version"], ["-V"]):
+        say(f"fastdreamer {__version__}")
+        return 0
+    try:
+        command = _parse(argv)
+        if hasattr(command, "plan"):  # again: its options start from what the run says
+            command = _parse(argv, _config_of(command.run))
+        return _COMMANDS[type(command)](command, say) or 0
+    except Stopped:
+        say(f"stopped; go on with: {shlex.join(['fastdreamer', *argv])}")
+        return 130
+    except _EXPECTED as error:
+        fail(f"fastdreamer: {error}")
+        return 1
+    except ValueError as error:  # an argument that only its user could judge, such as a task
+        fail(f"fastdreamer: {error}")
+        return 2
+
+
+def _parse(argv: list[str], config: Config | None = None) -> Any:
+    subcommand, config = tyro.conf.subcommand, config or Config()
+    planned = {"run": tyro.MISSING, "plan": config.plan}
+    commands = (
+        Annotated[Train, subcommand("train", default=train_defaults(argv))]
+        | Annotated[Eval, subcommand("eval", default=Eval(**planned, safety=config.safety))]
+        | Annotated[Dream, subcommand("dream")]
+        | Annotated[Report, subcommand("report", default=Report(**planned))]
+        | Annotated[Plot, subcommand("plot")]
+        | Annotated[Bench, subcommand("bench")]
+        | Annotated[Compare, subcommand("compare")]
+        | Annotated[Doctor, subcommand("doctor")]
+    )
+    return tyro.cli(
+        commands,
+        prog="fastdreamer",
+        description="Dreamer with every recurrent loop compiled: train, evaluate, watch.",
+        args=argv,
+    )
+
+
+def _config_of(path: Path) -> Config:
+    """The settings of a run or checkpoint; the default ones where ``load`` will refuse it."""
+    if (path / "config.json").is_file():
+        return read_config(path)
+    if path.is_file():
+        return from_dict(load_meta(path)["config"])
+    return Config()

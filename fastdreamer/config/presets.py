@@ -1,0 +1,109 @@
+"""Named starting points of a configuration; values, not code paths."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from fastdreamer.config.config import Config
+from fastdreamer.config.schema import ConfigError
+from fastdreamer.config.sections import (
+    BehaviorConfig,
+    CollectConfig,
+    EnvConfig,
+    EvalConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    PlanConfig,
+    ReplayConfig,
+    TrainConfig,
+)
+
+
+def _walker() -> Config:
+    """The original's networks, actor and losses with a cheaper economy."""
+    return Config(
+        replay=ReplayConfig(batch=16, length=50),
+        model=ModelConfig(
+            hidden=200,
+            encoder_channels=(32, 64, 128, 256),
+            encoder_linear=None,
+            decoder_channels=(128, 64, 32),
+            decoder_linear_relu=False,
+        ),
+        loss=LossConfig(
+            image_scale=0.5, state_scale=0.5, reward_scale=0.5, free_nats=1.0, kl_balance=0.8
+        ),
+        behavior=BehaviorConfig(
+            mean_scale=5.0,
+            std_offset=math.log(math.expm1(5.0)),
+            min_std=1e-4,
+            value_scale=0.5,
+            discount_weights=True,
+            target_every=100,
+        ),
+        collect=CollectConfig(prefill=5),
+        plan=PlanConfig(plan_horizon=15, init_std=0.5, common_noise=True),
+        train=TrainConfig(replay_ratio=160.0, pretrain=100),
+    )
+
+
+def _state() -> Config:
+    """From the simulator's state on a small CPU: the walker preset with smaller networks."""
+    walker = _walker()
+    return dataclasses.replace(
+        walker,
+        env=EnvConfig(task="walker-stand", obs="state"),
+        replay=ReplayConfig(batch=16, length=16),
+        model=dataclasses.replace(walker.model, units=200),
+        behavior=dataclasses.replace(
+            walker.behavior, imag_horizon=10, actor_layers=2, critic_layers=2
+        ),
+        optim=OptimConfig(actor_lr=3e-4, critic_lr=3e-4),
+        plan=dataclasses.replace(walker.plan, plan_horizon=10),
+        train=TrainConfig(frames=300_000, replay_ratio=50.0, pretrain=100),
+    )
+
+
+def _tiny() -> Config:
+    """Seconds, not hours: for tests."""
+    return Config(
+        threads=1,
+        precision="fp32",
+        env=EnvConfig(obs="state", time_limit=1.0),
+        replay=ReplayConfig(batch=4, length=8),
+        model=ModelConfig(
+            deter=16,
+            stoch=4,
+            hidden=16,
+            units=16,
+            encoder_channels=(4, 4, 4, 4),
+            encoder_linear=16,
+            decoder_channels=(4, 4, 4),
+            decoder_linear=16,
+        ),
+        behavior=BehaviorConfig(imag_horizon=3, actor_layers=2, critic_layers=2),
+        collect=CollectConfig(prefill=2),
+        plan=PlanConfig(plan_horizon=3, num_samples=8, num_elites=3, iterations=2),
+        train=TrainConfig(
+            frames=400,
+            replay_ratio=32.0,
+            checkpoint_every=10,
+            keep_checkpoints=2,
+            log_every=5,
+            snapshot_every=120,
+        ),
+        eval=EvalConfig(every=120, episodes=1, video=False),
+    )
+
+
+PRESETS = {"report": Config(), "walker": _walker(), "state": _state(), "tiny": _tiny()}
+"""Named starting points; the ``walker`` preset is the default of ``fastdreamer train``."""
+
+
+def preset(name: str) -> Config:
+    """Return the preset of that name; ConfigError lists the valid names."""
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}; valid presets: {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,89 @@
+"""Files that appear under their name only when they are complete and on the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+_TMP = re.compile(r"\.tmp-(\d+)-.*")
+_TMP_MAX_AGE = 3600  # seconds; a write takes far less, so an older one belongs to a recycled pid
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path``, of its suffix, to write to; it becomes ``path`` at the end.
+
+    Then file and directory entry are on the disk. At any moment ``path`` is absent, the old file
+    or the complete new one; after an exception the old one, and nothing else is left. A killed
+    process leaves ``.tmp-PID-NAME``.
+    """
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def write_csv(
+    path: Path,
+    rows: Sequence[dict[str, Any]],
+    *,
+    columns: Sequence[str] | None = None,
+    about: dict[str, Any] | None = None,
+) -> Path:
+    """Write a table; makes its directory. Returns path.
+
+    columns: their order; by default the first row's. about: JSON for a comment in the first line.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        if about is not None:
+            file.write(f"# {json.dumps(about)}\n")
+        writer = csv.DictWriter(file, columns or list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def remove_stale(directory: Path) -> None:
+    """Remove the temporary files of `replacing` whose writers no longer live."""
+    for path in directory.iterdir():
+        match = _TMP.fullmatch(path.name)
+        if not match:
+            continue
+        with contextlib.suppress(FileNotFoundError):  # its writer renamed it meanwhile
+            stale = time.time() - path.stat().st_mtime > _TMP_MAX_AGE
+            try:
+                os.kill(int(match[1]), 0)
+                # Killed, but not yet reaped: it answers signals and writes no more.
+                stale = stale or _is_zombie(match[1])
+            except (ProcessLookupError, OverflowError):
+                stale = True
+            except PermissionError:
+                pass  # it lives, under another user
+            if stale:
+                path.unlink()
+
+
+def _is_zombie(pid: str) -> bool:
+    with contextlib.suppress(OSError):  # it is gone, or there is no /proc: not told
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return False
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
