@@ -87,9 +87,7 @@ def programs(sizes: Sizes, rows: int, precision: Precision) -> Iterator[Program]
     many = rollout._replace(op="open_loop", actor=None, policy=None, heads=None)
     yield imagine.forward_program(many)
     yield imagine.forward_program(many._replace(through=False))
-    yield imagine.backward_program(
-        many, wants._replace(actor=False), frozenset({"deter", "stoch"})
-    )
+    yield imagine.backward_program(many, wants._replace(actor=False), frozenset({"deter", "stoch"}))
     filtered = observe._Spec(
         2, rows, precision, step_shape(params, posterior=True), prior_shape(params),
         embed_shape(params), True, True,
