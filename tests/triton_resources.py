@@ -2,8 +2,8 @@
 
 Compiles every kernel of every program of the recurrent ops at Walker's sizes, for each precision,
 tile and architecture, and checks: no stack, no local memory (LDL, STL), at most 99 KB of shared
-memory, matrix instructions in every kernel with products in bfloat16, and barriers where layers
-hand over through global memory. The whole matrix, two processes at a time, takes minutes::
+memory, matrix instructions in every kernel with products in bfloat16, barriers where layers hand
+over through global memory, and no load that pipelining moved to another side of a barrier. The whole matrix, two processes at a time, takes minutes::
 
     python -m tests.triton_resources            # or: --arch 90 --precision bf16 --rows 50
 """
@@ -11,6 +11,7 @@ hand over through global memory. The whole matrix, two processes at a time, take
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import subprocess
 import sys
@@ -57,7 +58,8 @@ class Usage(NamedTuple):
     spills: int  # instructions that load from or store to local memory
     shared: int
     matrix: tuple[str, ...]  # kinds of matrix instructions
-    order: str  # of stores (any number is one S) and barriers (B) in its TTGIR
+    order: str  # in its TTGIR: barriers (B), and whether loads (L) and stores (S) lie between them
+    moved: tuple[str, ...]  # loads and stores that its source has elsewhere
     seconds: float  # of compiling
 
 
@@ -161,13 +163,75 @@ def compile_for(spec: Spec, arch: int) -> Usage:
         report = tool(triton.knobs.nvidia.cuobjdump, "-res-usage")
         code = tool(triton.knobs.nvidia.nvdisasm, "-c")
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
-    events = re.findall(r"\b(tt\.store|barrier)\b", made.asm["ttgir"])
-    order = "".join("S" if event == "tt.store" else "B" for event in events)
+    order, moved = memory_order(made.asm["ttir"], made.asm["ttgir"])
     return Usage(
         label(spec), arch, used["REG"], used["STACK"], used["LOCAL"],
         len(re.findall(r"\b(?:LDL|STL)\b", code)), made.metadata.shared,
-        tuple(sorted(set(MATRIX.findall(code)))), re.sub("S+", "S", order), seconds,
+        tuple(sorted(set(MATRIX.findall(code)))), order, moved, seconds,
     )  # fmt: skip
+
+
+_EVENT = re.compile(
+    r"\b(?:(?P<load>tt\.load|ttg\.async_copy_global_to_local|ttng\.async_tma_copy\w*)"
+    r"|(?P<store>tt\.store)|(?P<barrier>ttg\.barrier|gpu\.barrier))\b.*?(?:loc\((?P<at>.*)\))?$"
+)
+
+
+class Place(NamedTuple):
+    """Where a load or store is: behind how many barriers, and in which loops that have some."""
+
+    segment: int
+    loops: tuple[int, ...]
+
+
+def memory_events(code: str) -> list[tuple[str, str, Place]]:
+    """Loads (L), stores (S) and barriers (B) in order: what, where in the source, and the place."""
+    names = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", code, re.MULTILINE))
+
+    @functools.cache
+    def source_of(at: str) -> str:
+        return re.sub(r"#loc\d*", lambda name: source_of(names.get(name[0], "")), at)
+
+    found, scopes, with_barrier, opened, segment = [], [], [], 0, 0
+    for line in code.splitlines():
+        text = re.sub(r" loc\(.*\)$", "", line).strip()
+        if text.startswith("}"):
+            scopes.pop()
+        if event := _EVENT.search(line):
+            what = event.lastgroup if event.lastgroup != "at" else None
+            what = what or next(k for k in ("load", "store", "barrier") if event[k])
+            if what == "barrier":
+                segment += 1
+                with_barrier += [scope for scope in scopes if scope not in with_barrier]
+            found.append((what[0].upper(), source_of(event["at"] or ""), segment, tuple(scopes)))
+        if text.endswith("{"):
+            opened += 1
+            scopes.append(opened)
+    number = {scope: i for i, scope in enumerate(sorted(with_barrier))}
+    return [
+        (what, at, Place(segment, tuple(number[s] for s in scopes if s in number)))
+        for what, at, segment, scopes in found
+    ]
+
+
+def memory_order(before: str, after: str) -> tuple[str, tuple[str, ...]]:
+    """The order of memory accesses and barriers behind the compiler's passes, and what they moved.
+
+    A load may come earlier, for its loop to be pipelined, but not from behind a barrier, and not
+    out of a loop that has one: the loads of its next round are behind the barrier of this one.
+    """
+    allowed: dict[tuple[str, str], set[Place]] = {}
+    for what, at, place in memory_events(before):
+        allowed.setdefault((what, at), set()).add(place)
+    segments, moved = [set()], []
+    for what, at, place in memory_events(after):
+        if what == "B":
+            segments.append(set())
+            continue
+        segments[-1].add(what)
+        if place not in allowed.get((what, at), ()):
+            moved.append(f"{what} {at}")
+    return "B".join("".join(sorted(segment)) for segment in segments), tuple(moved)
 
 
 def faults(spec: Spec, usage: Usage) -> list[str]:
@@ -184,17 +248,21 @@ def faults(spec: Spec, usage: Usage) -> list[str]:
     if bf16 and multiplies and not usage.matrix:
         wrong.append("no matrix instructions")
     if (want := handovers(spec)) != usage.order:
-        wrong.append(f"stores and barriers in the order {usage.order}, not {want}")
+        wrong.append(f"loads, stores and barriers in the order {usage.order}, not {want}")
+    if usage.moved:
+        wrong.append(f"moved across a barrier: {', '.join(usage.moved)}")
     return wrong
 
 
 def handovers(spec: Spec) -> str:
-    """The order of stores and barriers: each store that another thread reads has one behind it."""
-    order = "S" + "BS" * barriers(spec)
+    """The order of loads, stores and barriers: what another thread stored is read behind one."""
+    order = "LS" + "BLS" * barriers(spec)
+    if spec.fn.fn.__name__ == "copy_kernel" and "source" not in dict(spec.types):
+        return order if dict(spec.constants)["ADD"] else order[1:]
     if spec.fn.fn.__module__.endswith(".mlp") and spec.fn.fn.__name__ == "backward_kernel":
         # Without the input's gradient nothing in the kernel reads what the last of the layers
         # stored. The barrier behind it is one of those that the loop over layers has anyway.
-        return order if "d_x1" in dict(spec.types) else order[:-1]
+        return order if "d_x1" in dict(spec.types) else order[:-2]
     return order
 
 
