@@ -87,5 +87,8 @@ def test_nan(activation):
 
 
 if __name__ == "__main__":
+    from interpreter import correct_minimum
+
+    correct_minimum()
     check_step(sys.argv[1])
     check_cem(sys.argv[1])
