@@ -12,6 +12,7 @@ FASTDREAMER_LIBCUDA), and no interpreter.
 """
 
 import os
+import struct
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -26,8 +27,19 @@ sys.path.insert(0, str(standin.HERE.parent))
 
 import triton_resources  # noqa: E402
 
+from fastdreamer import _native  # noqa: E402
 from fastdreamer.ops.cuda_graph import Graphs  # noqa: E402
-from fastdreamer.ops.graph import Arg, Compiled, Launch, Loop, Program, Spec, affine  # noqa: E402
+from fastdreamer.ops.graph import (  # noqa: E402
+    Arg,
+    Compiled,
+    Launch,
+    Loop,
+    Program,
+    Spec,
+    affine,
+    run_direct,
+)
+from fastdreamer.ops.triton import lambda_return  # noqa: E402
 from fastdreamer.ops.triton.aot import checked, source  # noqa: E402
 from fastdreamer.ops.triton.build import Precision  # noqa: E402
 
@@ -87,8 +99,8 @@ def counts(body: Sequence[Launch | Loop]) -> dict[str, int]:
     return found
 
 
-def compare(program: Program, kernels: Kernels, got: list) -> int:
-    """Run a program both ways; return how many launches it has."""
+def compare(program: Program, kernels: Kernels, got: list, *, jit: bool) -> int:
+    """Run a program both ways, and by ``run_direct`` with Triton's JIT; return its launches."""
     graphs = Graphs(compile_kernel=kernels, on_host=True)
     inputs = {s.name: torch.empty(s.shape, dtype=s.dtype) for s in program.of_kind("input")}
     got.clear()
@@ -104,36 +116,75 @@ def compare(program: Program, kernels: Kernels, got: list) -> int:
             return addresses[value.slot.name] + value.offset.value(indices) * size
         return value if isinstance(value, float | bool) else affine(value).value(indices)
 
-    total = 0
-    for ours, (launch, indices) in zip(mine, program.launches(), strict=True):
+    theirs = []
+    for launch, indices in program.launches():
         spec = launch.spec({name: loops[name] for name in indices})
         given = {name: resolve(value, indices) for name, value in launch.args.items()}
         given |= dict(spec.constants)
         got.clear()
         kernels.launch(spec, launch.grid, [given[name] for name in spec.fn.arg_names])
-        (theirs,) = got
-        assert theirs == ours, f"{program.name}: Triton gives {theirs}, the loop {ours}"
-        assert len(ours[-1]) >= 8 * sum(isinstance(v, Arg) for v in launch.args.values())
-        total += 1
-    return total
+        theirs += got
+    assert len(mine) == len(theirs)
+    for ours, other in zip(mine, theirs, strict=True):
+        assert ours == other, f"{program.name}: Triton gives {other}, the loop {ours}"
+    if jit:
+        tensors = {**inputs, **outputs, **entry._scratch}
+        program.tensors = lambda _: tensors
+        got.clear()
+        run_direct(program, inputs)
+        del program.tensors
+        for (_, *ours), (_, *other) in zip(mine, got, strict=True):
+            ours.pop(-2), other.pop(-2)  # shared memory may differ: integers are specialised
+            assert ours == other, f"{program.name}: kernel by kernel {other}, the loop {ours}"
+    return len(mine)
+
+
+def check_lambda_return(got: list) -> None:
+    """The op by itself, which Triton alone launches."""
+    reward, following, discount = torch.randn(3, 5, 7).unbind()
+    discount.requires_grad_()
+    got.clear()
+    returns = lambda_return.lambda_return(reward, following, discount, 0.9)
+    (grad,) = torch.autograd.grad(returns, discount, torch.ones(5, 7))
+    assert grad.shape == (5, 7)
+    for (_, name, grid, block, _, data), inputs in zip(got, (4, 7), strict=True):
+        pointers, numbers = data[: 8 * inputs], data[8 * inputs : 8 * inputs + 16]
+        assert numbers == struct.pack("<iiff", 5, 7, 0.9, 1.0 - 0.9)
+        assert all(pointers[i : i + 8].strip(b"\0") for i in range(0, 8 * inputs, 8))
+        assert name == ("forward_kernel" if inputs == 4 else "backward_kernel")
+        assert (grid, block) == ((1, 1, 1), (32 * lambda_return.NUM_WARPS, 1, 1))
+        assert not any(data[8 * inputs + 16 :]), "hidden pointers are null"
 
 
 def main() -> None:
     driver = standin.Driver(os.environ["FASTDREAMER_LIBCUDA"])
     got: list[tuple] = []  # of each launch: image, name, grid, block, shared memory, parameters
     driver.on_launch(lambda *launch: got.append(launch))
-    triton.runtime.driver.set_active(CudaDriver())
     every = sys.argv[1:] == ["all"]
+    _native.CudaDevice(0)  # initialises the driver, as torch does where there is a GPU
     for arch in triton_resources.ARCHS if every else (90,):
+        driver.device(capability=arch)
+        activate(arch)
+        check_lambda_return(got)
         for bf16 in (True, False) if every else (True,):
-            driver.device(capability=arch)
             kernels = Kernels(arch, every=every)
-            made = [compare(p, kernels, got) for p in programs(Precision(bf16, arch))]
+            made = [
+                compare(p, kernels, got, jit=arch == 90 and (every or p.name == "rssm_step"))
+                for p in programs(Precision(bf16, arch))
+            ]
             print(
                 f"sm_{arch}, {'bf16' if bf16 else 'fp32'}: {len(made)} programs, {sum(made)} "
                 f"launches, {len(kernels)} kernels agree",
                 flush=True,
             )
+
+
+def activate(arch: int) -> None:
+    """Make the stand-in Triton's current device, which it asks torch for."""
+    driver = CudaDriver()
+    driver.get_current_device = driver.get_current_stream = lambda *_: 0
+    driver.get_device_capability = lambda *_: divmod(arch, 10)
+    triton.runtime.driver.set_active(driver)
 
 
 if __name__ == "__main__":
