@@ -5,7 +5,8 @@ then the environment variable ``FASTDREAMER_BACKEND``, then ``auto``. An explici
 cannot run raises :class:`BackendError` with the reason; only ``auto`` falls back (to eager), and
 it logs each reason once per op on the logger ``fastdreamer``.
 
-``auto`` takes native for CPU tensors and triton for CUDA tensors. What each body accepts:
+``auto`` takes native for CPU tensors, unless the CPU has no instruction set that makes it faster
+than eager (see :func:`why_slow`), and triton for CUDA tensors. What each body accepts:
 
 - eager: any device and floating dtype (float64 is the reference; autocast works);
 - native: CPU tensors, triton: CUDA tensors; both want them contiguous and their floating dtypes
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import logging
 import os
 import threading
@@ -91,6 +93,27 @@ def why_no_cuda() -> str | None:
 
     built = "" if torch.version.cuda else "this PyTorch is built without CUDA; "
     return f"no usable NVIDIA GPU: {built}{driver_state()}"
+
+
+@functools.cache
+def why_slow() -> str | None:
+    """Return why ``auto`` passes over the native core on this CPU, None where it does not.
+
+    The scalar kernels run on any CPU, but slower than eager, whose matrix products have vectors.
+    Who asks for them by ``FASTDREAMER_ISA`` or ``backend="native"`` gets them.
+    """
+    if os.environ.get("FASTDREAMER_ISA"):
+        return None
+    try:
+        from fastdreamer import _native
+    except ImportError:  # then it is not the speed that keeps native from running
+        return None
+    if _native.isa() != "scalar":
+        return None
+    return (
+        "this CPU has no AVX2, and the scalar core is slower than eager "
+        "(FASTDREAMER_ISA=scalar takes it all the same)"
+    )
 
 
 class Op:
@@ -178,6 +201,8 @@ class Op:
         if name == "eager":
             return name
         reason = self._refusal(name, tensors, constant)
+        if reason is None and name == "native":
+            reason = why_slow()
         if reason is None:
             return name
         if reason not in self._logged:

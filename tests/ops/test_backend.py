@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 
+from fastdreamer.ops import backend as backend_module
 from fastdreamer.ops.backend import (
     OPS,
     BackendError,
@@ -13,9 +14,12 @@ from fastdreamer.ops.backend import (
     check_backend,
     last_backend,
     use_backend,
+    why_slow,
 )
 from fastdreamer.ops.checks import check_tensor
 from fastdreamer.ops.cuda_graph import driver_state
+from fastdreamer.ops.lambda_return import OP as LAMBDA_RETURN
+from fastdreamer.ops.lambda_return import lambda_return
 
 CPU = torch.zeros(2, 3)
 
@@ -32,6 +36,7 @@ def broken():
 def make(monkeypatch):
     monkeypatch.delenv("FASTDREAMER_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backend_module, "why_slow", lambda: None)  # whatever CPU this is
     made = []
 
     def make(name="probe", **loaders):
@@ -136,6 +141,44 @@ def test_triton_takes_cpu_tensors_under_the_interpreter(make, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert op.select("triton", CPU)() == "triton"
     assert op.select(None, CPU)() == "eager", "auto never interprets"
+
+
+@pytest.fixture
+def scalar_cpu(monkeypatch):
+    """The real core, saying that this CPU has no vectors."""
+    native = pytest.importorskip("fastdreamer._native")
+    monkeypatch.delenv("FASTDREAMER_BACKEND", raising=False)
+    monkeypatch.delenv("FASTDREAMER_ISA", raising=False)
+    monkeypatch.setattr(native, "isa", lambda: "scalar")
+    why_slow.cache_clear()
+    yield monkeypatch
+    why_slow.cache_clear()
+
+
+def test_auto_passes_over_the_scalar_core_unless_it_is_asked_for(scalar_cpu, caplog):
+    caplog.set_level(logging.INFO, logger="fastdreamer")
+    scalar_cpu.setattr(LAMBDA_RETURN, "_logged", set())
+    call = lambda backend=None: lambda_return(CPU, CPU, CPU, 0.9, backend=backend)  # noqa: E731
+    for backend, took in ((None, "eager"), ("auto", "eager"), ("native", "native")):
+        call(backend)
+        assert last_backend("lambda_return") == took
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"lambda_return: auto takes eager, not native: {why_slow()}"]
+    assert "no AVX2" in why_slow() and "FASTDREAMER_ISA=scalar" in why_slow()
+    assert LAMBDA_RETURN.why_not("native", "cpu") is None, "it can run"
+    why_slow.cache_clear()
+    scalar_cpu.setenv("FASTDREAMER_ISA", "scalar")
+    call()
+    assert last_backend("lambda_return") == "native"
+
+
+def test_doctor_says_why_auto_passes_over_the_scalar_core(scalar_cpu):
+    doctor = pytest.importorskip("fastdreamer.doctor")
+    scalar_cpu.setattr(torch.cuda, "is_available", lambda: False)
+    table = doctor._backends()
+    takes, reasons = (list(column.cells) for column in table.columns[1:])
+    assert set(takes) == {"eager"}
+    assert all(f"native: {why_slow()}" in reason for reason in reasons)
 
 
 def test_why_not_answers_for_every_backend(make, monkeypatch):
