@@ -7,6 +7,7 @@ field is an option with its help text and type, and nothing is declared twice.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -34,6 +35,8 @@ from fastdreamer.collector import (
     config_env,
     episode_seed,
     evaluate,
+    on_cpu,
+    run_backend,
 )
 from fastdreamer.config import (
     PRESETS,
@@ -47,7 +50,7 @@ from fastdreamer.config import (
 from fastdreamer.envs import canonical_task
 from fastdreamer.envs.gl import GLError
 from fastdreamer.exploration import calibrate_episodes
-from fastdreamer.ops.backend import BackendError
+from fastdreamer.ops.backend import BackendError, check_backend, use_backend
 from fastdreamer.planning import PlanningError
 from fastdreamer.replay import EpisodeError
 from fastdreamer.report import dream_and_live, write_report
@@ -65,6 +68,7 @@ _RATES = {
     "shield_failed": "of them, no candidate kept the condition",
 }
 Positional = tyro.conf.Positional
+Backend = Literal["run", "auto", "eager", "native", "triton"]
 _EXPECTED = (
     BackendError,
     CheckpointError,
@@ -117,6 +121,8 @@ class Eval:
     """Let the shield of a run trained with --safety filter the actions."""
     calibration: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Of a run trained with --explore ucb: also write calibration.csv and calibration.png."""
+    backend: Backend = "run"
+    """Who computes the recurrent loops; run: who did in training, collection included."""
     plan: PlanConfig = field(default_factory=PlanConfig)
     safety: SafetyConfig = field(default_factory=SafetyConfig)
 
@@ -139,6 +145,8 @@ class Dream:
     """Decisions dreamed."""
     seed: int = 0
     """Seeds the episode."""
+    backend: Backend = "run"
+    """Who computes the recurrent loops; run: who did in training, collection included."""
 
 
 @dataclass
@@ -160,6 +168,8 @@ class Report:
     """Snapshots used at most, spread evenly over the run; 0: all."""
     seed: int = 0
     """Seeds the episodes."""
+    backend: Backend = "run"
+    """Who computes the recurrent loops; run: who did in training, collection included."""
     plan: PlanConfig = field(default_factory=PlanConfig)
 
 
@@ -250,7 +260,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = _parse(argv)
         if hasattr(command, "plan"):  # again: its options start from what the run says
             command = _parse(argv, _config_of(command.run))
-        return _COMMANDS[type(command)](command, argv, console) or 0
+        with _backend(command):
+            return _COMMANDS[type(command)](command, argv, console) or 0
     except _EXPECTED as error:
         return _fail(errors, str(error))
     except ValueError as error:  # an argument that only its user could judge, such as a task
@@ -303,6 +314,16 @@ def _config_of(path: Path) -> Config:
     if path.is_file():
         return from_dict(load_meta(path)["config"])
     return Config()
+
+
+def _backend(command: Any) -> contextlib.AbstractContextManager[None]:
+    """The backend for playing with a trained agent, which is on the CPU."""
+    if not isinstance(command, Eval | Dream | Report):
+        return contextlib.nullcontext()
+    if command.backend == "run":
+        return run_backend(on_cpu(_config_of(command.run)))
+    check_backend(command.backend, "cpu")
+    return use_backend(command.backend)
 
 
 def _train(command: Train, argv: list[str], console: Console) -> int:

@@ -7,6 +7,7 @@ the result at a fixed update. Timing changes nothing but the time.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -29,6 +30,7 @@ from torch import Tensor
 from fastdreamer.agent import Dreamer
 from fastdreamer.config import Config, from_dict, to_dict
 from fastdreamer.envs import make_env
+from fastdreamer.ops.backend import use_backend
 from fastdreamer.replay import write_episode
 from fastdreamer.safety import Shield, Violations, safety_rates
 from fastdreamer.viz import write_video
@@ -336,6 +338,7 @@ def _worker(connection: Any, config_json: str, episodes: str) -> None:
     threading.Thread(target=_exit_with_trainer, daemon=True).start()
     torch.set_num_threads(1)
     config = from_dict(json.loads(config_json))
+    own = on_cpu(config)
 
     def send(answer: dict[str, Any]) -> None:
         connection.send_bytes(json.dumps(answer).encode())
@@ -349,10 +352,11 @@ def _worker(connection: Any, config_json: str, episodes: str) -> None:
                 job = Job(**json.loads(connection.recv_bytes()))
                 weights = load_bytes(connection.recv_bytes())
                 if agent is None:
-                    agent = Dreamer(_on_cpu(config), env.obs_shapes, env.action_dim)
+                    agent = Dreamer(own, env.obs_shapes, env.action_dim)
                 if weights:
                     agent.load_state_dict(weights, strict=False)
-                result = _run_job(job, config, agent, env, Path(episodes))
+                with run_backend(own):
+                    result = _run_job(job, config, agent, env, Path(episodes))
                 send(asdict(result))
         except (EOFError, ConnectionError):
             return  # the trainer is gone
@@ -421,7 +425,14 @@ def config_env(config: Config) -> Any:
     )
 
 
-def _on_cpu(config: Config) -> Config:
-    """The learner's settings for the worker; a GPU's precision is no advice to a CPU."""
-    precision = config.precision if config.device == "cpu" else "auto"
-    return replace(config, device="cpu", precision=precision)
+def on_cpu(config: Config) -> Config:
+    """The learner's settings for whoever plays; what a GPU is told is no advice to a CPU."""
+    if config.device == "cpu":
+        return config
+    backend = "auto" if config.backend == "triton" else config.backend
+    return replace(config, device="cpu", precision="auto", backend=backend)
+
+
+def run_backend(config: Config) -> contextlib.AbstractContextManager[None]:
+    """The backend that a run names; with ``auto`` the environment's, where that names one."""
+    return contextlib.nullcontext() if config.backend == "auto" else use_backend(config.backend)

@@ -28,10 +28,10 @@ from torch import Tensor
 from fastdreamer import checkpoint
 from fastdreamer._version import __version__
 from fastdreamer.agent import Dreamer
-from fastdreamer.collector import Collector, Job, policy_weights
+from fastdreamer.collector import Collector, Job, policy_weights, run_backend
 from fastdreamer.config import Config, ConfigError, from_dict, to_dict
 from fastdreamer.logger import Logger, Progress
-from fastdreamer.ops.backend import check_backend, use_backend
+from fastdreamer.ops.backend import check_backend
 from fastdreamer.replay import Replay, episode_fields
 
 _log = logging.getLogger("fastdreamer")
@@ -138,7 +138,7 @@ class Trainer:
             torch.set_num_threads(config.threads)
         with contextlib.ExitStack() as stack:
             stack.enter_context(lock_run(self.run_dir))
-            stack.enter_context(use_backend(config.backend))
+            stack.enter_context(run_backend(config))
             self._stop = stack.enter_context(stop_signals())
             self._open(stack)
             self._run()

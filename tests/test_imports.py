@@ -35,7 +35,7 @@ ALLOWED = {
     "logger": {"config", "_version"},
     "viz": {"logger"},
     "agent": MODEL | {"losses", "planning", "exploration", "safety", "checkpoint"},
-    "collector": {"config", "agent", "envs", "replay", "safety", "viz"},
+    "collector": {"config", "agent", "envs", "ops", "replay", "safety", "viz"},
     "trainer": PUBLIC - {"trainer", "report", "rollout", "viz"},
     "report": {"config", "agent", "checkpoint", "collector", "trainer", "viz"},
     "verify": {"ops", "nn"},
