@@ -11,6 +11,8 @@ than eager (see :func:`why_slow`), and triton for CUDA tensors. What each body a
 - eager: any device and floating dtype (float64 is the reference; autocast works);
 - native: CPU tensors, triton: CUDA tensors; both want them contiguous and their floating dtypes
   float32, so that auto takes eager for float64 and bfloat16 and an explicit choice raises;
+- both differentiate in reverse mode alone: inside ``torch.func``'s transforms and
+  ``torch.autograd.forward_ad.dual_level`` auto takes eager and an explicit choice raises;
 - triton takes CPU tensors where Triton's interpreter is on (``TRITON_INTERPRET=1``, set before
   triton is imported; for tests, it is slow).
 """
@@ -27,6 +29,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("eager", "native", "triton")
 _NAMES = (*BACKENDS, "auto")
@@ -217,6 +220,11 @@ class Op:
     ) -> str | None:
         if backend == "eager":
             return None
+        # first of all: a transform's tensors answer few questions
+        if torch._C._are_functorch_transforms_active():
+            return f"a transform of torch.func is active, {backend} has reverse mode alone"
+        if forward_ad._current_level >= 0:  # the tangent may be a parameter's
+            return f"forward-mode differentiation is active, {backend} has reverse mode alone"
         device = tensors[0].device
         for tensor in tensors:
             if tensor.device != device:

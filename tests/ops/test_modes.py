@@ -1,4 +1,4 @@
-"""Native ops under what torch is set to around a call: default dtype and device."""
+"""Native ops under what torch is set to around a call: defaults, transforms, forward mode."""
 
 import contextlib
 from typing import Any
@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastdreamer import testing
-from fastdreamer.ops.backend import last_backend
+from fastdreamer.ops.backend import BackendError, last_backend
 from fastdreamer.ops.cem import cem
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.lambda_return import lambda_return
@@ -81,3 +82,71 @@ def test_torchs_defaults_change_nothing(op, setting):
     for got, want in zip(*reversed(found), strict=True):
         assert got.dtype == want.dtype == torch.float32 and got.device == want.device
         assert torch.equal(got, want)
+
+
+# --- what native cannot differentiate ------------------------------------------------------------
+
+
+def first(inputs: dict[str, Any]) -> tuple[str, Tensor]:
+    """A floating input that every op has by another name, and its name."""
+    name = next(k for k in ("reward", "action", "embed", "state_noise") if k in inputs)
+    return name, inputs[name]
+
+
+DIFFERENTIABLE = sorted(OPS.keys() - {"cem"})
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_transforms_of_torch_func_take_eager(op, transform):
+    inputs = make_inputs(op)
+    name, x = first(inputs)
+    wanted = {"eager": "eager", "auto": "eager"}
+
+    def loss(x: Tensor, backend: str) -> Tensor:
+        outputs = tensors(OPS[op](**{**inputs, name: x}, backend=backend))
+        return sum(out.square().sum() for out in outputs)
+
+    def run(backend: str) -> Tensor:
+        if transform == "grad":
+            return torch.func.grad(loss)(x, backend)
+        if transform == "vmap":
+            return torch.func.vmap(lambda x: loss(x, backend))(torch.stack([x, x + 1]))
+        return torch.func.jvp(lambda x: loss(x, backend), (x,), (torch.ones_like(x),))[1]
+
+    found = {}
+    for backend, took in wanted.items():
+        found[backend] = run(backend)
+        assert last_backend(op) == took
+    assert torch.equal(found["auto"], found["eager"]) and found["eager"].abs().max() > 0
+    with pytest.raises(BackendError, match=f"{op}: .*'native' cannot run: a transform of torch.fu"):
+        run("native")
+    loss(x, "native")  # and outside it runs
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_forward_mode_takes_eager(op):
+    """A tangent of an input, or of a parameter, which no argument of its own tells of."""
+    inputs = make_inputs(op)
+    plain = tensors(OPS[op](**inputs, backend="eager"))
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = lambda x: forward_ad.make_dual(x, torch.ones_like(x))  # noqa: E731
+        inputs |= {"reward": dual(inputs["reward"])} if op == "lambda_return" else {
+            "params": inputs["params"]._replace(
+                gru=inputs["params"].gru._replace(weight_hh=dual(inputs["params"].gru.weight_hh))
+            )
+        }  # fmt: skip
+        found = {}
+        for backend in ("eager", "auto"):
+            outputs = tensors(OPS[op](**inputs, backend=backend))
+            assert last_backend(op) == "eager"
+            found[backend] = [forward_ad.unpack_dual(x) for x in outputs]
+        with pytest.raises(BackendError, match="'native' cannot run: forward-mode differentiation"):
+            OPS[op](**inputs, backend="native")
+    for auto, eager, value in zip(found["auto"], found["eager"], plain, strict=True):
+        assert torch.equal(auto.primal, value)
+        assert (auto.tangent is None) == (eager.tangent is None)
+        assert auto.tangent is None or torch.equal(auto.tangent, eager.tangent)
+    assert any(x.tangent is not None for x in found["auto"])
+    OPS[op](**make_inputs(op), backend="native")
+    assert last_backend(op) == "native"
