@@ -150,6 +150,7 @@ class Op:
         backend: str | None,
         *tensors: Tensor | None,
         constant: tuple[Tensor, ...] = (),
+        depth: int = 0,
     ) -> Callable:
         """Return the body to call for these inputs, and note it for :func:`last_backend`.
 
@@ -158,6 +159,7 @@ class Op:
                 then auto.
             tensors: the tensors that the body will get; Nones are skipped.
             constant: more of them, to which only eager gives gradients.
+            depth: layers of the deepest MLP, of which native has a greatest number.
 
         Raises:
             ValueError: unknown backend name.
@@ -166,8 +168,8 @@ class Op:
         name = _resolve(backend)
         given = [tensor for tensor in (*tensors, *constant) if tensor is not None]
         if name == "auto":
-            name = self._auto(given, constant)
-        elif reason := self._refusal(name, given, constant):
+            name = self._auto(given, constant, depth)
+        elif reason := self._refusal(name, given, constant, depth):
             raise BackendError(f"{self.name}: backend {name!r} cannot run: {reason}")
         setattr(_ran, self.name, name)
         return self.eager if name == "eager" else self._loaded[name]  # type: ignore[return-value]
@@ -199,11 +201,11 @@ class Op:
         body = self._load(backend)
         return body if isinstance(body, str) else None
 
-    def _auto(self, tensors: list[Tensor], constant: tuple[Tensor, ...]) -> str:
+    def _auto(self, tensors: list[Tensor], constant: tuple[Tensor, ...], depth: int) -> str:
         name = _AUTO.get(tensors[0].device.type, "eager")
         if name == "eager":
             return name
-        reason = self._refusal(name, tensors, constant)
+        reason = self._refusal(name, tensors, constant, depth)
         if reason is None and name == "native":
             reason = why_slow()
         if reason is None:
@@ -216,7 +218,7 @@ class Op:
         return "eager"
 
     def _refusal(
-        self, backend: str, tensors: list[Tensor], constant: tuple[Tensor, ...]
+        self, backend: str, tensors: list[Tensor], constant: tuple[Tensor, ...], depth: int
     ) -> str | None:
         if backend == "eager":
             return None
@@ -241,6 +243,8 @@ class Op:
                 return f"tensor has strides {tensor.stride()}, {backend} needs it contiguous"
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in constant):
             return f"noise requires a gradient, {backend} gives it none"
+        if backend == "native" and depth > 1 and depth > (most := _most_layers()):
+            return f"an MLP has {depth} layers, native takes at most {most}"
         return None
 
     def _load(self, backend: str) -> Callable | str:
@@ -259,6 +263,13 @@ class Op:
                 body = f"cannot be loaded: {error}"
             self._loaded[backend] = body
         return body
+
+
+@functools.cache
+def _most_layers() -> int:
+    from fastdreamer import _native
+
+    return _native.MAX_LAYERS
 
 
 def _interpreting() -> bool:

@@ -14,7 +14,7 @@ from fastdreamer.ops.checks import check_tensor
 from fastdreamer.ops.imagine import predicted_discount
 from fastdreamer.ops.lambda_return import lambda_return
 from fastdreamer.ops.open_loop import OP as OPEN_LOOP
-from fastdreamer.ops.params import ReturnParams, RSSMParams, State, mlp
+from fastdreamer.ops.params import ReturnParams, RSSMParams, State, deepest, mlp
 
 SCORES = ("lambda_return", "reward")
 Score = Literal["lambda_return", "reward"] | Callable[[Tensor], Tensor]
@@ -114,10 +114,14 @@ def cem(
         if not 0.0 <= returns.lam <= 1.0:
             raise ValueError(f"cem: returns.lam must be in [0, 1], got {returns.lam}")
     noise = (action_noise, state_noise)
+    depth = deepest(params.inp, params.prior)
     if callable(score):
-        body = partial(eager, roll=OPEN_LOOP.select(backend, *start, mean, std, constant=noise))
+        roll = OPEN_LOOP.select(backend, *start, mean, std, constant=noise, depth=depth)
+        body = partial(eager, roll=roll)
     else:
-        body = OP.select(backend, start.deter, start.stoch, mean, std, constant=noise)
+        heads = (returns.reward,) if score == "reward" else returns.heads()
+        depth = max(depth, deepest(*heads))
+        body = OP.select(backend, *start, mean, std, constant=noise, depth=depth)
     return body(
         params, returns, start, mean, std, action_noise, state_noise,
         num_elites, float(min_std), float(clip), score, proposals,

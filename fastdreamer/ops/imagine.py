@@ -11,7 +11,15 @@ from torch import Tensor
 from fastdreamer.ops.backend import Op
 from fastdreamer.ops.checks import check_tensor
 from fastdreamer.ops.lambda_return import OP as LAMBDA_RETURN
-from fastdreamer.ops.params import ActorParams, ReturnParams, RSSMParams, State, actor_dist, mlp
+from fastdreamer.ops.params import (
+    ActorParams,
+    ReturnParams,
+    RSSMParams,
+    State,
+    actor_dist,
+    deepest,
+    mlp,
+)
 from fastdreamer.ops.rssm_step import eager as step
 
 
@@ -81,7 +89,9 @@ def imagine(
         raise ValueError("imagine: returns.critic is None, but the λ-return needs a critic")
     if returns is not None and not 0.0 <= returns.lam <= 1.0:
         raise ValueError(f"imagine: returns.lam must be in [0, 1], got {returns.lam}")
-    body = OP.select(backend, start.deter, start.stoch, constant=(state_noise, action_noise))
+    depth = deepest(params.inp, params.prior, actor.mlp, *(returns.heads() if returns else ()))
+    noise = (state_noise, action_noise)
+    body = OP.select(backend, start.deter, start.stoch, constant=noise, depth=depth)
     return Imagination(*body(params, actor, start, state_noise, action_noise, returns))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdreamer.ops.backend import Op
 from fastdreamer.ops.checks import check_tensor
-from fastdreamer.ops.params import Normal, RSSMParams, State, latent_dist, mlp
+from fastdreamer.ops.params import Normal, RSSMParams, State, deepest, latent_dist, mlp
 from fastdreamer.ops.rssm_step import deter_step
 
 RESETS = {
@@ -79,7 +79,8 @@ def observe(
     # every body takes a bfloat16 embedding as it is: by its bits it is of no dtype to refuse
     bits = embed.view(torch.int16) if embed.dtype == torch.bfloat16 else embed
     given = (start.deter, start.stoch, bits, action, is_first)
-    body = OP.select(backend, *given, constant=(noise,))
+    depth = deepest(params.inp, params.prior, params.post)
+    body = OP.select(backend, *given, constant=(noise,), depth=depth)
     return Observation(*body(params, start, embed, action, is_first, noise, RESETS[reset]))
 
 

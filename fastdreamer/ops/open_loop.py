@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdreamer.ops.backend import Op
 from fastdreamer.ops.checks import check_tensor
-from fastdreamer.ops.params import RSSMParams, State
+from fastdreamer.ops.params import RSSMParams, State, deepest
 from fastdreamer.ops.rssm_step import eager as step
 
 
@@ -40,7 +40,8 @@ def open_loop(
     check_tensor("open_loop", "noise", noise, ("H", "B", "S"), dims, like=like)
     if not len(action):
         raise ValueError(f"open_loop: action is empty, {list(action.shape)}")
-    body = OP.select(backend, start.deter, start.stoch, action, constant=(noise,))
+    depth = deepest(params.inp, params.prior)
+    body = OP.select(backend, start.deter, start.stoch, action, constant=(noise,), depth=depth)
     return body(params, start, action, noise)
 
 

@@ -45,7 +45,8 @@ def rssm_step(
     check_tensor("rssm_step", "state.stoch", state.stoch, ("B", "S"), dims, like=like)
     check_tensor("rssm_step", "action", action, ("B", "A"), dims, like=like)
     check_tensor("rssm_step", "noise", noise, ("B", "S"), dims, like=like)
-    body = OP.select(backend, state.deter, state.stoch, action, constant=(noise,))
+    depth = max(len(params.inp.weights), len(params.prior.weights))
+    body = OP.select(backend, state.deter, state.stoch, action, constant=(noise,), depth=depth)
     return body(params, state, action, noise)
 
 

@@ -1,4 +1,7 @@
-"""Native ops under what torch is set to around a call: defaults, transforms, forward mode."""
+"""What native leaves to eager, and that torch's defaults are none of it.
+
+Default dtype and device, transforms of torch.func, forward mode, MLPs deeper than it takes.
+"""
 
 import contextlib
 from typing import Any
@@ -9,13 +12,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastdreamer import testing
+from fastdreamer import _native, testing
 from fastdreamer.ops.backend import BackendError, last_backend
 from fastdreamer.ops.cem import cem
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.lambda_return import lambda_return
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.open_loop import open_loop
+from fastdreamer.ops.params import MLPParams
 from fastdreamer.ops.rssm_step import rssm_step
 from fastdreamer.testing import Sizes
 
@@ -150,3 +154,41 @@ def test_forward_mode_takes_eager(op):
     assert any(x.tangent is not None for x in found["auto"])
     OPS[op](**make_inputs(op), backend="native")
     assert last_backend(op) == "native"
+
+
+def deepen(mlp: MLPParams, layers: int) -> MLPParams:
+    """More hidden layers behind the first, as wide as its output."""
+    width = len(mlp.biases[0])
+    more = layers - len(mlp.weights)
+    weights = (mlp.weights[0], *[torch.eye(width)] * more, *mlp.weights[1:])
+    biases = (mlp.biases[0], *[torch.zeros(width)] * more, *mlp.biases[1:])
+    return mlp._replace(weights=weights, biases=biases)
+
+
+DEEP = [
+    *((op, "params", part) for op in OPS if op != "lambda_return" for part in ("inp", "prior")),
+    ("observe", "params", "post"),
+    ("imagine", "actor", "mlp"),
+    *(("imagine", "returns", head) for head in ("reward", "critic", "target", "discount")),
+    *(("cem", "returns", head) for head in ("reward", "target", "discount")),
+]
+
+
+@pytest.mark.parametrize(("op", "argument", "part"), DEEP, ids=lambda name: name)
+def test_mlps_deeper_than_native_takes_are_eagers(op, argument, part):
+    inputs = make_inputs(op)
+    given = inputs[argument]
+    if part == "discount":
+        given = given._replace(discount=given.reward)
+    for layers in (_native.MAX_LAYERS, _native.MAX_LAYERS + 1):
+        deep = deepen(getattr(given, part), layers)
+        inputs[argument] = given._replace(**{part: deep})
+        fits = layers == _native.MAX_LAYERS
+        results = tensors(OPS[op](**inputs, backend="native" if fits else "auto"))
+        if not fits:
+            assert last_backend(op) == "eager"
+            says = f"{op}: .* an MLP has {layers} layers, native takes at most {layers - 1}$"
+            with pytest.raises(BackendError, match=says):
+                OPS[op](**inputs, backend="native")
+        for got, want in zip(results, tensors(OPS[op](**inputs, backend="eager")), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
