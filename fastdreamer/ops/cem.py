@@ -57,7 +57,7 @@ def cem(
     those, with none the row's mean and std become NaN.
 
     Args:
-        params: the RSSM's tensors.
+        params: the RSSM's tensors, of one floating dtype and device; so is all below.
         returns: reward head, critic, γ and λ. The target bootstraps in the critic's place where
             given. ``score="reward"`` needs the reward head alone.
         start: state 0, deter [B, D] and stoch [B, S].
@@ -76,11 +76,12 @@ def cem(
         backend: see ``fastdreamer.ops.backend``.
 
     Returns:
-        The Plan, new tensors.
+        The Plan, new tensors of the parameters' dtype.
 
     Raises:
-        ValueError: a shape, dtype or number does not fit, or the score needs a critic and there
-            is none. BackendError: the backend cannot run.
+        TypeError: not a tensor. ValueError: a shape, dtype, device or number does not fit, or the
+        score needs a critic and there is none. BackendError: an explicitly chosen backend cannot
+        run.
 
     Source: report section 4, Algorithm 2; with ``score="reward"``, Hafner et al. 2019 (PlaNet),
     Algorithm 2.

@@ -58,7 +58,8 @@ def imagine(
     at (as in the original Dreamer), unless ``actor.through_feat``.
 
     Args:
-        params: the RSSM's tensors; ``params.detach()`` for frozen dynamics.
+        params: the RSSM's tensors, of one floating dtype and device, as is all below;
+            ``params.detach()`` for frozen dynamics.
         actor: the policy's tensors.
         start: state 0, deter [B, D] and stoch [B, S].
         state_noise: [H, B, S] standard normal.
@@ -70,11 +71,11 @@ def imagine(
 
     Returns:
         States 1..H and the actions that led to them; with ``returns`` the predicted rewards, the
-        critic's values and the λ-returns, too.
+        critic's values and the λ-returns, too. All in the parameters' dtype.
 
     Raises:
-        ValueError: a shape or dtype does not fit, or ``returns`` has no critic. BackendError: the
-        backend cannot run.
+        TypeError: not a tensor. ValueError: a shape, dtype or device does not fit, ``returns`` has
+        no critic or its λ is not in [0, 1]. BackendError: an explicitly chosen backend cannot run.
 
     Source: report section 3, equation 3.1 and Algorithm 1, behaviour learning.
     """

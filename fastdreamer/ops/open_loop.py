@@ -19,17 +19,18 @@ def open_loop(
     """Roll the dynamics forward under given actions.
 
     Args:
-        params: the RSSM's tensors.
+        params: the RSSM's tensors, of one floating dtype and device; so is all below.
         start: deter [B, D] and stoch [B, S].
         action: [H, B, A]; action[t] leads from state t to state t + 1 (the start is state 0).
         noise: [H, B, S] standard normal.
         backend: see ``fastdreamer.ops.backend``.
 
     Returns:
-        States 1..H: deter [H, B, D] and stoch [H, B, S].
+        States 1..H: deter [H, B, D] and stoch [H, B, S], in the parameters' dtype.
 
     Raises:
-        ValueError: a shape or dtype does not fit. BackendError: the backend cannot run.
+        TypeError: not a tensor. ValueError: a shape, dtype or device does not fit. BackendError: an
+        explicitly chosen backend cannot run.
 
     Source: report section 4, Algorithm 2.
     """

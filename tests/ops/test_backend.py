@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 
+from fastdreamer import testing
 from fastdreamer.ops import backend as backend_module
 from fastdreamer.ops.backend import (
     OPS,
@@ -16,10 +17,15 @@ from fastdreamer.ops.backend import (
     use_backend,
     why_slow,
 )
+from fastdreamer.ops.cem import cem
 from fastdreamer.ops.checks import check_tensor
 from fastdreamer.ops.cuda_graph import driver_state
+from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.lambda_return import OP as LAMBDA_RETURN
 from fastdreamer.ops.lambda_return import lambda_return
+from fastdreamer.ops.observe import observe
+from fastdreamer.ops.open_loop import open_loop
+from fastdreamer.ops.rssm_step import rssm_step
 
 CPU = torch.zeros(2, 3)
 
@@ -238,9 +244,32 @@ def test_check_tensor_binds_letters_and_names_what_it_wants():
         check_tensor("x", "y", torch.zeros(2, 3), ("D", "D"), {})
 
 
-def test_check_backend_names_what_cannot_run():
-    import fastdreamer.ops.lambda_return  # noqa: F401  an op is known once it is imported
+SIZES = testing.Sizes(2, 3, 2, 4, 5, 5, 1, 1, 1, "elu")
+INPUTS = {
+    cem: lambda: testing.cem_inputs(SIZES, 2, 1, 3, 1),
+    imagine: lambda: testing.imagine_inputs(SIZES, 2, 1),
+    lambda_return: lambda: testing.lambda_return_inputs(2, 1),
+    observe: lambda: testing.observe_inputs(SIZES, 2, 1),
+    open_loop: lambda: testing.open_loop_inputs(SIZES, 2, 1),
+    rssm_step: lambda: testing.rssm_step_inputs(SIZES, 1),
+}
 
+
+@pytest.mark.parametrize("op", INPUTS, ids=lambda op: op.__name__)
+def test_an_ops_contract_names_dtypes_and_what_it_raises(op):
+    contract = op.__doc__.partition("Args:")[2]
+    for word in ("dtype", "Returns:", "TypeError", "ValueError", "BackendError"):
+        assert word in contract, word
+    inputs = INPUTS[op]()
+    name = next(name for name, value in inputs.items() if isinstance(value, torch.Tensor))
+    says = f"^{op.__name__}: {name} must be "
+    with pytest.raises(TypeError, match=f"{says}a tensor, got list"):
+        op(**inputs | {name: inputs[name].tolist()})
+    with pytest.raises(ValueError, match=f"{says}.* got .* int64"):
+        op(**inputs | {name: inputs[name].long()})
+
+
+def test_check_backend_names_what_cannot_run():
     check_backend("auto", "cpu")
     check_backend("eager", "cpu")
     with pytest.raises(BackendError, match="backend 'triton' cannot run: .*(CUDA|no triton)"):
