@@ -38,7 +38,7 @@ ALLOWED = {
     "viz": {"files", "logger"},
     "policy": MODEL | {"planning", "exploration", "safety"},
     "agent": MODEL | {"losses", "exploration", "checkpoint", "policy"},
-    "play": {"config", "policy", "envs", "safety", "viz"},
+    "play": {"config", "ops", "policy", "envs", "safety", "viz"},
     "collector": {"config", "policy", "play", "episodes", "safety"},
     "trainer": PUBLIC - {"trainer", "report", "rollout", "viz"},
     "report": {"config", "files", "agent", "checkpoint", "play", "trainer", "viz"},

@@ -161,6 +161,7 @@ PYBIND11_MODULE(_native, m) {
         py::arg("grad"), py::arg("next_value"), py::arg("discount"), py::arg("returns"),
         py::arg("lam"), py::arg("grad_reward"), py::arg("grad_next_value"),
         py::arg("grad_discount"), py::arg("threads"));
+  m.attr("MAX_LAYERS") = kMaxLayers;  // of an MLP
   bind_weights(m);
   bind_imagine(m);
   bind_observe(m);

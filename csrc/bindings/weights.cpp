@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "cpu/parallel.h"
 
@@ -25,6 +26,32 @@ float* copy_floats(Arena& arena, const float* from, Index count) {
   float* to = arena.take<float>(count);
   std::copy_n(from, count, to);
   return to;
+}
+
+// Packs matrices and a GRU's weights (null: none), each panel a task: the largest matrix is half of
+// a model's weights.
+void pack_all(const Kernels& k, const std::vector<PackArgs>& matrices, const GruPackArgs* gru,
+              int threads) {
+  struct Task {
+    const PackArgs* matrix;  // null: the GRU's
+    Index panel;
+  };
+  std::vector<Task> tasks;
+  for (Index i = 0; gru != nullptr && i < k.gru_panel_count(gru->to.D); ++i) {
+    tasks.push_back({nullptr, i});
+  }
+  for (const PackArgs& matrix : matrices) {
+    for (Index i = 0; i < k.panel_count(matrix.to.N); ++i) tasks.push_back({&matrix, i});
+  }
+  py::gil_scoped_release release;
+  parallel_tasks(static_cast<Index>(tasks.size()), threads, [&](Index i, int) {
+    const Task& task = tasks[static_cast<std::size_t>(i)];
+    if (task.matrix == nullptr) {
+      k.pack_gru(*gru, task.panel);
+    } else {
+      k.pack(*task.matrix, task.panel);
+    }
+  });
 }
 
 }  // namespace
@@ -84,9 +111,7 @@ PackedMlp::PackedMlp(py::list weights, py::list biases, const std::string& activ
       layer.row = row;
     }
   }
-  py::gil_scoped_release release;
-  parallel_tasks(static_cast<Index>(jobs.size()), threads,
-                 [&](Index i, int) { k.pack(jobs[static_cast<std::size_t>(i)]); });
+  pack_all(k, jobs, nullptr, threads);
 }
 
 std::vector<LayerGrad> PackedMlp::grads(Arrays& arrays, py::list pairs) const {
@@ -130,16 +155,14 @@ PackedGru::PackedGru(py::handle weight_ih, py::handle weight_hh, py::handle bias
           bias,
           {nullptr, 3 * D, K},
           {nullptr, 3 * D, D}};
+  std::vector<PackArgs> backward;
   if (gradients) {
     gru_.backward_ih = take_panels(arena_, k, 3 * D, K);
     gru_.backward_hh = take_panels(arena_, k, 3 * D, D);
+    backward = {{ih, K, false, 2 * D, 0, gru_.backward_ih}, {hh, D, false, 0, 0, gru_.backward_hh}};
   }
-  py::gil_scoped_release release;
-  parallel_tasks(gradients ? 3 : 1, threads, [&](Index i, int) {
-    if (i == 0) k.pack_gru({ih, hh, gru_.forward});
-    if (i == 1) k.pack({ih, K, false, 2 * D, 0, gru_.backward_ih});
-    if (i == 2) k.pack({hh, D, false, 0, 0, gru_.backward_hh});
-  });
+  const GruPackArgs forward{ih, hh, gru_.forward};
+  pack_all(k, backward, &forward, threads);
 }
 
 void PackedGru::grads(Arrays& arrays, py::sequence four, LayerGrad& ih, LayerGrad& hh) const {

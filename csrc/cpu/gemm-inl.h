@@ -318,12 +318,15 @@ void weight_gradient(const WeightGradientArgs& x) {
   const Index padded_out = vectors(x.out) * kLanes;
   for (Index begin = 0; begin < x.rows; begin += kBlock) {
     const Index rows = least(kBlock, x.rows - begin);
-    by_steps<P>(rows, x.in, x_panels,
-                [&](Elem* step, Index k, bool two, Index c, Index n)
-                    __attribute__((always_inline)) {
-                      const Elem* row = at<const Elem>(x.x, begin + k) + c;
-                      copy_step(step, row, two ? row + x.x.stride : nullptr, n);
-                    });
+    by_panels(x.in, [&](Index first_vector, int V) __attribute__((always_inline)) {
+      panel_steps<P>(rows, x.in, first_vector, V,
+                     x_panels + first_vector * steps(rows, P::pair) * kLanes * P::pair,
+                     [&](Elem* step, Index k, bool two, Index c, Index n)
+                         __attribute__((always_inline)) {
+                           const Elem* row = at<const Elem>(x.x, begin + k) + c;
+                           copy_step(step, row, two ? row + x.x.stride : nullptr, n);
+                         });
+    });
     // step by step, all columns side by side: the microkernel broadcasts from it
     Elem* to = deltas;
     for (Index k = 0; k < rows; k += P::pair) {

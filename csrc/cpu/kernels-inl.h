@@ -14,8 +14,10 @@ constexpr Kernels table() {
   Kernels k{};
   k.elem_size = sizeof(typename P::Elem);
   k.panels_size = panels_size<P>;
+  k.panel_count = panel_count<P>;
   k.pack = pack<P>;
   k.gru_panels_size = gru_panels_size<P>;
+  k.gru_panel_count = gru_panel_count<P>;
   k.pack_gru = pack_gru<P>;
   k.linear = linear<P>;
   k.gru = gru<P>;

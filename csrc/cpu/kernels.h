@@ -229,9 +229,11 @@ struct Kernels {
   int lanes;                               // floats in a vector
   int elem_size;                           // bytes
   Index (*panels_size)(Index K, Index N);  // bytes
-  void (*pack)(const PackArgs& args);
+  Index (*panel_count)(Index N);
+  void (*pack)(const PackArgs& args, Index panel);
   Index (*gru_panels_size)(Index K, Index D);
-  void (*pack_gru)(const GruPackArgs& args);
+  Index (*gru_panel_count)(Index D);
+  void (*pack_gru)(const GruPackArgs& args, Index panel);
   void (*linear)(const LinearArgs& args);
   void (*gru)(const GruArgs& args);
   void (*gru_backward)(const GruBackwardArgs& args);

@@ -75,19 +75,34 @@ FD_INLINE Index steps(Index K, int pair) { return (K + pair - 1) / pair; }
 FD_INLINE Index vectors(Index n) { return (n + kLanes - 1) / kLanes; }
 FD_INLINE Index least(Index a, Index b) { return a < b ? a : b; }
 
-// Calls body(begin, count) on groups of at most `most` that cover [0, n), as even as they can be:
-// 8 rows are 4 + 4 rather than 5 + 3.
-template <class Body>
-FD_INLINE void evenly(Index n, int most, Body body) {
-  Index begin = 0;
-  for (Index groups = (n + most - 1) / most; groups > 0; --groups) {
-    const Index count = (n - begin + groups - 1) / groups;
-    body(begin, static_cast<int>(count));
-    begin += count;
-  }
+// Groups of at most `most` that cover [0, n), as even as they can be: 8 rows are 4 + 4 rather than
+// 5 + 3.
+struct Groups {
+  Index count, size, longer;  // the first `longer` groups have one more than `size`
+};
+FD_INLINE Groups groups_of(Index n, int most) {
+  const Index count = (n + most - 1) / most, size = n / (count > 0 ? count : 1);
+  return {count, size, n - size * count};
 }
 
-// Calls body(first vector, vectors) on the panels of N columns.
+// Calls body(begin, members) on group i.
+template <class Body>
+FD_INLINE void group(const Groups& groups, Index i, Body body) {
+  body(i * groups.size + least(i, groups.longer),
+       static_cast<int>(groups.size + (i < groups.longer ? 1 : 0)));
+}
+
+template <class Body>
+FD_INLINE void evenly(Index n, int most, Body body) {
+  const Groups groups = groups_of(n, most);
+  for (Index i = 0; i < groups.count; ++i) group(groups, i, body);
+}
+
+// Calls body(first vector, vectors) on one of the panels of N columns, and on all of them.
+template <class Body>
+FD_INLINE void one_panel(Index N, Index panel, Body body) {
+  group(groups_of(vectors(N), kVectors), panel, body);
+}
 template <class Body>
 FD_INLINE void by_panels(Index N, Body body) {
   evenly(vectors(N), kVectors, body);
@@ -106,30 +121,30 @@ FD_INLINE void put_step(Bfloat16* to, Vec low, Vec high) {
   word_store(to, to_bfloat16(low) | up16(to_bfloat16(high)));
 }
 
-// Writes the steps of [K, N] by panels: step(to, k, whether there is a k + 1, column, n).
+// Writes the steps of V vectors of [K, N]: step(to, k, whether there is a k + 1, column, n).
 template <class P, class Step>
-FD_INLINE void by_steps(Index K, Index N, typename P::Elem* to, Step step) {
-  by_panels(N, [&](Index first_vector, int V) __attribute__((always_inline)) {
-    for (Index k = 0; k < K; k += P::pair) {
-      for (int v = 0; v < V; ++v, to += kLanes * P::pair) {
-        const Index column = (first_vector + v) * kLanes;
-        step(to, k, P::pair == 2 && k + 1 < K, column, least(kLanes, N - column));
-      }
+FD_INLINE void panel_steps(Index K, Index N, Index first_vector, int V, typename P::Elem* to,
+                           Step step) {
+  for (Index k = 0; k < K; k += P::pair) {
+    for (int v = 0; v < V; ++v, to += kLanes * P::pair) {
+      const Index column = (first_vector + v) * kLanes;
+      step(to, k, P::pair == 2 && k + 1 < K, column, least(kLanes, N - column));
     }
-  });
+  }
 }
 
-// row(k, column, n) loads n elements of a row of floats.
+// The same from rows of floats: row(k, column, n) loads n elements.
 template <class P, class Load>
-FD_INLINE void pack_panels(Index K, Index N, typename P::Elem* to, Load row) {
-  by_steps<P>(K, N, to,
-              [&](auto* step, Index k, bool two, Index column, Index n)
-                  __attribute__((always_inline)) {
-                    put_step(step, row(k, column, n), two ? row(k + 1, column, n) : fill(0.0f));
-                  });
+FD_INLINE void pack_rows(Index K, Index N, Index first_vector, int V, typename P::Elem* to,
+                         Load row) {
+  panel_steps<P>(K, N, first_vector, V, to,
+                 [&](auto* step, Index k, bool two, Index column, Index n)
+                     __attribute__((always_inline)) {
+                       put_step(step, row(k, column, n), two ? row(k + 1, column, n) : fill(0.0f));
+                     });
 }
 
-// The same from stored elements, as they are.
+// A step of stored elements, as they are.
 FD_INLINE void copy_step(float* to, const float* low, const float*, Index n) {
   store(to, load(low, n));
 }
@@ -180,34 +195,40 @@ FD_INLINE Index rotated(Index i, Index by, Index size) {
 }
 
 template <class P>
-void pack(const PackArgs& x) {
-  auto* to = static_cast<typename P::Elem*>(x.to.data);
+Index panel_count(Index N) {
+  return groups_of(vectors(N), kVectors).count;
+}
+
+template <class P>
+void pack(const PackArgs& x, Index panel) {
   const Index K = x.to.K, N = x.to.N;
-  if (x.rotate_n == 0 && !x.transposed) {
-    pack_panels<P>(K, N, to, [&](Index k, Index column, Index n) __attribute__((always_inline)) {
-      return load(x.source + rotated(k, x.rotate_k, K) * x.stride + column, n);
-    });
-  } else if (x.rotate_n == 0 && x.rotate_k == 0) {
-    const Index per_vector = steps(K, P::pair) * kLanes * P::pair;
-    by_panels(N, [&](Index first_vector, int V) __attribute__((always_inline)) {
-      pack_transposed<P>(K, V, to + first_vector * per_vector,
+  one_panel(N, panel, [&](Index first_vector, int V) __attribute__((always_inline)) {
+    auto* to = static_cast<typename P::Elem*>(x.to.data) +
+               first_vector * steps(K, P::pair) * kLanes * P::pair;
+    if (x.rotate_n == 0 && !x.transposed) {
+      pack_rows<P>(K, N, first_vector, V, to,
+                   [&](Index k, Index column, Index n) __attribute__((always_inline)) {
+                     return load(x.source + rotated(k, x.rotate_k, K) * x.stride + column, n);
+                   });
+    } else if (x.rotate_n == 0 && x.rotate_k == 0) {
+      pack_transposed<P>(K, V, to,
                          [&](int v, int i) __attribute__((always_inline)) -> const float* {
                            const Index column = (first_vector + v) * kLanes + i;
                            return column < N ? x.source + column * x.stride : nullptr;
                          });
-    });
-  } else {  // another's column order: rare, so without care for speed
-    pack_panels<P>(K, N, to, [&](Index k, Index column, Index n) {
-      float row[kLanes] = {};
-      const Index source_k = rotated(k, x.rotate_k, K);
-      for (Index i = 0; i < n; ++i) {
-        const Index source_n = rotated(column + i, x.rotate_n, N);
-        row[i] = x.source[x.transposed ? source_n * x.stride + source_k
-                                       : source_k * x.stride + source_n];
-      }
-      return load(row);
-    });
-  }
+    } else {  // another's column order: rare, so without care for speed
+      pack_rows<P>(K, N, first_vector, V, to, [&](Index k, Index column, Index n) {
+        float row[kLanes] = {};
+        const Index source_k = rotated(k, x.rotate_k, K);
+        for (Index i = 0; i < n; ++i) {
+          const Index source_n = rotated(column + i, x.rotate_n, N);
+          row[i] = x.source[x.transposed ? source_n * x.stride + source_k
+                                         : source_k * x.stride + source_n];
+        }
+        return load(row);
+      });
+    }
+  });
 }
 
 template <class P>
@@ -217,21 +238,24 @@ Index gru_panels_size(Index K, Index D) {
 }
 
 template <class P>
-void pack_gru(const GruPackArgs& x) {
-  auto* to = static_cast<typename P::Elem*>(x.to.data);
-  const Index D = x.to.D;
-  for (Index unit = 0; unit < D; unit += kLanes) {
-    const Index n = least(kLanes, D - unit);
-    const auto part = [&](const float* weight, Index K) __attribute__((always_inline)) {
-      pack_transposed<P>(K, 3, to,
-                         [&](int gate, int i) __attribute__((always_inline)) -> const float* {
-                           return i < n ? weight + (gate * D + unit + i) * K : nullptr;
-                         });
-      to += 3 * kLanes * P::pair * steps(K, P::pair);
-    };
-    part(x.weight_ih, x.to.K);
-    part(x.weight_hh, D);
-  }
+Index gru_panel_count(Index D) {
+  return vectors(D);
+}
+
+template <class P>
+void pack_gru(const GruPackArgs& x, Index panel) {
+  const Index K = x.to.K, D = x.to.D, unit = panel * kLanes, n = least(kLanes, D - unit);
+  auto* to = static_cast<typename P::Elem*>(x.to.data) +
+             panel * 3 * kLanes * P::pair * (steps(K, P::pair) + steps(D, P::pair));
+  const auto part = [&](const float* weight, Index inputs) __attribute__((always_inline)) {
+    pack_transposed<P>(inputs, 3, to,
+                       [&](int gate, int i) __attribute__((always_inline)) -> const float* {
+                         return i < n ? weight + (gate * D + unit + i) * inputs : nullptr;
+                       });
+    to += 3 * kLanes * P::pair * steps(inputs, P::pair);
+  };
+  part(x.weight_ih, K);
+  part(x.weight_hh, D);
 }
 
 }  // namespace
