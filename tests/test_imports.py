@@ -220,3 +220,15 @@ def test_includes_point_one_way(path):
     if per_isa or path.name.startswith("kernels"):
         for name in system:
             assert name.endswith(".h") or name in C_HEADERS, f"{path.name}: {name} is the STL's"
+
+
+def test_the_documentation_lists_every_file_of_the_core():
+    text = (ROOT / "docs" / "native.md").read_text(encoding="utf-8")
+    rows = "".join(re.findall(r"^\| `.*\|$", text, re.M))
+    named = {name for name in re.findall(r"`([\w.<>/-]+)`", rows) if not name.endswith("/")}
+    files = [
+        {re.sub(r"_(scalar|avx\w+)\.", "_<isa>.", path.name), path.stem}
+        for path in (ROOT / "csrc" / "cpu").iterdir()
+    ]
+    assert not [names for names in files if not names & named], "not in docs/native.md"
+    assert not named - set().union(*files), "of docs/native.md, no such file"
