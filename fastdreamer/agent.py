@@ -24,6 +24,7 @@ from fastdreamer.exploration import Explorer, spread, upper_bound
 from fastdreamer.nn import MLP, Actor, WorldModel
 from fastdreamer.nn.codec import float_to_pixels, pixels_to_float
 from fastdreamer.nn.dists import symexp, symlog
+from fastdreamer.ops.backend import release_memory
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.open_loop import open_loop
@@ -330,6 +331,7 @@ class Dreamer(nn.Module):
         T, B = batch["reward"].shape
         H, gamma = config.behavior.imag_horizon, config.behavior.gamma
         draw = lambda *shape: torch.randn(*shape, generator=generator).to(self.device)  # noqa: E731
+        release_memory()  # the last rollout's would lie idle beside the decoder's
         post_noise = draw(T, B, rssm.stoch)
         state_noise, action_noise = draw(H, T * B, rssm.stoch), draw(H, T * B, self.action_dim)
 

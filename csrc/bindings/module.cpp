@@ -169,6 +169,7 @@ PYBIND11_MODULE(_native, m) {
   bind_cuda(m);
   m.def("peak", &peak, py::arg("bf16"), py::arg("threads"), py::arg("seconds"),
         "GFLOP/s of multiply-adds from registers, of all threads together.");
+  m.def("arena_release", &arena_release, "Give back to the system the memory kept for later.");
   m.def(
       "arena_stats",
       [] {

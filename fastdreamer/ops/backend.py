@@ -24,6 +24,7 @@ import contextvars
 import functools
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -86,6 +87,16 @@ def check_backend(name: str, device: torch.device | str) -> None:
     for op in OPS.values():
         if reason := op.why_not(body, device):
             raise BackendError(f"{op.name}: backend {name!r} cannot run: {reason}")
+
+
+def release_memory() -> None:
+    """Give back to the system what the native core keeps between calls for later ones.
+
+    Calls work as before, the next ones allocate anew. For a pause between two kinds of work: a
+    rollout's tape would lie idle while an encoder and a decoder learn.
+    """
+    if core := sys.modules.get("fastdreamer._native"):
+        core.arena_release()
 
 
 def why_no_cuda() -> str | None:
