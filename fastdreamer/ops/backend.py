@@ -10,7 +10,8 @@ than eager (see :func:`why_slow`), and triton for CUDA tensors. What each body a
 
 - eager: any device and floating dtype (float64 is the reference; autocast works);
 - native: CPU tensors, triton: CUDA tensors; both want them contiguous and their floating dtypes
-  float32, so that auto takes eager for float64 and bfloat16 and an explicit choice raises;
+  float32 (of ``observe`` the embedding may be bfloat16), so that auto takes eager for float64 and
+  bfloat16 and an explicit choice raises;
 - both differentiate in reverse mode alone: inside ``torch.func``'s transforms and
   ``torch.autograd.forward_ad.dual_level`` auto takes eager and an explicit choice raises;
 - triton takes CPU tensors where Triton's interpreter is on (``TRITON_INTERPRET=1``, set before
