@@ -19,6 +19,7 @@ from fastdreamer.config import Config, PlanConfig, SafetyConfig, from_dict
 from fastdreamer.exploration import spread, upper_bound
 from fastdreamer.nn.codec import pixels_to_float
 from fastdreamer.nn.dists import symlog
+from fastdreamer.ops.backend import release_memory
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.params import State
@@ -95,6 +96,7 @@ class Dreamer(Policy):
         T, B = batch["reward"].shape
         H, gamma = config.behavior.imag_horizon, config.behavior.gamma
         draw = lambda *shape: torch.randn(*shape, generator=generator).to(self.device)  # noqa: E731
+        release_memory()  # the last rollout's would lie idle beside the decoder's
         post_noise = draw(T, B, rssm.stoch)
         state_noise, action_noise = draw(H, T * B, rssm.stoch), draw(H, T * B, self.action_dim)
 

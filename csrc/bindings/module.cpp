@@ -34,9 +34,7 @@ Sizes check_scan(const char* op, const char* name, py::handle first, double lam,
          std::to_string(array.ndim()));
   }
   if (array.size(0) < 1 || array.size(1) < 1) fail(std::string(op) + ": the arrays are empty");
-  if (!(lam >= 0.0 && lam <= 1.0)) {
-    fail(std::string(op) + ": lam must be in [0, 1], got " + std::to_string(lam));
-  }
+  check_lam(op, lam);
   if (threads < 1) fail(std::string(op) + ": threads must be at least 1");
   return {array.size(0), array.size(1)};
 }
@@ -171,6 +169,7 @@ PYBIND11_MODULE(_native, m) {
   bind_cuda(m);
   m.def("peak", &peak, py::arg("bf16"), py::arg("threads"), py::arg("seconds"),
         "GFLOP/s of multiply-adds from registers, of all threads together.");
+  m.def("arena_release", &arena_release, "Give back to the system the memory kept for later.");
   m.def(
       "arena_stats",
       [] {

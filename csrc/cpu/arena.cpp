@@ -95,6 +95,8 @@ Arena::~Arena() {
   }
 }
 
+void arena_release() { drop(pool()); }
+
 ArenaStats arena_stats() { return {pool().kept, pool().allocations}; }
 
 }  // namespace fastdreamer

@@ -41,4 +41,7 @@ struct ArenaStats {
 };
 ArenaStats arena_stats();
 
+// Gives back to the system what the pool keeps.
+void arena_release();
+
 }  // namespace fastdreamer

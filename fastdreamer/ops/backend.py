@@ -10,7 +10,8 @@ than eager (see :func:`why_slow`), and triton for CUDA tensors. What each body a
 
 - eager: any device and floating dtype (float64 is the reference; autocast works);
 - native: CPU tensors, triton: CUDA tensors; both want them contiguous and their floating dtypes
-  float32, so that auto takes eager for float64 and bfloat16 and an explicit choice raises;
+  float32 (of ``observe`` the embedding may be bfloat16), so that auto takes eager for float64 and
+  bfloat16 and an explicit choice raises;
 - both differentiate in reverse mode alone: inside ``torch.func``'s transforms and
   ``torch.autograd.forward_ad.dual_level`` auto takes eager and an explicit choice raises;
 - triton takes CPU tensors where Triton's interpreter is on (``TRITON_INTERPRET=1``, set before
@@ -24,6 +25,7 @@ import contextvars
 import functools
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -86,6 +88,16 @@ def check_backend(name: str, device: torch.device | str) -> None:
     for op in OPS.values():
         if reason := op.why_not(body, device):
             raise BackendError(f"{op.name}: backend {name!r} cannot run: {reason}")
+
+
+def release_memory() -> None:
+    """Give back to the system what the native core keeps between calls for later ones.
+
+    Calls work as before, the next ones allocate anew. For a pause between two kinds of work: a
+    rollout's tape would lie idle while an encoder and a decoder learn.
+    """
+    if core := sys.modules.get("fastdreamer._native"):
+        core.arena_release()
 
 
 def why_no_cuda() -> str | None:

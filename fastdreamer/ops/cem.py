@@ -116,13 +116,15 @@ def cem(
             raise ValueError(f"cem: returns.lam must be in [0, 1], got {returns.lam}")
     noise = (action_noise, state_noise)
     depth = deepest(params.inp, params.prior)
+    given = (*start, mean, std)
     if callable(score):
-        roll = OPEN_LOOP.select(backend, *start, mean, std, constant=noise, depth=depth)
+        roll = OPEN_LOOP.select(backend, *given, constant=noise, depth=depth)
         body = partial(eager, roll=roll)
     else:
         heads = (returns.reward,) if score == "reward" else returns.heads()
         depth = max(depth, deepest(*heads))
-        body = OP.select(backend, *start, mean, std, constant=noise, depth=depth)
+        given += (proposals,) if proposals is not None and proposals.numel() else ()
+        body = OP.select(backend, *given, constant=noise, depth=depth)
     return body(
         params, returns, start, mean, std, action_noise, state_noise,
         num_elites, float(min_std), float(clip), score, proposals,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdreamer.nn import RSSM
-from fastdreamer.ops.backend import last_backend
+from fastdreamer.ops.backend import last_backend, release_memory
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.native import packs
 from fastdreamer.ops.open_loop import open_loop
@@ -262,3 +262,13 @@ def test_without_gradients_no_tape_is_left():
     dreams = [imagine(**inputs, backend="native") for _ in range(5)]
     assert (allocations(), kept()) == (made, free)
     assert all(np.isfinite(dream.returns.numpy()).all() for dream in dreams)
+
+
+def test_released_memory_is_gone_and_calls_go_on():
+    inputs = imagine_inputs(SIZES, 4, 60, heads=True)
+    dream = imagine(**inputs, backend="native")
+    assert kept() > 0
+    release_memory()
+    assert kept() == 0
+    again = imagine(**inputs, backend="native")
+    assert torch.equal(again.returns, dream.returns)
