@@ -15,7 +15,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,9 @@ from fastdreamer.play import (
     config_env,
     episode_seed,
     evaluate,
+    on_cpu,
     random_policy,
+    run_backend,
 )
 from fastdreamer.policy import Policy
 from fastdreamer.safety import Violations, safety_rates
@@ -215,6 +217,7 @@ def _worker(connection: Any, config_json: str, episodes: str) -> None:
     threading.Thread(target=_exit_with_trainer, daemon=True).start()
     torch.set_num_threads(1)
     config = from_dict(json.loads(config_json))
+    own = on_cpu(config)
 
     def send(answer: dict[str, Any]) -> None:
         connection.send_bytes(json.dumps(answer).encode())
@@ -228,10 +231,11 @@ def _worker(connection: Any, config_json: str, episodes: str) -> None:
                 job = Job(**json.loads(connection.recv_bytes()))
                 weights = load_bytes(connection.recv_bytes())
                 if agent is None:
-                    agent = Policy(_on_cpu(config), env.obs_shapes, env.action_dim)
+                    agent = Policy(own, env.obs_shapes, env.action_dim)
                 if weights:
                     agent.load_state_dict(weights, strict=False)
-                result = _run_job(job, config, agent, env, Path(episodes))
+                with run_backend(own):
+                    result = _run_job(job, config, agent, env, Path(episodes))
                 send(asdict(result))
         except (EOFError, ConnectionError):
             return  # the trainer is gone
@@ -285,9 +289,3 @@ def _run_job(job: Job, config: Config, agent: Policy, env: Any, episodes: Path) 
         controller = config.eval.controller
         returns.append(evaluate(agent, env, seed, video, controller, watch=watch))
     return Result(episode_return, returns, episode_safety, safety_rates(watch, None))
-
-
-def _on_cpu(config: Config) -> Config:
-    """The learner's settings for the worker; a GPU's precision is no advice to a CPU."""
-    precision = config.precision if config.device == "cpu" else "auto"
-    return replace(config, device="cpu", precision=precision)

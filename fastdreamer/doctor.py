@@ -17,7 +17,7 @@ from rich.table import Table
 from fastdreamer import ops
 from fastdreamer._version import __version__
 from fastdreamer.envs.gl import GL, GLError, probe_all, select_gl
-from fastdreamer.ops.backend import BACKENDS, OPS, last_backend
+from fastdreamer.ops.backend import BACKENDS, OPS, last_backend, why_slow
 from fastdreamer.ops.cuda_graph import driver_state
 
 _PACKAGES = ("torch", "triton", "numpy", "mujoco", "dm_control", "safetensors", "nvtx", "tyro")
@@ -99,6 +99,8 @@ def _backends() -> Table:
     table.add_column("why not the others")
     for name, op in sorted(OPS.items()):
         reasons = {backend: op.why_not(backend, device) for backend in BACKENDS}
+        if device == "cpu" and reasons["native"] is None:
+            reasons["native"] = why_slow()
         op.select("auto", torch.zeros(1, device=device))
         others = "; ".join(f"{b}: {why}" for b, why in reasons.items() if why is not None)
         table.add_row(name, last_backend(name), others or "-")

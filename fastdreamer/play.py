@@ -5,7 +5,9 @@ An episode is a function of its seed and the weights, wherever it is played.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 
 from fastdreamer.config import Config
 from fastdreamer.envs import make_env
+from fastdreamer.ops.backend import use_backend
 from fastdreamer.policy import Policy
 from fastdreamer.safety import Shield
 from fastdreamer.viz.video import write_video
@@ -35,6 +38,19 @@ def config_env(config: Config) -> Any:
         image_size=config.env.image_size,
         render_quality=config.env.render_quality,
     )
+
+
+def on_cpu(config: Config) -> Config:
+    """The learner's settings for whoever plays; what a GPU is told is no advice to a CPU."""
+    if config.device == "cpu":
+        return config
+    backend = "auto" if config.backend == "triton" else config.backend
+    return replace(config, device="cpu", precision="auto", backend=backend)
+
+
+def run_backend(config: Config) -> contextlib.AbstractContextManager[None]:
+    """The backend that a run names; with ``auto`` the environment's, where that names one."""
+    return contextlib.nullcontext() if config.backend == "auto" else use_backend(config.backend)
 
 
 def rollout_episode(

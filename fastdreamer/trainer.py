@@ -32,7 +32,8 @@ from fastdreamer.config import Config, ConfigError, from_dict, to_dict
 from fastdreamer.episodes import episode_fields
 from fastdreamer.files import replacing
 from fastdreamer.logger import Logger, Progress
-from fastdreamer.ops.backend import check_backend, use_backend
+from fastdreamer.ops.backend import check_backend
+from fastdreamer.play import run_backend
 from fastdreamer.replay import Replay
 
 _log = logging.getLogger("fastdreamer")
@@ -138,7 +139,7 @@ class Trainer:
             torch.set_num_threads(config.threads)
         with contextlib.ExitStack() as stack:
             stack.enter_context(lock_run(self.run_dir))
-            stack.enter_context(use_backend(config.backend))
+            stack.enter_context(run_backend(config))
             self._stop = stack.enter_context(stop_signals())
             self._open(stack)
             self._run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 
 import fastdreamer
 from fastdreamer.cli import main
+from fastdreamer.ops.backend import last_backend
 from fastdreamer.ops.cuda_graph import driver_state
 
 PIXELS = ["--preset", "tiny", "--obs", "pixels", "--render-quality", "fast"]
@@ -61,6 +63,38 @@ def test_dream(run, capsys, tmp_path):
     assert (out / "dream.png").stat().st_size > 0 and (out / "dream.mp4").stat().st_size > 0
     assert main(["dream", str(run), "--context", "9", "--decisions", "90"]) == 1
     assert "fit in an episode of 10 decisions" in output(capsys)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["eval", "--episodes", "1"],
+        ["dream", "--context", "3", "--decisions", "3"],
+        ["report", "--episodes", "1", "--points", "1", "--controllers", "actor"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_playing_takes_the_runs_backend_or_its_own(command, run, capsys, tmp_path, monkeypatch):
+    pytest.importorskip("fastdreamer._native")
+    monkeypatch.delenv("FASTDREAMER_BACKEND", raising=False)
+    shutil.copytree(run, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"backend": "eager"}))
+
+    def took(run_dir, *options):
+        out = [] if command[0] == "eval" else ["--out", str(tmp_path / f"out-{len(seen)}")]
+        assert main([command[0], str(run_dir), *command[1:], *out, *options]) == 0
+        seen.append(last_backend("observe"))
+
+    seen: list = []
+    took(tmp_path / "run")
+    took(tmp_path / "run", "--backend", "native")
+    monkeypatch.setenv("FASTDREAMER_BACKEND", "eager")
+    took(run)  # which is set to auto
+    assert seen == ["eager", "native", "eager"]
+    if not torch.cuda.is_available():
+        assert main([command[0], str(run), "--backend", "triton"]) == 1
+        assert "backend 'triton' cannot run" in output(capsys)
 
 
 def test_plot(run, capsys, tmp_path):

@@ -1,22 +1,27 @@
 """The collector: a job is a pure function of its inputs, and a dead worker is noticed."""
 
 import dataclasses
+import json
 import multiprocessing
 import multiprocessing.spawn
 import os
 import signal
+import threading
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save as save_bytes
 
+from fastdreamer import collector as collector_module
 from fastdreamer.agent import Dreamer
 from fastdreamer.collector import POLICY_PARTS, Collector, CollectorError, Job, policy_weights
-from fastdreamer.config import preset
+from fastdreamer.config import preset, to_dict
 from fastdreamer.envs import make_env
 from fastdreamer.envs.gl import GLError, select_gl
 from fastdreamer.episodes import episode_path, read_episode
-from fastdreamer.play import agent_policy, collect, episode_seed, evaluate
+from fastdreamer.ops.backend import last_backend
+from fastdreamer.play import agent_policy, collect, episode_seed, evaluate, on_cpu
 
 CONFIG = preset("tiny")
 DECISIONS, FRAMES = 20, 40
@@ -110,6 +115,60 @@ def test_evaluations_are_deterministic_and_leave_episodes_alone(collector, agent
     assert episode_path(collector.directory, 8).read_bytes() == content
     here = evaluate(agent, env, episode_seed(CONFIG.seed, "evaluate", 1))
     assert here == alone.eval_returns[1]
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_the_worker_plays_with_the_runs_backend(backend, agent, tmp_path, monkeypatch):
+    """Its own loop in this process, where what ran can be asked."""
+    if backend == "native":
+        pytest.importorskip("fastdreamer._native")
+    monkeypatch.setenv("FASTDREAMER_BACKEND", {"eager": "native", "native": "eager"}[backend])
+    monkeypatch.setattr(collector_module, "_exit_with_trainer", lambda: None)
+    config = dataclasses.replace(CONFIG, backend=backend)
+    trainer, worker = multiprocessing.Pipe()
+    sent = [json.dumps(dataclasses.asdict(job(0, evaluations=1))).encode()]
+    sent.append(save_bytes(policy_weights(agent)))
+    answers = []
+
+    def converse():
+        answers.append(json.loads(trainer.recv_bytes()))
+        for message in sent:
+            trainer.send_bytes(message)
+        answers.append(json.loads(trainer.recv_bytes()))
+        trainer.close()
+
+    thread = threading.Thread(target=converse)
+    thread.start()
+    collector_module._worker(worker, json.dumps(to_dict(config)), str(tmp_path))
+    thread.join()
+    assert answers[0]["action_dim"] == 6 and len(answers[1]["eval_returns"]) == 1
+    assert last_backend("observe") == backend
+    assert episode_path(tmp_path, 0).exists()
+
+
+def test_a_real_worker_takes_the_runs_backend_before_the_environments(agent, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTDREAMER_BACKEND", "triton")  # which refuses CPU tensors
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    answers = {}
+    for backend in ("eager", "auto"):
+        collector = Collector(dataclasses.replace(CONFIG, backend=backend), tmp_path)
+        try:
+            collector.submit(job(0), policy_weights(agent))
+            answers[backend] = collector.wait()
+        except CollectorError as error:
+            answers[backend] = str(error)
+        finally:
+            collector.close()
+    assert isinstance(answers["eager"].episode_return, float)
+    assert "observe: backend 'triton' cannot run" in answers["auto"], "auto leaves it the choice"
+
+
+def test_what_a_gpu_is_told_is_no_advice_to_the_worker():
+    told = dataclasses.replace(CONFIG, device="cuda", backend="triton", precision="bf16")
+    assert on_cpu(told) == dataclasses.replace(CONFIG, backend="auto", precision="auto")
+    assert on_cpu(dataclasses.replace(told, backend="eager")).backend == "eager"
+    here = dataclasses.replace(CONFIG, backend="native", precision="fp32")
+    assert on_cpu(here) == here
 
 
 def test_one_job_at_a_time(collector, agent):

@@ -4,21 +4,23 @@ An instruction set is chosen before anything is imported, so each runs in a proc
 """
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+HEADER = Path(__file__).parents[1] / "csrc" / "cpu" / "functions.h"
 NAMES = ("exp", "expm1", "sigmoid", "tanh", "softplus")
-# Largest relative error of float32 results, and of those for bfloat16 arithmetic. tanh: absolute.
-LIMITS = {
-    "exp": (1.2e-7, 8e-6),
-    "expm1": (1.8e-7, 4e-5),
-    "sigmoid": (1.6e-7, 6e-5),
-    "tanh": (1e-7, 1.2e-4),
-    "softplus": (2.6e-7, 8e-6),
-}
+
+
+def stated() -> dict[str, tuple[float, float]]:
+    """The header's own limits: of float32 results, and of those for bfloat16 arithmetic."""
+    row = re.compile(r"^//   (\w+) +([\d.e-]+) +([\d.e-]+)$", re.MULTILINE)
+    found = row.findall(HEADER.read_text(encoding="utf-8"))
+    return {name: (float(fp32), float(bf16)) for name, fp32, bf16 in found}
 
 
 def points() -> np.ndarray:
@@ -50,7 +52,7 @@ def exact(name: str, x: np.ndarray) -> np.ndarray:
 
 
 def check() -> None:
-    x = points()
+    x, limits = points(), stated()
     for name in NAMES:
         truth = exact(name, x)
         for bf16 in (False, True):
@@ -60,7 +62,7 @@ def check() -> None:
             size = np.abs(truth[normal])
             if name != "tanh":
                 error = error[size > 0] / size[size > 0]
-            assert error.max() <= LIMITS[name][bf16], (name, bf16, error.max())
+            assert error.max() <= limits[name][bf16], (name, bf16, error.max())
             assert np.isinf(got[truth > 3.5e38]).all(), (name, bf16)
 
 
@@ -83,6 +85,18 @@ def test_errors_are_as_stated(isa):
         [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_header_and_documentation_state_the_same_limits():
+    limits = stated()
+    assert list(limits) == list(NAMES)
+    for fp32, bf16 in limits.values():
+        assert 0 < fp32 < 3e-7 < bf16 < 2e-4  # a few units in the last place; finer than 8 bits
+    text = (HEADER.parents[2] / "docs" / "native.md").read_text("utf-8")
+    sentence = text.partition("Elementary functions:")[2].partition("`tests/")[0]
+    order = ("exp", "expm1", "sigmoid", "softplus", "tanh")
+    want = [limits[name][bf16] for bf16 in (False, True) for name in order]
+    assert [float(number) for number in re.findall(r"[\d.]+e-\d", sentence)] == want
 
 
 @pytest.mark.parametrize("bf16", [False, True])

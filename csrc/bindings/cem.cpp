@@ -36,13 +36,7 @@ void cem(py::tuple rssm, py::tuple heads, py::handle start_deter, py::handle sta
   x.reward = head("reward", heads[0]);
   if (!heads[1].is_none()) x.bootstrap = head("bootstrap", heads[1]);
   if (!heads[2].is_none()) x.discount = head("discount", heads[2]);
-  const double lam = heads[4].cast<double>();
-  if (!(lam >= 0.0 && lam <= 1.0)) {
-    fail("cem: lam must be in [0, 1], got " + std::to_string(lam));
-  }
-  x.gamma = heads[3].cast<float>();
-  x.lam = static_cast<float>(lam);
-  x.mix = static_cast<float>(1.0 - lam);
+  set_returns(op, heads[3], heads[4], x);
 
   const Array shape(op, "action_noise", action_noise);
   if (shape.ndim() != 5 || shape.size(1) < 1 || shape.size(2) < 1 || shape.size(3) < 1) {

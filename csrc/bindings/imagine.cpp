@@ -99,13 +99,7 @@ std::unique_ptr<ImagineRun> imagine_forward(const char* op, py::tuple rssm, py::
     x.critic = head("critic", t.critic_pack, t.critic, w.through || w.critic);
     x.target = head("target", t.target_pack, t.target, w.through);
     x.discount = head("discount", t.discount_pack, t.discount, w.through);
-    const double lam = six[5].cast<double>();
-    if (!(lam >= 0.0 && lam <= 1.0)) {
-      fail(std::string(op) + ": lam must be in [0, 1], got " + std::to_string(lam));
-    }
-    x.gamma = six[4].cast<float>();
-    x.lam = static_cast<float>(lam);
-    x.mix = static_cast<float>(1.0 - lam);
+    set_returns(op, six[4], six[5], x);
     x.reward_out = t.arrays.maybe_out("reward", outputs[4], {H, B});
     x.next_value = t.arrays.maybe_out("next_value", outputs[5], {H, B});
     x.returns = t.arrays.maybe_out("returns", outputs[6], {H, B});

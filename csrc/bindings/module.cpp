@@ -34,9 +34,7 @@ Sizes check_scan(const char* op, const char* name, py::handle first, double lam,
          std::to_string(array.ndim()));
   }
   if (array.size(0) < 1 || array.size(1) < 1) fail(std::string(op) + ": the arrays are empty");
-  if (!(lam >= 0.0 && lam <= 1.0)) {
-    fail(std::string(op) + ": lam must be in [0, 1], got " + std::to_string(lam));
-  }
+  check_lam(op, lam);
   if (threads < 1) fail(std::string(op) + ": threads must be at least 1");
   return {array.size(0), array.size(1)};
 }
@@ -161,6 +159,7 @@ PYBIND11_MODULE(_native, m) {
         py::arg("grad"), py::arg("next_value"), py::arg("discount"), py::arg("returns"),
         py::arg("lam"), py::arg("grad_reward"), py::arg("grad_next_value"),
         py::arg("grad_discount"), py::arg("threads"));
+  m.attr("MAX_LAYERS") = kMaxLayers;  // of an MLP
   bind_weights(m);
   bind_imagine(m);
   bind_observe(m);

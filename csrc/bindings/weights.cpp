@@ -217,6 +217,13 @@ Rssm make_rssm(const char* op, const PackedMlp& inp, const PackedGru& gru, const
   return {A, D, S, inp.mlp(), gru.gru(), prior.mlp(), make_std(op, std)};
 }
 
+double check_lam(const char* op, double lam) {
+  if (!(lam >= 0.0 && lam <= 1.0)) {
+    fail(std::string(op) + ": lam must be in [0, 1], got " + std::to_string(lam));
+  }
+  return lam;
+}
+
 void bind_weights(py::module_& m) {
   py::class_<PackedMlp, std::shared_ptr<PackedMlp>>(m, "PackedMlp",
                                                     "Packed layers; see csrc/bindings/weights.h.")

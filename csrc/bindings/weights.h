@@ -64,6 +64,18 @@ Rssm make_rssm(const char* op, const PackedMlp& inp, const PackedGru& gru, const
 void check_mlp(const char* op, const char* name, const PackedMlp& mlp, Precision precision,
                Index in, Index out, bool gradients);
 
+// Throws unless λ is in [0, 1]; returns it.
+double check_lam(const char* op, double lam);
+
+// The λ-return's constants in a loop's arguments, each rounded once from double.
+template <class Args>
+void set_returns(const char* op, py::handle gamma, py::handle lam, Args& to) {
+  const double checked = check_lam(op, lam.cast<double>());
+  to.gamma = gamma.cast<float>();
+  to.lam = static_cast<float>(checked);
+  to.mix = static_cast<float>(1.0 - checked);
+}
+
 void bind_weights(py::module_& m);
 
 }  // namespace fastdreamer

@@ -1,8 +1,6 @@
 // What happens to a tile between its matrix products, row by row.
 #pragma once
 
-#include <cmath>
-
 #include "cpu/functions.h"
 #include "cpu/gemm-inl.h"
 #include "cpu/kernels.h"
@@ -131,7 +129,7 @@ void sample_backward(const SampleBackwardArgs& x) {
 template <class P, class Body>
 FD_INLINE void by_policy(const StdTransform& t, float mean_scale, const Body& body) {
   const auto with = [&](const auto& std_of) {
-    if (mean_scale < INFINITY) return body(std_of, Bool<true>());
+    if (mean_scale < __builtin_inff()) return body(std_of, Bool<true>());
     return body(std_of, Bool<false>());
   };
   switch (t.kind) {

@@ -1,6 +1,13 @@
 // Elementary functions of vectors, in two precisions: for float32 results within a few units in
 // the last place, for bfloat16 arithmetic cheaper ones, still far finer than its 8 bits.
-// NaN comes out as NaN, and the limits at ±inf are exact.
+// NaN comes out as NaN, and the limits at ±inf are exact. Largest errors, relative but for tanh's,
+// which are absolute, of float32 results and of those for bfloat16 arithmetic; the tests hold every
+// instruction set to these lines:
+//   exp      1.2e-7  8e-6
+//   expm1    1.8e-7  4e-5
+//   sigmoid  1.6e-7  6e-5
+//   tanh     1e-7    1.2e-4
+//   softplus 2.6e-7  8e-6
 #pragma once
 
 #include "cpu/vec.h"
@@ -15,7 +22,7 @@ struct Exponential {
 
 template <bool fast>
 FD_INLINE Exponential exponential(Vec x) {
-  if (fast) {  // 7e-6 relative: 3e-6, and the rounding of the exponent where it is large
+  if (fast) {  // 3e-6 of the polynomial; the rest is the exponent's rounding where it is large
     const Vec t = exponent(x * fill(1.44269504f));
     const Vec f = fraction(t);  // 2^f - 1: the same polynomial of f ln(2)
     Vec p = fma(f, fill(0.00958285669f), fill(0.0559064274f));
@@ -24,7 +31,7 @@ FD_INLINE Exponential exponential(Vec x) {
   }
   x = min(fill(89.0f), max(fill(-104.0f), x));  // e^x is inf above and 0 below
   const Vec n = round(x * fill(1.44269504f));
-  // 1e-7 relative (rounding; the polynomial is good for 2e-9); ln(2) in two parts
+  // rounding (the polynomial is good for 2e-9); ln(2) in two parts
   const Vec f = fma(n, fill(2.12194440e-4f), fma(n, fill(-0.693359375f), x));
   Vec p = fma(f, fill(0.00138436579f), fill(0.0083741556f));
   p = fma(f, p, fill(0.041668002f));
@@ -61,7 +68,7 @@ FD_INLINE Vec sigmoid(Vec x) {
 // 1 - 2 / (e^2|x| + 1) with the sign of x; near 0, where that cancels, a polynomial (Cephes tanhf).
 template <bool fast>
 FD_INLINE Vec tanh(Vec x) {
-  if (fast) {  // 1.2e-4 absolute
+  if (fast) {
     return fma(fill(-2.0f), reciprocal<true>(fill(1.0f) + exp<true>(x + x)), fill(1.0f));
   }
   const Vec size = abs(x);
@@ -76,7 +83,7 @@ FD_INLINE Vec tanh(Vec x) {
 }
 
 // log(1 + e^x) = max(x, 0) + log1p(u) with u = e^-|x| in [0, 1]; log1p(u) = 2 artanh(t) with
-// t = u / (2 + u) <= 1/3, a series in t². Relative error 2e-7 however small the result.
+// t = u / (2 + u) <= 1/3, a series in t². The relative error holds however small the result.
 template <bool fast>
 FD_INLINE Vec softplus(Vec x) {
   const Vec u = exp<fast>(-abs(x));

@@ -294,12 +294,12 @@ void ImagineBackward::tile(Index begin, Index rows, int thread) const {
     // h_{t+1} = GRU(act(W [s_t, a_t]), h_t)
     deter_step_backward(k, rssm, tape_.states.at(row), tape_.deter, row, deter_, delta, rows, dh,
                         ds_da);
-    k.copy({ds_before, nullptr, S, rows, {nullptr, 0}, ds, false});
+    k.copy({ds_before, nullptr, S, rows, kNoRows, ds, false});
     // a_t: unless the actor's input is detached, this comes back to the state
     add_rows(k, rows_of(g.action, A).at(row), A, rows, da);
     if (x.actor == nullptr) {
       if (g.given_action != nullptr) {
-        k.copy({da, nullptr, A, rows, {nullptr, 0}, rows_of(g.given_action, A).at(row), false});
+        k.copy({da, nullptr, A, rows, kNoRows, rows_of(g.given_action, A).at(row), false});
       }
     } else if (tape_.wants.actor || x.actor->through_feat) {
       const Index own = tape_.wants.actor ? row : scratch;
@@ -313,10 +313,10 @@ void ImagineBackward::tile(Index begin, Index rows, int thread) const {
     }
   }
   if (g.start_deter != nullptr) {
-    k.copy({dh, nullptr, D, rows, {nullptr, 0}, rows_of(g.start_deter, D).at(begin), false});
+    k.copy({dh, nullptr, D, rows, kNoRows, rows_of(g.start_deter, D).at(begin), false});
   }
   if (g.start_stoch != nullptr) {
-    k.copy({ds, nullptr, S, rows, {nullptr, 0}, rows_of(g.start_stoch, S).at(begin), false});
+    k.copy({ds, nullptr, S, rows, kNoRows, rows_of(g.start_stoch, S).at(begin), false});
   }
 }
 

@@ -226,7 +226,6 @@ enum class Function : int { exp, expm1, sigmoid, tanh, softplus };
 
 // A row's (in the scans a column's) result does not depend on the tile it is computed in.
 struct Kernels {
-  int lanes;                               // floats in a vector
   int elem_size;                           // bytes
   Index (*panels_size)(Index K, Index N);  // bytes
   Index (*panel_count)(Index N);

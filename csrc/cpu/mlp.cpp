@@ -56,42 +56,25 @@ MlpBuffers take_unit_deltas(Arena& arena, const Kernels& k, const Mlp& mlp, Inde
     last = Buffer{};
   } else {
     std::vector<float> ones(static_cast<std::size_t>(rows), 1.0f);
-    k.copy({{ones.data(), 1}, nullptr, 1, rows, last.at(0), {nullptr, 0}, false});
+    k.copy({{ones.data(), 1}, nullptr, 1, rows, last.at(0), kNoFloats, false});
   }
   return deltas;
 }
 
 void forward(const Kernels& k, const Mlp& mlp, Rows in, Index rows, const MlpBuffers& buffers,
              Index row, Floats out, Floats add) {
-  const Floats none{nullptr, 0};
   for (int i = 0; i < mlp.depth; ++i) {
     const Layer& layer = mlp.layers[i];
     const bool raw = i == mlp.depth - 1 && !mlp.act_last;
     if (raw && layer.row != nullptr && add.data == nullptr && out.stride == 1) {
       k.dot({in, layer.in, rows, layer.row, layer.bias == nullptr ? 0.0f : *layer.bias, out.data});
     } else if (raw) {
-      k.linear({layer.forward,
-                in,
-                rows,
-                layer.bias,
-                i == 0 ? add : none,
-                Activation::none,
-                {nullptr, 0},
-                {nullptr, 0},
-                out,
-                {nullptr, 0}});
+      k.linear({layer.forward, in, rows, layer.bias, i == 0 ? add : kNoFloats, Activation::none,
+                kNoRows, kNoRows, out, kNoRows});
     } else {
       const Rows hidden = buffers.hidden[i].at(row);
-      k.linear({layer.forward,
-                in,
-                rows,
-                layer.bias,
-                i == 0 ? add : none,
-                mlp.act,
-                {nullptr, 0},
-                hidden,
-                none,
-                buffers.slope[i].at(row)});
+      k.linear({layer.forward, in, rows, layer.bias, i == 0 ? add : kNoFloats, mlp.act, kNoRows,
+                hidden, kNoFloats, buffers.slope[i].at(row)});
       in = hidden;
     }
   }
@@ -109,29 +92,13 @@ void backward(const Kernels& k, const Mlp& mlp, const MlpBuffers& saved, Index s
     if (i == mlp.depth - 1 && deltas.hidden[i].data == nullptr) {
       k.dot_backward({slope_of(i - 1), layer.in, rows, mlp.act, layer.row, before});
     } else {
-      k.linear({layer.backward,
-                deltas.hidden[i].at(delta_row),
-                rows,
-                nullptr,
-                {nullptr, 0},
-                mlp.act,
-                slope_of(i - 1),
-                before,
-                {nullptr, 0},
-                {nullptr, 0}});
+      k.linear({layer.backward, deltas.hidden[i].at(delta_row), rows, nullptr, kNoFloats, mlp.act,
+                slope_of(i - 1), before, kNoFloats, kNoRows});
     }
   }
   if (in_grad.data == nullptr && in_grad_elem.data == nullptr) return;
-  k.linear({mlp.layers[0].backward,
-            deltas.hidden[0].at(delta_row),
-            rows,
-            nullptr,
-            add ? in_grad : Floats{nullptr, 0},
-            Activation::none,
-            {nullptr, 0},
-            in_grad_elem,
-            in_grad,
-            {nullptr, 0}});
+  k.linear({mlp.layers[0].backward, deltas.hidden[0].at(delta_row), rows, nullptr,
+            add ? in_grad : kNoFloats, Activation::none, kNoRows, in_grad_elem, in_grad, kNoRows});
 }
 
 namespace {

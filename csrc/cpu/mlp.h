@@ -10,6 +10,8 @@
 namespace fastdreamer {
 
 constexpr int kMaxLayers = 16;
+constexpr Floats kNoFloats{nullptr, 0};
+constexpr Rows kNoRows{nullptr, 0};
 
 // Activations or gradients of a whole call: rows of Elem in one block.
 struct Buffer {
@@ -18,7 +20,7 @@ struct Buffer {
   int elem_size = 0;
 
   Rows at(Index row, Index col = 0) const {
-    if (data == nullptr) return {nullptr, 0};
+    if (data == nullptr) return kNoRows;
     return {data + (row * stride + col) * elem_size, stride};
   }
 };
@@ -32,9 +34,6 @@ struct FloatBuffer {
     return {data == nullptr ? nullptr : data + row * stride + col, stride};
   }
 };
-
-constexpr Floats kNoFloats{nullptr, 0};
-constexpr Rows kNoRows{nullptr, 0};
 
 // The same rows from column `begin` on; no data stays none.
 Rows columns(const Kernels& k, Rows rows, Index begin);
@@ -87,14 +86,14 @@ MlpBuffers take_unit_deltas(Arena& arena, const Kernels& k, const Mlp& mlp, Inde
 // Runs `rows` rows. A last layer without activation goes to `out` [rows, out]; `add` (or null
 // data) is added before the first activation. `row` is where in the buffers the tile lies.
 void forward(const Kernels& k, const Mlp& mlp, Rows in, Index rows, const MlpBuffers& buffers,
-             Index row, Floats out, Floats add = {nullptr, 0});
+             Index row, Floats out, Floats add = kNoFloats);
 
 // From deltas.hidden[depth - 1] (without data: from 1, the single output's) to the deltas of all
 // layers before, and the gradient of the input: into `in_grad` (or null), added to it with
 // `add`, and into `in_grad_elem` (or null).
 void backward(const Kernels& k, const Mlp& mlp, const MlpBuffers& saved, Index saved_row,
               const MlpBuffers& deltas, Index delta_row, Index rows, Floats in_grad, bool add,
-              Rows in_grad_elem = {nullptr, 0});
+              Rows in_grad_elem = kNoRows);
 
 // Where the gradients of one layer go: [out, in] with the columns rotated as the weight's own.
 struct LayerGrad {

@@ -10,7 +10,7 @@ DeterBuffers take_deter(Arena& arena, const Kernels& k, const Rssm& rssm, Index 
 
 void deter_step(const Kernels& k, const Rssm& rssm, Rows state, Floats h32, Index rows,
                 const DeterBuffers& to, Index row, Rows next, Floats out32) {
-  forward(k, rssm.inp, columns(k, state, rssm.D), rows, to.inp, row, {nullptr, 0});
+  forward(k, rssm.inp, columns(k, state, rssm.D), rows, to.inp, row, kNoFloats);
   const Rows x = to.inp.hidden[rssm.inp.depth - 1].at(row);
   k.gru({rssm.gru.forward, rssm.gru.bias, x, state, h32, rows, next, out32, to.gates.at(row)});
 }
@@ -24,17 +24,15 @@ void deter_step_backward(const Kernels& k, const Rssm& rssm, Rows state, const D
                          Floats dh, Floats ds_da) {
   const Index D = rssm.D;
   const int last = rssm.inp.depth - 1;
-  const Floats none{nullptr, 0};
-  const Rows nothing{nullptr, 0};
   const Rows gates = deltas.gates.at(delta_row);
   k.gru_backward({D, rows, saved.gates.at(saved_row), state, dh, gates});
   // through the state's weights, and through the input's and the activation before them
   k.linear({rssm.gru.backward_hh, columns(k, gates, D), rows, nullptr, dh, Activation::none,
-            nothing, nothing, dh, nothing});
+            kNoRows, kNoRows, dh, kNoRows});
   const MlpBuffers& inp = saved.inp;
   const Buffer& slopes = rssm.inp.act == Activation::silu ? inp.slope[last] : inp.hidden[last];
-  k.linear({rssm.gru.backward_ih, gates, rows, nullptr, none, rssm.inp.act, slopes.at(saved_row),
-            deltas.inp.hidden[last].at(delta_row), none, nothing});
+  k.linear({rssm.gru.backward_ih, gates, rows, nullptr, kNoFloats, rssm.inp.act,
+            slopes.at(saved_row), deltas.inp.hidden[last].at(delta_row), kNoFloats, kNoRows});
   backward(k, rssm.inp, inp, saved_row, deltas.inp, delta_row, rows, ds_da, false);
 }
 

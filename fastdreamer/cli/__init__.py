@@ -7,12 +7,12 @@ type, and nothing is declared twice.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from fastdreamer._version import __version__
-from fastdreamer.checkpoint import CheckpointError, load_meta
+from fastdreamer.checkpoint import CheckpointError
 from fastdreamer.cli.bench import Bench, run_bench
 from fastdreamer.cli.compare import Compare, run_compare
 from fastdreamer.cli.doctor import Doctor, run_doctor
@@ -28,14 +28,15 @@ from fastdreamer.cli.dream import Dream, run_dream
 from fastdreamer.cli.eval import Eval, run_eval
 from fastdreamer.cli.plot import Plot, run_plot
 from fastdreamer.cli.report import Report, run_report
+from fastdreamer.cli.run import config_of, playing_backend
 from fastdreamer.cli.train import Train, run_train, train_defaults
 from fastdreamer.collector import CollectorError
-from fastdreamer.config import Config, ConfigError, from_dict
+from fastdreamer.config import Config, ConfigError
 from fastdreamer.envs.gl import GLError
 from fastdreamer.episodes import EpisodeError
 from fastdreamer.ops.backend import BackendError
 from fastdreamer.planning import PlanningError
-from fastdreamer.trainer import RunError, Stopped, read_config
+from fastdreamer.trainer import RunError, Stopped
 
 _COMMANDS = {
     Train: run_train,
@@ -78,8 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = _parse(argv)
         if hasattr(command, "plan"):  # again: its options start from what the run says
-            command = _parse(argv, _config_of(command.run))
-        return _COMMANDS[type(command)](command, say) or 0
+            command = _parse(argv, config_of(command.run))
+        with contextlib.ExitStack() as stack:
+            if isinstance(command, Eval | Dream | Report):
+                stack.enter_context(playing_backend(command.run, command.backend))
+            return _COMMANDS[type(command)](command, say) or 0
     except Stopped:
         say(f"stopped; go on with: {shlex.join(['fastdreamer', *argv])}")
         return 130
@@ -110,12 +114,3 @@ def _parse(argv: list[str], config: Config | None = None) -> Any:
         description="Dreamer with every recurrent loop compiled: train, evaluate, watch.",
         args=argv,
     )
-
-
-def _config_of(path: Path) -> Config:
-    """The settings of a run or checkpoint; the default ones where ``load`` will refuse it."""
-    if (path / "config.json").is_file():
-        return read_config(path)
-    if path.is_file():
-        return from_dict(load_meta(path)["config"])
-    return Config()

@@ -11,6 +11,7 @@ import tyro
 from tyro.conf import Positional
 
 from fastdreamer.agent import load
+from fastdreamer.cli.run import Backend
 from fastdreamer.config import ConfigError
 from fastdreamer.play import config_env
 from fastdreamer.report import dream_and_live
@@ -35,6 +36,8 @@ class Dream:
     """Decisions dreamed."""
     seed: int = 0
     """Seeds the episode."""
+    backend: Backend = "run"
+    """Who computes the recurrent loops; run: who did in training, collection included."""
 
 
 def run_dream(command: Dream, say: Callable[[str], None]) -> None:

@@ -12,6 +12,7 @@ import tyro
 from tyro.conf import Positional
 
 from fastdreamer.agent import Dreamer, load
+from fastdreamer.cli.run import Backend
 from fastdreamer.config import ConfigError, PlanConfig, SafetyConfig
 from fastdreamer.exploration import calibrate_episodes
 from fastdreamer.play import Recorder, config_env, episode_seed, evaluate
@@ -48,6 +49,8 @@ class Eval:
     """Let the shield of a run trained with --safety filter the actions."""
     calibration: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Of a run trained with --explore ucb: also write calibration.csv and calibration.png."""
+    backend: Backend = "run"
+    """Who computes the recurrent loops; run: who did in training, collection included."""
     plan: PlanConfig = field(default_factory=PlanConfig)
     safety: SafetyConfig = field(default_factory=SafetyConfig)
 

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
+from fastdreamer.cli.run import Backend
 from fastdreamer.config import PlanConfig
 from fastdreamer.report import write_report
 
@@ -33,6 +34,8 @@ class Report:
     """Snapshots used at most, spread evenly over the run; 0: all."""
     seed: int = 0
     """Seeds the episodes."""
+    backend: Backend = "run"
+    """Who computes the recurrent loops; run: who did in training, collection included."""
     plan: PlanConfig = field(default_factory=PlanConfig)
 
 

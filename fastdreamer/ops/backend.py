@@ -5,11 +5,15 @@ then the environment variable ``FASTDREAMER_BACKEND``, then ``auto``. An explici
 cannot run raises :class:`BackendError` with the reason; only ``auto`` falls back (to eager), and
 it logs each reason once per op on the logger ``fastdreamer``.
 
-``auto`` takes native for CPU tensors and triton for CUDA tensors. What each body accepts:
+``auto`` takes native for CPU tensors, unless the CPU has no instruction set that makes it faster
+than eager (see :func:`why_slow`), and triton for CUDA tensors. What each body accepts:
 
 - eager: any device and floating dtype (float64 is the reference; autocast works);
 - native: CPU tensors, triton: CUDA tensors; both want them contiguous and their floating dtypes
-  float32, so that auto takes eager for float64 and bfloat16 and an explicit choice raises;
+  float32 (of ``observe`` the embedding may be bfloat16), so that auto takes eager for float64 and
+  bfloat16 and an explicit choice raises;
+- both differentiate in reverse mode alone: inside ``torch.func``'s transforms and
+  ``torch.autograd.forward_ad.dual_level`` auto takes eager and an explicit choice raises;
 - triton takes CPU tensors where Triton's interpreter is on (``TRITON_INTERPRET=1``, set before
   triton is imported; for tests, it is slow).
 """
@@ -18,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import logging
 import os
 import sys
@@ -26,6 +31,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("eager", "native", "triton")
 _NAMES = (*BACKENDS, "auto")
@@ -104,6 +110,27 @@ def why_no_cuda() -> str | None:
     return f"no usable NVIDIA GPU: {built}{driver_state()}"
 
 
+@functools.cache
+def why_slow() -> str | None:
+    """Return why ``auto`` passes over the native core on this CPU, None where it does not.
+
+    The scalar kernels run on any CPU, but slower than eager, whose matrix products have vectors.
+    Who asks for them by ``FASTDREAMER_ISA`` or ``backend="native"`` gets them.
+    """
+    if os.environ.get("FASTDREAMER_ISA"):
+        return None
+    try:
+        from fastdreamer import _native
+    except ImportError:  # then it is not the speed that keeps native from running
+        return None
+    if _native.isa() != "scalar":
+        return None
+    return (
+        "this CPU has no AVX2, and the scalar core is slower than eager "
+        "(FASTDREAMER_ISA=scalar takes it all the same)"
+    )
+
+
 class Op:
     """One op: its eager body, and loaders of the compiled bodies it has.
 
@@ -135,6 +162,7 @@ class Op:
         backend: str | None,
         *tensors: Tensor | None,
         constant: tuple[Tensor, ...] = (),
+        depth: int = 0,
     ) -> Callable:
         """Return the body to call for these inputs, and note it for :func:`last_backend`.
 
@@ -143,6 +171,7 @@ class Op:
                 then auto.
             tensors: the tensors that the body will get; Nones are skipped.
             constant: more of them, to which only eager gives gradients.
+            depth: layers of the deepest MLP, of which native has a greatest number.
 
         Raises:
             ValueError: unknown backend name.
@@ -151,8 +180,8 @@ class Op:
         name = _resolve(backend)
         given = [tensor for tensor in (*tensors, *constant) if tensor is not None]
         if name == "auto":
-            name = self._auto(given, constant)
-        elif reason := self._refusal(name, given, constant):
+            name = self._auto(given, constant, depth)
+        elif reason := self._refusal(name, given, constant, depth):
             raise BackendError(f"{self.name}: backend {name!r} cannot run: {reason}")
         setattr(_ran, self.name, name)
         return self.eager if name == "eager" else self._loaded[name]  # type: ignore[return-value]
@@ -184,11 +213,13 @@ class Op:
         body = self._load(backend)
         return body if isinstance(body, str) else None
 
-    def _auto(self, tensors: list[Tensor], constant: tuple[Tensor, ...]) -> str:
+    def _auto(self, tensors: list[Tensor], constant: tuple[Tensor, ...], depth: int) -> str:
         name = _AUTO.get(tensors[0].device.type, "eager")
         if name == "eager":
             return name
-        reason = self._refusal(name, tensors, constant)
+        reason = self._refusal(name, tensors, constant, depth)
+        if reason is None and name == "native":
+            reason = why_slow()
         if reason is None:
             return name
         if reason not in self._logged:
@@ -199,10 +230,15 @@ class Op:
         return "eager"
 
     def _refusal(
-        self, backend: str, tensors: list[Tensor], constant: tuple[Tensor, ...]
+        self, backend: str, tensors: list[Tensor], constant: tuple[Tensor, ...], depth: int
     ) -> str | None:
         if backend == "eager":
             return None
+        # first of all: a transform's tensors answer few questions
+        if torch._C._are_functorch_transforms_active():
+            return f"a transform of torch.func is active, {backend} has reverse mode alone"
+        if forward_ad._current_level >= 0:  # the tangent may be a parameter's
+            return f"forward-mode differentiation is active, {backend} has reverse mode alone"
         device = tensors[0].device
         for tensor in tensors:
             if tensor.device != device:
@@ -219,6 +255,8 @@ class Op:
                 return f"tensor has strides {tensor.stride()}, {backend} needs it contiguous"
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in constant):
             return f"noise requires a gradient, {backend} gives it none"
+        if backend == "native" and depth > 1 and depth > (most := _most_layers()):
+            return f"an MLP has {depth} layers, native takes at most {most}"
         return None
 
     def _load(self, backend: str) -> Callable | str:
@@ -237,6 +275,13 @@ class Op:
                 body = f"cannot be loaded: {error}"
             self._loaded[backend] = body
         return body
+
+
+@functools.cache
+def _most_layers() -> int:
+    from fastdreamer import _native
+
+    return _native.MAX_LAYERS
 
 
 def _interpreting() -> bool:

@@ -14,7 +14,7 @@ from fastdreamer.ops.checks import check_tensor
 from fastdreamer.ops.imagine import predicted_discount
 from fastdreamer.ops.lambda_return import lambda_return
 from fastdreamer.ops.open_loop import OP as OPEN_LOOP
-from fastdreamer.ops.params import ReturnParams, RSSMParams, State, mlp
+from fastdreamer.ops.params import ReturnParams, RSSMParams, State, deepest, mlp
 
 SCORES = ("lambda_return", "reward")
 Score = Literal["lambda_return", "reward"] | Callable[[Tensor], Tensor]
@@ -57,7 +57,7 @@ def cem(
     those, with none the row's mean and std become NaN.
 
     Args:
-        params: the RSSM's tensors.
+        params: the RSSM's tensors, of one floating dtype and device; so is all below.
         returns: reward head, critic, γ and λ. The target bootstraps in the critic's place where
             given. ``score="reward"`` needs the reward head alone.
         start: state 0, deter [B, D] and stoch [B, S].
@@ -76,11 +76,12 @@ def cem(
         backend: see ``fastdreamer.ops.backend``.
 
     Returns:
-        The Plan, new tensors.
+        The Plan, new tensors of the parameters' dtype.
 
     Raises:
-        ValueError: a shape, dtype or number does not fit, or the score needs a critic and there
-            is none. BackendError: the backend cannot run.
+        TypeError: not a tensor. ValueError: a shape, dtype, device or number does not fit, or the
+        score needs a critic and there is none. BackendError: an explicitly chosen backend cannot
+        run.
 
     Source: report section 4, Algorithm 2; with ``score="reward"``, Hafner et al. 2019 (PlaNet),
     Algorithm 2.
@@ -114,10 +115,16 @@ def cem(
         if not 0.0 <= returns.lam <= 1.0:
             raise ValueError(f"cem: returns.lam must be in [0, 1], got {returns.lam}")
     noise = (action_noise, state_noise)
+    depth = deepest(params.inp, params.prior)
+    given = (*start, mean, std)
     if callable(score):
-        body = partial(eager, roll=OPEN_LOOP.select(backend, *start, mean, std, constant=noise))
+        roll = OPEN_LOOP.select(backend, *given, constant=noise, depth=depth)
+        body = partial(eager, roll=roll)
     else:
-        body = OP.select(backend, start.deter, start.stoch, mean, std, constant=noise)
+        heads = (returns.reward,) if score == "reward" else returns.heads()
+        depth = max(depth, deepest(*heads))
+        given += (proposals,) if proposals is not None and proposals.numel() else ()
+        body = OP.select(backend, *given, constant=noise, depth=depth)
     return body(
         params, returns, start, mean, std, action_noise, state_noise,
         num_elites, float(min_std), float(clip), score, proposals,

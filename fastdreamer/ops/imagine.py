@@ -11,7 +11,15 @@ from torch import Tensor
 from fastdreamer.ops.backend import Op
 from fastdreamer.ops.checks import check_tensor
 from fastdreamer.ops.lambda_return import OP as LAMBDA_RETURN
-from fastdreamer.ops.params import ActorParams, ReturnParams, RSSMParams, State, actor_dist, mlp
+from fastdreamer.ops.params import (
+    ActorParams,
+    ReturnParams,
+    RSSMParams,
+    State,
+    actor_dist,
+    deepest,
+    mlp,
+)
 from fastdreamer.ops.rssm_step import eager as step
 
 
@@ -50,7 +58,8 @@ def imagine(
     at (as in the original Dreamer), unless ``actor.through_feat``.
 
     Args:
-        params: the RSSM's tensors; ``params.detach()`` for frozen dynamics.
+        params: the RSSM's tensors, of one floating dtype and device, as is all below;
+            ``params.detach()`` for frozen dynamics.
         actor: the policy's tensors.
         start: state 0, deter [B, D] and stoch [B, S].
         state_noise: [H, B, S] standard normal.
@@ -62,11 +71,11 @@ def imagine(
 
     Returns:
         States 1..H and the actions that led to them; with ``returns`` the predicted rewards, the
-        critic's values and the λ-returns, too.
+        critic's values and the λ-returns, too. All in the parameters' dtype.
 
     Raises:
-        ValueError: a shape or dtype does not fit, or ``returns`` has no critic. BackendError: the
-        backend cannot run.
+        TypeError: not a tensor. ValueError: a shape, dtype or device does not fit, ``returns`` has
+        no critic or its λ is not in [0, 1]. BackendError: an explicitly chosen backend cannot run.
 
     Source: report section 3, equation 3.1 and Algorithm 1, behaviour learning.
     """
@@ -81,7 +90,9 @@ def imagine(
         raise ValueError("imagine: returns.critic is None, but the λ-return needs a critic")
     if returns is not None and not 0.0 <= returns.lam <= 1.0:
         raise ValueError(f"imagine: returns.lam must be in [0, 1], got {returns.lam}")
-    body = OP.select(backend, start.deter, start.stoch, constant=(state_noise, action_noise))
+    depth = deepest(params.inp, params.prior, actor.mlp, *(returns.heads() if returns else ()))
+    noise = (state_noise, action_noise)
+    body = OP.select(backend, start.deter, start.stoch, constant=noise, depth=depth)
     return Imagination(*body(params, actor, start, state_noise, action_noise, returns))
 
 

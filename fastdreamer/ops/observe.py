@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdreamer.ops.backend import Op
 from fastdreamer.ops.checks import check_tensor
-from fastdreamer.ops.params import Normal, RSSMParams, State, latent_dist, mlp
+from fastdreamer.ops.params import Normal, RSSMParams, State, deepest, latent_dist, mlp
 from fastdreamer.ops.rssm_step import deter_step
 
 RESETS = {
@@ -44,9 +44,11 @@ def observe(
     """Filter a sequence of embedded observations.
 
     Args:
-        params: the RSSM's tensors, ``post`` included.
+        params: the RSSM's tensors, ``post`` included, of one floating dtype and device; so is all
+            below unless it says otherwise.
         start: the state before the sequence, deter [B, D] and stoch [B, S].
-        embed: [T, B, E] of the observations.
+        embed: [T, B, E] of the observations, in any floating dtype: under autocast the encoder
+            hands over bfloat16, which every backend takes.
         action: [T, B, A]; action[t] is the one that led to observation t.
         is_first: [T, B] bool; where true an episode begins.
         noise: [T, B, S] standard normal.
@@ -55,10 +57,11 @@ def observe(
         backend: see ``fastdreamer.ops.backend``.
 
     Returns:
-        The posterior states, and the posterior and prior distributions.
+        The posterior states, and the posterior and prior distributions, in the parameters' dtype.
 
     Raises:
-        ValueError: a shape or dtype does not fit. BackendError: the backend cannot run.
+        TypeError: not a tensor. ValueError: a shape, dtype or device does not fit, there is no
+        posterior, or no such ``reset``. BackendError: an explicitly chosen backend cannot run.
 
     Source: report section 2, q(s_t | h_t, o_t).
     """
@@ -67,7 +70,6 @@ def observe(
     dims, like = params.dims(), params.gru.weight_hh
     check_tensor("observe", "start.deter", start.deter, ("B", "D"), dims, like=like)
     check_tensor("observe", "start.stoch", start.stoch, ("B", "S"), dims, like=like)
-    # any floating dtype: under autocast the encoder hands over bfloat16
     check_tensor("observe", "embed", embed, ("T", "B", "E"), dims)
     check_tensor("observe", "action", action, ("T", "B", "A"), dims, like=like)
     check_tensor("observe", "is_first", is_first, ("T", "B"), dims, dtype=torch.bool)
@@ -79,7 +81,8 @@ def observe(
     # every body takes a bfloat16 embedding as it is: by its bits it is of no dtype to refuse
     bits = embed.view(torch.int16) if embed.dtype == torch.bfloat16 else embed
     given = (start.deter, start.stoch, bits, action, is_first)
-    body = OP.select(backend, *given, constant=(noise,))
+    depth = deepest(params.inp, params.prior, params.post)
+    body = OP.select(backend, *given, constant=(noise,), depth=depth)
     return Observation(*body(params, start, embed, action, is_first, noise, RESETS[reset]))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdreamer.ops.backend import Op
 from fastdreamer.ops.checks import check_tensor
-from fastdreamer.ops.params import RSSMParams, State
+from fastdreamer.ops.params import RSSMParams, State, deepest
 from fastdreamer.ops.rssm_step import eager as step
 
 
@@ -19,17 +19,18 @@ def open_loop(
     """Roll the dynamics forward under given actions.
 
     Args:
-        params: the RSSM's tensors.
+        params: the RSSM's tensors, of one floating dtype and device; so is all below.
         start: deter [B, D] and stoch [B, S].
         action: [H, B, A]; action[t] leads from state t to state t + 1 (the start is state 0).
         noise: [H, B, S] standard normal.
         backend: see ``fastdreamer.ops.backend``.
 
     Returns:
-        States 1..H: deter [H, B, D] and stoch [H, B, S].
+        States 1..H: deter [H, B, D] and stoch [H, B, S], in the parameters' dtype.
 
     Raises:
-        ValueError: a shape or dtype does not fit. BackendError: the backend cannot run.
+        TypeError: not a tensor. ValueError: a shape, dtype or device does not fit. BackendError: an
+        explicitly chosen backend cannot run.
 
     Source: report section 4, Algorithm 2.
     """
@@ -40,7 +41,8 @@ def open_loop(
     check_tensor("open_loop", "noise", noise, ("H", "B", "S"), dims, like=like)
     if not len(action):
         raise ValueError(f"open_loop: action is empty, {list(action.shape)}")
-    body = OP.select(backend, start.deter, start.stoch, action, constant=(noise,))
+    depth = deepest(params.inp, params.prior)
+    body = OP.select(backend, start.deter, start.stoch, action, constant=(noise,), depth=depth)
     return body(params, start, action, noise)
 
 

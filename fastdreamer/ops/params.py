@@ -140,11 +140,20 @@ class ReturnParams(NamedTuple):
     discount: MLPParams | None = None
     stoch_first: bool = False  # the heads take [stoch, deter]
 
+    def heads(self) -> tuple[MLPParams | None, ...]:
+        """Reward, critic, target and discount."""
+        return self.reward, self.critic, self.target, self.discount
+
     def detach(self) -> ReturnParams:
         """The same heads, receiving no gradient."""
         heads = ("reward", "critic", "target", "discount")
         given = {name: head for name in heads if (head := getattr(self, name)) is not None}
         return self._replace(**{name: head.detach() for name, head in given.items()})
+
+
+def deepest(*mlps: MLPParams | None) -> int:
+    """The layers of the deepest of them; None has none."""
+    return max([len(mlp.weights) for mlp in mlps if mlp is not None])
 
 
 def mlp(params: MLPParams, x: Tensor) -> Tensor:

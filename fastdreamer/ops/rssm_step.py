@@ -26,17 +26,19 @@ def rssm_step(
     """Advance the latent state by one decision without an observation.
 
     Args:
-        params: the RSSM's tensors.
+        params: the RSSM's tensors, of one floating dtype and device; so is all below.
         state: deter [B, D] and stoch [B, S].
         action: [B, A] in [-1, 1].
         noise: [B, S] standard normal.
         backend: see ``fastdreamer.ops.backend``.
 
     Returns:
-        The next State and the prior Normal ([B, S] mean and std) that its stoch was drawn from.
+        The next State and the prior Normal ([B, S] mean and std) that its stoch was drawn from, in
+        the parameters' dtype, under autocast too.
 
     Raises:
-        ValueError: a shape or dtype does not fit. BackendError: the backend cannot run.
+        TypeError: not a tensor. ValueError: a shape, dtype or device does not fit. BackendError: an
+        explicitly chosen backend cannot run.
 
     Source: report section 2, f and P(s_t | h_t).
     """
@@ -45,7 +47,8 @@ def rssm_step(
     check_tensor("rssm_step", "state.stoch", state.stoch, ("B", "S"), dims, like=like)
     check_tensor("rssm_step", "action", action, ("B", "A"), dims, like=like)
     check_tensor("rssm_step", "noise", noise, ("B", "S"), dims, like=like)
-    body = OP.select(backend, state.deter, state.stoch, action, constant=(noise,))
+    depth = max(len(params.inp.weights), len(params.prior.weights))
+    body = OP.select(backend, state.deter, state.stoch, action, constant=(noise,), depth=depth)
     return body(params, state, action, noise)
 
 

@@ -6,6 +6,8 @@ import threading
 import pytest
 import torch
 
+from fastdreamer import testing
+from fastdreamer.ops import backend as backend_module
 from fastdreamer.ops.backend import (
     OPS,
     BackendError,
@@ -13,9 +15,17 @@ from fastdreamer.ops.backend import (
     check_backend,
     last_backend,
     use_backend,
+    why_slow,
 )
+from fastdreamer.ops.cem import cem
 from fastdreamer.ops.checks import check_tensor
 from fastdreamer.ops.cuda_graph import driver_state
+from fastdreamer.ops.imagine import imagine
+from fastdreamer.ops.lambda_return import OP as LAMBDA_RETURN
+from fastdreamer.ops.lambda_return import lambda_return
+from fastdreamer.ops.observe import observe
+from fastdreamer.ops.open_loop import open_loop
+from fastdreamer.ops.rssm_step import rssm_step
 
 CPU = torch.zeros(2, 3)
 
@@ -32,6 +42,7 @@ def broken():
 def make(monkeypatch):
     monkeypatch.delenv("FASTDREAMER_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backend_module, "why_slow", lambda: None)  # whatever CPU this is
     made = []
 
     def make(name="probe", **loaders):
@@ -138,6 +149,44 @@ def test_triton_takes_cpu_tensors_under_the_interpreter(make, monkeypatch):
     assert op.select(None, CPU)() == "eager", "auto never interprets"
 
 
+@pytest.fixture
+def scalar_cpu(monkeypatch):
+    """The real core, saying that this CPU has no vectors."""
+    native = pytest.importorskip("fastdreamer._native")
+    monkeypatch.delenv("FASTDREAMER_BACKEND", raising=False)
+    monkeypatch.delenv("FASTDREAMER_ISA", raising=False)
+    monkeypatch.setattr(native, "isa", lambda: "scalar")
+    why_slow.cache_clear()
+    yield monkeypatch
+    why_slow.cache_clear()
+
+
+def test_auto_passes_over_the_scalar_core_unless_it_is_asked_for(scalar_cpu, caplog):
+    caplog.set_level(logging.INFO, logger="fastdreamer")
+    scalar_cpu.setattr(LAMBDA_RETURN, "_logged", set())
+    call = lambda backend=None: lambda_return(CPU, CPU, CPU, 0.9, backend=backend)  # noqa: E731
+    for backend, took in ((None, "eager"), ("auto", "eager"), ("native", "native")):
+        call(backend)
+        assert last_backend("lambda_return") == took
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"lambda_return: auto takes eager, not native: {why_slow()}"]
+    assert "no AVX2" in why_slow() and "FASTDREAMER_ISA=scalar" in why_slow()
+    assert LAMBDA_RETURN.why_not("native", "cpu") is None, "it can run"
+    why_slow.cache_clear()
+    scalar_cpu.setenv("FASTDREAMER_ISA", "scalar")
+    call()
+    assert last_backend("lambda_return") == "native"
+
+
+def test_doctor_says_why_auto_passes_over_the_scalar_core(scalar_cpu):
+    doctor = pytest.importorskip("fastdreamer.doctor")
+    scalar_cpu.setattr(torch.cuda, "is_available", lambda: False)
+    table = doctor._backends()
+    takes, reasons = (list(column.cells) for column in table.columns[1:])
+    assert set(takes) == {"eager"}
+    assert all(f"native: {why_slow()}" in reason for reason in reasons)
+
+
 def test_why_not_answers_for_every_backend(make, monkeypatch):
     op = make(native=native, triton=triton)
     assert op.why_not("eager", "cpu") is None
@@ -195,9 +244,32 @@ def test_check_tensor_binds_letters_and_names_what_it_wants():
         check_tensor("x", "y", torch.zeros(2, 3), ("D", "D"), {})
 
 
-def test_check_backend_names_what_cannot_run():
-    import fastdreamer.ops.lambda_return  # noqa: F401  an op is known once it is imported
+SIZES = testing.Sizes(2, 3, 2, 4, 5, 5, 1, 1, 1, "elu")
+INPUTS = {
+    cem: lambda: testing.cem_inputs(SIZES, 2, 1, 3, 1),
+    imagine: lambda: testing.imagine_inputs(SIZES, 2, 1),
+    lambda_return: lambda: testing.lambda_return_inputs(2, 1),
+    observe: lambda: testing.observe_inputs(SIZES, 2, 1),
+    open_loop: lambda: testing.open_loop_inputs(SIZES, 2, 1),
+    rssm_step: lambda: testing.rssm_step_inputs(SIZES, 1),
+}
 
+
+@pytest.mark.parametrize("op", INPUTS, ids=lambda op: op.__name__)
+def test_an_ops_contract_names_dtypes_and_what_it_raises(op):
+    contract = op.__doc__.partition("Args:")[2]
+    for word in ("dtype", "Returns:", "TypeError", "ValueError", "BackendError"):
+        assert word in contract, word
+    inputs = INPUTS[op]()
+    name = next(name for name, value in inputs.items() if isinstance(value, torch.Tensor))
+    says = f"^{op.__name__}: {name} must be "
+    with pytest.raises(TypeError, match=f"{says}a tensor, got list"):
+        op(**inputs | {name: inputs[name].tolist()})
+    with pytest.raises(ValueError, match=f"{says}.* got .* int64"):
+        op(**inputs | {name: inputs[name].long()})
+
+
+def test_check_backend_names_what_cannot_run():
     check_backend("auto", "cpu")
     check_backend("eager", "cpu")
     with pytest.raises(BackendError, match="backend 'triton' cannot run: .*(CUDA|no triton)"):

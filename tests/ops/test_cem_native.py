@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastdreamer.ops.backend import last_backend
+from fastdreamer.ops.backend import BackendError, last_backend
 from fastdreamer.ops.cem import cem, top
 from fastdreamer.ops.params import MLPParams, ReturnParams, State
 from fastdreamer.testing import REPORT, Sizes, assert_accurate, cem_inputs, error
@@ -307,6 +307,16 @@ def test_no_argument_changes_and_nothing_has_a_gradient():
     plan = native(given)
     assert not any(part.requires_grad for part in plan)
     assert all(torch.equal(given[name], before[name]) for name in names)
+
+
+def test_proposals_in_another_layout_are_eagers_and_none_are_no_matter():
+    given = cem_inputs(SMALL, 4, 3, 6, 2)
+    proposals = torch.rand(4, 3, 1, SMALL.A).expand(4, 3, 2, SMALL.A)
+    plans = [cem(**given, proposals=proposals, backend=b) for b in ("auto", "eager")]
+    assert last_backend("cem") == "eager" and all(map(torch.equal, *plans))
+    with pytest.raises(BackendError, match="strides .*, native needs it contiguous"):
+        native(given, proposals=proposals)
+    assert all(map(torch.equal, native(given, proposals=proposals[:, :, :0]), native(given)))
 
 
 def test_the_score_takes_the_heads_it_needs():

@@ -111,7 +111,7 @@ class _Call:
             heads = [head and pack_mlp(head, rotate=rotate, **pack) for head in four]
             heads = (*heads, returns.gamma, returns.lam)
         H, B, S = state_noise.shape
-        new = torch.empty
+        new = state_noise.new_empty  # torch.empty would ask torch's default dtype and device
         if action is None:
             action = new(action_noise.shape)
         deter, stoch = new(H, B, start_deter.shape[1]), new(H, B, S)

@@ -93,7 +93,8 @@ class _Observe(torch.autograd.Function):
         inputs, parameters = ctx.saved_tensors[:4], ctx.saved_tensors[12:]
         needs = ctx.needs_input_grad[4:]
         starts = [
-            torch.empty(t.shape) if need else None for t, need in zip(inputs, needs, strict=False)
+            t.new_empty(t.shape, dtype=torch.float32) if need else None
+            for t, need in zip(inputs, needs, strict=False)
         ]
         groups = [[None] * n for n in ctx.sizes]
         given = None
