@@ -354,6 +354,11 @@ def empty(slot: Slot, device: torch.device) -> Tensor:
     return torch.empty(slot.shape, dtype=slot.dtype, device=device)
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether torch captures a CUDA graph on the current stream, so that nothing can be read."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def run(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Run a program on torch's current stream; return its outputs, new tensors.
 
@@ -367,7 +372,7 @@ def run(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     device = program.check(inputs)
     graph = device.type == "cuda" and os.environ.get("FASTDREAMER_GRAPH") != "0"
-    if not graph or torch.cuda.is_current_stream_capturing():
+    if not graph or capturing(device):
         return run_direct(program, inputs)
     from fastdreamer.ops.cuda_graph import GRAPHS
 
