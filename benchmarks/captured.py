@@ -39,7 +39,10 @@ def capture(
     Raises:
         CaptureError: something in the work cannot be captured.
     """
-    stream = torch.cuda.Stream()
+    try:
+        stream = torch.cuda.Stream()
+    except (AssertionError, RuntimeError) as error:
+        raise CaptureError(f"no CUDA stream: {error}") from error
     stream.wait_stream(torch.cuda.current_stream())
     # Triton ops launch kernel by kernel, so that no kernel is loaded while the graph is captured.
     by_kernel = mock.patch.dict(os.environ, {"FASTDREAMER_GRAPH": "0"})

@@ -45,6 +45,7 @@ from fastdreamer.ops.backend import why_no_cuda
 from fastdreamer.ops.cuda_graph import driver_state
 
 ROUNDS = 50  # at least, of an op
+PRESET = "report"  # of the whole update
 NO_PRODUCTS = "no matrix product that could be bfloat16"
 
 
@@ -278,7 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--write keeps what a GPU did, not a rehearsal")
     wanted = lambda name: not args.only or any(word in name for word in args.only)  # noqa: E731
     works = [case for case in cases() if wanted(case.name)]
-    update = "report" if wanted(UPDATE) else None
+    update = PRESET if wanted(UPDATE) else None
     variants = gpu_variants(args.device)
     if args.device == "cuda" and (reason := why_no_cuda()):
         count = f"{len(works)} ops' works{' and a whole update' if update else ''}"
