@@ -3,8 +3,8 @@
 ``install`` puts stand-ins for ``torch.cuda``'s graphs and streams in place, which record the
 operations on CPU tensors one by one. As on a GPU, a capture leaves no trace: what it wrote is put
 back, what it made is NaN. As on a GPU, a replay runs no Python: the recorded operations read and
-write the recorded memory. What a capture forbids raises: numbers read by the host, sizes that
-depend on values, generators that the graph does not know.
+write the recorded memory. What a capture forbids raises: numbers from the device to the host or
+the other way, sizes that depend on values, generators that the graph does not know.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from fastdreamer.ops import graph as graph_module
 
 _aten = torch.ops.aten
 _READ = {_aten._local_scalar_dense, _aten.equal, _aten.nonzero, _aten.masked_select, _aten._unique2}
-_READ_IN_PYTHON = {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.item, Tensor.__bool__}
+_BY_HOST = {
+    *(Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.item, Tensor.__bool__, Tensor.__float__),
+    *(torch.tensor, torch.as_tensor, torch.from_numpy, Tensor.new_tensor, Tensor.pin_memory),
+}
 
 
 class CUDAGraph:
@@ -63,7 +66,7 @@ class graph:
 
     def __enter__(self) -> None:
         graph.active = True
-        self._modes.enter_context(_NoReading())
+        self._modes.enter_context(NoHost())
         self._modes.enter_context(self._recorder)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -102,11 +105,13 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "capturing", lambda device: graph.active)
 
 
-class _NoReading(TorchFunctionMode):
+class NoHost(TorchFunctionMode):
+    """Refuses what takes numbers from the device to the host, or the other way."""
+
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
-        if func in _READ_IN_PYTHON:
+        if func in _BY_HOST:
             raise RuntimeError(f"not permitted when a stream is capturing: {func.__name__}")
         return func(*args, **(kwargs or {}))
 
