@@ -219,8 +219,11 @@ def nvidia_smi() -> dict[str, str]:
     if tool is None:
         return {}
     command = [tool, f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
-    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-    return dict(zip(names, (x.strip() for x in lines[0].split(",")), strict=True)) if lines else {}
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return {}
+    values = done.stdout.splitlines()[0].split(",")
+    return dict(zip(names, (value.strip() for value in values), strict=True))
 
 
 def table(result: dict[str, Any]) -> str:

@@ -108,6 +108,14 @@ def test_without_a_gpu_it_says_so():
     assert reason == f"No GPU, so nothing was measured: {backend_module.why_no_cuda()}"
 
 
+def test_every_op_has_a_work():
+    works = gpu.cases()
+    assert {case.op.name for case in works} == OPS.keys()
+    assert {case.op.name for case in works if case.leaves} == OPS.keys() - {"cem"}
+    assert len({case.name for case in works}) == len(works)
+    assert min(case.rounds for case in works) >= gpu.ROUNDS
+
+
 def test_everything_is_checked_timed_and_told(monkeypatch, tmp_path, capsys, standins):
     """The command from end to end with every work and variant, the device apart."""
     monkeypatch.setattr(race_module, "MIN_REPEATS", 2)
@@ -195,7 +203,7 @@ def test_the_device_is_described(monkeypatch, tmp_path):
         "driver_version": "550.54.15", "clocks.max.sm": "1980 MHz", "power.limit": "700.00 W",
         "torch": torch.__version__,
     } == found  # fmt: skip
-    tool.write_text("#!/bin/sh\nexit 9\n")
+    tool.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed because it has no driver'; exit 9\n")
     assert gpu.nvidia_smi() == {}
 
 
