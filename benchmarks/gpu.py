@@ -61,14 +61,15 @@ def waiter(device: str) -> Callable[[], object]:
     return torch.cuda.synchronize if device == "cuda" else lambda: None
 
 
-def ceilings(device: str = "cuda", size: int = 8192, seconds: float = 1.0) -> dict[str, float]:
-    """Measure what the device can do at most.
+def ceilings(device: str, size: int | None = None, seconds: float = 1.0) -> dict[str, float]:
+    """Measure what the device can do at most, on matrices of that size.
 
     Returns:
         ``gb_per_s`` of a copy, reading and writing counted; ``fp32`` and ``bf16``, GFLOP/s of a
         square matrix product; fp32 without tensor cores, as the kernels' ``ieee`` products.
     """
     wait = waiter(device)
+    size = size or (8192 if device == "cuda" else 512)
 
     def rate(work: Callable[[], object], amount: float) -> float:
         work()
@@ -299,7 +300,8 @@ def main(arguments: list[str] | None = None) -> None:
         (report.RESULTS / "gpu.md").write_text(show(result) + "\n")
 
     done = keep if args.write else lambda result: None
-    result = measure(works, variants, update=update, done=done)
+    rounds = MIN_REPEATS if args.device == "cpu" else None
+    result = measure(works, variants, update=update, rounds=rounds, done=done)
     print(f"\n{show(result)}")
     if any(work["wrong"] for work in result["works"].values()):
         raise SystemExit(1)
