@@ -143,14 +143,16 @@ def measure(
             keeps what it had.
 
     Returns:
-        JSON types: ``machine``, ``device``, ``ceilings``, and ``works[name]`` with ``gflop``,
-        ``bytes``, ``times[variant]`` (a ``summary`` with ``gflop_per_s``, ``gb_per_s`` and their
-        shares of the ceilings; no FLOP where there is no product), ``left_out[variant]``, a reason,
-        and ``wrong``: None, or what a check of ours found. Then nothing of the work is timed.
+        JSON types: ``machine``, ``device``, ``ceilings``, ``variants``, their names, and
+        ``works[name]`` with ``gflop``, ``bytes``, ``times[variant]`` (a ``summary`` with
+        ``gflop_per_s``, ``gb_per_s`` and their shares of the ceilings; no FLOP where there is no
+        product), ``left_out[variant]``, a reason, and ``wrong``: None, or what a check of ours
+        found. Then nothing of the work is timed.
     """
     device = next(iter(variants.values())).device
     limits = limits or ceilings(device)
     result = {"machine": machine.record(), "device": describe(device), "ceilings": limits}
+    result["variants"] = list(variants)
     results = result["works"] = {}
 
     def add(name: str, prepare: Callable[[], tuple[int, int, Entries]], **options: Any) -> None:
@@ -230,7 +232,7 @@ def nvidia_smi() -> dict[str, str]:
 def table(result: dict[str, Any]) -> str:
     """Return every time, rate and reason as Markdown."""
     works, limits = result["works"], result["ceilings"]
-    names = list(dict.fromkeys(n for w in works.values() for n in (*w["times"], *w["left_out"])))
+    names = result["variants"]
     times = report.table(
         ["ms: median (p20–p80)", *names],
         [[name, *(cell(w["times"].get(n)) for n in names)] for name, w in works.items()],

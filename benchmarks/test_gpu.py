@@ -136,7 +136,8 @@ def test_everything_is_checked_timed_and_told(monkeypatch, tmp_path, capsys, sta
     text = (tmp_path / "results" / "gpu.md").read_text()
     assert text.strip() in capsys.readouterr().out
     result = json.loads((tmp_path / "results" / "gpu.json").read_text())
-    assert result.keys() == {"machine", "device", "ceilings", "works"}
+    assert result.keys() == {"machine", "device", "ceilings", "variants", "works"}
+    assert f"| {' | '.join(['ms: median (p20–p80)', *variants])} |" in text
     assert result["device"].keys() >= {"name", "driver", "cuda", "cudnn", "torch", "triton"}
     assert list(result["works"]) == [*(case.name for case in works), gpu.UPDATE]
     for name, work in result["works"].items():
