@@ -95,11 +95,12 @@ def _tensors(*trees: Any) -> list[Tensor]:
 
 
 def _actor_loss(out: Imagined) -> Tensor:
-    return losses.actor_loss(out.returns, torch.ones(H, 1))
+    return losses.actor_loss(out.returns, out.returns.new_ones(H, 1))
 
 
 def _both_losses(out: Imagined) -> Tensor:
-    return _actor_loss(out) + losses.critic_loss(out.value, out.returns, torch.ones(H, 1))
+    weights = out.returns.new_ones(H, 1)
+    return _actor_loss(out) + losses.critic_loss(out.value, out.returns, weights)
 
 
 def heads_case(H: int, B: int, sizes: testing.Sizes) -> Case:

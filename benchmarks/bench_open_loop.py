@@ -7,6 +7,7 @@ import functools
 import pytest
 
 from benchmarks import compiled, flops
+from benchmarks.bench_rssm_step import leaves
 from benchmarks.race import Case
 from fastdreamer import testing
 from fastdreamer.ops.open_loop import OP, open_loop
@@ -14,12 +15,14 @@ from fastdreamer.ops.open_loop import OP, open_loop
 H, B = 15, 400
 
 
-def _case() -> Case:
+def _case(name: str = "open_loop", *, backward: bool = False) -> Case:
     inputs = functools.partial(testing.open_loop_inputs, testing.REPORT, H, B)
-    count = flops.open_loop(inputs()["params"], H, B)
-    return Case("open_loop", OP, inputs, count, open_loop, compiled.open_loop)
+    count = flops.open_loop(inputs()["params"], H, B, backward=backward)
+    grads = leaves if backward else None
+    return Case(name, OP, inputs, count, open_loop, compiled.open_loop, leaves=grads)
 
 
+BACKWARD = _case("open_loop + backward", backward=True)
 CASES = [_case()]
 
 

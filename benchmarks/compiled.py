@@ -40,10 +40,6 @@ from fastdreamer.ops.rssm_step import eager as img_step
 # A step that runs with gradients, without them and at several sizes is compiled for each.
 torch._dynamo.config.recompile_limit = 64
 
-ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError)
-"""What a compiler that does not work here raises."""
-
-
 _unroll = False
 _mode: str | None = None
 # The bodies themselves, whatever stands in for them.
@@ -67,8 +63,8 @@ def unrolling() -> bool:
 
 
 @contextlib.contextmanager
-def mode(name: str) -> Iterator[None]:
-    """Compile with a mode of ``torch.compile``."""
+def mode(name: str | None) -> Iterator[None]:
+    """Compile with a mode of ``torch.compile``; None is its default."""
     global _mode
     before, _mode = _mode, name
     try:

@@ -10,14 +10,17 @@ from __future__ import annotations
 from fastdreamer.ops.params import ActorParams, MLPParams, ReturnParams, RSSMParams
 
 
-def rssm_step(params: RSSMParams, B: int) -> int:
-    """One step of the dynamics of B rows: input layer, GRU, prior."""
-    return 2 * B * _dynamics(params)
+def rssm_step(params: RSSMParams, B: int, *, backward: bool = False) -> int:
+    """One step of the dynamics of B rows: input layer, GRU, prior.
+
+    With ``backward``, the gradients of every parameter and input as well, which cost as much each.
+    """
+    return 2 * B * _dynamics(params) * (3 if backward else 1)
 
 
-def open_loop(params: RSSMParams, H: int, B: int) -> int:
-    """H steps of B rows under given actions."""
-    return H * rssm_step(params, B)
+def open_loop(params: RSSMParams, H: int, B: int, *, backward: bool = False) -> int:
+    """H steps of B rows under given actions; ``backward`` as in ``rssm_step``."""
+    return H * rssm_step(params, B, backward=backward)
 
 
 def observe(params: RSSMParams, T: int, B: int, *, backward: bool = False) -> int:

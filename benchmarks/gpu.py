@@ -1,9 +1,10 @@
 """Everything there is to measure on an NVIDIA GPU: `python -m benchmarks.gpu [--write]`.
 
 Correctness against eager in float64 comes first: nothing that is wrong is timed. Then every op and
-a whole update: Triton kernels from a CUDA graph beside eager, eager in a torch CUDA graph, and
-``torch.compile(mode="reduce-overhead")``; what the device can do at most; the bandwidth and FLOP/s
-reached. Without a GPU it says why there is none, and ends with exit code 1.
+a whole update: Triton kernels from graphs of their own, and in torch's CUDA graph; eager, and eager
+in torch's CUDA graph; ``torch.compile(mode="reduce-overhead")``; what the device can do at most;
+the bandwidth and FLOP/s reached. Without a GPU it says why there is none, and ends with exit
+code 1, as it does where something is wrong.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,34 +25,60 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_train, machine, report
-from benchmarks.ops import UPDATE, cases
-from benchmarks.race import Case, Entries, race
+from benchmarks import (
+    bench_lambda_return,
+    bench_open_loop,
+    bench_rssm_step,
+    bench_train,
+    machine,
+    ops,
+    report,
+)
+from benchmarks.learner import Learner
+from benchmarks.ops import UPDATE
+from benchmarks.race import Case, Entries, first_line, race
 from benchmarks.timing import MIN_REPEATS, cell
-from benchmarks.variants import GPU, OURS, Variant
+from benchmarks.variants import Variant, gpu_variants
 from fastdreamer.ops.backend import why_no_cuda
 from fastdreamer.ops.cuda_graph import driver_state
 
-WHY_NOT_UPDATE = "the update as a whole is not captured: encoder, decoder and optimisers are torch"
+ROUNDS = 50  # at least, of an op
+PRESET = "report"  # of the whole update
+NO_PRODUCTS = "no matrix product that could be bfloat16"
 
 
-def ceilings(device: str = "cuda", size: int = 8192, seconds: float = 1.0) -> dict[str, float]:
-    """Measure what the device can do at most.
+def cases() -> list[Case]:
+    """Those of ``ops``, and what its table for CPUs lacks: λ-returns, backward of plain steps."""
+    more = [bench_rssm_step.BACKWARD, bench_open_loop.BACKWARD, *bench_lambda_return.CASES]
+    works = [case for case in (*ops.cases(), *more) if not case.pause]  # of a CPU's threads
+    return [dataclasses.replace(case, rounds=max(case.rounds, ROUNDS)) for case in works]
+
+
+def waiter(device: str) -> Callable[[], object]:
+    """What waits until everything that was started on the device is done."""
+    return torch.cuda.synchronize if device == "cuda" else lambda: None
+
+
+def ceilings(device: str, size: int | None = None, seconds: float = 1.0) -> dict[str, float]:
+    """Measure what the device can do at most, on matrices of that size.
 
     Returns:
         ``gb_per_s`` of a copy, reading and writing counted; ``fp32`` and ``bf16``, GFLOP/s of a
         square matrix product; fp32 without tensor cores, as the kernels' ``ieee`` products.
     """
+    wait = waiter(device)
+    size = size or (8192 if device == "cuda" else 512)
 
     def rate(work: Callable[[], object], amount: float) -> float:
         work()
-        _wait(device)
+        wait()
         times, end = [], time.perf_counter() + seconds
         while not times or time.perf_counter() < end:
             start = time.perf_counter()
             work()
-            _wait(device)
+            wait()
             times.append(time.perf_counter() - start)
         return amount / min(times) / 1e9
 
@@ -79,61 +108,94 @@ def least_bytes(case: Case) -> int:
     return 2 * total if groups else total
 
 
+def demand(learner: Learner) -> tuple[int, int]:
+    """FLOP of an update, as torch counts the products and convolutions of eager code, and bytes.
+
+    The bytes are the least: the batch read once, every weight and its two moments read and written.
+    """
+    settings = learner.config.replay
+    batch = learner.replay.sample(settings.batch, settings.length, learner.sample_rng)
+    with FlopCounterMode(display=False) as counter:
+        learner.step()
+    states = [(p, *s.values()) for o in learner.optimizers.values() for p, s in o.state.items()]
+    held = sum(tensor.nbytes for tensors in states for tensor in tensors)
+    return counter.get_total_flops(), sum(x.nbytes for x in batch.values()) + 2 * held
+
+
 def measure(
     works: Iterable[Case],
-    variants: dict[str, Variant] = GPU,
+    variants: Mapping[str, Variant],
     *,
     update: str | None = "report",
     rounds: int | None = None,
     limits: dict[str, float] | None = None,
+    done: Callable[[dict[str, Any]], object] = lambda result: None,
 ) -> dict[str, Any]:
     """Check and time every variant of every case.
 
     Args:
         works: the cases.
-        variants: all on one device.
+        variants: all on one device, "eager fp32" among them.
         update: preset of the whole update; None leaves it out.
         rounds: instead of each case's own number.
         limits: what :func:`ceilings` returned; None measures it.
+        done: called with the result so far behind every work, so that a run that is cut off
+            keeps what it had.
 
     Returns:
-        JSON types: ``machine``, ``device``, ``ceilings``, and ``works[name]`` with ``gflop``,
-        ``bytes``, ``times[variant]`` (a ``summary`` with ``gflop_per_s``, ``gb_per_s`` and their
-        shares of the ceilings) and ``left_out[variant]``, a reason.
-
-    Raises:
-        AssertionError: a Triton variant is wrong.
+        JSON types: ``machine``, ``device``, ``ceilings``, ``variants``, their names, and
+        ``works[name]`` with ``gflop``, ``bytes``, ``times[variant]`` (a ``summary`` with
+        ``gflop_per_s``, ``gb_per_s`` and their shares of the ceilings; no FLOP where there is no
+        product), ``left_out[variant]``, a reason, and ``wrong``: None, or what a check of ours
+        found. Then nothing of the work is timed.
     """
     device = next(iter(variants.values())).device
     limits = limits or ceilings(device)
     result = {"machine": machine.record(), "device": describe(device), "ceilings": limits}
+    result["variants"] = list(variants)
     results = result["works"] = {}
 
-    def add(name: str, flops: int, size: int, entries: Entries, **options: Any) -> None:
-        times = race(entries.run, **options)
-        for variant, t in times.items() if flops else ():
-            t["gflop_per_s"] = flops / t["median_ms"] / 1e6
-            t["gb_per_s"] = size / t["median_ms"] / 1e6
-            t["flop_share"] = (
-                t["gflop_per_s"] / limits["bf16" if variants[variant].bf16 else "fp32"]
-            )
-            t["byte_share"] = t["gb_per_s"] / limits["gb_per_s"]
-        results[name] = {"gflop": flops / 1e9, "bytes": size, "times": times}
-        results[name]["left_out"] = entries.left_out
+    def add(name: str, prepare: Callable[[], tuple[int, int, Entries]], **options: Any) -> None:
+        print(f"{name} …", file=sys.stderr, flush=True)
+        work = results[name] = {"gflop": 0.0, "bytes": 0, "times": {}, "left_out": {}}
+        work["wrong"] = None
+        try:
+            flops, size, entries = prepare()
+            times = race(entries.run, wait=waiter(device), **options)
+        except (AssertionError, RuntimeError) as error:  # the other works are still worth a look
+            work["wrong"] = first_line(error)
+        else:
+            for variant, t in times.items():
+                t["gb_per_s"] = size / t["median_ms"] / 1e6
+                t["byte_share"] = t["gb_per_s"] / limits["gb_per_s"]
+                if flops:
+                    t["gflop_per_s"] = flops / t["median_ms"] / 1e6
+                    most = limits["bf16" if variants[variant].bf16 else "fp32"]
+                    t["flop_share"] = t["gflop_per_s"] / most
+            work |= {"gflop": flops / 1e9, "bytes": size, "times": times}
+            work["left_out"] = entries.left_out
+        done(result)
 
     for case in works:
-        print(f"{case.name} …", file=sys.stderr, flush=True)
-        options = {"rounds": rounds or case.rounds, "calls": case.calls, "pause": case.pause}
-        add(case.name, case.flops, least_bytes(case), case.entries(variants), **options)
+        able = {n: v for n, v in variants.items() if case.flops or not v.bf16}
+        rest = dict.fromkeys((n for n in variants if n not in able), NO_PRODUCTS)
+
+        def prepare(case: Case = case, able: Any = able, rest: Any = rest) -> tuple:
+            entries = case.entries(able)
+            return case.flops, least_bytes(case), Entries(entries.run, entries.left_out | rest)
+
+        add(
+            case.name, prepare, rounds=rounds or case.rounds, calls=case.calls, pause=case.pause
+        )  # fmt: skip
     if update:
-        print(f"{UPDATE} …", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as folder:
             replay = bench_train.open_replay(Path(folder))
-            able = {n: v for n, v in variants.items() if v.backend in (*OURS, "eager")}
-            entries = bench_train.entries(replay, update, able)
-            left = dict.fromkeys([n for n in variants if n not in able], WHY_NOT_UPDATE)
-            entries = Entries(_waiting(entries.run, device), entries.left_out | left)
-            add(UPDATE, 0, 0, entries, rounds=rounds or MIN_REPEATS, warmup=3)
+
+            def prepare_update() -> tuple[int, int, Entries]:
+                asked = demand(Learner(bench_train.REFERENCE, replay, update, variants))
+                return *asked, bench_train.entries(replay, update, variants)
+
+            add(UPDATE, prepare_update, rounds=rounds or MIN_REPEATS, warmup=3)
     return result
 
 
@@ -141,22 +203,36 @@ def describe(device: str) -> dict[str, Any]:
     """Return the device, its driver and what drives it, as JSON types."""
     found: dict[str, Any] = {"name": machine.record()["cpu"], "driver": driver_state()}
     if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         found |= {
             "name": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
             "memory_gib": round(properties.total_memory / 2**30, 1),
         }
+    found |= nvidia_smi()
     found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    found["triton"] = version("triton")
-    return found
+    return found | {"torch": torch.__version__, "triton": version("triton")}
+
+
+def nvidia_smi() -> dict[str, str]:
+    """The driver's version, clock and power limit of the first GPU; nothing without the tool."""
+    names = ("driver_version", "clocks.max.sm", "power.limit")
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return {}
+    command = [tool, f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return {}
+    values = done.stdout.splitlines()[0].split(",")
+    return dict(zip(names, (value.strip() for value in values), strict=True))
 
 
 def table(result: dict[str, Any]) -> str:
     """Return every time, rate and reason as Markdown."""
     works, limits = result["works"], result["ceilings"]
-    names = list(dict.fromkeys(n for w in works.values() for n in (*w["times"], *w["left_out"])))
+    names = result["variants"]
     times = report.table(
         ["ms: median (p20–p80)", *names],
         [[name, *(cell(w["times"].get(n)) for n in names)] for name, w in works.items()],
@@ -164,63 +240,73 @@ def table(result: dict[str, Any]) -> str:
     rates = report.table(
         ["GFLOP/s (share), GB/s (share)", "GFLOP", "MB at least", *names],
         [
-            [name, f"{w['gflop']:.3g}", f"{w['bytes'] / 1e6:.3g}",
+            [name, f"{w['gflop']:.3g}" if w["gflop"] else "–", f"{w['bytes'] / 1e6:.3g}",
              *(_rate(w["times"].get(n)) for n in names)]
-            for name, w in works.items() if w["gflop"]
+            for name, w in works.items() if w["times"]
         ],
     )  # fmt: skip
     device = ", ".join(f"{key} {value}" for key, value in result["device"].items())
     most = ", ".join(f"{key} {value:.0f}" for key, value in limits.items())
-    lines = [
-        f"- {name} ({variant}): {reason}"
-        for name, w in works.items()
-        for variant, reason in w["left_out"].items()
-    ]
-    left_out = "\n\nLeft out:\n" + "\n".join(lines) if lines else ""
-    return f"{times}\n\n{rates}\n\nDevice: {device}. Ceilings measured: {most}.{left_out}"
+    wrong = [f"- {name}: {w['wrong']}" for name, w in works.items() if w["wrong"]]
+    left_out: dict[str, list[str]] = {}
+    for name, work in works.items():
+        for variant, reason in work["left_out"].items():
+            left_out.setdefault(reason, []).append(f"{name} ({variant})")
+    text = f"{times}\n\n{rates}\n\nDevice: {device}. Ceilings measured: {most}."
+    if wrong:
+        text = "\n".join(["Wrong, so not timed:", *wrong]) + f"\n\n{text}"
+    if left_out:
+        lines = (f"- {'; '.join(places)}: {reason}" for reason, places in left_out.items())
+        text += "\n\nLeft out:\n" + "\n".join(lines)
+    return text
 
 
 def _rate(times: dict[str, float] | None) -> str:
     if times is None:
         return "–"
-    flop = f"{times['gflop_per_s']:.3g} ({times['flop_share']:.0%})"
-    return f"{flop}, {times['gb_per_s']:.3g} ({times['byte_share']:.0%})"
+    parts = [f"{times['gb_per_s']:.3g} ({times['byte_share']:.0%})"]
+    if "gflop_per_s" in times:
+        parts.insert(0, f"{times['gflop_per_s']:.3g} ({times['flop_share']:.0%})")
+    return ", ".join(parts)
 
 
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def _waiting(run: dict[str, Callable[[], object]], device: str) -> dict[str, Callable[[], object]]:
-    """The same functions, done when they return."""
-
-    def wait(function: Callable[[], object]) -> Callable[[], object]:
-        def call() -> None:
-            function()
-            _wait(device)
-
-        return call
-
-    return {name: wait(function) for name, function in run.items()}
-
-
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("only", nargs="*", help="words in the names of cases; all without")
     parser.add_argument("--write", action="store_true", help="keep the result: gpu.json, gpu.md")
-    args = parser.parse_args()
-    if reason := why_no_cuda():
-        raise SystemExit(f"nothing to measure: {reason}")
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu: a rehearsal with the variants that run there; its numbers are no GPU's",
+    )
+    args = parser.parse_args(arguments)
+    if args.write and args.device == "cpu":
+        parser.error("--write keeps what a GPU did, not a rehearsal")
     wanted = lambda name: not args.only or any(word in name for word in args.only)  # noqa: E731
-    works = [dataclasses.replace(c, rounds=max(c.rounds, 50)) for c in cases() if wanted(c.name)]
-    result = measure(works, update="report" if wanted(UPDATE) else None)
-    text = f"{table(result)}\n\nMeasured on: {machine.describe(result['machine'])}."
-    print(f"\n{text}")
-    if args.write:
+    works = [case for case in cases() if wanted(case.name)]
+    update = PRESET if wanted(UPDATE) else None
+    variants = gpu_variants(args.device)
+    if args.device == "cuda" and (reason := why_no_cuda()):
+        count = f"{len(works)} ops' works{' and a whole update' if update else ''}"
+        print(f"Ready: {count}, in up to {len(variants)} variants each.")
+        print(f"No GPU, so nothing was measured: {reason}")
+        raise SystemExit(1)
+
+    def show(result: dict[str, Any]) -> str:
+        return f"{table(result)}\n\nMeasured on: {machine.describe(result['machine'])}."
+
+    def keep(result: dict[str, Any]) -> None:
         report.RESULTS.mkdir(exist_ok=True)
         (report.RESULTS / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
-        (report.RESULTS / "gpu.md").write_text(text + "\n")
+        (report.RESULTS / "gpu.md").write_text(show(result) + "\n")
+
+    done = keep if args.write else lambda result: None
+    rounds = MIN_REPEATS if args.device == "cpu" else None
+    result = measure(works, variants, update=update, rounds=rounds, done=done)
+    print(f"\n{show(result)}")
+    if any(work["wrong"] for work in result["works"].values()):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from unittest import mock
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from benchmarks.captured import capture
 from benchmarks.synthetic import ACTION_DIM, OBS_SHAPES
 from benchmarks.variants import OURS, VARIANTS, Variant
-from fastdreamer.agent import Dreamer
+from fastdreamer.agent import Dreamer, NonFiniteLoss
 from fastdreamer.config import preset
 from fastdreamer.ops.backend import OPS, use_backend
 from fastdreamer.replay import Replay
@@ -20,6 +23,8 @@ from fastdreamer.trainer import Trainer
 
 LOOPS = ("observe", "imagine")
 """The ops of an update."""
+MODES = {"compiled": None, "reduced": "reduce-overhead"}
+"""Of ``torch.compile``, by the backend of a variant."""
 
 
 def variants() -> list[str]:
@@ -32,6 +37,9 @@ def variants() -> list[str]:
 
 class Learner(Trainer):
     """A trainer that only learns: ``step()`` is one update by ``Trainer``'s own code.
+
+    On a GPU every noise is drawn there, for all variants alike; ``fastdreamer train`` draws it on
+    the CPU.
 
     Args:
         variant: a key of ``variants``; compiled: encoder, decoder, heads and loops.
@@ -55,12 +63,14 @@ class Learner(Trainer):
         )
         self.config = config
         self.agent = Dreamer(config, OBS_SHAPES, ACTION_DIM)
-        if self.variant.backend == "compiled":
+        if self.variant.backend in MODES:
             model = self.agent.model
             for module in (model.encoder, model.decoder, model.reward, self.agent.critic):
-                module.compile(dynamic=False)
+                module.compile(dynamic=False, mode=MODES[self.variant.backend])
+        if self.variant.graph:
+            self.agent.update = CapturedUpdate(self.agent)
         self.optimizers = self.agent.make_optimizers()
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.generator = torch.Generator(self.variant.device).manual_seed(config.seed)
         self.sample_rng = np.random.default_rng(config.seed)
         self.replay = replay
         self.update = 0
@@ -77,15 +87,73 @@ class Learner(Trainer):
         return metrics
 
 
+class CapturedUpdate:
+    """``agent.update`` of a new agent as one torch CUDA graph, captured in the first call.
+
+    A graph can't ask for numbers: the losses are read behind it, and one that is not finite is
+    noticed after its step. The batch is copied to where the graph reads it.
+    """
+
+    def __init__(self, agent: Dreamer) -> None:
+        self._agent, self._update = agent, agent.update
+        self._replay: Callable[[], None] | None = None
+
+    def __call__(
+        self,
+        batch: dict[str, Tensor],
+        optimizers: dict[str, torch.optim.Optimizer],
+        generator: torch.Generator,
+    ) -> dict[str, float]:
+        if self._replay is None:
+            self._capture(batch, optimizers, generator)
+        for name, tensor in self._batch.items():
+            tensor.copy_(batch[name])
+        self._replay()
+        numbers = torch.stack(list(self._metrics.values())).tolist()
+        metrics = dict(zip(self._metrics, numbers, strict=True))
+        for name, number in metrics.items():
+            if not math.isfinite(number):
+                raise NonFiniteLoss(name, number)
+        return metrics
+
+    def _capture(
+        self,
+        batch: dict[str, Tensor],
+        optimizers: dict[str, torch.optim.Optimizer],
+        generator: torch.Generator,
+    ) -> None:
+        """Capture an update on a batch like this; nothing is learned from it."""
+        self._batch = {name: tensor.clone() for name, tensor in batch.items()}
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group["capturable"] = True
+        weights, noise = self._agent.state_dict(), generator.get_state()
+        before = {name: tensor.clone() for name, tensor in weights.items()}
+        self._replay, self._metrics = capture(
+            lambda: self._update(self._batch, optimizers, generator), generator=generator
+        )
+        # What the runs before the capture left goes back to the beginning, in place.
+        for name, tensor in weights.items():
+            tensor.copy_(before[name])
+        for optimizer in optimizers.values():
+            for moments in optimizer.state.values():
+                for tensor in moments.values():
+                    tensor.zero_()
+        generator.set_state(noise)
+
+
 @contextlib.contextmanager
 def _stand_ins(variant: Variant) -> Iterator[None]:
     """The variant's matrix products; compiled loops where the eager bodies would run."""
     with contextlib.ExitStack() as stack:
         # Precision alone: the agent enters autocast by itself, where its losses allow it.
         stack.enter_context(variant._replace(bf16=False).context())
-        if variant.backend == "compiled":
+        if variant.backend in MODES:
             from benchmarks import compiled  # the compiler is large, and memory.py measures us
 
+            stack.enter_context(compiled.mode(MODES[variant.backend]))
+            if variant.backend == "reduced":  # the last step's outputs may be overwritten
+                torch.compiler.cudagraph_mark_step_begin()
             for name, body in zip(LOOPS, (compiled.observe, compiled.imagine), strict=True):
                 stack.enter_context(mock.patch.object(OPS[name], "eager", body))
         yield

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from benchmarks import compiled
+from benchmarks.captured import CaptureError, capture
 from benchmarks.timing import MIN_REPEATS, summary
 from benchmarks.variants import OURS, VARIANTS, Variant
 from fastdreamer import testing
-from fastdreamer.ops.backend import Op
+from fastdreamer.ops.backend import BackendError, Op
 
 
 class Entries(NamedTuple):
@@ -78,8 +79,8 @@ class Case:
 
         Native and triton are held to the limits of their op. A baseline is not ours to make
         accurate (compiled code sums biases' gradients row by row, for one, with ten times eager's
-        error); it must do the same work. One that does not, or that the compiler cannot make, is
-        left out with the reason.
+        error); it must do the same work. One that does not, or that torch cannot compile or
+        capture, is left out with the reason. Of a graph, what a replay leaves is checked.
 
         Raises:
             AssertionError: a variant of native or triton is outside its limits.
@@ -98,7 +99,7 @@ class Case:
             ours = variant.backend in OURS
             try:
                 if ours and (reason := self.op.why_not(variant.backend, device)):
-                    raise _LeftOut(reason)
+                    raise BackendError(reason)
                 reduced = variant.bf16 or variant.medium
                 prepared = self._prepared(torch.float32, device)  # checked and timed: the same
                 got = self._results(variant, *prepared)
@@ -106,20 +107,15 @@ class Case:
                     testing.assert_accurate(self.op.name, got, eager[reduced], truth, bf16=reduced)
                 else:
                     _assert_same_work(got, eager[reduced], truth)
+                run[name] = self._timed(variant, *prepared)
             except AssertionError as error:
                 if ours:
-                    raise
+                    raise AssertionError(f"{name}: {error}") from error
                 left_out[name] = str(error)
-            except (_LeftOut, *compiled.ERRORS) as error:
-                left_out[name] = str(error).strip().partition("\n")[0]
-            else:
-                run[name] = self._timed(variant, *prepared)
-                if variant.backend == "graph":
-                    try:
-                        run[name] = _captured(run[name])
-                    except RuntimeError as error:  # something in it cannot be captured
-                        del run[name]
-                        left_out[name] = str(error).strip().partition("\n")[0]
+            except RuntimeError as error:
+                if not refused(variant, error):
+                    raise
+                left_out[name] = first_line(error)
         return Entries(run, left_out)
 
     def _function(self, variant: Variant) -> Callable[..., Any]:
@@ -127,8 +123,6 @@ class Case:
             return self.compiled
         if variant.backend == "reduced":
             return _with_mode(self.compiled, "reduce-overhead")
-        if variant.backend == "graph":
-            return functools.partial(self.call, backend="eager")
         return functools.partial(self.call, backend=variant.backend)
 
     def _prepared(
@@ -160,16 +154,27 @@ class Case:
     ) -> dict[str, Tensor]:
         """Outputs and gradients by name."""
         function = self._function(variant)
-        with variant.context(), torch.set_grad_enabled(bool(groups)):
-            out = function(**inputs)
-        if groups:
-            self._backward(variant, out)
+        leaves = [leaf for group in groups for leaf in group]
+
+        def work() -> Any:
+            for leaf in leaves:
+                leaf.grad = None
+            with variant.context(), torch.set_grad_enabled(bool(groups)):
+                out = function(**inputs)
+            if groups:
+                self._backward(variant, out)
+            return pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, out)
+
+        if variant.graph:
+            replay, out = capture(work)
+            replay()
+        else:
+            out = work()
         if self.compare is not None:
             named = self.compare(out)
         else:
             named = {f"out{i}": x for i, x in enumerate(_tensors(out))}
-        grads = (leaf.grad for group in groups for leaf in group)
-        results = named | {f"grad{i}": grad for i, grad in enumerate(grads)}
+        results = named | {f"grad{i}": leaf.grad for i, leaf in enumerate(leaves)}
         return {name: tensor.detach().clone() for name, tensor in results.items()}
 
     def _backward(self, variant: Variant, out: Any) -> None:
@@ -191,9 +196,8 @@ class Case:
         leaves = [leaf for group in groups for leaf in group]
         optimizers = []
         if self.learning_rate is not None:
-            graph = {"capturable": True} if variant.backend == "graph" else {}
-            make = functools.partial(torch.optim.Adam, lr=self.learning_rate, fused=True, **graph)
-            optimizers = [make(group) for group in groups]
+            make = functools.partial(torch.optim.Adam, lr=self.learning_rate, fused=True)
+            optimizers = [make(group, capturable=variant.graph) for group in groups]
 
         def once() -> None:
             for leaf in leaves:
@@ -214,6 +218,7 @@ class Case:
                 for _ in range(self.calls):
                     function(**inputs)
 
+        timed = functools.partial(capture(run)[0]) if variant.graph else run
         fresh = self._parameters(inputs) if self.fresh else []
 
         def before() -> None:
@@ -221,8 +226,8 @@ class Case:
                 for parameter in fresh:
                     parameter.mul_(1)  # a new version of the same numbers
 
-        run.before = before  # type: ignore[attr-defined]  # race() calls it before the clock starts
-        return run
+        timed.before = before  # type: ignore[attr-defined]  # race() calls it before the clock
+        return timed
 
 
 def _assert_same_work(
@@ -238,24 +243,19 @@ def _assert_same_work(
         assert actual <= allowed, f"error of {name} is {actual:.3g}, allowed {allowed:.3g}"
 
 
-def _captured(run: Callable[[], object]) -> Callable[[], object]:
-    """The same work as one torch CUDA graph, which is replayed."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+def refused(variant: Variant, error: RuntimeError) -> bool:
+    """Whether the error says that there is no such variant here, and not that it is wrong.
 
-    def replay() -> None:
-        graph.replay()
-        torch.cuda.synchronize()
+    Of the variants that torch compiles or captures, nothing is ours but what Triton's kernels do.
+    """
+    if variant.backend in OURS:
+        return isinstance(error, (BackendError, CaptureError))
+    return variant.by_torch
 
-    replay.before = run.before  # type: ignore[attr-defined]
-    return replay
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, for a table."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _with_mode(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
@@ -267,10 +267,6 @@ def _with_mode(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
     return call
 
 
-class _LeftOut(Exception):
-    """Why a variant does not take part."""
-
-
 def race(
     variants: Mapping[str, Callable[[], object]],
     *,
@@ -278,6 +274,7 @@ def race(
     warmup: int = 2,
     calls: int = 1,
     pause: float = 0.0,
+    wait: Callable[[], object] = lambda: None,
     drive: Callable[[Callable[[], object], Callable[[], object], int], object] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Time functions in turn, round by round, so that a change of the machine's load meets all.
@@ -289,6 +286,7 @@ def race(
         warmup: rounds before them.
         calls: how many calls one run of a function makes; its time is divided by it.
         pause: seconds of sleep before each run, which lets the other threads fall asleep.
+        wait: until what a function has started is done; within the clock, and before it starts.
         drive: runs the rounds: ``drive(first, others, rounds)`` calls ``others`` and then
             ``first``, the first variant, that often; for a harness that wants to time it itself.
 
@@ -307,10 +305,12 @@ def race(
         getattr(variants[name], "before", lambda: None)()
         if pause:
             time.sleep(pause)
+        wait()
 
     def run(name: str) -> None:
         start = time.perf_counter()
         variants[name]()
+        wait()
         seconds[name].append((time.perf_counter() - start) / calls)
 
     def others() -> None:

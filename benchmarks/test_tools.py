@@ -6,8 +6,6 @@ import dataclasses
 import functools
 import importlib
 import json
-import subprocess
-import sys
 import time
 
 import pytest
@@ -116,10 +114,13 @@ def small(monkeypatch, bench):
 
 
 def test_flops_of_the_dynamics(monkeypatch):
-    step = small(monkeypatch, "rssm_step")._case("", 3)
+    rssm, open_loop = small(monkeypatch, "rssm_step"), small(monkeypatch, "open_loop")
+    step = rssm._case("", 3)
     assert counted(step) == step.flops
-    loop = small(monkeypatch, "open_loop")._case()
+    loop = open_loop._case()
     assert counted(loop) == loop.flops == 4 * step.flops
+    for case in (rssm._case("", 3, backward=True), open_loop._case(backward=True)):
+        assert counted(case) == case.flops
 
 
 def test_flops_of_observe(monkeypatch):
@@ -262,35 +263,3 @@ def test_too_few_repeats_are_refused():
 
     with pytest.raises(ValueError, match="at least 20"):
         phases.measure(19, 1, 1)
-
-
-# ---------------------------------------------------------------- GPU
-
-
-def test_the_gpu_benchmark_says_that_there_is_no_gpu():
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    command = [sys.executable, "-m", "benchmarks.gpu"]
-    done = subprocess.run(command, cwd=report.RESULTS.parents[1], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert done.stderr.startswith("nothing to measure: no usable NVIDIA GPU: ")
-
-
-def test_the_gpu_benchmark_measures_and_tells(monkeypatch):
-    """On the CPU, with the variants that run there."""
-    from benchmarks import gpu
-
-    module = small(monkeypatch, "imagine")
-    case = next(c for c in module.CASES if c.name == "imagine + heads")
-    variants = {"native fp32": VARIANTS["native fp32"], "eager bf16": VARIANTS["eager bf16"]}
-    limits = gpu.ceilings("cpu", 64, 0.01)
-    assert set(limits) == {"gb_per_s", "fp32", "bf16"}
-    result = gpu.measure([case], variants, update=None, rounds=20, limits=limits)
-    work = json.loads(json.dumps(result))["works"]["imagine + heads"]
-    assert set(work["times"]) | set(work["left_out"]) == set(variants)
-    assert work["bytes"] > 0
-    for times in work["times"].values():
-        assert times["gflop_per_s"] > 0 and times["gb_per_s"] > 0
-    text = gpu.table(result)
-    assert "imagine + heads" in text and "Ceilings measured" in text

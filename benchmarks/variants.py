@@ -12,21 +12,29 @@ import torch
 class Variant(NamedTuple):
     """How the work is done."""
 
-    # "native", "triton", "eager"; "compiled": torch.compile of the eager body; "graph": eager in a
-    # torch CUDA graph; "reduced": compiled with mode="reduce-overhead"
+    # "native", "triton", "eager"; "compiled": torch.compile of the eager body; "reduced": compiled
+    # with mode="reduce-overhead"
     backend: str
     bf16: bool = False  # under autocast to bfloat16; parameters stay float32
     medium: bool = False  # under torch.set_float32_matmul_precision("medium")
     device: str = "cpu"
+    graph: bool = False  # all of it in one torch CUDA graph
+
+    @property
+    def by_torch(self) -> bool:
+        """Whether torch makes something of the work first, and may find that it cannot."""
+        return self.graph or self.backend in ("compiled", "reduced")
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
         """Matrix products inside are as precise as the variant says."""
         before = torch.get_float32_matmul_precision()
+        # None where it does nothing: it would keep the bfloat16 weights of regions inside it.
+        autocast = torch.autocast(self.device, torch.bfloat16) if self.bf16 else None
         if self.medium:
             torch.set_float32_matmul_precision("medium")
         try:
-            with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+            with autocast or contextlib.nullcontext():
                 yield
         finally:
             if self.medium:
@@ -44,17 +52,23 @@ VARIANTS = {
 }
 """Name → variant, in the order of every table. "medium": fp32 tensors, bf16 matrix products."""
 
-GPU = {
-    f"{name} {precision}": Variant(backend, precision == "bf16", device="cuda")
-    for name, backend in (
-        ("triton", "triton"),
-        ("eager", "eager"),
-        ("eager, CUDA graph", "graph"),
-        ("reduce-overhead", "reduced"),
-    )
-    for precision in ("fp32", "bf16")
+_GPU = {
+    "triton": Variant("triton"),
+    "triton, torch's graph": Variant("triton", graph=True),
+    "eager": Variant("eager"),
+    "eager, torch's graph": Variant("eager", graph=True),
+    "reduce-overhead": Variant("reduced"),
 }
-"""The same on a GPU."""
+
+
+def gpu_variants(device: str = "cuda") -> dict[str, Variant]:
+    """The same on a GPU. "triton" replays graphs of its own, one a pass of an op."""
+    return {
+        f"{name} {precision}": variant._replace(bf16=precision == "bf16", device=device)
+        for name, variant in _GPU.items()
+        for precision in ("fp32", "bf16")
+    }
+
 
 OURS = ("native", "triton")
 """Backends that have to be right; the others are baselines."""

@@ -20,6 +20,7 @@ from fastdreamer.exploration import spread, upper_bound
 from fastdreamer.nn.codec import pixels_to_float
 from fastdreamer.nn.dists import symlog
 from fastdreamer.ops.backend import release_memory
+from fastdreamer.ops.graph import capturing
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.params import State
@@ -83,10 +84,11 @@ class Dreamer(Policy):
                 (the one that led to the observation), ``reward`` (received with it),
                 ``is_first`` bool.
             optimizers: of ``make_optimizers()``.
-            generator: draws every noise of the update, on the CPU.
+            generator: draws every noise of the update, on its own device.
 
         Returns:
-            The losses and diagnostics by name.
+            The losses and diagnostics by name. While a CUDA graph is captured nothing can be read:
+            then tensors, that every replay fills anew, and no value is checked.
 
         Raises:
             NonFiniteLoss: a loss or gradient is NaN or infinite; its optimiser was not stepped,
@@ -95,7 +97,8 @@ class Dreamer(Policy):
         config, loss, rssm = self.config, self.config.loss, self.model.rssm
         T, B = batch["reward"].shape
         H, gamma = config.behavior.imag_horizon, config.behavior.gamma
-        draw = lambda *shape: torch.randn(*shape, generator=generator).to(self.device)  # noqa: E731
+        where = generator.device
+        draw = lambda *shape: torch.randn(*shape, generator=generator, device=where).to(self.device)  # noqa: E731
         release_memory()  # the last rollout's would lie idle beside the decoder's
         post_noise = draw(T, B, rssm.stoch)
         state_noise, action_noise = draw(H, T * B, rssm.stoch), draw(H, T * B, self.action_dim)
@@ -199,7 +202,8 @@ class Dreamer(Policy):
         ``imagination`` is where the greedy actor learned: start, noise, weights and scale.
         """
         explorer = self.explorer
-        each = torch.empty(explorer.rewards.members, 1, feat.shape[1])
+        shape = explorer.rewards.members, 1, feat.shape[1]
+        each = torch.empty(shape, device=generator.device)
         each = each.exponential_(generator=generator).to(self.device)
         metrics = {"explore_beta": torch.tensor(explorer.beta, device=self.device)}
         with self._autocast(), nvtx.annotate("explore"):
@@ -237,10 +241,8 @@ class Dreamer(Policy):
             optimizers: all of them.
             parts: terms of the losses, looked at first.
         """
-        checked = {f"{name} loss": value for name, value in ((parts or {}) | by_name).items()}
-        for name, value in checked.items():
-            if not torch.isfinite(value):
-                raise NonFiniteLoss(name, value.item())
+        for name, value in ((parts or {}) | by_name).items():
+            _check_finite(f"{name} loss", value)
         for name in by_name:
             optimizers[name].zero_grad(set_to_none=True)
         torch.autograd.backward(list(by_name.values()))
@@ -248,8 +250,7 @@ class Dreamer(Policy):
         for name in by_name:
             params = [p for group in optimizers[name].param_groups for p in group["params"]]
             norms[name] = nn.utils.clip_grad_norm_(params, self.config.optim.clip)
-            if not torch.isfinite(norms[name]):
-                raise NonFiniteLoss(f"gradient of the {name} loss", float(norms[name]))
+            _check_finite(f"gradient of the {name} loss", norms[name])
         with nvtx.annotate("optimizer"):
             for name in by_name:
                 optimizers[name].step()
@@ -264,12 +265,18 @@ class Dreamer(Policy):
         return self.return_range.clamp(min=1.0)
 
 
+def _check_finite(name: str, value: Tensor) -> None:
+    if not capturing(value.device) and not torch.isfinite(value):
+        raise NonFiniteLoss(name, value.item())
+
+
 def _numbers(
     values: dict[str, Tensor], norms: dict[str, Tensor], more: dict[str, Tensor] | None = None
 ) -> dict[str, float]:
     """Losses, gradients' norms and diagnostics as floats, in one transfer from the device."""
     values = values | {f"{name}_grad_norm": norm for name, norm in norms.items()} | (more or {})
-    numbers = torch.stack([v.detach() for v in values.values()]).tolist()
+    numbers = torch.stack([v.detach() for v in values.values()])
+    numbers = numbers.unbind() if capturing(numbers.device) else numbers.tolist()
     return dict(zip(values, numbers, strict=True))
 
 

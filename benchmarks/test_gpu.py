@@ -1,0 +1,433 @@
+"""The GPU benchmark without a GPU: every path behind its device check; no time is judged.
+
+Stand-ins replace the narrow edge alone: torch's CUDA graphs (``graph_standin``), the compiler, and
+the Triton kernels, which have tests of their own. What must not leave the device is run on torch's
+device "meta", whose tensors have no numbers that could be read.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import bench_lambda_return, bench_train, captured, compiled, gpu, graph_standin
+from benchmarks import learner as learner_module
+from benchmarks import race as race_module
+from benchmarks.captured import CaptureError, capture
+from benchmarks.learner import CapturedUpdate, Learner
+from benchmarks.race import race
+from benchmarks.synthetic import ACTION_DIM, OBS_SHAPES
+from benchmarks.test_tools import SMALL, small, wrong_case
+from benchmarks.variants import Variant, gpu_variants
+from fastdreamer import agent as agent_module
+from fastdreamer.agent import Dreamer, NonFiniteLoss
+from fastdreamer.config import preset
+from fastdreamer.ops import backend as backend_module
+from fastdreamer.ops.backend import OPS
+
+ROOT = Path(__file__).parents[1]
+GRAPH = "eager, torch's graph"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # of work so small others would only be waited for
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def standins(monkeypatch):
+    """A GPU's ways to run on CPU tensors; returns the modes that were compiled with."""
+    graph_standin.install(monkeypatch)
+    monkeypatch.setattr(captured, "gc", SimpleNamespace(collect=lambda: None))  # takes long
+    monkeypatch.setattr(backend_module, "_interpreting", lambda: True)
+    for op in OPS.values():
+        monkeypatch.setitem(op._loaded, "triton", op.eager)
+    modes = []
+
+    def compile(body, *, dynamic, mode):
+        modes.append(mode)
+        return body
+
+    monkeypatch.setattr(torch, "compile", compile)
+    compiled._compiled.cache_clear()
+    yield modes
+    compiled._compiled.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def replay(tmp_path_factory):
+    return bench_train.open_replay(tmp_path_factory.mktemp("episodes"))
+
+
+def cases(monkeypatch):
+    """One of each work of ``gpu.cases()``, small."""
+    step, loop = small(monkeypatch, "rssm_step"), small(monkeypatch, "open_loop")
+    observe = small(monkeypatch, "observe")
+    return [
+        step._case("rssm_step", 3, calls=2),
+        step._case("rssm_step + backward", 3, backward=True),
+        observe._case("observe"),
+        observe._case("observe + backward", backward=True),
+        *small(monkeypatch, "imagine")._cases(SMALL),
+        loop._case(),
+        loop._case("open_loop + backward", backward=True),
+        small(monkeypatch, "cem")._case(),
+        *(case for case in bench_lambda_return.CASES if "H 50 B 16" in case.name),
+    ]
+
+
+# ------------------------------------------------------------------------ the whole command
+
+
+def test_without_a_gpu_it_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    command = [sys.executable, "-m", "benchmarks.gpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    ready, reason = done.stdout.splitlines()
+    assert ready.startswith("Ready: ") and "a whole update" in ready
+    assert reason == f"No GPU, so nothing was measured: {backend_module.why_no_cuda()}"
+
+
+def test_every_op_has_a_work():
+    works = gpu.cases()
+    assert {case.op.name for case in works} == OPS.keys()
+    assert {case.op.name for case in works if case.leaves} == OPS.keys() - {"cem"}
+    assert len({case.name for case in works}) == len(works)
+    assert min(case.rounds for case in works) >= gpu.ROUNDS
+
+
+def test_everything_is_checked_timed_and_told(monkeypatch, tmp_path, capsys, standins):
+    """The command from end to end with every work and variant, the device apart."""
+    monkeypatch.setattr(race_module, "MIN_REPEATS", 2)
+    works = [dataclasses.replace(case, rounds=2) for case in cases(monkeypatch)]
+    variants = gpu_variants("cpu")
+    limits = gpu.ceilings("cpu", 64, 0.01)
+    assert limits.keys() == {"gb_per_s", "fp32", "bf16"} and min(limits.values()) > 0
+    waited = []
+    monkeypatch.setattr(gpu, "why_no_cuda", lambda: None)
+    monkeypatch.setattr(gpu, "MIN_REPEATS", 2)
+    monkeypatch.setattr(gpu, "gpu_variants", lambda device: variants)
+    monkeypatch.setattr(gpu, "cases", lambda: works)
+    monkeypatch.setattr(gpu, "ceilings", lambda device: limits)
+    monkeypatch.setattr(gpu, "waiter", lambda device: lambda: waited.append(device))
+    monkeypatch.setattr(gpu, "PRESET", "tiny")
+    monkeypatch.setattr(gpu.report, "RESULTS", tmp_path / "results")
+    gpu.main(["--write"])
+    text = (tmp_path / "results" / "gpu.md").read_text()
+    assert text.strip() in capsys.readouterr().out
+    result = json.loads((tmp_path / "results" / "gpu.json").read_text())
+    assert result.keys() == {"machine", "device", "ceilings", "variants", "works"}
+    assert f"| {' | '.join(['ms: median (p20–p80)', *variants])} |" in text
+    assert result["device"].keys() >= {"name", "driver", "cuda", "cudnn", "torch", "triton"}
+    assert list(result["works"]) == [*(case.name for case in works), gpu.UPDATE]
+    for name, work in result["works"].items():
+        assert work["wrong"] is None and work["bytes"] > 0, (name, work)
+        products = "lambda_return" not in name
+        assert (work["gflop"] > 0) == products
+        expected = [n for n, v in variants.items() if products or not v.bf16]
+        assert list(work["times"]) == expected, (name, work["left_out"])
+        assert set(work["left_out"].values()) <= {gpu.NO_PRODUCTS}
+        for times in work["times"].values():
+            assert times["repeats"] == 2 and times["byte_share"] > 0
+            assert ("flop_share" in times) == products
+        assert f"| {name} |" in text
+    assert "Wrong" not in text and gpu.NO_PRODUCTS in text and "Ceilings measured" in text
+    assert set(standins) == {"reduce-overhead"}
+    rounds = {
+        name: 2 + (3 if name == gpu.UPDATE else 2) for name in result["works"]
+    }  # warm-up, too
+    runs = sum(rounds[name] * len(work["times"]) for name, work in result["works"].items())
+    assert waited == ["cpu"] * 2 * runs  # before a run starts and until it is done
+
+
+def test_what_is_wrong_is_told_and_nothing_else_is_lost(monkeypatch, capsys, standins):
+    monkeypatch.setattr(race_module, "MIN_REPEATS", 2)
+    case = wrong_case()
+
+    def call(backend, **inputs):
+        return case.op.eager(**inputs) * (1.001 if backend == "triton" else 1)
+
+    right = small(monkeypatch, "rssm_step")._case("rssm_step", 2)
+    works = [dataclasses.replace(case, call=call, rounds=2), dataclasses.replace(right, rounds=2)]
+    variants = {n: v for n, v in gpu_variants("cpu").items() if n in ("triton fp32", "eager fp32")}
+    limits = dict.fromkeys(("fp32", "bf16", "gb_per_s"), 1.0)
+    monkeypatch.setattr(gpu, "cases", lambda: works)
+    monkeypatch.setattr(gpu, "gpu_variants", lambda device: variants)
+    monkeypatch.setattr(gpu, "ceilings", lambda device: limits)
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main(["--device", "cpu", "case", "rssm_step"])
+    assert stopped.value.code == 1
+    out = capsys.readouterr().out
+    assert "Wrong, so not timed:\n- case: triton fp32: " in out and "error of out0" in out
+    assert "| rssm_step |" in out
+
+
+def test_a_rehearsal_is_not_kept(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--device", "cpu", "--write"])
+    assert "not a rehearsal" in capsys.readouterr().err
+
+
+def test_the_device_is_described(monkeypatch, tmp_path):
+    properties = SimpleNamespace(
+        name="GPU", major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30
+    )
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\n[ "$#" = 2 ] && echo "550.54.15, 1980 MHz, 700.00 W"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    found = json.loads(json.dumps(gpu.describe("cuda")))
+    assert found | {
+        "name": "GPU", "capability": "9.0", "multiprocessors": 132, "memory_gib": 80.0,
+        "driver_version": "550.54.15", "clocks.max.sm": "1980 MHz", "power.limit": "700.00 W",
+        "torch": torch.__version__,
+    } == found  # fmt: skip
+    tool.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed because it has no driver'; exit 9\n")
+    assert gpu.nvidia_smi() == {}
+
+
+def test_a_race_waits_within_the_clock():
+    log = []
+    work = lambda: log.append("run")  # noqa: E731
+    race({"a": work, "b": work}, rounds=20, warmup=1, wait=lambda: log.append("wait"))
+    assert log == ["wait", "run", "wait"] * 2 * 21
+    assert gpu.waiter("cuda") is torch.cuda.synchronize
+
+
+# --------------------------------------------------------------------------- captured work
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_captured_update_learns_as_an_uncaptured_one(standins, replay, precision):
+    variants = gpu_variants("cpu")
+    plain = Learner(f"eager {precision}", replay, "tiny", variants)
+    graphs = {n: Learner(n, replay, "tiny", variants) for n in variants if "graph" in n}
+    graphs = {n: g for n, g in graphs.items() if n.endswith(precision)}
+    assert len(graphs) == 2
+    for step in range(1, 4):
+        expected = plain.step()
+        for name, learner in graphs.items():
+            assert learner.step() == expected, name  # bit for bit: the same operations
+            assert learner.agent.update._replay.__self__.replays == step
+    for learner in graphs.values():
+        for name, tensor in plain.agent.state_dict().items():
+            assert torch.equal(learner.agent.state_dict()[name], tensor), name
+
+
+class _KeepsOldBatch(CapturedUpdate):
+    def _capture(self, batch, *args):
+        super()._capture(batch, *args)
+        self._batch = {name: tensor.clone() for name, tensor in batch.items()}
+
+
+class _KeepsWarmUp(CapturedUpdate):
+    def _capture(self, *args):
+        with mock.patch.object(Tensor, "zero_", lambda tensor: tensor):
+            super()._capture(*args)
+
+
+def _one_long_autocast(work, *, generator):
+    with torch.autocast("cpu", torch.bfloat16, enabled=False):
+        return capture(work, generator=generator)
+
+
+def _forgets_generator(work, *, generator):
+    return capture(work)
+
+
+def _reads(work, *, generator):
+    def reading():
+        metrics = work()
+        return {name: x * float(x) for name, x in metrics.items()}
+
+    return capture(reading, generator=generator)
+
+
+@pytest.mark.parametrize(
+    "fault", [_KeepsOldBatch, _KeepsWarmUp, _one_long_autocast, _forgets_generator, _reads]
+)
+def test_faults_of_a_captured_update_are_noticed(standins, monkeypatch, replay, fault):
+    if isinstance(fault, type):
+        monkeypatch.setattr(learner_module, "CapturedUpdate", fault)
+    else:
+        monkeypatch.setattr(learner_module, "capture", fault)
+    variants = gpu_variants("cpu")
+    plain = Learner("eager bf16", replay, "tiny", variants)
+    learner = Learner(f"{GRAPH} bf16", replay, "tiny", variants)
+    if fault in (_forgets_generator, _reads):
+        with pytest.raises(CaptureError, match="generator|not permitted"):
+            learner.step()
+        return
+    assert any(learner.step() != plain.step() for _ in range(3))
+
+
+def test_an_update_that_cannot_be_captured_is_left_out(standins, monkeypatch, replay):
+    monkeypatch.setattr(learner_module, "capture", _reads)
+    names = ("eager fp32", f"{GRAPH} fp32")
+    variants = {n: v for n, v in gpu_variants("cpu").items() if n in names}
+    entries = bench_train.entries(replay, "tiny", variants)
+    assert list(entries.run) == ["eager fp32"]
+    assert "not permitted when a stream is capturing" in entries.left_out[f"{GRAPH} fp32"]
+
+
+def test_a_captured_update_notices_what_is_not_finite(standins, replay):
+    learner = Learner(f"{GRAPH} fp32", replay, "tiny", gpu_variants("cpu"))
+    learner.step()
+    with torch.no_grad():
+        next(learner.agent.critic.parameters()).fill_(float("nan"))
+    with pytest.raises(NonFiniteLoss, match="became nan"):
+        learner.step()
+
+
+def test_work_that_depends_on_the_host_is_left_out(standins, monkeypatch):
+    case = small(monkeypatch, "rssm_step")._case("rssm_step", 2)
+
+    def other(backend, **inputs):
+        factor = 1.1 if graph_standin.graph.active else 1.0
+        return case.call(**inputs, backend=backend)[0].deter * factor
+
+    def reading(backend, **inputs):
+        state, _ = case.call(**inputs, backend=backend)
+        return state.deter * max(state.deter.amax().item(), 1.0)
+
+    names = ("eager fp32", f"{GRAPH} fp32")
+    variants = {n: v for n, v in gpu_variants("cpu").items() if n in names}
+    entries = dataclasses.replace(case, call=reading).entries(variants)
+    assert list(entries.run) == ["eager fp32"]
+    assert entries.left_out[f"{GRAPH} fp32"].startswith("cannot be captured: not permitted")
+    entries = dataclasses.replace(case, call=other).entries(variants)
+    assert "error of out0" in entries.left_out[f"{GRAPH} fp32"]
+
+
+def test_without_cuda_nothing_is_captured():
+    if torch.cuda.is_available():
+        pytest.skip("it is")
+    with pytest.raises(CaptureError, match="no CUDA stream"):
+        capture(lambda: None)
+
+
+# --------------------------------------------------- on one device, and nothing read from it
+
+
+class _OneDevice(TorchDispatchMode):
+    """Refuses tensors elsewhere: a GPU cannot mix them, a capture cannot copy them."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in pytree.tree_leaves((args, kwargs, out)):
+            if isinstance(x, Tensor) and x.device.type != "meta":
+                raise RuntimeError(f"{func} with a tensor on {x.device}")
+        return out
+
+
+class _Generator(torch.Generator):
+    device = torch.device("meta")
+
+
+def update_on_meta(monkeypatch, config):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda optimizer: None)
+    monkeypatch.setattr(agent_module, "capturing", lambda device: True)
+    shapes = {"state": (24,)} if config.env.obs == "state" else OBS_SHAPES
+    agent = Dreamer(dataclasses.replace(config, backend="eager"), shapes, ACTION_DIM).to("meta")
+    dtypes = {"pixels": torch.uint8, "is_first": torch.bool}
+    sizes = shapes | {"action": (ACTION_DIM,), "reward": (), "is_first": ()}
+    batch = {
+        name: torch.empty(4, 2, *size, dtype=dtypes.get(name, torch.float32), device="meta")
+        for name, size in sizes.items()
+    }
+    with _OneDevice(), graph_standin.NoHost():
+        return agent.update(batch, agent.make_optimizers(), _Generator())
+
+
+@pytest.mark.parametrize("name", ["report", "walker", "state", "tiny"])
+def test_an_update_stays_on_its_device(monkeypatch, name):
+    metrics = update_on_meta(monkeypatch, preset(name))
+    assert {"model_loss", "actor_loss", "critic_grad_norm"} <= metrics.keys()
+    assert all(x.device.type == "meta" and not x.requires_grad for x in metrics.values())
+
+
+def test_return_normalisation_does_not(monkeypatch):
+    """As docs/gpu.md says: the levels of its quantiles come from the host."""
+    config = preset("tiny")
+    behavior = dataclasses.replace(config.behavior, return_norm=True)
+    with pytest.raises(RuntimeError, match="new_tensor"):
+        update_on_meta(monkeypatch, dataclasses.replace(config, behavior=behavior))
+
+
+def test_works_stay_on_their_device(monkeypatch):
+    for case in cases(monkeypatch):
+        inputs, groups = case._prepared(torch.float32, "meta")
+        # what is kept between runs is made in the first
+        for modes in ((), (_OneDevice(), graph_standin.NoHost())):
+            with contextlib.ExitStack() as stack, torch.set_grad_enabled(bool(groups)):
+                for mode in modes:
+                    stack.enter_context(mode)
+                out = case.call(**inputs, backend="eager")
+                if groups:
+                    case._backward(Variant("eager", device="meta"), out)
+
+
+# ------------------------------------------------------------------------- torch's own names
+
+
+def test_torch_has_every_name_that_is_used():
+    """``torch.cuda…`` and ``torch.compiler…``, in benchmarks and package."""
+    found = set()
+    for path in (*ROOT.glob("benchmarks/*.py"), *ROOT.glob("fastdreamer/**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                name = ast.unparse(node)
+                if re.fullmatch(r"torch\.(cuda|compiler|backends)\.[\w.]+", name):
+                    found.add(name)
+    assert {"torch.cuda.CUDAGraph", "torch.cuda.graph", "torch.cuda.synchronize"} <= found
+    for name in found:
+        value = torch
+        for part in name.split(".")[1:]:
+            assert hasattr(value, part), name
+            value = getattr(value, part)
+
+
+def test_stand_ins_take_what_torch_takes():
+    parameters = lambda function: list(inspect.signature(function).parameters)  # noqa: E731
+    theirs = {
+        "graph": torch.cuda.graph.__init__,
+        "CUDAGraph": torch.cuda.CUDAGraph.__new__,
+        "Stream": torch.cuda.Stream.__new__,
+        "stream": torch.cuda.stream,
+    }
+    for name in ("graph", "CUDAGraph", "Stream"):
+        ours = parameters(getattr(graph_standin, name).__init__)[1:]
+        assert ours == parameters(theirs[name])[1:][: len(ours)], name
+    assert parameters(torch.cuda.CUDAGraph.replay) == ["self"]
+    assert parameters(torch.cuda.Stream.wait_stream) == ["self", "stream"]
+    assert parameters(torch.cuda.stream)[0] == "stream"
+    assert "capturable" in parameters(torch.optim.Adam.__init__)
+    # Without CUDA torch has this one in its stubs alone.
+    stubs = (Path(torch.__file__).parent / "_C" / "__init__.pyi").read_text()
+    assert (
+        "def register_generator_state(self, Generator) -> None"
+        in stubs.partition("class _CUDAGraph")[2].partition("\nclass ")[0]
+    )
