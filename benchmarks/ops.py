@@ -54,10 +54,10 @@ def measure(
         variants: of the cases; the whole update has all.
 
     Returns:
-        JSON types: ``machine``; ``compiled``, "whole loops" or "steps"; ``works[name]`` with ``gflop`` (None where it is not counted),
-        ``peak`` (GFLOP/s just before, by precision; None without the native core),
-        ``times[variant]``, a ``summary`` with ``gflop_per_s`` and ``share`` of the peak where
-        they are known, and ``left_out[variant]``, a reason.
+        JSON types: ``machine``; ``compiled``, "whole loops" or "steps"; ``works[name]`` with
+        ``gflop`` (None where it is not counted), ``peak`` (GFLOP/s just before, by precision; None
+        without the native core), ``times[variant]``, a ``summary`` with ``gflop_per_s`` and
+        ``share`` of the peak where they are known, and ``left_out[variant]``, a reason.
 
     Raises:
         AssertionError: a native variant is wrong.
