@@ -27,6 +27,7 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor
 
 from fastdreamer.config import Config, from_dict, to_dict
+from fastdreamer.device import resolve_device
 from fastdreamer.envs import make_env
 from fastdreamer.policy import Policy
 from fastdreamer.replay import write_episode
@@ -423,5 +424,6 @@ def config_env(config: Config) -> Any:
 
 def _on_cpu(config: Config) -> Config:
     """The learner's settings for the worker; a GPU's precision is no advice to a CPU."""
-    precision = config.precision if config.device == "cpu" else "auto"
+    device = resolve_device(config.device, config.backend)
+    precision = config.precision if device == "cpu" else "auto"
     return replace(config, device="cpu", precision=precision)

@@ -30,10 +30,10 @@ from fastdreamer.agent import load
 from fastdreamer.checkpoint import list_checkpoints
 from fastdreamer.collector import agent_policy, config_env, episode_seed, rollout_episode
 from fastdreamer.config import Config, ConfigError, preset
+from fastdreamer.device import resolve_config, resolve_device
 from fastdreamer.doctor import cpu_model
 from fastdreamer.files import replacing, write_csv
 from fastdreamer.logger import Progress, format_seconds, read_metrics
-from fastdreamer.ops.backend import check_backend
 from fastdreamer.trainer import RunError, Stopped, Trainer, create_run, lock_run, stop_signals
 from fastdreamer.viz.comparison import comparison_figure, mean_and_std, read_comparison
 
@@ -74,7 +74,7 @@ class Settings:
     eval_episodes: int = 5
     preset: str = "state"
     threads: int = 0
-    device: str = "cpu"
+    device: str = "auto"
 
     def config(self, seed: int) -> Config:
         """Dreamer's configuration for one seed; its environment is every method's.
@@ -132,6 +132,7 @@ def compare(
         RunError: another process is at one of the runs, or a file is damaged.
         Stopped: a signal asked to stop; the same call goes on.
     """
+    settings = dataclasses.replace(settings, device=resolve_device(settings.device))
     _check(settings, methods, seeds)
     _start(out, settings)
     runs = [(method, seed) for seed in range(seeds) for method in methods]
@@ -162,7 +163,7 @@ def _check(settings: Settings, methods: Sequence[str], seeds: int) -> None:
     if seeds < 1:
         raise ConfigError(f"seeds must be at least 1, got {seeds}")
     config = settings.config(0)
-    check_backend(config.backend, config.device)
+    resolve_config(config)
     free = [name for name in methods if METHODS[name].training in MODEL_FREE]
     if free and settings.obs != "state":
         raise ConfigError(

@@ -1,7 +1,14 @@
 """Settings for every test."""
 
+import os
+
 import torch
 
 # The tests' tensors are tiny: waking a second thread takes many times longer than their sums, the
 # more so when the machine is busy. Tests about threads set their own number.
 torch.set_num_threads(1)
+
+# Tests are about the CPU, also where there is a GPU, which ``device: auto`` would take. Those about
+# a GPU (test_gpu.py) run in processes of their own, which see what is visible here.
+VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""

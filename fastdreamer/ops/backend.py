@@ -10,6 +10,8 @@ it logs each reason once per op on the logger ``fastdreamer``.
 - eager: any device and floating dtype (float64 is the reference; autocast works);
 - native: CPU tensors, triton: CUDA tensors; both want them contiguous and their floating dtypes
   float32, so that auto takes eager for float64 and bfloat16 and an explicit choice raises;
+- triton needs a GPU of compute capability 8.0 or newer, NVIDIA's driver and the extension built
+  (:mod:`fastdreamer.ops.gpu`); on any other GPU auto takes eager;
 - triton takes CPU tensors where Triton's interpreter is on (``TRITON_INTERPRET=1``, set before
   triton is imported; for tests, it is slow).
 """
@@ -25,6 +27,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+
+from fastdreamer.ops.gpu import why_no_cuda, why_no_kernels
 
 BACKENDS = ("eager", "native", "triton")
 _NAMES = (*BACKENDS, "auto")
@@ -81,16 +85,6 @@ def check_backend(name: str, device: torch.device | str) -> None:
     for op in OPS.values():
         if reason := op.why_not(body, device):
             raise BackendError(f"{op.name}: backend {name!r} cannot run: {reason}")
-
-
-def why_no_cuda() -> str | None:
-    """Return why there is no CUDA device here, None where there is one."""
-    if torch.cuda.is_available():
-        return None
-    from fastdreamer.ops.cuda_graph import driver_state
-
-    built = "" if torch.version.cuda else "this PyTorch is built without CUDA; "
-    return f"no usable NVIDIA GPU: {built}{driver_state()}"
 
 
 class Op:
@@ -167,9 +161,12 @@ class Op:
             return f"{self.name} has no {backend} kernel"
         if backend == "native" and device.type != "cpu":
             return f"tensor is on {device}, native needs the cpu"
-        if backend == "triton" and device.type != "cuda" and not _interpreting():
+        if backend == "triton" and device.type != "cuda" and not interpreting():
             needs = f"tensor is on {device}, triton needs a CUDA device"
             return f"{needs}; {reason}" if (reason := why_no_cuda()) else needs
+        on_gpu = backend == "triton" and device.type == "cuda"
+        if on_gpu and (reason := why_no_kernels(device.index)):
+            return reason
         body = self._load(backend)
         return body if isinstance(body, str) else None
 
@@ -215,10 +212,10 @@ class Op:
         if body is None:
             try:
                 body = self._loaders[backend]()  # type: ignore[misc]
-                if backend == "native":
-                    # Traced, it would see parameters without the versions that tell the packed
-                    # weights from old ones. So it breaks the graph, and is called as it is.
-                    body = torch.compiler.disable(body)
+                # Traced, native would see parameters without the versions that tell the packed
+                # weights from old ones, and triton tensors without addresses. So a compiled body
+                # breaks the graph, and is called as it is.
+                body = torch.compiler.disable(body)
             except ModuleNotFoundError as error:
                 missing = "extension not built" if backend == "native" else "not installed"
                 body = f"{missing}: {error}"
@@ -228,7 +225,8 @@ class Op:
         return body
 
 
-def _interpreting() -> bool:
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels, on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
