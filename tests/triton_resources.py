@@ -84,6 +84,10 @@ def programs(sizes: Sizes, rows: int, precision: Precision) -> Iterator[Program]
     one = rollout._replace(op="rssm_step", H=1, actor=None, policy=None, heads=None, prior=True)
     yield imagine.forward_program(one)
     yield imagine.backward_program(one, wants._replace(actor=False), frozenset({"mean", "std"}))
+    many = rollout._replace(op="open_loop", actor=None, policy=None, heads=None)
+    yield imagine.forward_program(many)
+    yield imagine.forward_program(many._replace(through=False))
+    yield imagine.backward_program(many, wants._replace(actor=False), frozenset({"deter", "stoch"}))
     filtered = observe._Spec(
         2, rows, precision, step_shape(params, posterior=True), prior_shape(params),
         embed_shape(params), True, True,

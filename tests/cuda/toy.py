@@ -195,3 +195,39 @@ def eager_search(mean, weight, spread, noise, H):
         means.append(mean)
         scores.append(score)
     return torch.stack(means), torch.stack(scores)
+
+
+# ---------------------------------------------------------------- inputs and comparisons
+
+LIMIT = {"rtol": 1e-5, "atol": 1e-6}
+
+
+def _draw(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator)
+
+
+def forward_inputs(seed=0, H=4, B=6):
+    draw = _draw(seed)
+    return {"start": draw(B, D), "weight": draw(D, D), "noise": draw(H, B, D)}
+
+
+def check_forward(outputs, inputs):
+    torch.testing.assert_close(outputs["y"], eager_forward(**inputs)[0], **LIMIT)
+
+
+def run_forward(bench, program, seed=0):
+    inputs = bench.inputs(forward_inputs(seed))
+    check_forward(bench.run(program, inputs), inputs)
+
+
+def search_inputs(iterations=3, H=3, B=2, N=5):
+    draw = _draw(4)
+    return {"mean": draw(B, D), "weight": draw(D, D), "spread": draw(iterations, B * N, D),
+            "noise": draw(B * N, D)}  # fmt: skip
+
+
+def check_search(outputs, inputs):
+    means, scores = eager_search(**inputs, H=3)
+    torch.testing.assert_close(outputs["means"], means, **LIMIT)
+    torch.testing.assert_close(outputs["score"], scores, **LIMIT)

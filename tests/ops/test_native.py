@@ -84,6 +84,14 @@ def results(op: str, inputs: Mapping[str, Any], *, bf16: bool, **options) -> tup
     )
 
 
+def overall(result: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
+    """One number for all results and gradients: their relative errors' root of squares."""
+    relative = (
+        error(result[k], exact) / float(exact.norm()) for k, exact in truth.items() if exact.any()
+    )
+    return sum(e * e for e in relative) ** 0.5
+
+
 def check(op: str, inputs: Mapping[str, Any], *, bf16: bool = False, **options) -> None:
     assert_accurate(op, *results(op, inputs, bf16=bf16, **options), bf16=bf16)
 
@@ -110,14 +118,7 @@ def test_walker_from_pixels(op, shape, bf16):
     got, eager, truth = results(op, make_inputs(op, REPORT, *shape), bf16=bf16)
     assert_accurate(op, got, eager, truth, bf16=bf16)
 
-    def overall(result: Mapping[str, Tensor]) -> float:
-        relative = (
-            error(result[k], exact) / float(exact.norm()) for k, exact in truth.items()
-            if exact.any()
-        )  # fmt: skip
-        return sum(e * e for e in relative) ** 0.5
-
-    assert overall(got) <= overall(eager) * (1 if bf16 else 4)
+    assert overall(got, truth) <= overall(eager, truth) * (1 if bf16 else 4)
 
 
 @pytest.mark.parametrize("activation", ["elu", "relu", "silu", "tanh"])

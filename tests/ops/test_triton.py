@@ -138,6 +138,30 @@ def check_cem() -> None:
     assert torch.equal(none.mean, given["mean"]) and none.scores.shape == (0, 2, 1)
 
 
+def check_bfloat16() -> None:
+    """Over all results and gradients of an op, the error is no larger than autocast's."""
+    for op in OPS:
+        check_overall(op, Sizes(3, 40, 12, 48, 64, 64, 2, 3, 4, "elu"), 4, 8)
+
+
+def check_overall(op: str, sizes: Sizes, steps: int, rows: int) -> None:
+    from test_native import overall
+
+    if op == "cem":
+        # all of them elite: else a rounding would decide which are
+        inputs = testing.cem_inputs(sizes, steps, 2, rows, 1) | {"num_elites": rows}
+    else:
+        inputs = make_inputs(op, sizes, steps, rows)
+    got, eager = (
+        evaluate(OPS[op], inputs, backend=backend, dtype=torch.float32, autocast=True)
+        for backend in ("triton", "eager")
+    )
+    truth = evaluate(OPS[op], inputs, backend="eager", dtype=torch.float64)
+    ours, autocast = overall(got, truth), overall(eager, truth)
+    print(f"{op}: error in bfloat16 {ours:.4f}, of autocast {autocast:.4f}", flush=True)
+    assert ours <= autocast
+
+
 def check_variants() -> None:
     """Column orders, std transforms, plain means, discount heads, resets by part, gradients
     through what the actor sees."""
@@ -221,7 +245,7 @@ def check_misuse() -> None:
 QUICK = {
     name.removeprefix("check_"): function
     for name, function in list(globals().items())
-    if name.startswith("check_") and name != "check_case"
+    if name.startswith("check_") and name not in ("check_case", "check_overall")
 }
 
 
@@ -232,6 +256,8 @@ def check_all() -> None:
 
     for function in QUICK.values():
         function()
+    for op in OPS:
+        check_overall(op, testing.REPORT, 3, 16)
     for op in ("rssm_step", "open_loop", "imagine", "observe"):
         for name in CASES:
             check_case(op, name, *[False] * 1, *[True] * (name not in ONLY_FP32))
