@@ -10,5 +10,5 @@ torch.set_num_threads(1)
 
 # Tests are about the CPU, also where there is a GPU, which ``device: auto`` would take. Those about
 # a GPU (test_gpu.py) run in processes of their own, which see what is visible here.
-VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ.setdefault("FASTDREAMER_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
