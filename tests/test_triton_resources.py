@@ -37,7 +37,9 @@ def test_faults_are_seen():
         ({"spills": 1}, "spills"),
         ({"shared": 100 * 1024}, "shared"),
         ({"matrix": ()}, "matrix"),
-        ({"order": used.order.replace("BS", "", 1)}, "order"),
+        ({"order": used.order.replace("BLS", "", 1)}, "order"),
         ({"order": used.order[1:]}, "order"),
+        ({"order": used.order[:-1]}, "order"),
+        ({"moved": ("L tape",)}, "moved"),
     ]:
         assert [f for f in faults(spec, used._replace(**change)) if word in f], change

@@ -1,16 +1,20 @@
 """What the shipped Triton kernels use on GPUs that need not be there.
 
-Compiles every kernel of every program of the recurrent ops at Walker's sizes, for each precision,
-tile and architecture, and checks: no stack, no local memory (LDL, STL), at most 99 KB of shared
-memory, matrix instructions in every kernel with products in bfloat16, and barriers where layers
-hand over through global memory. The whole matrix, two processes at a time, takes minutes::
+Compiles every kernel of every program of the recurrent ops at Walker's sizes (preset ``report``),
+for each precision, tile and architecture; and in bfloat16 the kernels of a step and of the actor
+for two other models: SiLU at those sizes, and widths of 1024 with SiLU as DreamerV3 has. Checks:
+no stack, no local memory (LDL, STL), at most 99 KB of shared memory, matrix instructions in every
+kernel with products in bfloat16, barriers where layers hand over through global memory, and no load
+that pipelining moved across one. The whole matrix, two processes at a time, takes minutes::
 
-    python -m tests.triton_resources            # or: --arch 90 --precision bf16 --rows 50
+    python -m tests.triton_resources    # or: --arch 90 --precision bf16 --rows 50 --model wide
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import re
 import subprocess
 import sys
@@ -40,9 +44,15 @@ from fastdreamer.testing import REPORT, Sizes, make_params
 
 ARCHS = (80, 90, 100, 120)
 ROWS = (50, 2500)  # around the tiles' switch
+MODELS = {
+    "report": REPORT,
+    "silu": REPORT._replace(activation="silu"),
+    "wide": Sizes(6, 1024, 32, 1024, 1024, 1024, 2, 3, 4, "silu"),
+}
 SHARED = 99 * 1024  # what the least of the four architectures lends a block
 MATRIX = re.compile(r"\b(HMMA|HGMMA|UTCHMMA)\b")
 PRODUCTS = ("rssm_step", "mlp", "gradient_kernel")  # of modules or functions: they multiply
+ACTOR = ("mlp.forward_kernel action", "mlp.backward_kernel action")
 BLOCKS = ("BM", "BN", "BK", "BG", "BS", "BO", "BI", "BR", "BLOCK", "BLOCK_K", "BLOCK_N")
 
 
@@ -57,12 +67,13 @@ class Usage(NamedTuple):
     spills: int  # instructions that load from or store to local memory
     shared: int
     matrix: tuple[str, ...]  # kinds of matrix instructions
-    order: str  # of stores (any number is one S) and barriers (B) in its TTGIR
+    order: str  # in its TTGIR: barriers (B), and whether loads (L) and stores (S) lie between them
+    moved: tuple[str, ...]  # loads and stores that its source has elsewhere
     seconds: float  # of compiling
 
 
 def programs(sizes: Sizes, rows: int, precision: Precision) -> Iterator[Program]:
-    """Every program of the ops, forward and backward."""
+    """Every program of the ops, forward and backward; of other models than Walker's, two ops'."""
     params, actor, returns = make_params(sizes)
     step, D, S = step_shape(params), sizes.D, sizes.S
     shapes = [feat_shape(head, D, S) for head in returns[:3]]
@@ -73,10 +84,20 @@ def programs(sizes: Sizes, rows: int, precision: Precision) -> Iterator[Program]
         heads, False, True, True,
     )  # fmt: skip
     yield imagine.forward_program(rollout)
-    yield imagine.forward_program(rollout._replace(through=False, critic=False))
     wants = imagine._Wants(True, True, True, True)
     given = frozenset({"deter", "stoch", "action", "reward", "returns"})
     yield imagine.backward_program(rollout, wants, given)
+    filtered = observe._Spec(
+        2, rows, precision, step_shape(params, posterior=True), prior_shape(params),
+        embed_shape(params), True, True,
+    )  # fmt: skip
+    yield observe.forward_program(filtered)
+    yield observe.backward_program(
+        filtered, observe._Wants(True, True, True), frozenset(observe.OUTPUTS)
+    )
+    if sizes != REPORT:
+        return
+    yield imagine.forward_program(rollout._replace(through=False, critic=False))
     yield imagine.critic_program(rollout)
     other = rollout._replace(through_feat=True, heads=heads._replace(discount=shapes[0]))
     yield imagine.forward_program(other)
@@ -88,15 +109,7 @@ def programs(sizes: Sizes, rows: int, precision: Precision) -> Iterator[Program]
     yield imagine.forward_program(many)
     yield imagine.forward_program(many._replace(through=False))
     yield imagine.backward_program(many, wants._replace(actor=False), frozenset({"deter", "stoch"}))
-    filtered = observe._Spec(
-        2, rows, precision, step_shape(params, posterior=True), prior_shape(params),
-        embed_shape(params), True, True,
-    )  # fmt: skip
-    yield observe.forward_program(filtered)
     yield observe.forward_program(filtered._replace(save=False))
-    yield observe.backward_program(
-        filtered, observe._Wants(True, True, True), frozenset(observe.OUTPUTS)
-    )
     elites = max(1, rows // 10)
     plan = cem._Spec(
         (2, 3, 1, rows), precision, step, *shapes[:2], None,
@@ -107,12 +120,18 @@ def programs(sizes: Sizes, rows: int, precision: Precision) -> Iterator[Program]
     yield cem.program(plan._replace(discount=shapes[0]))
 
 
+@functools.cache
 def kernels(sizes: Sizes, rows: int, precision: Precision) -> list[Spec]:
-    """What there is to compile: of kernels that differ in the model's sizes alone, the largest."""
+    """What there is to compile: of kernels that differ in the model's sizes alone, the largest.
+
+    Of other models than Walker's, the steps and the actor.
+    """
     found: dict[Any, tuple[int, Spec]] = {}
     for program in programs(sizes, rows, precision):
         for launch, indices in program.launches():
             spec = launch.spec(dict.fromkeys(indices, 1))
+            if sizes != REPORT and not label(spec).startswith(("rssm_step", *ACTOR)):
+                continue
             size = sum(v for _, v in spec.constants if type(v) is int)
             key = (
                 spec.fn,
@@ -161,13 +180,75 @@ def compile_for(spec: Spec, arch: int) -> Usage:
         report = tool(triton.knobs.nvidia.cuobjdump, "-res-usage")
         code = tool(triton.knobs.nvidia.nvdisasm, "-c")
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
-    events = re.findall(r"\b(tt\.store|barrier)\b", made.asm["ttgir"])
-    order = "".join("S" if event == "tt.store" else "B" for event in events)
+    order, moved = memory_order(made.asm["ttir"], made.asm["ttgir"])
     return Usage(
         label(spec), arch, used["REG"], used["STACK"], used["LOCAL"],
         len(re.findall(r"\b(?:LDL|STL)\b", code)), made.metadata.shared,
-        tuple(sorted(set(MATRIX.findall(code)))), re.sub("S+", "S", order), seconds,
+        tuple(sorted(set(MATRIX.findall(code)))), order, moved, seconds,
     )  # fmt: skip
+
+
+_EVENT = re.compile(
+    r"\b(?:(?P<load>tt\.load|ttg\.async_copy_global_to_local|ttng\.async_tma_copy\w*)"
+    r"|(?P<store>tt\.store)|(?P<barrier>ttg\.barrier|gpu\.barrier))\b.*?(?:loc\((?P<at>.*)\))?$"
+)
+
+
+class Place(NamedTuple):
+    """Where a load or store is: behind how many barriers, and in which loops that have some."""
+
+    segment: int
+    loops: tuple[int, ...]
+
+
+def memory_events(code: str) -> list[tuple[str, str, Place]]:
+    """Loads (L), stores (S) and barriers (B) in order: what, where in the source, and the place."""
+    names = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", code, re.MULTILINE))
+
+    @functools.cache
+    def source_of(at: str) -> str:
+        return re.sub(r"#loc\d*", lambda name: source_of(names.get(name[0], "")), at)
+
+    found, scopes, with_barrier, opened, segment = [], [], [], 0, 0
+    for line in code.splitlines():
+        text = re.sub(r" loc\(.*\)$", "", line).strip()
+        if text.startswith("}"):
+            scopes.pop()
+        if event := _EVENT.search(line):
+            what = event.lastgroup if event.lastgroup != "at" else None
+            what = what or next(k for k in ("load", "store", "barrier") if event[k])
+            if what == "barrier":
+                segment += 1
+                with_barrier += [scope for scope in scopes if scope not in with_barrier]
+            found.append((what[0].upper(), source_of(event["at"] or ""), segment, tuple(scopes)))
+        if text.endswith("{"):
+            opened += 1
+            scopes.append(opened)
+    number = {scope: i for i, scope in enumerate(sorted(with_barrier))}
+    return [
+        (what, at, Place(segment, tuple(number[s] for s in scopes if s in number)))
+        for what, at, segment, scopes in found
+    ]
+
+
+def memory_order(before: str, after: str) -> tuple[str, tuple[str, ...]]:
+    """The order of memory accesses and barriers behind the compiler's passes, and what they moved.
+
+    A load may come earlier, for its loop to be pipelined, but not from behind a barrier, and not
+    out of a loop that has one: the loads of its next round are behind the barrier of this one.
+    """
+    allowed: dict[tuple[str, str], set[Place]] = {}
+    for what, at, place in memory_events(before):
+        allowed.setdefault((what, at), set()).add(place)
+    segments, moved = [set()], []
+    for what, at, place in memory_events(after):
+        if what == "B":
+            segments.append(set())
+            continue
+        segments[-1].add(what)
+        if place not in allowed.get((what, at), ()):
+            moved.append(f"{what} {at}")
+    return "B".join("".join(sorted(segment)) for segment in segments), tuple(moved)
 
 
 def faults(spec: Spec, usage: Usage) -> list[str]:
@@ -184,17 +265,21 @@ def faults(spec: Spec, usage: Usage) -> list[str]:
     if bf16 and multiplies and not usage.matrix:
         wrong.append("no matrix instructions")
     if (want := handovers(spec)) != usage.order:
-        wrong.append(f"stores and barriers in the order {usage.order}, not {want}")
+        wrong.append(f"loads, stores and barriers in the order {usage.order}, not {want}")
+    if usage.moved:
+        wrong.append(f"moved across a barrier: {', '.join(usage.moved)}")
     return wrong
 
 
 def handovers(spec: Spec) -> str:
-    """The order of stores and barriers: each store that another thread reads has one behind it."""
-    order = "S" + "BS" * barriers(spec)
+    """The order of loads, stores and barriers: what another thread stored is read behind one."""
+    order = "LS" + "BLS" * barriers(spec)
+    if spec.fn.fn.__name__ == "copy_kernel" and "source" not in dict(spec.types):
+        return order if dict(spec.constants)["ADD"] else order[1:]
     if spec.fn.fn.__module__.endswith(".mlp") and spec.fn.fn.__name__ == "backward_kernel":
         # Without the input's gradient nothing in the kernel reads what the last of the layers
         # stored. The barrier behind it is one of those that the loop over layers has anyway.
-        return order if "d_x1" in dict(spec.types) else order[:-1]
+        return order if "d_x1" in dict(spec.types) else order[:-2]
     return order
 
 
@@ -215,9 +300,9 @@ def barriers(spec: Spec) -> int:
     return 0
 
 
-def check(task: tuple[Sizes, int, bool, int, int]) -> tuple[Usage, list[str]]:
-    sizes, rows, bf16, arch, number = task
-    spec = kernels(sizes, rows, Precision(bf16, arch))[number]
+def check(task: tuple[str, int, bool, int, int]) -> tuple[Usage, list[str]]:
+    model, rows, bf16, arch, number = task
+    spec = kernels(MODELS[model], rows, Precision(bf16, arch))[number]
     usage = compile_for(spec, arch)
     return usage, faults(spec, usage)
 
@@ -227,24 +312,30 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHS)
     parser.add_argument("--precision", nargs="*", default=("bf16", "fp32"))
     parser.add_argument("--rows", type=int, nargs="*", default=ROWS)
+    parser.add_argument("--model", nargs="*", default=tuple(MODELS), choices=MODELS)
+    parser.add_argument("--kernel", default="", help="what their names begin with")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     tasks, seen = [], set()
-    for arch in options.arch:
-        for precision in options.precision:
-            for rows in options.rows:
-                bf16 = precision == "bf16"
-                for i, spec in enumerate(kernels(REPORT, rows, Precision(bf16, arch))):
-                    if (name := (label(spec), arch)) not in seen:
-                        seen.add(name)
-                        tasks.append((REPORT, rows, bf16, arch, i))
+    for model, arch, precision, rows in itertools.product(
+        options.model, options.arch, options.precision, options.rows
+    ):
+        bf16 = precision == "bf16"
+        if model != "report" and not bf16:
+            continue
+        for i, spec in enumerate(kernels(MODELS[model], rows, Precision(bf16, arch))):
+            name = (label(spec), arch, model)
+            if name not in seen and name[0].startswith(options.kernel):
+                seen.add(name)
+                tasks.append((model, rows, bf16, arch, i))
     began, failed = time.perf_counter(), 0
-    print(f"{'kernel':64} sm  regs stack local shared barriers compile  matrix")
+    print(f"Triton {triton.__version__}")
+    print(f"model  {'kernel':68} sm  regs stack local shared barriers compile  matrix")
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
-        for used, wrong in pool.map(check, tasks):
+        for (model, *_), (used, wrong) in zip(tasks, pool.map(check, tasks), strict=True):
             failed += bool(wrong)
             print(
-                f"{used.kernel:64} {used.arch:<3} {used.registers:4} {used.stack:5} "
+                f"{model:6} {used.kernel:68} {used.arch:<3} {used.registers:4} {used.stack:5} "
                 f"{used.local:5} {used.shared:6} {used.order.count('B'):8} {used.seconds:6.1f}s  "
                 f"{' '.join(used.matrix)}{'  FAULT: ' if wrong else ''}{'; '.join(wrong)}",
                 flush=True,

@@ -121,6 +121,14 @@ void bind_cuda(py::module_& m) {
           },
           py::arg("addresses"), py::arg("stream"),
           "Run on the stream with the slots at these addresses; returns the nodes written.")
+      .def(
+          "enqueue",
+          [](Loop& loop, const std::vector<std::uint64_t>& addresses, std::uintptr_t stream) {
+            py::gil_scoped_release release;
+            loop.enqueue(addresses, reinterpret_cast<cu::Stream>(stream));
+          },
+          py::arg("addresses"), py::arg("stream"),
+          "Launch one by one, on a stream that is being captured.")
       .def_property_readonly("nodes", &Loop::nodes);
 }
 

@@ -66,6 +66,7 @@ struct KernelNodeParams {
   X(cuDevicePrimaryCtxRelease_v2, (Device device))                                                \
   X(cuCtxPushCurrent_v2, (Context context))                                                       \
   X(cuCtxPopCurrent_v2, (Context * context))                                                      \
+  X(cuCtxSynchronize, ())                                                                         \
   X(cuModuleLoadData, (Module * module, const void* image))                                       \
   X(cuModuleUnload, (Module module))                                                              \
   X(cuModuleGetFunction, (Function * function, Module module, const char* name))                  \

@@ -30,9 +30,7 @@ class Capture {
 
   // Adds a launch behind the last and returns its node.
   cu::Node add(const Node& node) const {
-    const Kernel& kernel = *node.kernel;
-    FASTDREAMER_CUDA(cuLaunchKernel, kernel.function(), node.grid[0], node.grid[1], node.grid[2],
-                     kernel.threads(), 1, 1, kernel.shared_bytes(), stream_, node.params, nullptr);
+    node.launch(stream_);
     int status = 0;
     const cu::Node* last = nullptr;
     std::size_t count = 0;
@@ -57,6 +55,11 @@ class Capture {
 };
 
 }  // namespace
+
+void Node::launch(cu::Stream stream) const {
+  FASTDREAMER_CUDA(cuLaunchKernel, kernel->function(), grid[0], grid[1], grid[2], kernel->threads(),
+                   1, 1, kernel->shared_bytes(), stream, params, nullptr);
+}
 
 void Graph::capture(const std::vector<Node>& nodes) {
   destroy();

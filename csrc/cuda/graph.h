@@ -14,6 +14,8 @@ struct Node {
   const Kernel* kernel;
   unsigned grid[3];
   void** params;
+
+  void launch(cu::Stream stream) const;  // in the device's context
 };
 
 // Not thread-safe: the owner sees to it that calls come one after the other.
@@ -31,7 +33,7 @@ class Graph {
   // Whether capture() has succeeded since the last destroy().
   bool captured() const { return exec_ != nullptr; }
 
-  // Gives launch i new parameters. Launches already under way keep theirs.
+  // Gives launch i new parameters, in the device's context. Launches already under way keep theirs.
   void update(std::size_t i, const Node& node);
 
   // Runs everything on the stream. The driver orders it behind what is on that stream and behind

@@ -49,7 +49,10 @@ Kernel::Kernel(std::shared_ptr<const Device> device, const KernelImage& image)
 }
 
 Kernel::~Kernel() {
-  device_->run_release([&] { FASTDREAMER_CUDA_RELEASE(cuModuleUnload, module_); });
+  device_->run_release([&] {
+    release("cuCtxSynchronize", &cu::Api::cuCtxSynchronize);
+    FASTDREAMER_CUDA_RELEASE(cuModuleUnload, module_);
+  });
 }
 
 void Kernel::load(const std::string& image) {

@@ -30,7 +30,7 @@ class Kernel {
   // `hidden` say (asked of drivers since CUDA 12.4), and invalid_argument where a block wants more
   // shared memory than the device has.
   Kernel(std::shared_ptr<const Device> device, const KernelImage& image);
-  ~Kernel();
+  ~Kernel();  // waits until the device has done all work: some of it may be this kernel's
   Kernel(const Kernel&) = delete;
   Kernel& operator=(const Kernel&) = delete;
 

@@ -155,7 +155,7 @@ void Loop::write_addresses(const std::vector<std::uint64_t>& slots, std::vector<
   }
 }
 
-std::size_t Loop::replay(const std::vector<std::uint64_t>& slots, cu::Stream stream) {
+void Loop::expect(const std::vector<std::uint64_t>& slots) const {
   if (slots.size() != slots_.size()) {
     fail("Loop: there are " + std::to_string(slots_.size()) + " slots, got " +
          std::to_string(slots.size()) + " addresses");
@@ -163,6 +163,22 @@ std::size_t Loop::replay(const std::vector<std::uint64_t>& slots, cu::Stream str
   for (std::uint64_t address : slots) {
     if (address == 0) fail("Loop: a slot's address is null");
   }
+}
+
+void Loop::enqueue(const std::vector<std::uint64_t>& slots, cu::Stream stream) {
+  expect(slots);
+  const std::lock_guard<std::mutex> lock(replaying_);
+  if (!unrolled_) unroll();
+  std::vector<bool> changed(steps_.size());
+  write_addresses(slots, changed);
+  addresses_.clear();  // the graph's nodes have others
+  device_->run([&] {
+    for (const Step& step : steps_) node(step).launch(stream);
+  });
+}
+
+std::size_t Loop::replay(const std::vector<std::uint64_t>& slots, cu::Stream stream) {
+  expect(slots);
   const std::lock_guard<std::mutex> lock(replaying_);
   if (!unrolled_) unroll();
   std::size_t written = 0;
@@ -179,11 +195,13 @@ std::size_t Loop::replay(const std::vector<std::uint64_t>& slots, cu::Stream str
       graph_.capture(nodes);
       written = nodes.size();
     } else {
-      for (std::size_t i = 0; i < steps_.size(); ++i) {
-        if (!changed[i]) continue;
-        graph_.update(i, node(steps_[i]));
-        ++written;
-      }
+      device_->run([&] {
+        for (std::size_t i = 0; i < steps_.size(); ++i) {
+          if (!changed[i]) continue;
+          graph_.update(i, node(steps_[i]));
+          ++written;
+        }
+      });
     }
     addresses_ = slots;
   }

@@ -50,6 +50,10 @@ class Loop {
   // of them where it captured.
   std::size_t replay(const std::vector<std::uint64_t>& slots, cu::Stream stream);
 
+  // The same launches one by one, for a stream that somebody captures: they become part of that
+  // graph, which needs the slots and the kernels for as long as it is replayed. Nothing is loaded.
+  void enqueue(const std::vector<std::uint64_t>& slots, cu::Stream stream);
+
   std::size_t nodes() const { return steps_.size(); }
 
  private:
@@ -73,6 +77,7 @@ class Loop {
   void unroll();
   std::size_t unroll_from(std::size_t item, std::vector<Index>& indices);
   void add_step(const Item& item, const std::vector<Index>& indices);
+  void expect(const std::vector<std::uint64_t>& slots) const;
   void write_addresses(const std::vector<std::uint64_t>& slots, std::vector<bool>& changed);
   Node node(const Step& step);
 

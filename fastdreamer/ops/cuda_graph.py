@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -39,6 +38,8 @@ class Graphs:
     A graph belongs to a program (so to its shapes and dtypes), a device, and the slots that are at
     no multiple of 16 bytes; anything else is captured anew. Launches of one graph run one after
     the other, so that they can share its scratch; the driver sees to that across streams, too.
+    Kernels are shared by graphs and stay loaded: there are as many as the models and their
+    precisions need, whatever the shapes, and a graph of torch's may hold them as well.
 
     Args:
         capacity: graphs kept.
@@ -59,7 +60,7 @@ class Graphs:
         self._lock = threading.Lock()
         self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
         self._devices: dict[int, Any] = {}
-        self._kernels: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+        self._kernels: dict[tuple[Spec, int], Any] = {}
 
     def run(self, program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run a program on torch's current stream; return its outputs, new tensors.
@@ -77,10 +78,35 @@ class Graphs:
         self._graph(program, device, misaligned).replay(given)
         return outputs
 
+    def enqueue(self, program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same while torch captures its current stream: the launches become part of its graph.
+
+        Outputs and scratch come from that graph's memory. Loading a kernel is not allowed inside a
+        capture, so each must have been loaded by an earlier :meth:`run`.
+
+        Raises:
+            RuntimeError: a kernel is not loaded, or as :meth:`run`.
+        """
+        device = program.check(inputs)
+        new = {s.name: empty(s, device) for s in program.slots.values() if s.kind != "input"}
+        tensors = {**inputs, **new}
+        misaligned = [name for name, x in tensors.items() if x.data_ptr() % ALIGNMENT]
+        with self._lock:
+            graph = self._graphs.get(self._key(program, device, misaligned))
+            loop = graph.loop if graph else self._describe(program, device, misaligned, load=False)
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        loop.enqueue([tensors[name].data_ptr() for name in program.slots], stream)
+        return {slot.name: tensors[slot.name] for slot in program.of_kind("output")}
+
     def clear(self) -> None:
-        """Give up every graph, kernel and device context; the next run starts anew."""
+        """Give up every graph, kernel and device context; the next run starts anew.
+
+        Waits for the devices. A graph of torch's into which :meth:`enqueue` put launches must not
+        be replayed any more.
+        """
         with self._lock:
             self._graphs.clear()
+            self._kernels.clear()
             self._devices.clear()
 
     def _forget(self) -> None:
@@ -91,30 +117,39 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
+    @staticmethod
+    def _key(program: Program, device: torch.device, misaligned: Sequence[str]) -> tuple:
+        return program, device.index or 0, frozenset(misaligned)
+
     def _graph(self, program: Program, device: torch.device, misaligned: Sequence[str]) -> _Graph:
-        ordinal = device.index or 0
-        key = (program, ordinal, frozenset(misaligned))
+        key = self._key(program, device, misaligned)
         with self._lock:
             graph = self._graphs.get(key)
             if graph is None:
-                graph = self._graphs[key] = self._describe(program, device, ordinal, misaligned)
+                loop = self._describe(program, device, misaligned)
+                graph = self._graphs[key] = _Graph(program, device, loop)
                 while len(self._graphs) > self._capacity:
                     self._graphs.popitem(last=False)
             self._graphs.move_to_end(key)
             return graph
 
     def _describe(
-        self, program: Program, device: torch.device, ordinal: int, misaligned: Sequence[str]
-    ) -> _Graph:
+        self,
+        program: Program,
+        device: torch.device,
+        misaligned: Sequence[str],
+        *,
+        load: bool = True,
+    ) -> Any:
+        """A loop with all of a program's launches."""
         from fastdreamer import _native
 
-        owner = self._devices.get(ordinal)
+        owner = self._devices.get(device.index or 0)
         if owner is None:
-            owner = self._devices[ordinal] = _native.CudaDevice(ordinal)
+            owner = self._devices[device.index or 0] = _native.CudaDevice(device.index or 0)
         slots = list(program.slots.values())
         places = {slot.name: i for i, slot in enumerate(slots)}
         loop = _native.CudaLoop(owner, [slot.numel * slot.dtype.itemsize for slot in slots])
-        kernels = []
 
         def add(body: Sequence[Launch | Loop], counts: dict[str, int]) -> None:
             depths = {name: depth for depth, name in enumerate(counts)}
@@ -125,15 +160,14 @@ class Graphs:
                         add(item.body, {**counts, item.name: item.count})
                         loop.end()
                     continue
-                kernel = self._kernel(item.spec(counts, misaligned), owner)
-                kernels.append(kernel)
+                kernel = self._kernel(item, item.spec(counts, misaligned), owner, load)
                 values = [_argument(value, places, depths) for value in item.args.values()]
                 loop.launch(kernel, item.grid, tuple(values))
 
         add(program.body, {})
-        return _Graph(program, device, loop, kernels)
+        return loop
 
-    def _kernel(self, spec: Spec, device: Any) -> Any:
+    def _kernel(self, launch: Launch, spec: Spec, device: Any, load: bool) -> Any:
         from fastdreamer import _native
 
         compile_kernel = self._compile
@@ -142,6 +176,11 @@ class Graphs:
         key = (spec, device.ordinal)
         kernel = self._kernels.get(key)
         if kernel is None:
+            if not load:
+                raise RuntimeError(
+                    f"{launch.kernel.name} is not loaded, and CUDA loads nothing while a graph is "
+                    "captured: make the same call once before the capture"
+                )
             made = compile_kernel(spec, device.capability)
             kernel = self._kernels[key] = _native.CudaKernel(
                 device=device, name=made.name, image=made.image, kinds=list(made.kinds),
@@ -153,11 +192,8 @@ class Graphs:
 class _Graph:
     """One program's graph and the scratch that it works in."""
 
-    def __init__(
-        self, program: Program, device: torch.device, loop: Any, kernels: list[Any]
-    ) -> None:
-        self._loop = loop
-        self._kernels = kernels  # alive, so that another graph finds them
+    def __init__(self, program: Program, device: torch.device, loop: Any) -> None:
+        self.loop = loop
         self._names = list(program.slots)
         self._scratch = {slot.name: empty(slot, device) for slot in program.of_kind("scratch")}
         self._device = device
@@ -166,7 +202,7 @@ class _Graph:
     def replay(self, given: Mapping[str, Tensor]) -> None:
         tensors = {**given, **self._scratch}
         addresses = [tensors[name].data_ptr() for name in self._names]
-        self._loop.replay(addresses, self._stream())
+        self.loop.replay(addresses, self._stream())
 
     def _stream(self) -> int:
         if self._device.type != "cuda":

@@ -354,24 +354,30 @@ def empty(slot: Slot, device: torch.device) -> Tensor:
     return torch.empty(slot.shape, dtype=slot.dtype, device=device)
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether torch captures a CUDA graph on the current stream, so that nothing can be read."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def run(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Run a program on torch's current stream; return its outputs, new tensors.
 
-    CUDA tensors take one graph launch, captured in the first call. Kernel by kernel go CPU tensors
-    (Triton's interpreter), a stream that is already being captured, and everything where
-    ``FASTDREAMER_GRAPH=0`` is set, as profilers and sanitizers may want it.
+    CUDA tensors take one graph launch, captured in the first call; while torch captures the stream
+    itself, the launches become part of its graph. By Triton, kernel by kernel, go CPU tensors (its
+    interpreter), and everything where ``FASTDREAMER_GRAPH=0`` is set, as profilers and sanitizers
+    may want it.
 
     Raises:
         ValueError: an input is missing, unknown, or not what its slot says.
-        RuntimeError: a call of the driver failed.
+        RuntimeError: a call of the driver failed, or torch captures and a kernel is not loaded:
+            make the same call once before.
     """
     device = program.check(inputs)
-    graph = device.type == "cuda" and os.environ.get("FASTDREAMER_GRAPH") != "0"
-    if not graph or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or os.environ.get("FASTDREAMER_GRAPH") == "0":
         return run_direct(program, inputs)
     from fastdreamer.ops.cuda_graph import GRAPHS
 
-    return GRAPHS.run(program, inputs)
+    return (GRAPHS.enqueue if capturing(device) else GRAPHS.run)(program, inputs)
 
 
 def run_direct(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -382,9 +388,12 @@ def run_direct(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tens
     """
     tensors = program.tensors(inputs)
     flat = {name: tensor.view(-1) for name, tensor in tensors.items()}
+    interpreted = program.check(inputs).type == "cpu"
     with torch.cuda.device_of(next(iter(inputs.values()))):  # does nothing for CPU tensors
         for launch, indices in program.launches():
             args = {name: _resolve(value, flat, indices) for name, value in launch.args.items()}
+            if interpreted:  # the interpreter of Triton 3.7 refuses a bool
+                args = {n: int(v) if isinstance(v, bool) else v for n, v in args.items()}
             kernel = launch.kernel
             kernel.fn[launch.grid](**args, **kernel.constants, **kernel.options)
     return {slot.name: tensors[slot.name] for slot in program.of_kind("output")}

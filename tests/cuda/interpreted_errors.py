@@ -39,6 +39,7 @@ def test_an_error_of_every_single_call_is_one_error_and_leaks_nothing(bench, dri
         "cuStreamEndCapture", "cuGraphInstantiateWithFlags", "cuGraphLaunch",
         "cuGraphExecKernelNodeSetParams_v2", "cuCtxPopCurrent_v2", "cuStreamDestroy_v2",
         "cuGraphExecDestroy", "cuGraphDestroy", "cuModuleUnload", "cuDevicePrimaryCtxRelease_v2",
+        "cuCtxSynchronize",
     }  # fmt: skip
     assert set(names) == wanted, "every kind of call is made"
     driver.on_launch(None)  # which calls are made is all that matters here
@@ -69,7 +70,7 @@ def test_after_an_error_in_the_middle_of_an_update_every_pointer_is_written(benc
     program = toy.forward(H, B)
     run_forward(bench, program, 0)
     inputs = bench.inputs(forward_inputs(1))
-    driver.fail(2)  # the third node
+    driver.fail(3)  # the third node
     with pytest.raises(_native.DriverError, match="cuGraphExecKernelNodeSetParams_v2"):
         bench.run(program, inputs)
     run_forward(bench, program, 2)

@@ -81,6 +81,7 @@ static int driver_version = 12080;
 static int device_count = 1;
 static int capability = 90;
 static int fault, fault_at;
+static int capturing; /* somebody else, in the mode that forbids everybody what is unsafe */
 
 /* Faults, each as if the loop or the driver had it; fault_at is the node that is hit. */
 enum {
@@ -115,6 +116,7 @@ EXPORT void standin_device(int version, int count, int sm) {
   device_count = count;
   capability = sm;
 }
+EXPORT void standin_capturing(int on) { capturing = on; }
 EXPORT long standin_context_depth(void) { return depth; }
 
 /* Counts the call; an injected failure is the result, after the work where something is freed. */
@@ -236,6 +238,7 @@ EXPORT CUresult CUDAAPI cuGetErrorName(CUresult error, const char** text) {
           : error == CUDA_ERROR_INVALID_HANDLE ? "CUDA_ERROR_INVALID_HANDLE"
           : error == CUDA_ERROR_INVALID_VALUE  ? "CUDA_ERROR_INVALID_VALUE"
           : error == CUDA_ERROR_NOT_FOUND      ? "CUDA_ERROR_NOT_FOUND"
+          : error == CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED ? "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"
                                                : "CUDA_ERROR_UNKNOWN";
   return CUDA_SUCCESS;
 }
@@ -301,9 +304,15 @@ EXPORT CUresult CUDAAPI cuCtxPopCurrent_v2(CUcontext* context) {
   *context = stack[--depth];
   return injected;
 }
+EXPORT CUresult CUDAAPI cuCtxSynchronize(void) {
+  CUresult injected = enter(__func__);
+  NEED_CONTEXT();
+  return capturing ? CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED : injected;
+}
 EXPORT CUresult CUDAAPI cuModuleLoadData(CUmodule* module, const void* image) {
   ENTER();
   NEED_CONTEXT();
+  if (capturing) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   size_t bytes = image_bytes(image);
   if (bytes == 0) return CUDA_ERROR_INVALID_IMAGE;
   *module = calloc(1, sizeof(**module));
@@ -340,6 +349,7 @@ EXPORT CUresult CUDAAPI cuModuleGetFunction(CUfunction* function, CUmodule modul
 EXPORT CUresult CUDAAPI cuFuncSetAttribute(CUfunction function, CUfunction_attribute which,
                                            int value) {
   ENTER();
+  NEED_CONTEXT();
   struct function* f = (struct function*)function;
   NEED(f->module, MODULE);
   if (which != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) return CUDA_ERROR_INVALID_VALUE;
@@ -351,6 +361,7 @@ EXPORT CUresult CUDAAPI cuFuncSetAttribute(CUfunction function, CUfunction_attri
 EXPORT CUresult CUDAAPI cuFuncGetParamInfo(CUfunction function, size_t index, size_t* offset,
                                            size_t* size) {
   ENTER();
+  NEED_CONTEXT();
   struct function* f = (struct function*)function;
   NEED(f->module, MODULE);
   if (index >= (size_t)f->params) return CUDA_ERROR_INVALID_VALUE;
@@ -390,6 +401,7 @@ EXPORT CUresult CUDAAPI cuStreamDestroy_v2(CUstream stream) {
 }
 EXPORT CUresult CUDAAPI cuStreamBeginCapture_v2(CUstream stream, CUstreamCaptureMode mode) {
   ENTER();
+  NEED_CONTEXT();
   NEED(stream, STREAM);
   if (mode != CU_STREAM_CAPTURE_MODE_THREAD_LOCAL) return CUDA_ERROR_INVALID_VALUE;
   if (stream->capturing != NULL) return CUDA_ERROR_ILLEGAL_STATE;
@@ -399,6 +411,7 @@ EXPORT CUresult CUDAAPI cuStreamBeginCapture_v2(CUstream stream, CUstreamCapture
 }
 EXPORT CUresult CUDAAPI cuStreamEndCapture(CUstream stream, CUgraph* graph) {
   ENTER();
+  NEED_CONTEXT();
   NEED(stream, STREAM);
   if (stream->capturing == NULL) return CUDA_ERROR_ILLEGAL_STATE;
   *graph = stream->capturing;
@@ -410,6 +423,7 @@ EXPORT CUresult CUDAAPI cuStreamGetCaptureInfo_v2(CUstream stream, CUstreamCaptu
                                                   const CUgraphNode** dependencies,
                                                   size_t* count) {
   ENTER();
+  NEED_CONTEXT();
   NEED(stream, STREAM);
   *status = stream->capturing == NULL ? CU_STREAM_CAPTURE_STATUS_NONE
                                       : CU_STREAM_CAPTURE_STATUS_ACTIVE;
@@ -541,6 +555,7 @@ EXPORT CUresult CUDAAPI cuGraphInstantiateWithFlags(CUgraphExec* exec, CUgraph g
 EXPORT CUresult CUDAAPI cuGraphExecKernelNodeSetParams_v2(
     CUgraphExec exec, CUgraphNode handle, const CUDA_KERNEL_NODE_PARAMS_v2* params) {
   ENTER();
+  NEED_CONTEXT();
   NEED(exec, EXEC);
   NEED(exec->graph, GRAPH);
   const size_t i = ((struct node*)handle)->index;

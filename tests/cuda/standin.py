@@ -119,6 +119,10 @@ class Driver:
     def device(self, version: int = 12080, count: int = 1, capability: int = 90) -> None:
         self._lib.standin_device(version, count, capability)
 
+    def capturing(self, on: bool = True) -> None:
+        """As while somebody else captures: nothing can be loaded, nothing waited for."""
+        self._lib.standin_capturing(int(on))
+
     @property
     def context_depth(self) -> int:
         return self._lib.standin_context_depth()
@@ -369,7 +373,7 @@ class Bench:
             else:
                 value = np.frombuffer(raw, _NUMBERS[kind])[0].item()
                 raw_args.append(value)
-                args[argument] = bool(value) if kind == "u8" else value
+                args[argument] = value
         at = -(-at // 8) * 8 if made.hidden else at
         hidden = values[at:]
         assert len(hidden) == 8 * made.hidden and not any(hidden), f"{name}: a hidden pointer"

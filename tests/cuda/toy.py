@@ -23,7 +23,7 @@ def step_kernel(state, weight, noise, after, out, B, scale, first_row, BLOCK: tl
     total = tl.sum(h[:, None, :] * w[None, :, :], 2)
     y = 2.0 / (1.0 + tl.exp(-2.0 * total)) - 1.0
     eps = tl.load(noise + at, mask=inside, other=0.0)
-    eps = tl.where(first_row & (row == 0)[:, None], 0.0, eps)
+    eps = tl.where((first_row != 0) & (row == 0)[:, None], 0.0, eps)
     tl.store(after + at, y * scale + eps, mask=inside)
     tl.store(out + at, y, mask=inside)
 

@@ -2,7 +2,8 @@
 TRITON_INTERPRET=1 before triton is imported.
 
 As it comes, its ``dot`` multiplies the bit patterns of bfloat16 and its cast to bfloat16 cuts off
-what hardware rounds to nearest even.
+what hardware rounds to nearest even. Its minimum and maximum return NaN where PTX's ``min.f32`` and
+``max.f32`` return the other number.
 """
 
 from __future__ import annotations
@@ -55,3 +56,14 @@ def correct_bfloat16() -> None:
     InterpreterBuilder.create_fp_to_fp = new_convert
     InterpreterBuilder.create_dot = new_dot
     assert interpreter.InterpreterBuilder is InterpreterBuilder
+
+
+def correct_minimum() -> None:
+    """Replace the interpreter's minimum and maximum, which let a NaN through, by those of a GPU."""
+    for name, function in (("create_minnumf", np.fmin), ("create_maxnumf", np.fmax)):
+        assert hasattr(InterpreterBuilder, name)
+
+        def new(self, a, b, function=function):
+            return self.binary_op(a, b, function)
+
+        setattr(InterpreterBuilder, name, new)

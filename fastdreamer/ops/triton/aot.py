@@ -7,6 +7,7 @@ multiple of 16 bytes where it always is; integers are never specialised by value
 from __future__ import annotations
 
 import functools
+import math
 import re
 from typing import Any
 
@@ -74,6 +75,9 @@ def checked(spec: Spec, metadata: Any, ptx: str, cubin: bytes) -> Compiled:
     for what, only in unexpected.items():
         if (got := getattr(metadata, what, only)) != only:
             raise LayoutError(f"{name}: {what} is {got}, the loop can run it with {only} only")
+    threads = 32 * metadata.num_warps
+    if (required := entry_threads(ptx, name)) != threads:
+        raise LayoutError(f"{name}: the PTX wants blocks of {required} threads, not {threads}")
     layout = [_POINTER if t.startswith("*") else _LAYOUT[t] for _, t in spec.types]
     expected, found = [ptx_type for ptx_type, _ in layout], entry_types(ptx, name)
     hidden = len(found) - len(expected)
@@ -87,9 +91,17 @@ def checked(spec: Spec, metadata: Any, ptx: str, cubin: bytes) -> Compiled:
         image=cubin,
         kinds=tuple(kind for _, kind in layout),
         hidden=hidden,
-        threads=32 * metadata.num_warps,
+        threads=threads,
         shared_bytes=metadata.shared,
     )
+
+
+def entry_threads(ptx: str, name: str) -> int:
+    """Return how many threads a block of a kernel must have, as its PTX says (``.reqntid``)."""
+    sizes = re.search(rf"\.entry\s+{re.escape(name)}\b[^{{]*?\.reqntid\s+([\d\s,]+)", ptx)
+    if sizes is None:
+        raise LayoutError(f"{name}: no .reqntid in the PTX")
+    return math.prod(int(size) for size in sizes[1].split(","))
 
 
 def entry_types(ptx: str, name: str) -> list[str]:

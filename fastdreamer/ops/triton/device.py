@@ -29,7 +29,10 @@ def tanh(x):
 
 @triton.jit
 def softplus(x):
-    """max(x, 0) + log1p(exp(-|x|)); the quotient makes up for the rounding of 1 + u (Kahan)."""
+    """max(x, 0) + log1p(exp(-|x|)); the quotient makes up for the rounding of 1 + u (Kahan).
+
+    A NaN, which the maximum drops, is in the logarithm.
+    """
     u = tl.exp(-tl.abs(x))
     w = 1.0 + u
     log1p = tl.where(w == 1.0, u, tl.log(w) * (u / tl.where(w == 1.0, 1.0, w - 1.0)))
@@ -38,10 +41,11 @@ def softplus(x):
 
 @triton.jit
 def activate(x, ACT: tl.constexpr):
+    """A NaN stays one: no minimum or maximum, which in PTX return the other number."""
     if ACT == "elu":
-        y = tl.where(x > 0, x, tl.exp(tl.minimum(x, 0.0)) - 1.0)
+        y = tl.where(x > 0, x, tl.exp(tl.where(x > 0, 0.0, x)) - 1.0)
     elif ACT == "relu":
-        y = tl.where(x > 0, x, 0.0)
+        y = tl.where(x < 0, 0.0, x)
     elif ACT == "silu":
         y = x * sigmoid(x)
     else:
@@ -56,7 +60,7 @@ def activation_slope(at, ACT: tl.constexpr):
     if ACT == "elu":
         slope = tl.where(at > 0, 1.0, at + 1.0)
     elif ACT == "relu":
-        slope = tl.where(at > 0, 1.0, 0.0)
+        slope = tl.where(at <= 0, 0.0, 1.0)
     elif ACT == "silu":
         s = sigmoid(at)
         slope = s * (1.0 + at * (1.0 - s))

@@ -105,18 +105,22 @@ def gradient_kernel(
     if first is not None:
         first += begin
     left = (end - begin).to(tl.int32)
+    row = tl.arange(0, BR)
     for start in range(0, left, BR):
-        r = start + tl.arange(0, BR)
+        at = tl.cast(start, tl.int64)  # a share's elements may be more than 2³¹, a block's are not
+        alive = start + row < left
         g = tl.load(
-            grads + r[None, :] * GRADS + columns[:, None],
-            mask=(o < N)[:, None] & (r < left)[None, :],
+            grads + at * GRADS + row[None, :] * GRADS + columns[:, None],
+            mask=(o < N)[:, None] & alive[None, :],
             other=0.0,
         )
-        kept = r < left
+        kept = alive
         if first is not None:
-            kept = kept & (tl.load(first + r, mask=kept, other=1) == 0)
+            kept = alive & (tl.load(first + at + row, mask=alive, other=1) == 0)
         y = tl.load(
-            x + r[:, None] * XS + i[None, :], mask=kept[:, None] & (i < K)[None, :], other=0.0
+            x + at * XS + row[:, None] * XS + i[None, :],
+            mask=kept[:, None] & (i < K)[None, :],
+            other=0.0,
         )
         acc = tl.dot(g, y.to(g.dtype), acc, input_precision="ieee")
         if d_bias is not None:

@@ -1,0 +1,94 @@
+"""A NaN in a state, an action or a weight reaches, through the Triton kernels, what it reaches in
+eager: under Triton's interpreter, in a process of its own.
+"""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastdreamer import testing
+from fastdreamer.ops.cem import cem
+from fastdreamer.ops.params import ACTIVATIONS, StdTransform
+from fastdreamer.ops.rssm_step import rssm_step
+
+nan = math.nan
+SMALL = testing.Sizes(A=2, D=20, S=6, E=24, hidden=24, units=24, reward_layers=1, critic_layers=1,
+                      actor_layers=1, activation="elu")  # fmt: skip
+STDS = (StdTransform("softplus"), StdTransform("sigmoid", floor=0.3), StdTransform("exp"))
+
+
+def with_nan(inputs: dict, where: str) -> dict:
+    """A step's inputs with NaN in the second row of a state or action, or in a weight."""
+    if where == "weight":
+        inputs["params"].inp.weights[0][3, 1] = nan
+    elif where == "action":
+        inputs["action"][1, 0] = nan
+    else:
+        getattr(inputs["state"], where)[1, 0] = nan
+    return inputs
+
+
+def values_and_gradients(inputs: dict, backend: str) -> tuple[list[torch.Tensor], ...]:
+    weight, (deter, stoch) = inputs["params"].inp.weights[0], inputs["state"]
+    by = [x.requires_grad_() for x in (deter, stoch, inputs["action"], weight)]
+    state, prior = rssm_step(**inputs, backend=backend)
+    values = [*state, *prior]
+    return [x.detach() for x in values], list(torch.autograd.grad(sum(x.sum() for x in values), by))
+
+
+def check_step(activation: str) -> None:
+    """In the values the same elements are NaN; a row without one has eager's gradients."""
+    sizes = SMALL._replace(activation=activation)
+    for where, std in zip(("deter", "stoch", "action", "weight"), (*STDS, STDS[0]), strict=True):
+        inputs = testing.rssm_step_inputs(sizes, 3)
+        inputs["params"] = inputs["params"]._replace(std=std)
+        inputs = with_nan(inputs, where)
+        eager, triton = (values_and_gradients(inputs, b) for b in ("eager", "triton"))
+        rows = [True] * 3 if where == "weight" else [False, True, False]
+        for ours, theirs in zip(triton[0], eager[0], strict=True):
+            assert ours.isnan().all(1).tolist() == rows, f"{activation}, NaN in {where}: {ours}"
+            assert torch.equal(ours.isnan(), theirs.isnan())
+        *by_rows, by_weight = triton[1]
+        for ours, theirs in zip(by_rows, eager[1], strict=False):
+            assert ours.isnan().any(1).tolist() == rows, f"{activation}, NaN in {where}: {ours}"
+            assert theirs.isnan().any(1).tolist() == rows
+            torch.testing.assert_close(ours[::2], theirs[::2], rtol=1e-4, atol=1e-5, equal_nan=True)
+        assert by_weight.isnan().any()
+
+
+def check_cem(activation: str) -> None:
+    """A candidate whose action is NaN is scored NaN and is never an elite."""
+    inputs = testing.cem_inputs(SMALL._replace(activation=activation), 2, 1, 6, 1)
+    inputs["num_elites"] = 3
+    inputs["action_noise"][0, 0, 0, 1, 0] = nan
+    plans = {b: cem(**inputs, backend=b) for b in ("eager", "triton")}
+    for name in ("mean", "std", "scores"):
+        eager, triton = (getattr(plans[b], name) for b in ("eager", "triton"))
+        assert torch.equal(triton.isnan(), eager.isnan()), (activation, name)
+        torch.testing.assert_close(triton, eager, rtol=1e-4, atol=1e-5, equal_nan=True)
+    scores = plans["triton"].scores
+    assert scores.isnan().sum() == 1 and scores[0, 0, 1].isnan()
+    assert plans["triton"].mean.isfinite().all()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan(activation):
+    done = subprocess.run(
+        [sys.executable, __file__, activation],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+if __name__ == "__main__":
+    from interpreter import correct_minimum
+
+    correct_minimum()
+    check_step(sys.argv[1])
+    check_cem(sys.argv[1])

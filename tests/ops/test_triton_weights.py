@@ -1,0 +1,77 @@
+"""The weights' gradients where elements are more than 32 bits count, and kernels' blocks.
+
+The interpreter runs in a process of its own: it is chosen before triton is imported.
+"""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+WIDTH, ROWS = 1 << 26, 33  # row 32 begins at element 2³¹
+
+
+def check_many_elements(path: str) -> None:
+    """Row r of the gradients is r, of the input 1 + r; the file between the rows stays a hole."""
+    from fastdreamer.ops.triton.weights import gradient_kernel
+
+    grads = torch.from_file(path, shared=True, size=ROWS * WIDTH, dtype=torch.float16)
+    n, k = 4, 3
+    row = torch.arange(ROWS, dtype=torch.float16)
+    grads.view(ROWS, WIDTH)[:, :n] = row[:, None] / 8
+    x = (1 + row)[:, None].repeat(1, k).float()
+    d_weight, d_bias = torch.zeros(1, n, k), torch.zeros(1, n)
+    gradient_kernel[(1, 1, 1)](
+        grads, x, None, d_weight, d_bias, ROWS, 48,
+        GRADS=WIDTH, XS=k, K=k, IN=k, N=n, NP=16, GROUPS=1, LAST=0, BO=16, BI=16, BR=16,
+    )  # fmt: skip
+    expected = (row.double() / 8 * (1 + row.double())).sum().float()
+    torch.testing.assert_close(d_weight, expected.expand(1, n, k), rtol=1e-5, atol=0)
+    torch.testing.assert_close(d_bias, (row.sum() / 8).float().expand(1, n), rtol=1e-5, atol=0)
+
+
+def test_more_elements_than_32_bits_count(tmp_path):
+    done = subprocess.run(
+        [sys.executable, __file__, tmp_path / "grads"],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+PTX = """
+.visible .entry step(
+	.param .u64 .ptr .global .align 1 step_param_0
+)
+.reqntid 128
+{
+.visible .entry other(
+)
+.reqntid 64, 2, 1
+{
+.visible .entry free(
+)
+{
+"""
+
+
+def test_a_block_is_as_large_as_the_ptx_says():
+    from fastdreamer.ops.triton import aot
+
+    assert aot.entry_threads(PTX, "step") == aot.entry_threads(PTX, "other") == 128
+    with pytest.raises(aot.LayoutError, match="free: no .reqntid"):
+        aot.entry_threads(PTX, "free")
+    metadata = SimpleNamespace(name="step", num_warps=8, shared=0)
+    spec = SimpleNamespace(types=(("x", "*fp32"),))
+    with pytest.raises(aot.LayoutError, match="wants blocks of 128 threads, not 256"):
+        aot.checked(spec, metadata, PTX, b"")
+    metadata.num_warps = 4
+    assert aot.checked(spec, metadata, PTX, b"").threads == 128
+
+
+if __name__ == "__main__":
+    check_many_elements(sys.argv[1])
