@@ -9,9 +9,9 @@ import pytest
 
 from benchmarks.collection import VARIANTS, make_env
 from benchmarks.timing import PhaseRecorder
-from fastdreamer.collector import random_policy, rollout_episode
 from fastdreamer.envs import Env
 from fastdreamer.envs.gl import GLError, select_gl
+from fastdreamer.play import random_policy, rollout_episode
 
 
 def _decide(env: Env) -> Callable[[], None]:

@@ -14,11 +14,11 @@ import torch
 from benchmarks import machine, report
 from benchmarks.timing import MIN_REPEATS, PhaseRecorder, cell, summary
 from fastdreamer.agent import Dreamer
-from fastdreamer.collector import agent_policy, rollout_episode
 from fastdreamer.config import preset
 from fastdreamer.envs import Env, dmc
 from fastdreamer.envs.gl import select_gl
 from fastdreamer.ops.backend import use_backend
+from fastdreamer.play import agent_policy, rollout_episode
 
 VARIANTS = {
     "full": ("full", dmc.SHADOW_SIZE),

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from benchmarks import report
 from fastdreamer.agent import Dreamer, load
-from fastdreamer.collector import config_env
 from fastdreamer.config import PlanConfig
 from fastdreamer.ops.cem import evaluate
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.params import State
+from fastdreamer.play import config_env
 
 PLANS = {
     "actor": None,

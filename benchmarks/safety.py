@@ -15,7 +15,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from fastdreamer.replay import EPISODE_GLOB, read_episode
+from fastdreamer.episodes import EPISODE_GLOB, read_episode
 from fastdreamer.safety import walker_signal
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdreamer.replay import Replay, episode_fields, write_episode
+from fastdreamer.episodes import episode_fields, write_episode
+from fastdreamer.replay import Replay
 
 OBS_SHAPES = {"pixels": (64, 64, 3)}
 ACTION_DIM = 6

@@ -1,4 +1,4 @@
-"""Episodes and evaluations, in a worker process beside training.
+"""The collector: episodes and evaluations, in a worker process beside training.
 
 The hand-over is deterministic: a job names the episode, the weights travel with it, the worker
 seeds everything from the configuration's seed and the episode's index, and the trainer waits for
@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -28,11 +28,17 @@ from torch import Tensor
 
 from fastdreamer.config import Config, from_dict, to_dict
 from fastdreamer.device import resolve_device
-from fastdreamer.envs import make_env
+from fastdreamer.episodes import write_episode
+from fastdreamer.play import (
+    agent_policy,
+    collect,
+    config_env,
+    episode_seed,
+    evaluate,
+    random_policy,
+)
 from fastdreamer.policy import Policy
-from fastdreamer.replay import write_episode
-from fastdreamer.safety import Shield, Violations, safety_rates
-from fastdreamer.viz.video import write_video
+from fastdreamer.safety import Violations, safety_rates
 
 _log = logging.getLogger("fastdreamer")
 POLICY_PARTS = ("model.encoder.", "model.rssm.", "actor.")
@@ -40,9 +46,6 @@ POLICY_PARTS = ("model.encoder.", "model.rssm.", "actor.")
 PLANNER_PARTS = ("model.encoder.", "model.rssm.", "model.reward.")
 """Prefixes of the weights that planning needs; ranking by λ-return needs the critics as well."""
 CRITIC_PARTS = ("critic.", "target_critic.")
-
-Watch = Callable[[int, dict[str, np.ndarray], np.ndarray, float], None]
-"""Looks on at an episode: called with t, the observation, the action that led to it, its reward."""
 
 
 class CollectorError(RuntimeError):
@@ -208,130 +211,6 @@ def collecting_controller(config: Config, episode: int) -> str:
     return ("actor", "mpc")[episode % 2] if chosen == "mixed" else chosen
 
 
-def rollout_episode(
-    env: Any, policy: Callable[[dict[str, np.ndarray]], np.ndarray], seed: int
-) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray, float, bool, int]]:
-    """Play one episode; yield (obs, action that led to it, reward, terminated, env_frames).
-
-    The first item is the reset: zero action, zero reward, zero frames.
-    """
-    obs = env.reset(seed=seed)
-    yield obs, np.zeros(env.action_dim, np.float32), 0.0, False, 0
-    done = False
-    while not done:
-        action = policy(obs)
-        obs, reward, terminated, truncated, frames = env.step(action)
-        done = terminated or truncated
-        yield obs, action, reward, terminated, frames
-
-
-def episode_seed(seed: int, purpose: str, index: int) -> int:
-    """A seed for one episode, a function of the run's seed, the purpose and the index."""
-    kind = {"collect": 0, "evaluate": 1}[purpose]
-    return int(np.random.SeedSequence([seed, kind, index]).generate_state(1)[0])
-
-
-def random_policy(action_dim: int, seed: int) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
-    """Uniform actions in [-1, 1]."""
-    rng = np.random.default_rng(seed)
-    return lambda obs: rng.uniform(-1, 1, action_dim).astype(np.float32)
-
-
-def agent_policy(
-    agent: Policy,
-    seed: int,
-    noise: float,
-    controller: str | None = None,
-    *,
-    explore: bool = False,
-    shield: Shield | None = None,
-) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
-    """The agent with exploration noise (0: none), for one episode; see ``Policy.act``."""
-    generator = torch.Generator().manual_seed(seed)
-    state = None
-
-    def policy(obs: dict[str, np.ndarray]) -> np.ndarray:
-        nonlocal state
-        action, state = agent.act(
-            obs,
-            state,
-            controller=controller,
-            noise=noise,
-            explore=explore,
-            shield=shield,
-            generator=generator,
-        )
-        return action
-
-    return policy
-
-
-def collect(
-    env: Any,
-    policy: Callable[[dict[str, np.ndarray]], np.ndarray],
-    seed: int,
-    watch: Watch | None = None,
-) -> tuple[dict[str, np.ndarray], int]:
-    """Play one episode for replay.
-
-    Returns:
-        Its arrays (see ``replay.write_episode``) and its env frames.
-    """
-    steps: list[dict[str, Any]] = []
-    env_frames = 0
-    for t, step in enumerate(rollout_episode(env, policy, seed)):
-        obs, action, reward, terminated, frames = step
-        env_frames += frames
-        if watch is not None:
-            watch(t, obs, action, reward)
-        steps.append({**obs, "action": action, "reward": np.float32(reward),
-                      "terminated": np.bool_(terminated)})  # fmt: skip
-    return {key: np.stack([step[key] for step in steps]) for key in steps[0]}, env_frames
-
-
-class Recorder:
-    """A Watch that keeps what it sees, episode by episode."""
-
-    def __init__(self) -> None:
-        self._steps: list[list[dict[str, Any]]] = []
-
-    def __call__(
-        self, t: int, obs: dict[str, np.ndarray], action: np.ndarray, reward: float
-    ) -> None:
-        """See one step; t = 0 starts an episode."""
-        if t == 0:
-            self._steps.append([])
-        self._steps[-1].append({**obs, "action": action, "reward": np.float32(reward)})
-
-    def episodes(self) -> list[dict[str, np.ndarray]]:
-        """The arrays of every episode, time first."""
-        return [{k: np.stack([s[k] for s in steps]) for k in steps[0]} for steps in self._steps]
-
-
-def evaluate(
-    agent: Policy,
-    env: Any,
-    seed: int,
-    video: Path | None = None,
-    controller: str | None = None,
-    *,
-    shield: Shield | None = None,
-    watch: Watch | None = None,
-) -> float:
-    """Return of one episode without exploration noise; optionally write a video of it."""
-    images, total = [], 0.0
-    policy = agent_policy(agent, seed, 0.0, controller, shield=shield)
-    for t, (obs, action, reward, _, _) in enumerate(rollout_episode(env, policy, seed)):
-        total += reward
-        if watch is not None:
-            watch(t, obs, action, reward)
-        if video is not None and t % 2 == 0:
-            images.append(env.render(height=240, width=320))
-    if video is not None:
-        write_video(video, images, fps=1 / (2 * env.decision_seconds))
-    return total
-
-
 def _worker(connection: Any, config_json: str, episodes: str) -> None:
     """The worker process: answer jobs until the trainer is gone."""
     threading.Thread(target=_exit_with_trainer, daemon=True).start()
@@ -407,19 +286,6 @@ def _run_job(job: Job, config: Config, agent: Policy, env: Any, episodes: Path) 
         controller = config.eval.controller
         returns.append(evaluate(agent, env, seed, video, controller, watch=watch))
     return Result(episode_return, returns, episode_safety, safety_rates(watch, None))
-
-
-def config_env(config: Config) -> Any:
-    """The environment that a configuration describes."""
-    return make_env(
-        config.env.task,
-        obs=config.env.obs,
-        action_repeat=config.env.action_repeat,
-        seed=config.seed,
-        time_limit=config.env.time_limit,
-        image_size=config.env.image_size,
-        render_quality=config.env.render_quality,
-    )
 
 
 def _on_cpu(config: Config) -> Config:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
+import re
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+_TMP = re.compile(r"\.tmp-(\d+)-.*")
+_TMP_MAX_AGE = 3600  # seconds; a write takes far less, so an older one belongs to a recycled pid
 
-@contextmanager
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path``, of its suffix, to write to; it becomes ``path`` at the end.
 
@@ -48,6 +53,32 @@ def write_csv(
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def remove_stale(directory: Path) -> None:
+    """Remove the temporary files of `replacing` whose writers no longer live."""
+    for path in directory.iterdir():
+        match = _TMP.fullmatch(path.name)
+        if not match:
+            continue
+        with contextlib.suppress(FileNotFoundError):  # its writer renamed it meanwhile
+            stale = time.time() - path.stat().st_mtime > _TMP_MAX_AGE
+            try:
+                os.kill(int(match[1]), 0)
+                # Killed, but not yet reaped: it answers signals and writes no more.
+                stale = stale or _is_zombie(match[1])
+            except (ProcessLookupError, OverflowError):
+                stale = True
+            except PermissionError:
+                pass  # it lives, under another user
+            if stale:
+                path.unlink()
+
+
+def _is_zombie(pid: str) -> bool:
+    with contextlib.suppress(OSError):  # it is gone, or there is no /proc: not told
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return False
 
 
 def _sync(path: Path) -> None:

@@ -20,9 +20,9 @@ import torch
 
 from fastdreamer.agent import Dreamer, load
 from fastdreamer.checkpoint import CheckpointError, list_checkpoints, list_snapshots, load_meta
-from fastdreamer.collector import config_env, episode_seed, evaluate
 from fastdreamer.config import ConfigError, PlanConfig
 from fastdreamer.files import write_csv
+from fastdreamer.play import config_env, episode_seed, evaluate
 from fastdreamer.trainer import RunError, read_config
 from fastdreamer.viz.curves import plot_runs, write_curve
 from fastdreamer.viz.dreams import dream_figure, state_figure

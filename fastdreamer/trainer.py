@@ -30,10 +30,11 @@ from fastdreamer.agent import Dreamer
 from fastdreamer.collector import Collector, Job, policy_weights
 from fastdreamer.config import Config, ConfigError, from_dict, to_dict
 from fastdreamer.device import describe_device, resolve_config
+from fastdreamer.episodes import episode_fields
 from fastdreamer.files import replacing
 from fastdreamer.logger import Logger, Progress
 from fastdreamer.ops.backend import use_backend
-from fastdreamer.replay import Replay, episode_fields
+from fastdreamer.replay import Replay
 
 _log = logging.getLogger("fastdreamer")
 

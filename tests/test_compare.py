@@ -16,11 +16,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastdreamer import compare, load, make_env
+from fastdreamer import load, make_env
 from fastdreamer.cli import main
-from fastdreamer.collector import config_env, episode_seed, evaluate
-from fastdreamer.compare import Settings, comparison_table
+from fastdreamer.compare import compare
+from fastdreamer.compare.records import Settings
+from fastdreamer.compare.results import comparison_table, write_results
 from fastdreamer.config import ConfigError
+from fastdreamer.play import config_env, episode_seed, evaluate
 from fastdreamer.trainer import RunError, Stopped
 from fastdreamer.viz.comparison import comparison_figure
 
@@ -39,7 +41,7 @@ def own_threads():
 
 
 def run(out, settings, methods, seeds=1):
-    return compare.compare(out, settings, methods, seeds, console=Console(quiet=True))
+    return compare(out, settings, methods, seeds, console=Console(quiet=True))
 
 
 def rows_of(path):
@@ -286,7 +288,7 @@ def test_another_setting_in_the_same_directory_is_refused(dreamer):
 
 def test_damage_and_emptiness_are_named(tmp_path):
     with pytest.raises(RunError, match="holds no evaluation yet"):
-        compare.write_results(tmp_path)
+        write_results(tmp_path)
     (tmp_path / "compare.json").write_text("{")
     with pytest.raises(RunError, match=r"compare\.json: damaged"):
         run(tmp_path, TINY, ["dreamer"])

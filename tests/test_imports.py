@@ -15,7 +15,7 @@ PACKAGE = ROOT / "fastdreamer"
 MODEL = {"config", "ops", "nn"}
 PUBLIC = MODEL | {"_version", "losses", "planning", "exploration", "safety", "agent"}
 PUBLIC |= {"checkpoint", "collector", "envs", "logger", "replay", "report", "rollout", "trainer"}
-PUBLIC |= {"files", "policy", "viz"}
+PUBLIC |= {"episodes", "files", "play", "policy", "viz"}
 
 # What each room (a file or folder of the package) may import of ours, beside itself; imports
 # inside functions count. config → ops → nn → {losses, planning, exploration, safety} → policy →
@@ -32,15 +32,17 @@ ALLOWED = {
     "safety": MODEL,
     "checkpoint": {"config", "_version", "files"},
     "envs": {"config", "_version"},
-    "replay": {"config", "_version", "files"},
+    "episodes": {"files"},
+    "replay": {"episodes", "files"},
     "logger": {"config", "_version"},
     "viz": {"files", "logger"},
     "device": {"config", "ops"},
     "policy": MODEL | {"device", "planning", "exploration", "safety"},
     "agent": MODEL | {"losses", "exploration", "checkpoint", "policy"},
-    "collector": {"config", "device", "policy", "envs", "replay", "safety", "viz"},
+    "play": {"config", "policy", "envs", "safety", "viz"},
+    "collector": {"config", "device", "policy", "play", "episodes", "safety"},
     "trainer": PUBLIC - {"trainer", "report", "rollout", "viz"} | {"device"},
-    "report": {"config", "files", "agent", "checkpoint", "collector", "trainer", "viz"},
+    "report": {"config", "files", "agent", "checkpoint", "play", "trainer", "viz"},
     "verify": {"ops", "nn"},
     "rollout": {"ops", "nn", "verify"},
     "adapters": {"ops", "nn", "rollout"},
@@ -64,7 +66,7 @@ THIRD_PARTY = {
     "tyro": {"cli", "config/sections"},
     "rich": {"cli", "compare", "doctor", "logger"},
     "gymnasium": {"envs/gymnasium"},
-    "stable_baselines3": {"compare"},
+    "stable_baselines3": {"compare/methods"},
 }
 
 

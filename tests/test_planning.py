@@ -11,9 +11,10 @@ import torch
 from fastdreamer import planning
 from fastdreamer.agent import Dreamer, load
 from fastdreamer.checkpoint import load_checkpoint
-from fastdreamer.collector import agent_policy, collect, collecting_controller, episode_seed
+from fastdreamer.collector import collecting_controller
 from fastdreamer.config import ConfigError, PlanConfig, preset
 from fastdreamer.envs import make_env
+from fastdreamer.episodes import episode_path, read_episode
 from fastdreamer.ops.backend import last_backend, use_backend
 from fastdreamer.ops.params import (
     ActorParams,
@@ -25,7 +26,7 @@ from fastdreamer.ops.params import (
     StdTransform,
 )
 from fastdreamer.planning import PlanningError, plan
-from fastdreamer.replay import episode_path, read_episode
+from fastdreamer.play import agent_policy, collect, episode_seed
 from fastdreamer.trainer import Trainer, create_run
 
 TINY = preset("tiny")

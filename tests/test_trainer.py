@@ -29,10 +29,11 @@ from fastdreamer.checkpoint import (
     list_snapshots,
     load_checkpoint,
 )
-from fastdreamer.collector import POLICY_PARTS, agent_policy, collect, episode_seed, random_policy
+from fastdreamer.collector import POLICY_PARTS
 from fastdreamer.config import preset, to_dict
 from fastdreamer.envs import make_env
-from fastdreamer.replay import episode_path, read_episode
+from fastdreamer.episodes import episode_path, read_episode
+from fastdreamer.play import agent_policy, collect, episode_seed, random_policy
 from fastdreamer.trainer import RunError, Trainer, create_run, lock_run, read_config
 
 TINY = preset("tiny")

@@ -32,9 +32,9 @@ from fastdreamer.cli.train import Train, run_train, train_defaults
 from fastdreamer.collector import CollectorError
 from fastdreamer.config import Config, ConfigError, from_dict
 from fastdreamer.envs.gl import GLError
+from fastdreamer.episodes import EpisodeError
 from fastdreamer.ops.backend import BackendError
 from fastdreamer.planning import PlanningError
-from fastdreamer.replay import EpisodeError
 from fastdreamer.trainer import RunError, Stopped, read_config
 
 _COMMANDS = {

@@ -11,8 +11,9 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional
 
-from fastdreamer import compare
 from fastdreamer.agent import NonFiniteLoss
+from fastdreamer.compare import compare
+from fastdreamer.compare.records import Settings
 from fastdreamer.config import PRESETS
 from fastdreamer.envs import canonical_task
 from fastdreamer.trainer import RunError
@@ -55,7 +56,7 @@ class Compare:
 
 def run_compare(command: Compare, say: Callable[[str], None]) -> None:
     task = canonical_task(command.task)
-    settings = compare.Settings(
+    settings = Settings(
         task=task,
         obs=command.obs,
         frames=command.frames,
@@ -68,7 +69,7 @@ def run_compare(command: Compare, say: Callable[[str], None]) -> None:
     methods = [name.strip() for name in command.methods.split(",") if name.strip()]
     out = command.out or Path("runs") / f"compare-{task}-{command.obs}"
     try:
-        results = compare.compare(out, settings, methods, command.seeds, console=Console())
+        results = compare(out, settings, methods, command.seeds, console=Console())
     except NonFiniteLoss as error:
         raise RunError(f"compare: the {error} in the run named last") from error
     for name, path in zip(("curves", "picture", "table"), results, strict=True):

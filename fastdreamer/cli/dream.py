@@ -11,8 +11,8 @@ import tyro
 from tyro.conf import Positional
 
 from fastdreamer.agent import load
-from fastdreamer.collector import config_env
 from fastdreamer.config import ConfigError
+from fastdreamer.play import config_env
 from fastdreamer.report import dream_and_live
 from fastdreamer.viz.dreams import dream_figure, dream_video
 

@@ -12,9 +12,9 @@ import tyro
 from tyro.conf import Positional
 
 from fastdreamer.agent import Dreamer, load
-from fastdreamer.collector import Recorder, config_env, episode_seed, evaluate
 from fastdreamer.config import ConfigError, PlanConfig, SafetyConfig
 from fastdreamer.exploration import calibrate_episodes
+from fastdreamer.play import Recorder, config_env, episode_seed, evaluate
 from fastdreamer.safety import Violations, load_signal, safety_rates
 from fastdreamer.viz.calibration import calibration_figure, write_calibration
 
