@@ -1,7 +1,7 @@
 """The largest Triton kernels, compiled ahead; ``python -m tests.triton_resources`` for all."""
 
 import pytest
-from triton_resources import compile_for, faults, kernels, label
+from triton_resources import compile_for, faults, kernels, label, memory_order
 
 from fastdreamer.ops.triton.build import Precision
 from fastdreamer.testing import REPORT
@@ -43,3 +43,45 @@ def test_faults_are_seen():
         ({"moved": ("L tape",)}, "moved"),
     ]:
         assert [f for f in faults(spec, used._replace(**change)) if word in f], change
+
+
+SOURCE = """#loc = loc("k.py":1:0)
+module {
+  tt.func public @k(%p: !tt.ptr<f32> loc("p"(#loc))) {
+    scf.for %layer = %c0 to %c2 step %c1  : i32 {
+      %acc = scf.for %k = %c0 to %c9 step %c1 iter_args(%a = %zero) -> (tensor<16xf32>)  : i32 {
+        %x = tt.load %below, %mask : tensor<16x!tt.ptr<f32>> loc(#loc2)
+        scf.yield %x : tensor<16xf32> loc(#loc3)
+      } loc(#loc4)
+      tt.store %above, %acc : tensor<16x!tt.ptr<f32>> loc(#loc5)
+      ttg.barrier all loc(#loc6)
+    } loc(#loc7)
+    %y = tt.load %last : tensor<16x!tt.ptr<f32>> loc(#loc8)
+    tt.store %out, %y : tensor<16x!tt.ptr<f32>> loc(#loc9)
+    tt.return loc(#loc)
+  } loc(#loc)
+} loc(#loc)
+#loc1 = loc("k.py":3:1)
+#loc2 = loc(callsite("xk"(#loc1) at #loc4))
+#loc4 = loc("k.py":4:0)
+#loc5 = loc("k.py":5:0)
+#loc8 = loc("k.py":8:0)
+#loc9 = loc("k.py":9:0)
+"""
+COPY = "%c = ttg.async_copy_global_to_local %below, %s : tensor<16x!tt.ptr<f32>> loc(#loc2)\n"
+READ = "    %y = tt.load %last : tensor<16x!tt.ptr<f32>> loc(#loc8)\n"
+
+
+def test_a_load_that_crossed_a_barrier_is_seen():
+    assert memory_order(SOURCE, SOURCE) == ("LSBLS", ())
+    begin, inner = "    scf.for %layer", "      %acc = scf.for"
+    pipelined = SOURCE.replace(inner, COPY + inner).replace("%x = tt.load", COPY + "%x = tt.load")
+    assert memory_order(SOURCE, pipelined) == ("LSBLS", ()), "a loop without barriers may be"
+    for changed in (
+        SOURCE.replace(begin, COPY + begin),  # so that a round loads for the next
+        SOURCE.replace("      ttg.barrier", READ + "      ttg.barrier"),
+        SOURCE.replace(READ, READ + COPY),
+        SOURCE.replace(READ, "").replace(begin, READ + begin),
+    ):
+        (moved,) = memory_order(SOURCE, changed)[1]
+        assert moved.startswith("L ") and "k.py" in moved

@@ -52,6 +52,7 @@ MODELS = {
 SHARED = 99 * 1024  # what the least of the four architectures lends a block
 MATRIX = re.compile(r"\b(HMMA|HGMMA|UTCHMMA)\b")
 PRODUCTS = ("rssm_step", "mlp", "gradient_kernel")  # of modules or functions: they multiply
+FEW = 4
 ACTOR = ("mlp.forward_kernel action", "mlp.backward_kernel action")
 BLOCKS = ("BM", "BN", "BK", "BG", "BS", "BO", "BI", "BR", "BLOCK", "BLOCK_K", "BLOCK_N")
 
@@ -73,7 +74,7 @@ class Usage(NamedTuple):
 
 
 def programs(sizes: Sizes, rows: int, precision: Precision) -> Iterator[Program]:
-    """Every program of the ops, forward and backward; of other models than Walker's, two ops'."""
+    """Every program of the ops, forward and backward; the first FEW train imagine and observe."""
     params, actor, returns = make_params(sizes)
     step, D, S = step_shape(params), sizes.D, sizes.S
     shapes = [feat_shape(head, D, S) for head in returns[:3]]
@@ -95,8 +96,6 @@ def programs(sizes: Sizes, rows: int, precision: Precision) -> Iterator[Program]
     yield observe.backward_program(
         filtered, observe._Wants(True, True, True), frozenset(observe.OUTPUTS)
     )
-    if sizes != REPORT:
-        return
     yield imagine.forward_program(rollout._replace(through=False, critic=False))
     yield imagine.critic_program(rollout)
     other = rollout._replace(through_feat=True, heads=heads._replace(discount=shapes[0]))
@@ -124,10 +123,11 @@ def programs(sizes: Sizes, rows: int, precision: Precision) -> Iterator[Program]
 def kernels(sizes: Sizes, rows: int, precision: Precision) -> list[Spec]:
     """What there is to compile: of kernels that differ in the model's sizes alone, the largest.
 
-    Of other models than Walker's, the steps and the actor.
+    Of other models than Walker's, the steps and the actor of the first FEW programs.
     """
     found: dict[Any, tuple[int, Spec]] = {}
-    for program in programs(sizes, rows, precision):
+    count = None if sizes == REPORT else FEW
+    for program in itertools.islice(programs(sizes, rows, precision), count):
         for launch, indices in program.launches():
             spec = launch.spec(dict.fromkeys(indices, 1))
             if sizes != REPORT and not label(spec).startswith(("rssm_step", *ACTOR)):

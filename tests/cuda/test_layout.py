@@ -97,6 +97,7 @@ PTX = """
 	.param .u8 f_param_4,
 	.param .u64 .ptr .global .align 1 f_param_5
 )
+.reqntid 128
 """
 METADATA = {"name": "f", "num_ctas": 1, "launch_cooperative_grid": False, "launch_pdl": False,
             "global_scratch_size": 0, "profile_scratch_size": 0, "num_warps": 4,
@@ -132,6 +133,8 @@ def test_the_layout_is_derived_from_the_signature():
         ("f_param_5", "f_param_5,\n.param .u64 a,\n.param .u64 b"),
         (".param .u32 f_param_1", ".reg .u32 f_param_1"),
         (".entry f(", ".entry g("),
+        (".reqntid 128", ".reqntid 256"),
+        (".reqntid 128", ".maxntid 128"),
     ],
 )
 def test_a_kernel_with_another_layout_is_refused(change):

@@ -1,4 +1,4 @@
-"""The weights' gradients where elements are more than 32 bits count, and kernels' blocks.
+"""The weights' gradients where elements are more than 32 bits count.
 
 The interpreter runs in a process of its own: it is chosen before triton is imported.
 """
@@ -6,9 +6,7 @@ The interpreter runs in a process of its own: it is chosen before triton is impo
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
-import pytest
 import torch
 
 WIDTH, ROWS = 1 << 26, 33  # row 32 begins at element 2³¹
@@ -41,36 +39,6 @@ def test_more_elements_than_32_bits_count(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-PTX = """
-.visible .entry step(
-	.param .u64 .ptr .global .align 1 step_param_0
-)
-.reqntid 128
-{
-.visible .entry other(
-)
-.reqntid 64, 2, 1
-{
-.visible .entry free(
-)
-{
-"""
-
-
-def test_a_block_is_as_large_as_the_ptx_says():
-    from fastdreamer.ops.triton import aot
-
-    assert aot.entry_threads(PTX, "step") == aot.entry_threads(PTX, "other") == 128
-    with pytest.raises(aot.LayoutError, match="free: no .reqntid"):
-        aot.entry_threads(PTX, "free")
-    metadata = SimpleNamespace(name="step", num_warps=8, shared=0)
-    spec = SimpleNamespace(types=(("x", "*fp32"),))
-    with pytest.raises(aot.LayoutError, match="wants blocks of 128 threads, not 256"):
-        aot.checked(spec, metadata, PTX, b"")
-    metadata.num_warps = 4
-    assert aot.checked(spec, metadata, PTX, b"").threads == 128
 
 
 if __name__ == "__main__":
