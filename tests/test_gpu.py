@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 sys.path.insert(0, str(Path(__file__).parent / "ops"))
 
+import gpu_matrix
 import test_triton
 from test_triton import OPS, SMALL, make_inputs
 
@@ -360,6 +361,19 @@ def test_under_the_interpreter(name):
     done = run_self(name, "cpu")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.split()[-1] == "cpu"
+
+
+def test_the_matrix_fails_where_a_part_does(monkeypatch, capfd):
+    parts = {"good": (["-c", "print('x')"], {}), "bad": (["-c", "import os; os.environ['Y']"], {})}
+    monkeypatch.setattr(gpu_matrix, "PARTS", parts)
+    assert gpu_matrix.run(["good"]) == 0
+    assert gpu_matrix.run(["bad", "good"]) == 1
+    lines = [line.split() for line in capfd.readouterr().out.splitlines()]
+    ends = [(line[0], line[-1]) for line in lines if line[-2:-1] == ["min"]]
+    assert ends == [
+        *(("good", "passed"), ("total", "passed")),
+        *(("bad", "failed"), ("good", "passed"), ("total", "failed")),
+    ]
 
 
 if __name__ == "__main__":
