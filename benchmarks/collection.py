@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -92,7 +93,7 @@ def measure(repeats: int, warmup: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     gl = select_gl()
     circumstances = machine.record()
-    config = preset("report")
+    config = dataclasses.replace(preset("report"), device="cpu")
     agent, recorders, running = None, {}, {}
     for name in VARIANTS:
         recorders[name] = PhaseRecorder()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import subprocess
@@ -57,7 +58,7 @@ def learner_peaks(variant: str, directory: Path, episodes: int) -> list[float]:
 
 def collector_peaks(directory: Path, episodes: int) -> list[float]:
     """Collect real Walker episodes from pixels in the worker process; its peaks as above."""
-    config = preset("report")
+    config = dataclasses.replace(preset("report"), device="cpu")
     collector = Collector(config, directory)
     try:
         (worker,) = multiprocessing.active_children()

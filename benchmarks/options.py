@@ -30,7 +30,7 @@ STATE, ACTION = 24, 6  # Walker's
 
 def make(name: str) -> Dreamer:
     """An agent of preset state with the variant's options and random weights."""
-    config: Config = dataclasses.replace(preset("state"), threads=1, **VARIANTS[name])
+    config: Config = dataclasses.replace(preset("state"), device="cpu", threads=1, **VARIANTS[name])
     return Dreamer(config, {"state": (STATE,)}, ACTION)
 
 

@@ -35,7 +35,7 @@ ACTION_DIM = 6  # Walker's
 
 def make_agent(config: PlanConfig) -> tuple[Dreamer, State]:
     """Return the report's Dreamer with random weights, and a latent state of one environment."""
-    settings = dataclasses.replace(preset("report"), plan=config)
+    settings = dataclasses.replace(preset("report"), device="cpu", plan=config)
     agent = Dreamer(settings, {"pixels": (64, 64, 3)}, ACTION_DIM)
     generator = torch.Generator().manual_seed(0)
     draw = lambda size: torch.randn(1, size, generator=generator)  # noqa: E731

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from fastdreamer.config import Config
+from fastdreamer.device import resolve_device
 from fastdreamer.envs import make_env
 from fastdreamer.ops.backend import use_backend
 from fastdreamer.policy import Policy
@@ -42,8 +43,8 @@ def config_env(config: Config) -> Any:
 
 def on_cpu(config: Config) -> Config:
     """The learner's settings for whoever plays; what a GPU is told is no advice to a CPU."""
-    if config.device == "cpu":
-        return config
+    if resolve_device(config.device, config.backend) == "cpu":
+        return replace(config, device="cpu")
     backend = "auto" if config.backend == "triton" else config.backend
     return replace(config, device="cpu", precision="auto", backend=backend)
 

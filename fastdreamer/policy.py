@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdreamer.config import Config, ConfigError
+from fastdreamer.device import resolve_device
 from fastdreamer.exploration import Explorer
 from fastdreamer.nn import MLP, Actor, WorldModel
 from fastdreamer.nn.codec import float_to_pixels
@@ -79,7 +80,7 @@ class Policy(nn.Module):
         self.target_critic = None
         if behavior.target_every and self.critic is not None:
             self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.to(config.device)
+        self.to(resolve_device(config.device, config.backend))
         self.precision = resolve_precision(config.precision, self.device)
         self._act_generator = torch.Generator().manual_seed(config.seed)
 
@@ -333,5 +334,8 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     """``auto`` becomes ``bf16`` where the device multiplies in bfloat16, else ``fp32``."""
     if precision != "auto":
         return precision
-    has_bf16 = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        has_bf16 = torch.cpu._is_avx512_bf16_supported()
     return "bf16" if has_bf16 else "fp32"

@@ -29,10 +29,10 @@ from fastdreamer._version import __version__
 from fastdreamer.agent import Dreamer
 from fastdreamer.collector import Collector, Job, policy_weights
 from fastdreamer.config import Config, ConfigError, from_dict, to_dict
+from fastdreamer.device import describe_device, resolve_config
 from fastdreamer.episodes import episode_fields
 from fastdreamer.files import replacing
 from fastdreamer.logger import Logger, Progress
-from fastdreamer.ops.backend import check_backend
 from fastdreamer.play import run_backend
 from fastdreamer.replay import Replay
 
@@ -63,8 +63,9 @@ def create_run(run_dir: Path, config: Config) -> None:
 
     Raises:
         RunError: there is a run already. BackendError: the backend or device cannot run here.
+        ConfigError: they contradict each other.
     """
-    check_backend(config.backend, config.device)
+    config = resolve_config(config)  # a resumed run computes where this one does
     if (run_dir / "config.json").exists():
         raise RunError(
             f"{run_dir} holds a run already; resume it with `fastdreamer train --resume {run_dir}`,"
@@ -129,11 +130,11 @@ class Trainer:
 
         Raises:
             BackendError: the backend or device cannot run here.
+            ConfigError: they contradict each other.
             Stopped: a signal asked to stop; everything is saved.
             NonFiniteLoss: a loss or gradient became NaN or infinite; the newest checkpoint stands.
         """
-        config = self.config
-        check_backend(config.backend, config.device)
+        config = self.config = resolve_config(self.config)
         self._until = config.train.frames if until is None else min(until, config.train.frames)
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -154,6 +155,7 @@ class Trainer:
         self.progress = stack.enter_context(
             Progress(config.train.frames, title=f"{config.env.task} from {kind}")
         )
+        self.progress.message(f"computing on {describe_device(config.device)}")
         self.progress.update(phase="starting the collector")
         self.collector = Collector(config, run_dir / "episodes")
         stack.callback(self.collector.close)

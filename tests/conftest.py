@@ -15,3 +15,8 @@ with contextlib.suppress(ImportError):
 
     if not os.environ.get("FASTDREAMER_ISA") and _native.isa() == "scalar":
         os.environ["FASTDREAMER_ISA"] = "scalar"
+
+# Tests are about the CPU, also where there is a GPU, which ``device: auto`` would take. Those about
+# a GPU (test_gpu.py) run in processes of their own, which see what is visible here.
+os.environ.setdefault("FASTDREAMER_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""

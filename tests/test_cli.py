@@ -132,7 +132,15 @@ def test_resume_a_finished_run_and_extend_it(run, capsys):
         (["train"], "needs a TASK"),
         (["train", "walker", "--model.deter", "0"], "model.deter must be > 0"),
         (["train", "walker", "--behavior.gamma", "1.5"], "behavior.gamma must be between 0 and 1"),
-        (["train", "walker", "--device", "tpu"], "device must be cpu, cuda or cuda:N"),
+        (["train", "walker", "--device", "tpu"], "device must be auto, cpu, cuda or cuda:N"),
+        (
+            ["train", "walker", "--device", "cpu", "--backend", "triton"],
+            "backend 'triton' runs on a GPU and device is 'cpu'",
+        ),
+        (
+            ["train", "walker", "--device", "cuda", "--backend", "native"],
+            "backend 'native' runs on the CPU and device is 'cuda'",
+        ),
         (["train", "--resume", "nowhere"], "nowhere is not a run directory"),
         (["eval", "nowhere"], "nowhere: no such checkpoint"),
         (["eval", ".", "--episodes", "2"], "holds no checkpoint yet"),

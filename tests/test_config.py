@@ -92,9 +92,9 @@ def test_walker_has_the_original_s_networks_and_losses():
         ("threads", -2, ">= 0"),
         ("backend", "cuda", "'auto' | 'eager' | 'native' | 'triton'"),
         ("precision", "fp16", "'auto' | 'fp32' | 'bf16'"),
-        ("device", "gpu", "cpu, cuda or cuda:N"),
-        ("device", "cuda:x", "cpu, cuda or cuda:N"),
-        ("device", "cuda:", "cpu, cuda or cuda:N"),
+        ("device", "gpu", "auto, cpu, cuda or cuda:N"),
+        ("device", "cuda:x", "auto, cpu, cuda or cuda:N"),
+        ("device", "cuda:", "auto, cpu, cuda or cuda:N"),
         ("device", 0, "text"),
         ("env.task", 3, "text"),
         ("env.obs", "image", "'pixels' | 'state' | 'both'"),
@@ -196,6 +196,7 @@ def test_every_field_is_refused_something():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("device", "auto"),
         ("device", "cuda:1"),
         ("env.time_limit", 2),
         ("model.encoder_linear", None),

@@ -37,10 +37,12 @@ def make_obs(kinds, *lead, seed=0):
     return {kind: obs[kind] for kind in kinds}
 
 
-def test_precision():
+def test_precision(monkeypatch):
     cpu = torch.device("cpu")
     assert resolve_precision("fp32", cpu) == "fp32" and resolve_precision("bf16", cpu) == "bf16"
-    assert resolve_precision("auto", torch.device("cuda")) == "bf16"
+    for capability, precision in (((7, 5), "fp32"), ((8, 0), "bf16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert resolve_precision("auto", torch.device("cuda")) == precision
     assert resolve_precision("auto", cpu) in ("fp32", "bf16")
     assert make_agent(precision="bf16").precision == "bf16"
 

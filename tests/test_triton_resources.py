@@ -3,6 +3,7 @@
 import pytest
 from triton_resources import compile_for, faults, kernels, label, memory_order
 
+from fastdreamer.ops.triton import aot
 from fastdreamer.ops.triton.build import Precision
 from fastdreamer.testing import REPORT
 
@@ -85,3 +86,16 @@ def test_a_load_that_crossed_a_barrier_is_seen():
     ):
         (moved,) = memory_order(SOURCE, changed)[1]
         assert moved.startswith("L ") and "k.py" in moved
+
+
+def test_kernels_are_compiled_side_by_side_and_a_long_wait_is_announced_once(monkeypatch, caplog):
+    monkeypatch.setattr(aot, "_LONG", 0.0)
+    aot._announce.cache_clear()
+    found = [s for s in kernels(REPORT, WALKER, Precision(False, 90)) if "cem." in label(s)][:2]
+    assert len(found) == 2
+    for _ in range(2):
+        aot.compile_kernel.cache_clear()
+        made = aot.compile_kernels([*found, found[0]], 90)
+        assert made == {spec: aot.compile_kernel(spec, 90) for spec in found}
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("compiling kernels for sm_90, once")

@@ -114,6 +114,11 @@ void report_release(const char* call, cu::Result result) noexcept {
   }
 }
 
+int driver_version() {
+  driver();
+  return opened.version;
+}
+
 DriverInfo driver_info() {
   int devices = 0;
   FASTDREAMER_CUDA(cuDeviceGetCount, &devices);

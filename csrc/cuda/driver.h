@@ -39,6 +39,7 @@ struct DriverInfo {
   int devices;
 };
 DriverInfo driver_info();
+int driver_version();  // 12040 is CUDA 12.4
 
 // A device's primary context, the one that torch uses, kept for as long as the object lives.
 class Device {

@@ -8,6 +8,10 @@ namespace {
 constexpr int kSharedWithoutAsking = 48 * 1024;
 constexpr int kMaxThreads = 1024;
 
+std::string version_text(int number, int major) {
+  return std::to_string(number / major) + "." + std::to_string(number % major);
+}
+
 }  // namespace
 
 std::size_t size_of(Kind kind) {
@@ -56,7 +60,13 @@ Kernel::~Kernel() {
 }
 
 void Kernel::load(const std::string& image) {
-  FASTDREAMER_CUDA(cuModuleLoadData, &module_, image.data());
+  try {
+    FASTDREAMER_CUDA(cuModuleLoadData, &module_, image.data());
+  } catch (const DriverError& error) {  // most often the driver is older than the assembler
+    throw DriverError(name_ + ": " + error.what() + " (compiled for compute capability " +
+                      version_text(device_->capability(), 10) + ", the driver is of CUDA " +
+                      version_text(driver_version() / 10, 100) + ")");
+  }
   FASTDREAMER_CUDA(cuModuleGetFunction, &function_, module_, name_.c_str());
   check_parameters();
   if (shared_bytes_ > kSharedWithoutAsking) {

@@ -48,8 +48,8 @@ class Compare:
     """Dreamer's settings and everyone's environment; default: state or, from pixels, walker."""
     threads: int = 0
     """CPU threads of every learner; 0 is torch's own choice."""
-    device: str = "cpu"
-    """Where every learner computes: cpu, cuda or cuda:N."""
+    device: str = "auto"
+    """Where every learner computes: auto, cpu, cuda or cuda:N; auto: a GPU that can run, or cpu."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Directory of the comparison; default: runs/compare-TASK-OBS."""
 

@@ -17,7 +17,9 @@ from tyro.conf import Positional
 from fastdreamer.agent import NonFiniteLoss
 from fastdreamer.checkpoint import list_checkpoints
 from fastdreamer.config import PRESETS, Config, ConfigError, preset
+from fastdreamer.device import resolve_config
 from fastdreamer.envs import canonical_task
+from fastdreamer.ops.gpu import why_no_cuda
 from fastdreamer.trainer import Stopped, Trainer, create_run, read_config, write_config
 
 
@@ -56,7 +58,7 @@ def train_defaults(argv: list[str]) -> Train:
 
 
 def run_train(command: Train, say: Callable[[str], None]) -> int:
-    run_dir = _resumed_run(command) if command.resume else _new_run(command)
+    run_dir = _resumed_run(command, say) if command.resume else _new_run(command)
     say(f"run directory: {run_dir}")
     again = f"fastdreamer train --resume {shlex.quote(str(run_dir))}"
     try:
@@ -88,12 +90,20 @@ def _new_run(command: Train) -> Path:
     return run_dir
 
 
-def _resumed_run(command: Train) -> Path:
+def _resumed_run(command: Train, say: Callable[[str], None]) -> Path:
     """Take new settings into a run; refuse those that its weights or episodes don't fit."""
     run_dir = command.resume
     if command.run is not None:
         raise ConfigError("--run makes a new run and --resume goes on with one: give one of them")
     old, new = read_config(run_dir), command.config.validate()
+    if new.device == old.device != "cpu" and (reason := why_no_cuda()):
+        raise ConfigError(
+            f"{run_dir} was trained on {old.device}, and here is {reason}; --device cpu goes on "
+            "without it, with the same random numbers but not bit for bit"
+        )
+    new = resolve_config(new)
+    if new.device != old.device:
+        say(f"trained on {old.device} so far: from here on not bit for bit as it would have been")
     if command.task and canonical_task(command.task) != old.env.task:
         raise ConfigError(f"{run_dir} is a run of {old.env.task}, not of {command.task}")
     fixed = ("agent", "seed", "env", "model", "collect", "explore", "safety")

@@ -9,6 +9,7 @@ those of an uninterrupted one. Evaluation happens between stages, outside the cl
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,8 +28,8 @@ from fastdreamer.compare.methods import (
 from fastdreamer.compare.records import Settings, Stage, read_json, write_json
 from fastdreamer.compare.results import write_results
 from fastdreamer.config import ConfigError
+from fastdreamer.device import resolve_config, resolve_device
 from fastdreamer.logger import format_seconds
-from fastdreamer.ops.backend import check_backend
 from fastdreamer.play import config_env, episode_seed, rollout_episode
 from fastdreamer.trainer import RunError, Stopped, lock_run, stop_signals
 
@@ -54,6 +55,7 @@ def compare(
         RunError: another process is at one of the runs, or a file is damaged.
         Stopped: a signal asked to stop; the same call goes on.
     """
+    settings = dataclasses.replace(settings, device=resolve_device(settings.device))
     _check(settings, methods, seeds)
     _start(out, settings)
     runs = [(method, seed) for seed in range(seeds) for method in methods]
@@ -80,7 +82,7 @@ def _check(settings: Settings, methods: Sequence[str], seeds: int) -> None:
     if seeds < 1:
         raise ConfigError(f"seeds must be at least 1, got {seeds}")
     config = settings.config(0)
-    check_backend(config.backend, config.device)
+    resolve_config(config)
     free = [name for name in methods if METHODS[name].training in MODEL_FREE]
     if free and settings.obs != "state":
         raise ConfigError(

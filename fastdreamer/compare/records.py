@@ -27,7 +27,7 @@ class Settings:
     eval_episodes: int = 5
     preset: str = "state"
     threads: int = 0
-    device: str = "cpu"
+    device: str = "auto"
 
     def config(self, seed: int) -> Config:
         """Dreamer's configuration for one seed; its environment is every method's.

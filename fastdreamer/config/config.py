@@ -62,9 +62,9 @@ class Config:
     backend: Literal["auto", "eager", "native", "triton"] = "auto"
     """Who computes the recurrent loops; auto takes the fastest that can run."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16: autocast, float32 weights; auto: bf16 where the CPU has it, and on GPUs."""
-    device: str = "cpu"
-    """cpu, cuda or cuda:N."""
+    """bf16: autocast, float32 weights; auto: bf16 where the CPU or GPU has it."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N; auto: cuda where there is a GPU that can run, else cpu."""
     threads: int = 0
     """CPU threads of the learner; 0 is torch's own choice."""
     agent: Literal["dreamer", "planet"] = "dreamer"
@@ -120,8 +120,8 @@ class Config:
             require(value is None or value > 0, name, "none or > 0", value)
         self._validate_explore()
         self._validate_safety()
-        ok = re.fullmatch(r"cpu|cuda(:\d+)?", self.device) is not None
-        require(ok, "device", "cpu, cuda or cuda:N", self.device)
+        ok = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
+        require(ok, "device", "auto, cpu, cuda or cuda:N", self.device)
         return self
 
     def _validate_explore(self) -> None:

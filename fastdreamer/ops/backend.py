@@ -14,6 +14,8 @@ than eager (see :func:`why_slow`), and triton for CUDA tensors. What each body a
   bfloat16 and an explicit choice raises;
 - both differentiate in reverse mode alone: inside ``torch.func``'s transforms and
   ``torch.autograd.forward_ad.dual_level`` auto takes eager and an explicit choice raises;
+- triton needs a GPU of compute capability 8.0 or newer, NVIDIA's driver and the extension built
+  (:mod:`fastdreamer.ops.gpu`); on any other GPU auto takes eager;
 - triton takes CPU tensors where Triton's interpreter is on (``TRITON_INTERPRET=1``, set before
   triton is imported; for tests, it is slow).
 """
@@ -32,6 +34,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from fastdreamer.ops.gpu import why_no_cuda, why_no_kernels
 
 BACKENDS = ("eager", "native", "triton")
 _NAMES = (*BACKENDS, "auto")
@@ -98,16 +102,6 @@ def release_memory() -> None:
     """
     if core := sys.modules.get("fastdreamer._native"):
         core.arena_release()
-
-
-def why_no_cuda() -> str | None:
-    """Return why there is no CUDA device here, None where there is one."""
-    if torch.cuda.is_available():
-        return None
-    from fastdreamer.ops.cuda_graph import driver_state
-
-    built = "" if torch.version.cuda else "this PyTorch is built without CUDA; "
-    return f"no usable NVIDIA GPU: {built}{driver_state()}"
 
 
 @functools.cache
@@ -207,9 +201,12 @@ class Op:
             return f"{self.name} has no {backend} kernel"
         if backend == "native" and device.type != "cpu":
             return f"tensor is on {device}, native needs the cpu"
-        if backend == "triton" and device.type != "cuda" and not _interpreting():
+        if backend == "triton" and device.type != "cuda" and not interpreting():
             needs = f"tensor is on {device}, triton needs a CUDA device"
             return f"{needs}; {reason}" if (reason := why_no_cuda()) else needs
+        on_gpu = backend == "triton" and device.type == "cuda"
+        if on_gpu and (reason := why_no_kernels(device.index)):
+            return reason
         body = self._load(backend)
         return body if isinstance(body, str) else None
 
@@ -264,10 +261,10 @@ class Op:
         if body is None:
             try:
                 body = self._loaders[backend]()  # type: ignore[misc]
-                if backend == "native":
-                    # Traced, it would see parameters without the versions that tell the packed
-                    # weights from old ones. So it breaks the graph, and is called as it is.
-                    body = torch.compiler.disable(body)
+                # Traced, native would see parameters without the versions that tell the packed
+                # weights from old ones, and triton tensors without addresses. So a compiled body
+                # breaks the graph, and is called as it is.
+                body = torch.compiler.disable(body)
             except ModuleNotFoundError as error:
                 missing = "extension not built" if backend == "native" else "not installed"
                 body = f"{missing}: {error}"
@@ -284,7 +281,8 @@ def _most_layers() -> int:
     return _native.MAX_LAYERS
 
 
-def _interpreting() -> bool:
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels, on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

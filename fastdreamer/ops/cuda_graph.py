@@ -151,6 +151,8 @@ class Graphs:
         places = {slot.name: i for i, slot in enumerate(slots)}
         loop = _native.CudaLoop(owner, [slot.numel * slot.dtype.itemsize for slot in slots])
 
+        compiled = self._compile_all(program, misaligned, owner) if load else {}
+
         def add(body: Sequence[Launch | Loop], counts: dict[str, int]) -> None:
             depths = {name: depth for depth, name in enumerate(counts)}
             for item in body:
@@ -160,28 +162,52 @@ class Graphs:
                         add(item.body, {**counts, item.name: item.count})
                         loop.end()
                     continue
-                kernel = self._kernel(item, item.spec(counts, misaligned), owner, load)
+                kernel = self._kernel(item, item.spec(counts, misaligned), owner, compiled)
                 values = [_argument(value, places, depths) for value in item.args.values()]
                 loop.launch(kernel, item.grid, tuple(values))
 
         add(program.body, {})
         return loop
 
-    def _kernel(self, launch: Launch, spec: Spec, device: Any, load: bool) -> Any:
+    def _compile_all(
+        self, program: Program, misaligned: Sequence[str], device: Any
+    ) -> dict[Spec, Compiled]:
+        """Those of a program's kernels that are not loaded yet."""
+        missing: dict[Spec, None] = {}
+
+        def add(body: Sequence[Launch | Loop], counts: dict[str, int]) -> None:
+            for item in body:
+                if isinstance(item, Loop):
+                    if item.count:
+                        add(item.body, {**counts, item.name: item.count})
+                else:
+                    spec = item.spec(counts, misaligned)
+                    if (spec, device.ordinal) not in self._kernels:
+                        missing[spec] = None
+
+        add(program.body, {})
+        if self._compile is not None:
+            return {spec: self._compile(spec, device.capability) for spec in missing}
+        if not missing:
+            return {}
+        from fastdreamer.ops.triton.aot import compile_kernels
+
+        return compile_kernels(missing, device.capability)
+
+    def _kernel(
+        self, launch: Launch, spec: Spec, device: Any, compiled: Mapping[Spec, Compiled]
+    ) -> Any:
         from fastdreamer import _native
 
-        compile_kernel = self._compile
-        if compile_kernel is None:
-            from fastdreamer.ops.triton.aot import compile_kernel
         key = (spec, device.ordinal)
         kernel = self._kernels.get(key)
         if kernel is None:
-            if not load:
+            made = compiled.get(spec)
+            if made is None:
                 raise RuntimeError(
                     f"{launch.kernel.name} is not loaded, and CUDA loads nothing while a graph is "
                     "captured: make the same call once before the capture"
                 )
-            made = compile_kernel(spec, device.capability)
             kernel = self._kernels[key] = _native.CudaKernel(
                 device=device, name=made.name, image=made.image, kinds=list(made.kinds),
                 hidden=made.hidden, threads=made.threads, shared_bytes=made.shared_bytes,

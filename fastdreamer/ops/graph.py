@@ -355,8 +355,11 @@ def empty(slot: Slot, device: torch.device) -> Tensor:
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether torch captures a CUDA graph on the current stream, so that nothing can be read."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Whether torch captures a CUDA graph on its current stream, so that nothing can be read."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def run(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -187,6 +187,25 @@ def test_doctor_says_why_auto_passes_over_the_scalar_core(scalar_cpu):
     assert all(f"native: {why_slow()}" in reason for reason in reasons)
 
 
+@pytest.mark.parametrize("name", ["native", "triton"])
+def test_dynamo_does_not_trace_compiled_bodies(make, monkeypatch, name):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    traced = []
+
+    def body(x):
+        traced.append(torch.compiler.is_compiling())
+        return x + x.data_ptr() % 2
+
+    op = make(**{name: lambda: body})
+
+    @torch.compile(backend="eager")
+    def doubled(x):
+        return 2 * op.select(name, x)(x)
+
+    assert torch.equal(doubled(CPU + 1), 2 * (CPU + 1))
+    assert traced == [False]
+
+
 def test_why_not_answers_for_every_backend(make, monkeypatch):
     op = make(native=native, triton=triton)
     assert op.why_not("eager", "cpu") is None
@@ -199,7 +218,6 @@ def test_why_not_answers_for_every_backend(make, monkeypatch):
     assert reason.startswith("no usable NVIDIA GPU: ")
     assert reason.endswith(driver_state())  # as doctor shows it
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert op.why_not("triton", "cuda") is None
     assert op.why_not("native", "cuda") == "tensor is on cuda, native needs the cpu"
     with pytest.raises(ValueError, match="eager, native, triton, got 'auto'"):
         op.why_not("auto", "cpu")

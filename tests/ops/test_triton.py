@@ -13,6 +13,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from fastdreamer import testing
 from fastdreamer.ops.backend import last_backend
@@ -21,7 +22,7 @@ from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.rssm_step import rssm_step
-from fastdreamer.testing import Sizes, assert_accurate, evaluate
+from fastdreamer.testing import Sizes, assert_accurate
 
 OPS = {
     "rssm_step": rssm_step,
@@ -31,6 +32,7 @@ OPS = {
     "cem": cem,
 }
 nan, inf = math.nan, math.inf
+DEVICE = "cpu"  # tests/test_gpu.py runs the same on a GPU
 
 # sizes, H or T, B, layers of inp and of prior and posterior; one block of 16 columns and its
 # remainder, several blocks, more than one block of rows
@@ -44,6 +46,14 @@ CASES = {
 ONLY_FP32 = ("relu",)  # in bfloat16 a unit near its kink may switch, as in the native tests
 
 
+def evaluate(*arguments, **options) -> dict:
+    return testing.evaluate(*arguments, **options, device=DEVICE)
+
+
+def on_device(inputs: dict) -> dict:
+    return tree_map_only(torch.Tensor, lambda x: x.to(DEVICE), inputs)
+
+
 def check(op: str, inputs: dict, *, bf16: bool = False, **options) -> None:
     run, fp32 = OPS[op], {"dtype": torch.float32, "autocast": bf16, **options}
     got = evaluate(run, inputs, backend="triton", **fp32)
@@ -55,7 +65,11 @@ def check(op: str, inputs: dict, *, bf16: bool = False, **options) -> None:
 def make_inputs(op: str, *case) -> dict:
     from test_native import make_inputs  # layers of any number
 
-    return make_inputs(op, *case)
+    return on_device(make_inputs(op, *case))
+
+
+def cem_inputs(*case) -> dict:
+    return on_device(testing.cem_inputs(*case))
 
 
 def check_case(op: str, name: str, *precisions: bool) -> None:
@@ -123,11 +137,11 @@ def check_observe_gradients() -> None:
 
 
 def check_cem() -> None:
-    inputs = testing.cem_inputs(SMALL, 3, 2, 9, 2)
+    inputs = cem_inputs(SMALL, 3, 2, 9, 2)
     check("cem", inputs, wrt=())
     check("cem", inputs | {"score": "reward", "num_elites": 9}, wrt=())
-    check("cem", testing.cem_inputs(SMALL, 1, 1, 17, 2), wrt=(), bf16=True)
-    inputs = testing.cem_inputs(SMALL, 2, 2, 1, 2)
+    check("cem", cem_inputs(SMALL, 1, 1, 17, 2), wrt=(), bf16=True)
+    inputs = cem_inputs(SMALL, 2, 2, 1, 2)
     inputs["returns"] = inputs["returns"]._replace(target=None)
     check("cem", inputs, wrt=())
     given = {k: v for k, v in inputs.items() if k not in ("action_noise", "state_noise")}
@@ -149,7 +163,7 @@ def check_overall(op: str, sizes: Sizes, steps: int, rows: int) -> None:
 
     if op == "cem":
         # all of them elite: else a rounding would decide which are
-        inputs = testing.cem_inputs(sizes, steps, 2, rows, 1) | {"num_elites": rows}
+        inputs = cem_inputs(sizes, steps, 2, rows, 1) | {"num_elites": rows}
     else:
         inputs = make_inputs(op, sizes, steps, rows)
     got, eager = (
@@ -194,12 +208,13 @@ def check_refit() -> None:
         [-inf] * 7,
         [inf, -3.5, -1e-45, 1e-45, 3e38, -3e38, inf],
     ]
-    scores = torch.tensor(rows)
+    scores = torch.tensor(rows, device=DEVICE)
     B, N = scores.shape
     H, A = 3, 2
-    action = torch.randn(H, B, N, A, generator=torch.Generator().manual_seed(0))
+    action = torch.randn(H, B, N, A, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     for K in range(1, N + 1):
-        mean, std = torch.full((H, B, A), -9.0), torch.full((H, B, A), -9.0)
+        mean = torch.full((H, B, A), -9.0, device=DEVICE)
+        std = torch.full_like(mean, -9.0)
         refit_kernel[(B,)](
             scores, action, mean, std, B, 0.05,
             H=H, A=A, N=N, K=K, NP=16, KP=max(2, triton.next_power_of_2(K)), BLOCK=16,
@@ -214,10 +229,10 @@ def check_refit() -> None:
         torch.testing.assert_close(mean.double(), want, **close)
         torch.testing.assert_close(std.double(), spread, **close)
 
-    mean = torch.tensor([0.5, nan, 5.0, -5.0]).view(2, 1, 2)
-    noise = torch.randn(2, 1, 3, 2, generator=torch.Generator().manual_seed(1))
+    mean = torch.tensor([0.5, nan, 5.0, -5.0], device=DEVICE).view(2, 1, 2)
+    noise = torch.randn(2, 1, 3, 2, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     got = torch.full_like(noise, -9.0)
-    proposals = 2 * torch.randn(2, 1, 1, 2, generator=torch.Generator().manual_seed(2))
+    proposals = 2 * torch.randn(2, 1, 1, 2, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     drawn = mean.unsqueeze(2) + mean.abs().unsqueeze(2) / 9 * noise
     for given in (None, proposals):
         P = 0 if given is None else 1

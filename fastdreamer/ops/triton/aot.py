@@ -7,8 +7,12 @@ multiple of 16 bytes where it always is; integers are never specialised by value
 from __future__ import annotations
 
 import functools
+import logging
 import math
+import os
 import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import triton
@@ -25,6 +29,7 @@ _LAYOUT = {
     "fp32": ("f32", "f32"),
 }
 _POINTER = ("u64", "pointer")
+_LONG = 2.0  # seconds of compiling that are worth a line
 _MAX_HIDDEN = 2  # global and profile scratch; Triton 3.4 has the first alone
 
 
@@ -50,6 +55,33 @@ def compile_kernel(spec: Spec, capability: int) -> Compiled:
         options=dict(spec.options),
     )
     return checked(spec, made.metadata, made.asm["ptx"], made.asm["cubin"])
+
+
+def compile_kernels(specs: Iterable[Spec], capability: int) -> dict[Spec, Compiled]:
+    """Compile several kernels side by side, as :func:`compile_kernel` does one.
+
+    What Triton has in its cache takes milliseconds; the first wait in a process that is longer is
+    logged.
+    """
+    specs = list(dict.fromkeys(specs))
+    for spec in specs:
+        _ = spec.fn.cache_key  # here, so that no two threads do it
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        made = {spec: pool.submit(compile_kernel, spec, capability) for spec in specs}
+        if wait(made.values(), timeout=_LONG).not_done:
+            _announce(capability)
+    return {spec: future.result() for spec, future in made.items()}
+
+
+@functools.cache
+def _announce(capability: int) -> None:
+    # a line on the terminal: else the first update looks as if it hung
+    logging.getLogger("fastdreamer").warning(
+        "compiling kernels for sm_%d, once: up to a minute or two at the first update; "
+        "they are kept in %s",
+        capability,
+        triton.knobs.cache.dir,
+    )
 
 
 def source(spec: Spec) -> ASTSource:

@@ -1,0 +1,54 @@
+"""Where a run computes: what ``--device`` and ``--backend`` mean together on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from fastdreamer.config import Config, ConfigError
+from fastdreamer.ops.backend import check_backend, interpreting
+from fastdreamer.ops.gpu import why_no_kernels
+
+
+def resolve_device(device: str, backend: str = "auto") -> str:
+    """``auto`` becomes ``cuda`` where the Triton kernels can run, else ``cpu``."""
+    if device != "auto":
+        return device
+    return "cpu" if backend == "native" or why_no_kernels() else "cuda"
+
+
+def resolve_config(config: Config) -> Config:
+    """Return the settings with a device that exists instead of ``auto``.
+
+    Raises:
+        ConfigError: backend and device contradict each other.
+        BackendError: the backend or the device cannot run here.
+    """
+    backend, device = config.backend, config.device
+    if backend == "triton" and device == "cpu" and not interpreting():
+        raise ConfigError(
+            "backend 'triton' runs on a GPU and device is 'cpu': "
+            "take --device auto or cuda, or another --backend"
+        )
+    if backend == "native" and device.startswith("cuda"):
+        raise ConfigError(
+            f"backend 'native' runs on the CPU and device is {device!r}: "
+            "take --device auto or cpu, or another --backend"
+        )
+    device = resolve_device(device, backend)
+    if backend == "triton" and device == "cpu" and not interpreting():
+        check_backend(backend, "cuda")  # raises, and says why there is no GPU to run on
+    check_backend(backend, device)
+    return dataclasses.replace(config, device=device)
+
+
+def describe_device(device: str) -> str:
+    """The device for a reader: a GPU with its name, the CPU with why no GPU is used."""
+    if device != "cpu":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    if not torch.cuda.is_available():
+        return device
+    if reason := why_no_kernels():
+        return f"cpu (not on the GPU: {reason})"
+    return "cpu (there is a GPU: --device cuda takes it)"

@@ -1,0 +1,61 @@
+"""Whether there is a GPU that the Triton kernels and their CUDA graphs can run on, or why not."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+
+OLDEST = (8, 0)
+"""Compute capability from which the kernels can run: it brought bfloat16 matrix instructions."""
+
+
+def why_no_cuda() -> str | None:
+    """Return why there is no CUDA device here, None where there is one."""
+    if torch.cuda.is_available():
+        return None
+    from fastdreamer.ops.cuda_graph import driver_state
+
+    built = "" if torch.version.cuda else "this PyTorch is built without CUDA; "
+    return f"no usable NVIDIA GPU: {built}{driver_state()}"
+
+
+def why_no_kernels(ordinal: int | None = None) -> str | None:
+    """Return why Triton's kernels cannot run on a GPU, None where they can.
+
+    Args:
+        ordinal: of the CUDA device; None is the current one.
+    """
+    if reason := why_no_cuda():
+        return reason
+    if torch.version.hip:
+        return f"this PyTorch is built for ROCm {torch.version.hip}, triton needs NVIDIA's CUDA"
+    if ordinal is None:
+        ordinal = torch.cuda.current_device()
+    return _why_no_kernels(ordinal, os.environ.get("FASTDREAMER_GRAPH") != "0")
+
+
+@functools.lru_cache
+def _why_no_kernels(ordinal: int, graphs: bool) -> str | None:
+    capability = torch.cuda.get_device_capability(ordinal)
+    if capability < OLDEST:
+        name = torch.cuda.get_device_name(ordinal)
+        return (
+            f"{name} is of compute capability {_dotted(capability)}, triton needs {_dotted(OLDEST)}"
+        )
+    if not graphs:  # launched one by one, by Triton's own launcher
+        return None
+    try:
+        from fastdreamer import _native
+    except ImportError as error:
+        return f"extension not built, it replays the CUDA graphs: {error}"
+    try:
+        _native.cuda_driver()
+    except _native.DriverError as error:
+        return str(error)
+    return None
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
