@@ -278,10 +278,20 @@ class Forward:
             "keep": True,
             "threads": 1,
         }  # fmt: skip
+        self.rssm_step = {
+            "rssm": self.imagine["rssm"],
+            "deter": zeros(B, D),
+            "stoch": zeros(B, S),
+            "action": zeros(B, A),
+            "noise": zeros(B, S),
+            "outputs": tuple(zeros(B, n) for n in (D, S, S, S)),
+            "threads": 1,
+        }
 
     def call(self, op: str, **replaced: Any) -> Any:
         arguments = {**getattr(self, op), **replaced}
-        return getattr(_native, f"{op}_forward")(*arguments.values())
+        name = op if op == "rssm_step" else f"{op}_forward"
+        return getattr(_native, name)(*arguments.values())
 
 
 def zeros(*shape: int) -> np.ndarray:
@@ -306,7 +316,7 @@ WRONG_ARRAYS = {
 }
 
 
-@pytest.mark.parametrize("op", ["imagine", "observe"])
+@pytest.mark.parametrize("op", ["imagine", "observe", "rssm_step"])
 def test_bindings_refuse_arrays_that_do_not_fit(op):
     forward = Forward()
     forward.call(op)
@@ -343,7 +353,7 @@ def test_bindings_refuse_arrays_that_do_not_fit(op):
                     forward.call(op, outputs=tuple(outputs))
 
 
-@pytest.mark.parametrize("op", ["imagine", "observe"])
+@pytest.mark.parametrize("op", ["imagine", "observe", "rssm_step"])
 def test_bindings_refuse_parts_that_do_not_fit(op):
     forward = Forward()
     arguments = getattr(forward, op)
@@ -372,6 +382,9 @@ def test_bindings_refuse_parts_that_do_not_fit(op):
         forward.call(op, threads=2**40)
     packs.forget()
     unready = Forward(gradients=False)
+    if op == "rssm_step":  # this call has none
+        unready.call(op)
+        return
     with pytest.raises(ValueError, match="packed for gradients"):
         unready.call(op)
 
