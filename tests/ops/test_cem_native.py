@@ -265,7 +265,8 @@ def host_isas() -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "check", [check_scores, check_elites, check_buffers, check_order, check_nan]
+    "check",
+    [check_scores, check_proposals, check_elites, check_buffers, check_order, check_nan],
 )
 def test_native(check):
     check()
@@ -429,6 +430,7 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     check_scores()
+    check_proposals()
     check_elites()
     check_buffers()
     check_order()
