@@ -463,3 +463,13 @@ def test_a_dream_needs_one_environment_and_a_horizon():
         agent.dream(agent.initial_state(1), 0)
     with pytest.raises(ValueError, match="dream: 3 decisions of 2 environments"):
         agent.dream(agent.initial_state(2), 3)
+
+
+def test_an_update_on_a_cpu_is_native():
+    agent = make_agent()
+    with use_backend("auto"):
+        agent.update(make_batch(("state",)), agent.make_optimizers(), seeded())
+    assert {op: last_backend(op) for op in ("observe", "imagine")} == {
+        "observe": "native",
+        "imagine": "native",
+    }
