@@ -17,7 +17,6 @@ from fastdreamer.collector import agent_policy, rollout_episode
 from fastdreamer.config import preset
 from fastdreamer.envs import Env, dmc
 from fastdreamer.envs.gl import select_gl
-from fastdreamer.ops.backend import use_backend
 
 VARIANTS = {
     "full": ("full", dmc.SHADOW_SIZE),
@@ -28,7 +27,7 @@ VARIANTS = {
 ROWS = {
     "physics": "physics (2 control steps)",
     "render": "render (64 × 64)",
-    "policy": "policy (eager fp32)",
+    "policy": "policy (fp32)",
     "other": "other",
     "whole": "**whole decision**",
 }
@@ -66,7 +65,7 @@ def _decisions(env: Env, policy: Callable[[], Callable], recorder: PhaseRecorder
         act = policy()
 
         def timed(obs: dict[str, np.ndarray], act: Callable = act) -> np.ndarray:
-            with recorder.annotate("policy"), use_backend("eager"):
+            with recorder.annotate("policy"):
                 return act(obs)
 
         steps = rollout_episode(env, timed, seed)

@@ -61,6 +61,11 @@ def unrolled() -> Iterator[None]:
         _unroll = before
 
 
+def unrolling() -> bool:
+    """Whether whole loops are compiled here."""
+    return _unroll
+
+
 @contextlib.contextmanager
 def mode(name: str) -> Iterator[None]:
     """Compile with a mode of ``torch.compile``."""

@@ -28,6 +28,7 @@ def record() -> dict[str, Any]:
         "cpu_family_model": f"{cpu.get('cpu family', '?')}/{cpu.get('model', '?')}",
         "isa": [flag for flag in _ISA if flag in cpu.get("flags", "").split()],
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "native_isa": _native_isa(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
@@ -50,6 +51,15 @@ def describe(machine: dict[str, Any]) -> str:
         f"{' '.join(machine['isa'])}), {machine['cores']} cores, {threads}; {versions}; "
         f"commit {machine['commit']}; {machine['date']}; load average before {machine['load']}"
     )
+
+
+def _native_isa() -> str | None:
+    """What the native core uses, which FASTDREAMER_ISA may hold below the CPU; None: not built."""
+    try:
+        from fastdreamer import _native
+    except ImportError:
+        return None
+    return _native.isa()
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from matplotlib.figure import Figure
 from benchmarks import compiled, machine, report
 from benchmarks.race import Case, Entries, peak, race
 from benchmarks.timing import cell
-from benchmarks.variants import VARIANTS
+from benchmarks.variants import VARIANTS, Variant
 
 BENCHES = ("rssm_step", "observe", "imagine", "open_loop", "cem")
 CAPTION = "time of every baseline against native"
@@ -36,7 +37,12 @@ def cases() -> list[Case]:
 
 
 def measure(
-    threads: int, works: Sequence[Case], *, update: str | None = "report", rounds: int | None = None
+    threads: int,
+    works: Sequence[Case],
+    *,
+    update: str | None = "report",
+    rounds: int | None = None,
+    variants: Mapping[str, Variant] = VARIANTS,
 ) -> dict[str, Any]:
     """Check and time every variant of every case.
 
@@ -45,12 +51,13 @@ def measure(
         works: the cases.
         update: preset of the whole update; None leaves it out.
         rounds: instead of each case's own number.
+        variants: of the cases; the whole update has all.
 
     Returns:
-        JSON types: ``machine``; ``works[name]`` with ``gflop`` (None where it is not counted),
-        ``peak`` (GFLOP/s just before, by precision; None without the native core),
-        ``times[variant]``, a ``summary`` with ``gflop_per_s`` and ``share`` of the peak where
-        they are known, and ``left_out[variant]``, a reason.
+        JSON types: ``machine``; ``compiled``, "whole loops" or "steps"; ``works[name]`` with
+        ``gflop`` (None where it is not counted), ``peak`` (GFLOP/s just before, by precision; None
+        without the native core), ``times[variant]``, a ``summary`` with ``gflop_per_s`` and
+        ``share`` of the peak where they are known, and ``left_out[variant]``, a reason.
 
     Raises:
         AssertionError: a native variant is wrong.
@@ -76,7 +83,7 @@ def measure(
 
     for c in works:
         options = {"rounds": rounds or c.rounds, "calls": c.calls, "pause": c.pause}
-        add(c.name, c.flops, c.entries, **options)
+        add(c.name, c.flops, functools.partial(c.entries, variants), **options)
     if update:
         from benchmarks import bench_train
 
@@ -84,7 +91,8 @@ def measure(
             replay = bench_train.open_replay(Path(folder))
             build = lambda: bench_train.entries(replay, update)  # noqa: E731
             add(UPDATE, 0, build, rounds=rounds or 20, warmup=1)
-    return {"machine": circumstances, "works": results}
+    how = "whole loops" if compiled.unrolling() else "steps"
+    return {"machine": circumstances, "compiled": how, "works": results}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -102,7 +110,7 @@ def table(result: dict[str, Any]) -> str:
             if w["gflop"]
         ],
     )
-    return f"{times}\n\n{rates}{_reasons(works)}"
+    return f"{times}\n\n{rates}{_reasons(works)}\n\n{_compiled(result)}"
 
 
 def headline(result: dict[str, Any]) -> str:
@@ -118,7 +126,12 @@ def headline(result: dict[str, Any]) -> str:
         cells += [ratio(times, "native bf16", baseline) for baseline in against]
         cells += [ratio(times, "native fp32", n) for n in ("eager fp32", "eager medium")]
         rows.append([name, *cells])
-    return report.table(header, rows)
+    return f"{report.table(header, rows)}\n\n{_compiled(result)}"
+
+
+def _compiled(result: dict[str, Any]) -> str:
+    how = {"whole loops": "the loops of imagine and open_loop whole", "steps": "steps of the loops"}
+    return f"Compiled here: {how[result['compiled']]}; of `observe` and `cem` single steps."
 
 
 def ratio(times: dict[str, Any], ours: str, baseline: str) -> str:

@@ -23,6 +23,7 @@ from benchmarks.machine import ROOT, describe
 
 MEASUREMENTS = (
     "ops",
+    "avx2",
     "curves",
     "phases",
     "collection",
