@@ -258,3 +258,13 @@ def test_backends_are_resolved_as_everywhere():
         assert last_backend(op) == "eager"
     with use_backend("triton"), pytest.raises(BackendError, match="observe: backend 'triton'"):
         agent.update(batch, agent.make_optimizers(), seeded())
+
+
+def test_an_update_on_a_cpu_is_native():
+    agent = make_agent()
+    with use_backend("auto"):
+        agent.update(make_batch(("state",)), agent.make_optimizers(), seeded())
+    assert {op: last_backend(op) for op in ("observe", "imagine")} == {
+        "observe": "native",
+        "imagine": "native",
+    }

@@ -177,6 +177,14 @@ def staged(self):
         train(trainer.Trainer(self.run_dir), until)
 trainer.Trainer.train = staged
 """
+BACKENDS = """
+from fastdreamer.ops.backend import last_backend
+train = trainer.Trainer.train
+def first(self):
+    train(self, 120)  # behind random episodes
+    assert (last_backend("observe"), last_backend("imagine")) == ("native", "native")
+trainer.Trainer.train = first
+"""
 ENDLESS_JOB = """
 import dataclasses
 submit = trainer.Collector.submit
@@ -358,6 +366,10 @@ def test_a_run_in_stages_equals_one_in_one_go(tmp_path, reference, launcher):
     assert launcher.run(run_dir, IN_STAGES) == 0
     assert_equals(run_dir, reference[0])
     assert (run_dir / "log.txt").read_text().count("resumed from") == 3
+
+
+def test_training_on_a_cpu_is_native(tmp_path, launcher):
+    assert launcher.run(new_run(tmp_path / "run"), BACKENDS) == 0
 
 
 def test_checkpoints_come_on_time_and_few_are_kept(reference):

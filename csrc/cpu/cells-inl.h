@@ -142,6 +142,8 @@ FD_INLINE void by_policy(const StdTransform& t, float mean_scale, const Body& bo
   }
 }
 
+// tanh in full precision whatever P: A columns cost little, and actions near ±1 are what a fast one
+// rounds worse than autocast does.
 template <class P>
 void act(const ActArgs& x) {
   const Index A = x.A;
@@ -151,8 +153,8 @@ void act(const ActArgs& x) {
       const float *raw = at(x.raw, row), *noise = at(x.noise, row);
       by_vectors(0, A, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
         Vec mean = get(raw + c);
-        if (bounded.value) mean = scale * tanh<P::fast>(mean * inverse);
-        const Vec a = tanh<P::fast>(fma(std_of(get(raw + A + c)), get(noise + c), mean));
+        if (bounded.value) mean = scale * tanh<false>(mean * inverse);
+        const Vec a = tanh<false>(fma(std_of(get(raw + A + c)), get(noise + c), mean));
         put(at(x.out32, row) + c, a);
         if (x.out.data != nullptr) put(at<typename P::Elem>(x.out, row) + c, a);
       });
@@ -174,7 +176,7 @@ void act_backward(const ActBackwardArgs& x) {
         const Vec inner = get(grad + c) * (one - a * a);
         Vec d_mean = inner;
         if (bounded.value) {
-          const Vec t = tanh<P::fast>(get(raw + c) * inverse);
+          const Vec t = tanh<false>(get(raw + c) * inverse);
           d_mean = inner * (one - t * t);
         }
         put(out + c, d_mean);
@@ -226,8 +228,8 @@ void dot_backward_act(const DotBackwardArgs& x) {
   using Elem = typename P::Elem;
   for (Index row = 0; row < x.rows; ++row) {
     by_vectors(0, x.K, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
-      const Vec slope = slope_at<act>(get(at<const Elem>(x.saved, row) + c));
-      put(at<Elem>(x.out, row) + c, get(x.weight + c) * slope);
+      put(at<Elem>(x.out, row) + c,
+          through<act>(get(x.weight + c), get(at<const Elem>(x.saved, row) + c)));
     });
   }
 }

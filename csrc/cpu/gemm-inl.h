@@ -10,6 +10,9 @@
 // epilogues and everything above stay as they are.
 #pragma once
 
+#include <cfloat>
+#include <cmath>
+
 #include "cpu/functions.h"
 #include "cpu/kernels.h"
 #include "cpu/pack-inl.h"
@@ -131,6 +134,14 @@ FD_INLINE Vec slope_at(Vec y) {
   }
 }
 
+// grad · act'(x). As with autograd's ReLU, nothing passes a unit that is off, NaN neither, and
+// everything one that is NaN.
+template <Activation act>
+FD_INLINE Vec through(Vec grad, Vec y) {
+  if (act == Activation::relu) return select(y < fill(FLT_MIN), fill(0.0f), grad);
+  return grad * slope_at<act>(y);
+}
+
 template <class P, Activation act>
 void linear_act(const LinearArgs& x) {
   using Elem = typename P::Elem;
@@ -145,7 +156,7 @@ void linear_act(const LinearArgs& x) {
             if (x.bias != nullptr) y = y + get(x.bias + c);
             if (x.add.data != nullptr) y = y + get(at(x.add, r) + c);
             if (x.slope_of.data != nullptr) {
-              y = y * slope_at<act>(get(at<const Elem>(x.slope_of, r) + c));
+              y = through<act>(y, get(at<const Elem>(x.slope_of, r) + c));
             } else {
               if (act == Activation::silu && x.out_slope.data != nullptr) {
                 const Vec s = sigmoid<P::fast>(y);  // s + x s (1 - s)
@@ -297,11 +308,21 @@ void gru(const GruArgs& x) {
 
 // Rows a block: both operands of a 400 × 400 layer, interleaved, take 2 × 200 KB of L2.
 constexpr Index kBlock = 256;
+// Rows whose deltas are summed plainly for the bias; such sums are added with their rounding errors
+// kept beside (Knuth's TwoSum): over thousands of rows of either sign they nearly cancel.
+constexpr Index kShort = 16;
+
+// total + part, without error in total and carry together.
+FD_INLINE void add_exactly(float* total, float* carry, Vec part) {
+  const Vec before = load(total), after = before + part, added = after - before;
+  store(total, after);
+  store(carry, load(carry) + ((before - (after - added)) + (part - added)));
+}
 
 template <class P>
 Index weight_gradient_scratch(Index in, Index out) {
   return panels_size<P>(kBlock, in) + panels_size<P>(kBlock, out) + 128 +
-         vectors(out) * kLanes * Index{sizeof(float)};
+         3 * vectors(out) * kLanes * Index{sizeof(float)};
 }
 
 template <class P>
@@ -313,9 +334,14 @@ void weight_gradient(const WeightGradientArgs& x) {
   memory += aligned(panels_size<P>(kBlock, x.in));
   Elem* deltas = reinterpret_cast<Elem*>(memory);
   memory += aligned(panels_size<P>(kBlock, x.out));
-  // of one block, so that the bias's sum over many rows is one of short sums, as the weight's is
-  float* delta_sums = reinterpret_cast<float*>(memory);
+  // the bias's gradient: of the last few rows, of those before, and what that sum has lost
   const Index padded_out = vectors(x.out) * kLanes;
+  float* delta_sums = reinterpret_cast<float*>(memory);
+  float *total = delta_sums + padded_out, *carry = total + padded_out;
+  for (Index c = 0; c < padded_out; c += kLanes) {
+    store(total + c, fill(0.0f));
+    store(carry + c, fill(0.0f));
+  }
   for (Index begin = 0; begin < x.rows; begin += kBlock) {
     const Index rows = least(kBlock, x.rows - begin);
     by_panels(x.in, [&](Index first_vector, int V) __attribute__((always_inline)) {
@@ -350,14 +376,14 @@ void weight_gradient(const WeightGradientArgs& x) {
           put_step(to, one, other);
           sum = one + other;
         }
-        store(delta_sums + c, k == 0 ? sum : load(delta_sums + c) + sum);
+        store(delta_sums + c, k % kShort == 0 ? sum : load(delta_sums + c) + sum);
+      }
+      if (k % kShort + P::pair == kShort || k + P::pair >= rows) {
+        for (Index c = 0; c < x.out; c += kLanes) {
+          add_exactly(total + c, carry + c, load(delta_sums + c));
+        }
       }
     }
-    by_vectors(0, x.bias_grad == nullptr ? 0 : x.out,
-               [&](Index c, auto get, auto put) __attribute__((always_inline)) {
-                 const Vec sum = load(delta_sums + c);
-                 put(x.bias_grad + c, begin == 0 ? sum : get(x.bias_grad + c) + sum);
-               });
     const Operand<Elem> delta{deltas, P::pair, padded_out * P::pair};
     // the packed rows are whole steps: the second of an odd last pair is zero
     const Panels w{x_panels, steps(rows, P::pair) * P::pair, x.in};
@@ -376,6 +402,12 @@ void weight_gradient(const WeightGradientArgs& x) {
                      }
                    });
   }
+  by_vectors(0, x.bias_grad == nullptr ? 0 : x.out,
+             [&](Index c, auto, auto put) __attribute__((always_inline)) {
+               const Vec sum = load(total + c), lost = load(carry + c);
+               // infinite sums lose NaN
+               put(x.bias_grad + c, select(lost < fill(INFINITY), sum + lost, sum));
+             });
 }
 
 }  // namespace

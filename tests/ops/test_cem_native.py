@@ -82,7 +82,7 @@ def check_scores(models=MODELS, shapes=SHAPES) -> None:
                     for dtype in (torch.float32, torch.float64)
                 ]
                 plans = native(inputs[0]), *(cem(**given, backend="eager") for given in inputs)
-                assert_accurate("cem", *map(results, plans))
+                assert_accurate("cem", *map(results, plans), native=True)
     # under autocast, over enough candidates that none is right by luck
     for sizes in models:
         for score in SCORES:
@@ -114,7 +114,7 @@ def check_proposals() -> None:
                     for dtype in (torch.float32, torch.float64)
                 ]
                 plans = native(inputs[0]), *(cem(**each, backend="eager") for each in inputs)
-                assert_accurate("cem", *map(results, plans))
+                assert_accurate("cem", *map(results, plans), native=True)
                 # the best one alone, a proposal or not
                 action = (
                     inputs[0]["mean"].unsqueeze(2)
@@ -265,7 +265,8 @@ def host_isas() -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "check", [check_scores, check_elites, check_buffers, check_order, check_nan]
+    "check",
+    [check_scores, check_proposals, check_elites, check_buffers, check_order, check_nan],
 )
 def test_native(check):
     check()
@@ -439,6 +440,7 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     check_scores()
+    check_proposals()
     check_elites()
     check_buffers()
     check_order()

@@ -5,20 +5,24 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastdreamer import testing
+from fastdreamer import _native, testing
 from fastdreamer.ops.backend import last_backend
+from fastdreamer.ops.cem import cem
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.native import packs
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.params import MLPParams
+from fastdreamer.ops.rssm_step import rssm_step
 from fastdreamer.testing import Sizes
 
 SIZES = Sizes(2, 13, 5, 6, 17, 9, 1, 1, 1, "elu")
@@ -124,6 +128,72 @@ def test_backward_on_another_thread_than_forward():
     with ThreadPoolExecutor(1) as pool:
         got = pool.submit(torch.autograd.grad, total, leaves).result()
     assert all(map(torch.equal, got, want))
+
+
+BINDINGS = {  # and what calls them
+    "imagine_forward": ("imagine", True),
+    "imagine_backward": ("imagine", True),
+    "critic_backward": ("imagine", True),
+    "observe_forward": ("observe", True),
+    "observe_backward": ("observe", True),
+    "rssm_step": ("rssm_step", False),
+    "cem": ("cem", False),
+    "PackedMlp": ("imagine", True),
+    "PackedGru": ("imagine", True),
+}
+
+
+@pytest.mark.parametrize("binding", BINDINGS)
+def test_another_thread_runs_during_a_call(binding):
+    """One that counts: it could not, were the interpreter's lock held."""
+    call = last_call(*BINDINGS[binding], binding)
+    counted, stop = [0], threading.Event()
+
+    def count() -> None:
+        while not stop.is_set():
+            counted[0] += 1
+            time.sleep(1e-5)
+
+    def counted_during(work: Callable) -> int:
+        before = counted[0]
+        work()
+        return counted[0] - before
+
+    before, counter = sys.getswitchinterval(), threading.Thread(target=count)
+    # nobody is made to give the lock away, so that what is counted was counted without it
+    sys.setswitchinterval(1000.0)
+    try:
+        counter.start()
+        while not counted[0]:
+            time.sleep(1e-5)
+        assert counted_during(lambda: sum(range(10**6))) == 0
+        assert any(counted_during(call) for _ in range(1000))
+    finally:
+        stop.set()
+        sys.setswitchinterval(before)
+        counter.join()
+
+
+def last_call(op: str, gradients: bool, binding: str) -> Callable:
+    """The op's last call of a function of the extension, with its arguments."""
+    ops = {"imagine": imagine, "observe": observe, "rssm_step": rssm_step, "cem": cem}
+    sizes = SIZES._replace(D=100, hidden=100, units=100)
+    given = {
+        "imagine": lambda: testing.imagine_inputs(sizes, 5, 50, heads=True),
+        "observe": lambda: testing.observe_inputs(sizes, 5, 50),
+        "rssm_step": lambda: testing.rssm_step_inputs(sizes, 200),
+        "cem": lambda: testing.cem_inputs(sizes, 5, 1, 50, 2),
+    }[op]()
+    packs.forget()
+    function = getattr(_native, binding)
+    with mock.patch.object(_native, binding, wraps=function) as spy:
+        if gradients:
+            testing.evaluate(ops[op], given, backend="native", dtype=torch.float32)
+        else:
+            with torch.no_grad():
+                ops[op](**given, backend="native")
+    arguments = spy.call_args
+    return lambda: function(*arguments.args, **arguments.kwargs)
 
 
 # --- forks --------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tre
 
 from fastdreamer import _native, testing
 from fastdreamer.ops.backend import BackendError, last_backend
+from fastdreamer.ops.cem import cem
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.lambda_return import lambda_return
 from fastdreamer.ops.native import packs
@@ -28,6 +29,11 @@ from fastdreamer.testing import Sizes
 
 SIZES = Sizes(2, 9, 3, 4, 11, 7, 1, 1, 1, "elu")
 OPS = {
+    # all candidates are elite: which are the best is decided by roundings
+    "cem": (
+        cem,
+        lambda sizes, H, B: testing.cem_inputs(sizes, H, B, 5, 2) | {"num_elites": 5},
+    ),
     "imagine": (imagine, lambda sizes, H, B: testing.imagine_inputs(sizes, H, B, heads=True)),
     "open_loop": (open_loop, testing.open_loop_inputs),
     "observe": (observe, testing.observe_inputs),
@@ -126,7 +132,9 @@ def changed(inputs: dict[str, Any], changes: dict[str, str]) -> dict[str, Any]:
     return tree_unflatten(done, spec)
 
 
-def call(op: Any, inputs: dict[str, Any], backend: str, gradients: bool) -> list[Tensor]:
+def call(
+    op: Any, inputs: dict[str, Any], backend: str, gradients: bool, bf16: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs and, if asked, gradients by everything that takes one."""
     leaves, spec = _leaves(inputs)
     wanted = [
@@ -136,29 +144,39 @@ def call(op: Any, inputs: dict[str, Any], backend: str, gradients: bool) -> list
         else leaf
         for name, leaf in leaves
     ]  # fmt: skip
-    returned = op(**tree_unflatten(wanted, spec), backend=backend)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        returned = op(**tree_unflatten(wanted, spec), backend=backend)
     outputs = [x for x in tree_leaves(returned) if isinstance(x, Tensor)]
     reached = [x for x in outputs if x.requires_grad]
     inputs_of = [x for x in wanted if isinstance(x, Tensor) and x.requires_grad and x.is_leaf]
+    detached = [x.detach() for x in outputs]
     if not gradients or not reached:
-        return [x.detach() for x in outputs]
+        return detached, []
     grads = torch.autograd.grad(
         [x.square().sum() for x in reached], inputs_of, allow_unused=True, materialize_grads=True
     )
-    return [x.detach() for x in outputs] + list(grads)
+    return detached, list(grads)
 
 
-def same(got: Tensor, want: Tensor, exact: bool) -> None:
+def same(got: Tensor, want: Tensor, tolerance: float, spreads: bool = False) -> None:
+    """Numbers where eager has them, equal up to rounding, and NaN where it has NaN.
+
+    An infinity may be NaN, as of ∞ − ∞ in another order of the same sum, but nothing finite. Where
+    NaN ``spreads``, it may stand for a number, too.
+    """
     assert got.shape == want.shape and got.dtype == want.dtype and got.device == want.device
     if got.device.type == "meta":
         return
+    got, want = got.to_dense(), want.to_dense()  # zeros for a sparse tensor that is not used
     assert bool((got.isnan() | ~want.isnan()).all()), "eager is NaN and native is not"
-    fine = got.isfinite() & want.isfinite()
-    if not exact:
-        return
-    assert bool((fine | (got == want) | (got.isnan() & want.isnan())).all()), (got, want)
+    fine = want.isfinite()
+    assert bool((got.isnan() | (got == want) | ~want.isinf()).all()), "an infinity is lost"
+    if spreads:
+        fine &= ~got.isnan()
+    assert bool(got[fine].isfinite().all()), "eager is finite and native is not"
     scale = float(want[fine].abs().max()) if fine.any() else 0.0
-    torch.testing.assert_close(got[fine], want[fine], rtol=1e-3, atol=1e-4 * max(scale, 1.0))
+    atol = tolerance * max(scale, 1.0)
+    torch.testing.assert_close(got[fine], want[fine], rtol=10 * tolerance, atol=atol)
 
 
 @FUZZ
@@ -183,13 +201,21 @@ def test_fuzz(data):
     )
     changes = {n: data.draw(st.sampled_from(sorted(CHANGES)), n) for n in victims}
     backend = data.draw(st.sampled_from(["native", "auto"]), "backend")
-    check_call(op, inputs, changes, backend, data.draw(st.booleans(), "gradients"))
+    gradients, bf16 = data.draw(st.booleans(), "gradients"), data.draw(st.booleans(), "bf16")
+    check_call(op, inputs, changes, backend, gradients, bf16)
 
 
-def check_call(op, inputs, changes: dict[str, str], backend: str, gradients: bool) -> None:
-    def attempt(which: str) -> list[Tensor] | Exception:
+def check_call(
+    op: Any,
+    inputs: dict[str, Any],
+    changes: dict[str, str],
+    backend: str,
+    gradients: bool,
+    bf16: bool = False,
+) -> None:
+    def attempt(which: str) -> tuple[list[Tensor], list[Tensor]] | Exception:
         try:
-            return call(op, changed(inputs, changes), which, gradients)
+            return call(op, changed(inputs, changes), which, gradients, bf16)
         except Exception as error:
             return error
 
@@ -203,19 +229,28 @@ def check_call(op, inputs, changes: dict[str, str], backend: str, gradients: boo
         return
     assert not isinstance(want, Exception), f"native took what eager refuses: {want!r}"
     assert backend == "auto" or ran == "native"
-    extreme = set(changes.values()) & (VALUES | ALL_NAN).keys()
-    for a, b in zip(got, want, strict=True):
-        same(a, b, not extreme)
+    # bfloat16 rounds to 2^-9, some times in a row
+    tolerance = 1e-2 if bf16 else 1e-4
+    for a, b in zip(got[0], want[0], strict=True):
+        same(a, b, tolerance)
+    relu = "params" in inputs and inputs["params"].prior.activation == "relu"
+    # in bfloat16 a unit near its kink may switch, in eager as well as here
+    tolerance = 1.0 if relu and bf16 else tolerance
+    # and slopes of the heads wait for the gradient of the returns: 0 · NaN
+    spreads = relu and op is imagine
+    for a, b in zip(got[1], want[1], strict=True):
+        same(a, b, tolerance, spreads)
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_nan_and_inf_come_out_where_eager_puts_them(name):
     """In every argument and parameter, one at a time, forward and backward."""
     op, make = OPS[name]
-    inputs = make(SIZES._replace(activation="relu"), 2, 3)
-    for tensor in named_tensors(inputs):
-        for change in ("nan", "inf", "-inf", "all nan"):
-            check_call(op, inputs, {tensor: change}, "native", True)
+    for activation in ("elu", "relu"):
+        inputs = make(SIZES._replace(activation=activation), 2, 3)
+        for tensor in named_tensors(inputs):
+            for change in ("nan", "inf", "-inf", "all nan"):
+                check_call(op, inputs, {tensor: change}, "native", True)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -278,10 +313,20 @@ class Forward:
             "keep": True,
             "threads": 1,
         }  # fmt: skip
+        self.rssm_step = {
+            "rssm": self.imagine["rssm"],
+            "deter": zeros(B, D),
+            "stoch": zeros(B, S),
+            "action": zeros(B, A),
+            "noise": zeros(B, S),
+            "outputs": tuple(zeros(B, n) for n in (D, S, S, S)),
+            "threads": 1,
+        }
 
     def call(self, op: str, **replaced: Any) -> Any:
         arguments = {**getattr(self, op), **replaced}
-        return getattr(_native, f"{op}_forward")(*arguments.values())
+        name = op if op == "rssm_step" else f"{op}_forward"
+        return getattr(_native, name)(*arguments.values())
 
 
 def zeros(*shape: int) -> np.ndarray:
@@ -306,7 +351,7 @@ WRONG_ARRAYS = {
 }
 
 
-@pytest.mark.parametrize("op", ["imagine", "observe"])
+@pytest.mark.parametrize("op", ["imagine", "observe", "rssm_step"])
 def test_bindings_refuse_arrays_that_do_not_fit(op):
     forward = Forward()
     forward.call(op)
@@ -343,7 +388,7 @@ def test_bindings_refuse_arrays_that_do_not_fit(op):
                     forward.call(op, outputs=tuple(outputs))
 
 
-@pytest.mark.parametrize("op", ["imagine", "observe"])
+@pytest.mark.parametrize("op", ["imagine", "observe", "rssm_step"])
 def test_bindings_refuse_parts_that_do_not_fit(op):
     forward = Forward()
     arguments = getattr(forward, op)
@@ -372,6 +417,9 @@ def test_bindings_refuse_parts_that_do_not_fit(op):
         forward.call(op, threads=2**40)
     packs.forget()
     unready = Forward(gradients=False)
+    if op == "rssm_step":  # this call has none
+        unready.call(op)
+        return
     with pytest.raises(ValueError, match="packed for gradients"):
         unready.call(op)
 

@@ -1,12 +1,18 @@
-"""The variants of parameters that other people's Dreamers need: eager by hand, native by eager."""
+"""The variants of parameters that other people's Dreamers need: eager by hand, native by eager.
+
+The instruction set is chosen by the environment, so this file also runs as a script.
+"""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fastdreamer import testing
+from fastdreamer import _native, testing
 from fastdreamer.ops.cem import cem
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.observe import RESETS, observe
@@ -87,7 +93,7 @@ def check(op, inputs, *, precisions=(False, True), **options):
     for bf16 in precisions:
         fp32 = {"dtype": torch.float32, "autocast": bf16, **options}
         got, eager = (evaluate(OPS[op], inputs, backend=b, **fp32) for b in ("native", "eager"))
-        assert_accurate(op, got, eager, truth, bf16=bf16)
+        assert_accurate(op, got, eager, truth, bf16=bf16, native=True)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -181,7 +187,7 @@ def test_cem(transform):
     inputs = make("cem", transform=transform, **flags) | {"num_elites": 7}
     wide = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.double, inputs)
     plans = (cem(**inputs, backend="native"), cem(**inputs, backend="eager"), cem(**wide))
-    assert_accurate("cem", *(plan._asdict() for plan in plans))
+    assert_accurate("cem", *(plan._asdict() for plan in plans), native=True)
     plain = cem(**{**inputs, "returns": inputs["returns"]._replace(discount=None)})
     assert not torch.allclose(plain.scores, plans[0].scores)
 
@@ -218,3 +224,57 @@ def test_bad_transforms_are_refused():
             ValueError, match="std must be softplus, sigmoid(,| or) exp, got 'relu'"
         ):
             open_loop(**inputs, backend=backend)
+
+
+# --- threads and instruction sets ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_threads_change_nothing(op):
+    flags = {"discount": discount_head(), "stoch_first": True, "through_feat": True}
+    flags |= {"action_first": True, "embed_first": True}
+    inputs = make(op, 3, 101, transform="floor", **flags)
+    for bf16 in (False, True):
+        want = None
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            try:
+                got = evaluate(
+                    OPS[op], inputs, backend="native", dtype=torch.float32, autocast=bf16
+                )
+            finally:
+                torch.set_num_threads(1)
+            want = want or got
+            assert all(torch.equal(got[name], want[name]) for name in want), (number, bf16)
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16"])
+def test_isa(isa):
+    if isa not in _native.host_isas():
+        pytest.skip(f"this machine has no {isa}")
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "FASTDREAMER_ISA": isa},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip() == isa
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for op in OPS:
+        test_column_orders(op)
+        for transform in TRANSFORMS:
+            test_std(op, transform)
+    for kind in ("actor", "policy"):
+        test_policies(kind)
+    test_gradients_through_what_the_actor_sees(wrt=None, stoch_first=True)
+    test_discount_head(target=True, stoch_first=True)
+    for reset in RESETS:
+        test_resets(reset)
+    for transform in ("softplus", "sigmoid", "floor"):
+        test_cem(transform)
+    print(_native.isa())
