@@ -95,6 +95,10 @@ TABLE = (
         "sm_100 has wide ones too, but there and on sm_120 64 rows spill",
     ),
     Entry(
+        _MLPS, True, 120, 2049, Tile(32, 32, 64, 32, 8, 3),
+        "blocks of 64 columns spill, with a bound on registers or without",
+    ),
+    Entry(
         _GRADIENT, True, 80, 1, Tile(64, 64, 64, 64, 4, 3, 168),
         "square blocks of the weight, 64 rows at a time; registers for three programs on a "
         "multiprocessor: left to itself, the assembler takes fewer and spills on sm_100 and sm_120",
