@@ -89,8 +89,8 @@ def programs(sizes: Sizes, rows: int, precision: Precision) -> Iterator[Program]
     given = frozenset({"deter", "stoch", "action", "reward", "returns"})
     yield imagine.backward_program(rollout, wants, given)
     filtered = observe._Spec(
-        2, rows, precision, step_shape(params, posterior=True), prior_shape(params),
-        embed_shape(params), True, True,
+        2, rows, precision, step_shape(params, posterior=True, resets=(True, True, True)),
+        prior_shape(params), embed_shape(params), True, True,
     )  # fmt: skip
     yield observe.forward_program(filtered)
     yield observe.backward_program(
@@ -313,7 +313,7 @@ def main() -> int:
     parser.add_argument("--precision", nargs="*", default=("bf16", "fp32"))
     parser.add_argument("--rows", type=int, nargs="*", default=ROWS)
     parser.add_argument("--model", nargs="*", default=tuple(MODELS), choices=MODELS)
-    parser.add_argument("--kernel", default="", help="what their names begin with")
+    parser.add_argument("--kernel", default="", help="what their names contain")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     tasks, seen = [], set()
@@ -325,7 +325,7 @@ def main() -> int:
             continue
         for i, spec in enumerate(kernels(MODELS[model], rows, Precision(bf16, arch))):
             name = (label(spec), arch, model)
-            if name not in seen and name[0].startswith(options.kernel):
+            if name not in seen and options.kernel in name[0]:
                 seen.add(name)
                 tasks.append((model, rows, bf16, arch, i))
     began, failed = time.perf_counter(), 0

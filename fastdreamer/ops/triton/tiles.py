@@ -87,12 +87,20 @@ TABLE = (
         "all steps at once, nothing waits: weights are read half as often as with 16 rows",
     ),
     Entry(
+        ("mlp_backward",), True, 80, 2049, Tile(32, 64, 64, 64, 8, 3, _ALL),
+        "left to itself, the assembler spills there with layers of 1024",
+    ),
+    Entry(
         _MLPS, True, 90, 2049, Tile(64, 64, 64, 64, 8, 3),
         "as many rows as the wide matrix instructions take",
     ),
     Entry(
         _MLPS, True, 100, 2049, Tile(32, 64, 64, 64, 8, 3),
         "sm_100 has wide ones too, but there and on sm_120 64 rows spill",
+    ),
+    Entry(
+        _MLPS, True, 120, 2049, Tile(32, 32, 64, 32, 8, 3),
+        "blocks of 64 columns spill, with a bound on registers or without",
     ),
     Entry(
         _GRADIENT, True, 80, 1, Tile(64, 64, 64, 64, 4, 3, 168),
