@@ -165,10 +165,11 @@ def test_a_real_worker_takes_the_runs_backend_before_the_environments(agent, tmp
 
 def test_what_a_gpu_is_told_is_no_advice_to_the_worker():
     told = dataclasses.replace(CONFIG, device="cuda", backend="triton", precision="bf16")
-    assert on_cpu(told) == dataclasses.replace(CONFIG, backend="auto", precision="auto")
+    cpu = dataclasses.replace(CONFIG, device="cpu")
+    assert on_cpu(told) == dataclasses.replace(cpu, backend="auto", precision="auto")
     assert on_cpu(dataclasses.replace(told, backend="eager")).backend == "eager"
-    here = dataclasses.replace(CONFIG, backend="native", precision="fp32")
-    assert on_cpu(here) == here
+    here = dataclasses.replace(cpu, backend="native", precision="fp32")
+    assert on_cpu(here) == on_cpu(dataclasses.replace(here, device="auto")) == here
 
 
 def test_one_job_at_a_time(collector, agent):

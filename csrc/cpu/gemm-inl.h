@@ -10,9 +10,6 @@
 // epilogues and everything above stay as they are.
 #pragma once
 
-#include <cfloat>
-#include <cmath>
-
 #include "cpu/functions.h"
 #include "cpu/kernels.h"
 #include "cpu/pack-inl.h"
@@ -138,7 +135,7 @@ FD_INLINE Vec slope_at(Vec y) {
 // everything one that is NaN.
 template <Activation act>
 FD_INLINE Vec through(Vec grad, Vec y) {
-  if (act == Activation::relu) return select(y < fill(FLT_MIN), fill(0.0f), grad);
+  if (act == Activation::relu) return select(y < fill(__FLT_MIN__), fill(0.0f), grad);
   return grad * slope_at<act>(y);
 }
 
@@ -405,8 +402,8 @@ void weight_gradient(const WeightGradientArgs& x) {
   by_vectors(0, x.bias_grad == nullptr ? 0 : x.out,
              [&](Index c, auto, auto put) __attribute__((always_inline)) {
                const Vec sum = load(total + c), lost = load(carry + c);
-               // infinite sums lose NaN
-               put(x.bias_grad + c, select(lost < fill(INFINITY), sum + lost, sum));
+               // where a sum is infinite, what it lost is NaN
+               put(x.bias_grad + c, select(lost < fill(__builtin_inff()), sum + lost, sum));
              });
 }
 
