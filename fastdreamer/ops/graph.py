@@ -26,6 +26,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdreamer.ops.backend import interpreting
+
 ALIGNMENT = 16  # bytes; kernels may be told that a pointer is a multiple of it
 POINTER_TYPES = {
     torch.float32: "*fp32",
@@ -391,11 +393,10 @@ def run_direct(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tens
     """
     tensors = program.tensors(inputs)
     flat = {name: tensor.view(-1) for name, tensor in tensors.items()}
-    interpreted = program.check(inputs).type == "cpu"
     with torch.cuda.device_of(next(iter(inputs.values()))):  # does nothing for CPU tensors
         for launch, indices in program.launches():
             args = {name: _resolve(value, flat, indices) for name, value in launch.args.items()}
-            if interpreted:  # the interpreter of Triton 3.7 refuses a bool
+            if interpreting():  # the interpreter of Triton 3.7 refuses a bool
                 args = {n: int(v) if isinstance(v, bool) else v for n, v in args.items()}
             kernel = launch.kernel
             kernel.fn[launch.grid](**args, **kernel.constants, **kernel.options)
