@@ -53,6 +53,7 @@ _RECURRENT_BF16 = Limit(
     1 / 16,
     "as many roundings to bfloat16 as autocast or fewer (the errors' median ratio is 0.7); the "
     "rest is luck where a result has few elements (measured: 0.03)",
+    sums=1 / 8,  # a single number, Σ over H·B rows (measured: 0.09)
 )
 LIMITS = {
     "lambda_return": Limit(
