@@ -93,13 +93,7 @@ class Explorer(nn.Module):
             self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.actor = None
         if config.explore.at == "actor":
-            self.actor = Actor(
-                [feat_size, *[model.units] * behavior.actor_layers, action_dim],
-                model.activation,
-                mean_scale=behavior.mean_scale,
-                std_offset=behavior.std_offset,
-                min_std=behavior.min_std,
-            )
+            self.actor = Actor.from_config(model, behavior, feat_size, action_dim)
         self.register_buffer("rounds", torch.zeros((), dtype=torch.int64))
 
     @property

@@ -62,13 +62,7 @@ class Policy(nn.Module):
             feat = self.model.rssm.feat_size
             self.actor = self.critic = None
             if config.agent == "dreamer":
-                self.actor = Actor(
-                    [feat, *[model.units] * behavior.actor_layers, action_dim],
-                    model.activation,
-                    mean_scale=behavior.mean_scale,
-                    std_offset=behavior.std_offset,
-                    min_std=behavior.min_std,
-                )
+                self.actor = Actor.from_config(model, behavior, feat, action_dim)
                 self.critic = MLP(
                     [feat, *[model.units] * behavior.critic_layers, 1], model.activation
                 )

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdreamer.config import BehaviorConfig, ModelConfig
 from fastdreamer.ops.params import (
     ACTIVATIONS,
     ActorParams,
@@ -94,6 +95,19 @@ class Actor(nn.Module):
         super().__init__()
         self.mlp = MLP([*sizes[:-1], 2 * sizes[-1]], activation)
         self.mean_scale, self.std_offset, self.min_std = mean_scale, std_offset, min_std
+
+    @classmethod
+    def from_config(
+        cls, model: ModelConfig, behavior: BehaviorConfig, feat_size: int, action_dim: int
+    ) -> Actor:
+        """The policy that a configuration describes."""
+        return cls(
+            [feat_size, *[model.units] * behavior.actor_layers, action_dim],
+            model.activation,
+            mean_scale=behavior.mean_scale,
+            std_offset=behavior.std_offset,
+            min_std=behavior.min_std,
+        )
 
     def params(self) -> ActorParams:
         """The policy as tensors, in place."""

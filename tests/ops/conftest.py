@@ -1,6 +1,9 @@
 """A small float64 RSSM, and gradcheck over everything that an op can differentiate."""
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -105,3 +108,25 @@ def check_backends() -> Callable[..., None]:
             pytest.skip(f"{name} has a kernel for every backend here")
 
     return check
+
+
+@pytest.fixture
+def run_on_isa() -> Callable[[str, str], None]:
+    """``run(file, isa)``: the file as a program, its native core held to an instruction set."""
+
+    def run(file: str, isa: str) -> None:
+        from fastdreamer import _native
+
+        if isa not in _native.host_isas():
+            pytest.skip(f"this machine has no {isa}; {file} runs there by itself")
+        done = subprocess.run(
+            [sys.executable, file],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "FASTDREAMER_ISA": isa},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.strip() == isa
+
+    return run

@@ -6,9 +6,6 @@ environment before anything is imported, so those run this file as a script.
 """
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from typing import Any
 from unittest import mock
@@ -336,25 +333,9 @@ def test_threads_change_nothing(op, name, threads):
                 assert torch.equal(out, want[key]), (n, bf16, key)
 
 
-def host_isas() -> list[str]:
-    from fastdreamer import _native
-
-    return _native.host_isas()
-
-
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16"])
-def test_isa(isa):
-    if isa not in host_isas():
-        pytest.skip(f"this machine has no {isa}; {__file__} runs there by itself")
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "FASTDREAMER_ISA": isa},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.strip() == isa
+def test_isa(run_on_isa, isa):
+    run_on_isa(__file__, isa)
 
 
 # --- the bindings' buffers ----------------------------------------------------------------------

@@ -4,9 +4,6 @@ The instruction set is chosen by the environment, so this file also runs as a sc
 """
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -249,18 +246,8 @@ def test_threads_change_nothing(op):
 
 
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16"])
-def test_isa(isa):
-    if isa not in _native.host_isas():
-        pytest.skip(f"this machine has no {isa}")
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "FASTDREAMER_ISA": isa},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.strip() == isa
+def test_isa(run_on_isa, isa):
+    run_on_isa(__file__, isa)
 
 
 if __name__ == "__main__":
