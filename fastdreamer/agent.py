@@ -24,7 +24,6 @@ from fastdreamer.ops.observe import observe
 from fastdreamer.ops.params import State
 from fastdreamer.policy import Policy
 
-
 _PARTS = {"pixels": "image", "state": "state"}
 """Loss of the reconstruction by kind of observation."""
 
