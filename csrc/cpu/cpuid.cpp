@@ -132,7 +132,7 @@ std::string why_not(Isa isa, const CpuFacts& f) {
 Isa best_isa(const CpuFacts& facts) {
   Isa best = Isa::scalar;
   for (Isa isa : kIsas) {
-    if (isa != Isa::amx_emulated && why_not(isa, facts).empty()) best = isa;
+    if (!is_emulated(isa) && why_not(isa, facts).empty()) best = isa;
   }
   return best;
 }

@@ -27,7 +27,7 @@ const CpuFacts& host_facts();
 // Why an instruction set cannot be used; empty where it can.
 std::string why_not(Isa isa, const CpuFacts& facts);
 
-// The last one that can, of those that are CPUs' (not emulated).
+// The last one that can and is not emulated.
 Isa best_isa(const CpuFacts& facts);
 
 }  // namespace fastdreamer

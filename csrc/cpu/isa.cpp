@@ -18,7 +18,9 @@ Isa choose() {
     if (named && host_has(isa)) return isa;
     if (named) reason = ": " + why_not(isa, host_facts());
     all += std::string(all.empty() ? "" : ", ") + isa_name(isa);
-    if (host_has(isa)) host += std::string(host.empty() ? "" : ", ") + isa_name(isa);
+    if (!is_emulated(isa) && host_has(isa)) {
+      host += std::string(host.empty() ? "" : ", ") + isa_name(isa);
+    }
   }
   fail("FASTDREAMER_ISA is '" + std::string(forced) + "'; this machine has " + host +
        " (the names are " + all + ")" + reason);

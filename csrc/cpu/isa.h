@@ -15,6 +15,9 @@ enum class Isa { scalar, avx2, avx512, avx512bf16, amx, amx_emulated };
 constexpr Isa kIsas[] = {Isa::scalar,     Isa::avx2, Isa::avx512,
                          Isa::avx512bf16, Isa::amx,  Isa::amx_emulated};
 
+// Whether it is no CPU's, and never chosen unless by name.
+constexpr bool is_emulated(Isa isa) { return isa == Isa::amx_emulated; }
+
 // The name that FASTDREAMER_ISA takes.
 const char* isa_name(Isa isa);
 
