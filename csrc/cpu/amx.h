@@ -79,8 +79,10 @@ FD_INLINE const Shapes& shapes_of(int tile) {
 FD_INLINE void configure(const Shapes* shapes) {
   registers = Registers{};
   registers.shapes = *shapes;
-  for (int tile = 0; tile < 8; ++tile) {
-    fault_unless(shapes->rows[tile] <= kRows && shapes->bytes[tile] <= kRowBytes);
+  fault_unless(shapes->palette == 1);  // of eight tiles
+  for (int tile = 0; tile < 16; ++tile) {
+    const int rows = shapes->rows[tile], bytes = shapes->bytes[tile];
+    fault_unless(tile < 8 ? rows <= kRows && bytes <= kRowBytes : rows == 0 && bytes == 0);
   }
 }
 FD_INLINE void release() { registers = Registers{}; }

@@ -527,8 +527,10 @@ void gru(const GruArgs& x) {
 
 // --- weight gradients ----------------------------------------------------------------------------
 
-// Rows a block: both operands of a 400 × 400 layer, interleaved, take 2 × 200 KB of L2.
-constexpr Index kBlock = 256;
+// Rows a block: both operands of a 400 × 400 layer, interleaved, take 2 × 200 KB of L2; with tiles,
+// whose CPUs have 2 MB, twice that, so that gradients are read and written half as often.
+template <class P>
+constexpr Index kBlock = P::tiles ? 512 : 256;
 // Rows whose deltas are summed plainly for the bias; such sums are added with their rounding errors
 // kept beside (Knuth's TwoSum): over thousands of rows of either sign they nearly cancel.
 constexpr Index kShort = 16;
@@ -544,18 +546,18 @@ FD_INLINE void add_exactly(float* total, float* carry, Vec part) {
 // side by side. As rows of tiles they are transposed, 16 steps at a time.
 template <class P>
 FD_INLINE Index delta_stride() {  // of a transposed row; no power of two, for the cache's sake
-  return kBlock + P::block;
+  return kBlock<P> + P::block;
 }
 template <class P>
 FD_INLINE Index deltas_size(Index out) {  // bytes
   const Index padded = vectors(out) * kLanes * Index{sizeof(typename P::Elem)};
   if (P::tiles) return padded * (delta_stride<P>() + P::block);
-  return padded * steps(kBlock, P::pair) * P::pair;
+  return padded * steps(kBlock<P>, P::pair) * P::pair;
 }
 
 template <class P>
 Index weight_gradient_scratch(Index in, Index out) {
-  return panels_size<P>(kBlock, in) + deltas_size<P>(out) + 128 +
+  return panels_size<P>(kBlock<P>, in) + deltas_size<P>(out) + 128 +
          3 * vectors(out) * kLanes * Index{sizeof(float)};
 }
 
@@ -582,7 +584,7 @@ void weight_gradient(const WeightGradientArgs& x) {
   const auto aligned = [](Index size) { return (size + 63) / 64 * 64; };
   char* memory = static_cast<char*>(x.scratch);
   Elem* x_panels = reinterpret_cast<Elem*>(memory);
-  memory += aligned(panels_size<P>(kBlock, x.in));
+  memory += aligned(panels_size<P>(kBlock<P>, x.in));
   Elem* deltas = reinterpret_cast<Elem*>(memory);
   memory += aligned(deltas_size<P>(x.out));
   // the bias's gradient: of the last few rows, of those before, and what that sum has lost
@@ -593,8 +595,8 @@ void weight_gradient(const WeightGradientArgs& x) {
     store(total + c, fill(0.0f));
     store(carry + c, fill(0.0f));
   }
-  for (Index begin = 0; begin < x.rows; begin += kBlock) {
-    const Index rows = least(kBlock, x.rows - begin);
+  for (Index begin = 0; begin < x.rows; begin += kBlock<P>) {
+    const Index rows = least(kBlock<P>, x.rows - begin);
     by_panels<P>(x.in, [&](Index first_vector, int V) __attribute__((always_inline)) {
       write_steps<P>(rows, x.in, first_vector, V, x_panels + first_vector * vector_size<P>(rows),
                      [&](Elem* step, Index k, bool two, Index c, Index n)
