@@ -260,12 +260,6 @@ def run_self(**environment: str) -> str:
     return done.stdout.strip()
 
 
-def host_isas() -> list[str]:
-    from fastdreamer import _native
-
-    return _native.host_isas()
-
-
 # --- tests ---------------------------------------------------------------------------------------
 
 
@@ -277,10 +271,12 @@ def test_native(check):
     check()
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16", "amx", "amx_emulated"])
 def test_native_on_isa(isa):
-    if isa not in host_isas():
-        pytest.skip(f"this machine has no {isa}")
+    from fastdreamer import _native
+
+    if reason := _native.isa_reasons()[isa]:
+        pytest.skip(reason)
     assert run_self(FASTDREAMER_ISA=isa) == isa
 
 

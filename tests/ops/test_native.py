@@ -351,7 +351,7 @@ def test_threads_change_nothing(op, name, threads):
                 assert torch.equal(out, want[key]), (n, bf16, key)
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16", "amx", "amx_emulated"])
 def test_isa(run_on_isa, isa):
     run_on_isa(__file__, isa)
 

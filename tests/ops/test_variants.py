@@ -246,7 +246,7 @@ def test_threads_change_nothing(op):
             assert all(torch.equal(got[name], want[name]) for name in want), (number, bf16)
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16", "amx", "amx_emulated"])
 def test_isa(run_on_isa, isa):
     run_on_isa(__file__, isa)
 
