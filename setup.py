@@ -34,6 +34,8 @@ ISA_FLAGS = {
 }
 ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
 ISA_FLAGS["avx512bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
+ISA_FLAGS["amx"] = [*ISA_FLAGS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
+ISA_FLAGS["amx_emulated"] = ISA_FLAGS["avx512bf16"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # Apple's compiler has no OpenMP of its own; the kernels then run on one thread.
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
@@ -42,8 +44,8 @@ WITHOUT = "or set FASTDREAMER_NO_NATIVE=1 to install without the compiled CPU co
 
 
 def isa_of(source: str) -> str:
-    suffix = Path(source).stem.rpartition("_")[2]
-    return suffix if suffix in ISA_FLAGS else "scalar"
+    named = [isa for isa in ISA_FLAGS if Path(source).stem.endswith(f"_{isa}")]
+    return named[0] if named else "scalar"
 
 
 class Build(build_ext):

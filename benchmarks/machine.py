@@ -37,7 +37,7 @@ def record() -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "mujoco", "dm_control", "numpy")},
         },
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
 
@@ -71,20 +71,20 @@ def _cpuinfo() -> dict[str, str]:
     return {k.strip(): v.strip() for k, _, v in (x.partition(":") for x in text.splitlines())}
 
 
-def _commit() -> str:
+def commit(checkout: Path = ROOT) -> str:
     """The commit, marked ``+changes`` when the code measured is not exactly that."""
-    commit = _git("rev-parse", "--short=12", "HEAD")
-    if commit is None:
+    found = _git(checkout, "rev-parse", "--short=12", "HEAD")
+    if found is None:
         return "none (no commit yet)"
     # Results and their tables change with every measurement; the code measured does not.
-    changed = _git("status", "--porcelain", "--", "fastdreamer", "csrc", "benchmarks/*.py")
-    return f"{commit}+changes" if changed else commit
+    code = ("fastdreamer", "csrc", "benchmarks/*.py")
+    return f"{found}+changes" if _git(checkout, "status", "--porcelain", "--", *code) else found
 
 
-def _git(*arguments: str) -> str | None:
+def _git(checkout: Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True
+            ["git", "-C", checkout, *arguments], capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return None

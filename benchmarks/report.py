@@ -26,6 +26,7 @@ MEASUREMENTS = (
     "avx2",
     "curves",
     "phases",
+    "run",
     "collection",
     "planning",
     "rollout",

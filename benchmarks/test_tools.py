@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import report
+from benchmarks import report, run
 from benchmarks.race import Case, race
-from benchmarks.timing import PhaseRecorder, cell, summary
+from benchmarks.timing import PhaseRecorder, cell, rate_cell, summary
 from benchmarks.variants import VARIANTS
 from fastdreamer import testing
 from fastdreamer.ops.backend import OPS
@@ -238,6 +238,87 @@ def test_curves_are_measured_and_drawn(tmp_path):
     assert "| D = 16 |" in curves.table(result)
     curves.plot(result, tmp_path / "curves.png")
     assert 0 < (tmp_path / "curves.png").stat().st_size < 300_000
+
+
+# ------------------------------------------------------------------------------------- runs
+
+
+def cycle(seconds=2.0, waited=0.5, env_frames=40, updates=4, ran="native", **losses):
+    return {
+        "seconds": seconds,
+        "waited": waited,
+        "env_frames": env_frames,
+        "updates": updates,
+        "losses": {"model_loss": 1.0, "actor_loss": -2.0} | losses,
+        "ran": {"observe": ran, "imagine": ran},
+    }
+
+
+def test_rates_of_cycles():
+    rates = run.rates([cycle(seconds, waited=seconds / 4) for seconds in (1.0, 2.0, 5.0)])
+    assert rates["env_frames_per_s"] == 3 * 40 / 8 and rates["updates_per_s"] == 3 * 4 / 8
+    assert rates["waiting"] == 0.25 and rates["frames_per_cycle"] == 40
+    assert rates["cycle"]["median_ms"] == 2000 and rates["cycle"]["repeats"] == 3
+    assert rate_cell(rates["cycle"], 40) == "20.0 (10.5–28.6)"
+    runs = {"native": rates, "old": run.rates([cycle(4.0, waited=1.0)])}
+    commits = {"native": "abc", "old": "def"}
+    text = run.table(
+        {"machine": {"commit": "abc"}, "options": ["walker"], "commits": commits, "runs": runs}
+    )
+    assert "| native | 20.0 (10.5–28.6) | 1.00× | 1.50 | 25% |" in text
+    assert "| old (def) | 10.0 (10.0–10.0) | 2.00× | 1.00 | 25% |" in text
+
+
+def test_runs_take_turns(monkeypatch):
+    log = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: log.append(seconds))
+    turns = {name: lambda name=name: log.append(name) or len(log) for name in ("a", "b")}
+    cycles = run.take_turns(turns, rounds=2, warmup=1)
+    assert log == [run.PAUSE, "a", run.PAUSE, "b"] * 3
+    assert cycles == {"a": [6, 10], "b": [8, 12]}
+    with pytest.raises(ValueError, match="at least 1 round"):
+        run.measure({}, [], rounds=0)
+
+
+def test_runs_of_different_work_are_refused(tmp_path):
+    here, there = run.Variant(run.ROOT, "native"), run.Variant(tmp_path, "auto")
+    variants = {"native": here, "other": here, "old": there}
+    same = {"native": cycle(), "other": cycle(actor_loss=-2.01), "old": cycle(model_loss=9.0)}
+    run.check(same, variants)
+    for name, wrong, message in [
+        ("old", cycle(updates=5), "old makes 5 updates in 40 env frames, native 4"),
+        ("other", cycle(actor_loss=-2.2), "other: actor_loss is -2.2, with native -2"),
+        ("other", cycle(ran="eager"), "other: .*'imagine': 'eager'"),
+    ]:
+        with pytest.raises(AssertionError, match=message):
+            run.check(same | {name: wrong}, variants)
+
+
+def test_options_of_a_run(tmp_path, capsys):
+    args, variants, options = run.parse(["--against", str(run.ROOT), "--threads", "1"])
+    own = f"native of {run.ROOT.name}"
+    assert list(variants) == ["native", "eager", own] and variants[own].backend == "native"
+    assert options[0] == "walker" and options[-2:] == ["--threads", "1"] and args.rounds == 5
+    with pytest.raises(SystemExit):
+        run.parse(["--against", str(tmp_path)])
+    assert "no checkout of fastdreamer" in capsys.readouterr().err
+
+
+def test_real_runs_take_turns():
+    """Two processes that train with a worker each, in turn, and a third that can't."""
+    options = run.settings("walker", 1.0, ["--preset", "tiny", "--obs", "state"])
+    variants = {"eager": run.Variant(run.ROOT, "eager"), "auto": run.Variant(run.ROOT, "auto")}
+    result = json.loads(json.dumps(run.measure(variants, options, rounds=2, warmup=0)))
+    for rates in result["runs"].values():
+        assert rates["cycle"]["repeats"] == 2 and rates["frames_per_cycle"] == 40
+        assert rates["updates_per_s"] / rates["env_frames_per_s"] == pytest.approx(20 / 40)
+        assert 0 <= rates["waiting"] < 1
+    assert set(result["runs"]["eager"]["ran"].values()) == {"eager"}
+    with (
+        pytest.raises(run.RunFailed, match="invalid choice 'sound'"),
+        run.running(variants, [*options, "--obs", "sound"]),
+    ):
+        pass
 
 
 # ----------------------------------------------------------------------------------- phases

@@ -76,3 +76,10 @@ def cell(times: dict[str, float] | None) -> str:
     digits = next((d for limit, d in ((100, 0), (10, 1), (1, 2)) if times["median_ms"] >= limit), 3)
     median, p20, p80 = (f"{times[k]:.{digits}f}" for k in ("median_ms", "p20_ms", "p80_ms"))
     return f"{median} ({p20}–{p80})"
+
+
+def rate_cell(times: dict[str, float], amount: float) -> str:
+    """Return ``median (p20–p80)`` of an amount a second; the slow times make the low rates."""
+    median, low, high = (1e3 * amount / times[k] for k in ("median_ms", "p80_ms", "p20_ms"))
+    digits = 0 if median >= 100 else 1
+    return f"{median:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"

@@ -182,10 +182,18 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of ``flatten_optimizer``; learning rates stay those of the optimiser."""
+    """The inverse of ``flatten_optimizer``; learning rates stay those of the optimiser.
+
+    A file keeps no strides. Fused kernels walk the memory of a parameter and of its moments side by
+    side, so what has a parameter's shape gets its strides back (convolutions are channels_last).
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, key = name.split(".")
+        param = params[int(index)]
+        if value.shape == param.shape:
+            value = value.new_empty_strided(param.shape, param.stride()).copy_(value)
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 

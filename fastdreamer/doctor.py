@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 import pkgutil
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -60,6 +60,7 @@ def _machine() -> Iterator[tuple[str, str]]:
             yield "native core", f"{_native.isa()} (this CPU has {host})"
         except ValueError as error:  # FASTDREAMER_ISA asks for what the CPU lacks
             yield "native core", str(error)
+        yield from _tiles(_native.isa_reasons())
     if torch.cuda.is_available():
         yield (
             "GPU",
@@ -68,6 +69,13 @@ def _machine() -> Iterator[tuple[str, str]]:
     else:
         yield "GPU", "none that torch can use"
     yield "NVIDIA driver", driver_state()
+
+
+def _tiles(reasons: Mapping[str, str | None]) -> Iterator[tuple[str, str]]:
+    """Why not AMX, and what can stand for it."""
+    yield "  amx", f"no: {reasons['amx']}" if reasons["amx"] else "yes"
+    if reasons["amx_emulated"] is None:
+        yield "  amx_emulated", "for tests alone: amx, its instructions emulated in avx512bf16"
 
 
 def _rendering() -> Iterator[tuple[str, str]]:

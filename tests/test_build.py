@@ -81,7 +81,7 @@ def test_source_distribution_holds_the_core(source):
     assert wanted <= packed
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512bf16", "amx", "amx_emulated"])
 def test_kernels_of_an_isa_export_their_table_and_no_weak_symbol(isa, tmp_path):
     """A weak symbol compiled for AVX-512 could be the one the linker keeps for every CPU."""
     from fastdreamer import _native
@@ -93,6 +93,8 @@ def test_kernels_of_an_isa_export_their_table_and_no_weak_symbol(isa, tmp_path):
         "avx2": ["-mavx2", "-mfma"],
         "avx512": avx512,
         "avx512bf16": [*avx512, "-mavx512bf16"],
+        "amx": [*avx512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+        "amx_emulated": [*avx512, "-mavx512bf16"],
     }[isa]
     output = tmp_path / "kernels.o"
     # -O0: nothing is inlined away, so that what could be emitted is emitted

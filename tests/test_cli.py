@@ -198,7 +198,7 @@ def test_doctor_and_version(capsys):
     assert main(["doctor"]) == 0
     text = output(capsys)
     assert f"NVIDIA driver {driver_state()[:20]}" in text
-    for word in ("CPU", "threads", "rendering", "torch", "lambda_return", "imagine"):
+    for word in ("CPU", "threads", "amx", "rendering", "torch", "lambda_return", "imagine"):
         assert word in text
     assert main(["--version"]) == 0
     assert fastdreamer.__version__ in output(capsys)

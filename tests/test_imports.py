@@ -221,7 +221,7 @@ def test_includes_point_one_way(path):
             assert ".." not in name
         for name in [*ours, *system]:
             assert not re.match(r"pybind11|Python\.h|torch|ATen|c10", name), f"{path.name}: {name}"
-    per_isa = path.name in ("vec.h", "functions.h") or path.name.endswith("-inl.h")
+    per_isa = path.name in ("vec.h", "amx.h", "functions.h") or path.name.endswith("-inl.h")
     if per_isa or path.name.startswith("kernels"):
         for name in system:
             assert name.endswith(".h") or name in C_HEADERS, f"{path.name}: {name} is the STL's"
@@ -232,7 +232,7 @@ def test_the_documentation_lists_every_file_of_the_core():
     rows = "".join(re.findall(r"^\| `.*\|$", text, re.M))
     named = {name for name in re.findall(r"`([\w.<>/-]+)`", rows) if not name.endswith("/")}
     files = [
-        {re.sub(r"_(scalar|avx\w+)\.", "_<isa>.", path.name), path.stem}
+        {re.sub(r"_(scalar|avx\w+|amx\w*)\.", "_<isa>.", path.name), path.stem}
         for path in (ROOT / "csrc" / "cpu").iterdir()
     ]
     assert not [names for names in files if not names & named], "not in docs/native.md"

@@ -5,6 +5,7 @@ collector then costs the seconds of a start.
 """
 
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -32,6 +33,7 @@ from fastdreamer.checkpoint import (
 from fastdreamer.collector import POLICY_PARTS
 from fastdreamer.config import preset
 from fastdreamer.envs import make_env
+from fastdreamer.envs.gl import GLError, select_gl
 from fastdreamer.episodes import episode_path, read_episode
 from fastdreamer.play import agent_policy, collect, episode_seed, random_policy
 from fastdreamer.trainer import RunError, Trainer, create_run, lock_run, read_config
@@ -47,8 +49,10 @@ CONFIG = dataclasses.replace(
     train=dataclasses.replace(TINY.train, pretrain=5, checkpoint_every=7),
 )
 UPDATES, PREFILL, CYCLE = 165, 2, 20
+KINDS = ["state", "pixels", "both"]  # what a run sees: whether it has convolutions
 WALL_CLOCK = ("seconds", "updates_per_s")
 KILLS, SEED = ["seconds"] * 2 + ["updates"] * 5 + ["call"] * 3, 1  # of each of two runs
+FEW_KILLS = ["seconds"] + ["updates"] * 2 + ["call"]  # from pixels a start takes longer
 TIMEOUT = 240  # seconds; a run takes a few, but ten times that on a machine that others load
 
 LAUNCHER = """
@@ -316,15 +320,30 @@ def launcher(launchers):
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory, launcher):
-    """The undisturbed run, and the seconds it took to start."""
-    run_dir = new_run(tmp_path_factory.mktemp("reference") / "run")
-    start = time.monotonic()
-    launcher.start(run_dir, STARTED + ARCHIVE)
-    assert eventually((run_dir / "started").exists, TIMEOUT)
-    seconds = time.monotonic() - start
-    assert launcher.wait() == 0
-    return run_dir, seconds
+def undisturbed(tmp_path_factory, launcher):
+    """Of what a run sees: the undisturbed run, and the seconds it took to start."""
+
+    @functools.cache
+    def reference(kind):
+        if kind != "state":
+            try:
+                select_gl()
+            except GLError as error:
+                pytest.skip(str(error))
+        run_dir = new_run(tmp_path_factory.mktemp("reference") / "run", seeing(kind))
+        start = time.monotonic()
+        launcher.start(run_dir, STARTED + ARCHIVE)
+        assert eventually((run_dir / "started").exists, TIMEOUT)
+        seconds = time.monotonic() - start
+        assert launcher.wait() == 0
+        return run_dir, seconds
+
+    return reference
+
+
+@pytest.fixture(scope="module")
+def reference(undisturbed):
+    return undisturbed("state")
 
 
 @pytest.fixture
@@ -333,6 +352,10 @@ def own_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+def seeing(kind):
+    return dataclasses.replace(CONFIG, env=dataclasses.replace(CONFIG.env, obs=kind))
 
 
 def copy_of(reference, path):
@@ -361,10 +384,12 @@ def test_undisturbed_run_follows_the_schedule(reference):
         assert all(np.isfinite(v) for k, v in line.items() if k != "kind")
 
 
-def test_a_run_in_stages_equals_one_in_one_go(tmp_path, reference, launcher):
-    run_dir = new_run(tmp_path / "run")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_in_stages_equals_one_in_one_go(kind, tmp_path, undisturbed, launcher):
+    want, _ = undisturbed(kind)
+    run_dir = new_run(tmp_path / "run", seeing(kind))
     assert launcher.run(run_dir, IN_STAGES) == 0
-    assert_equals(run_dir, reference[0])
+    assert_equals(run_dir, want)
     assert (run_dir / "log.txt").read_text().count("resumed from") == 3
 
 
@@ -490,26 +515,36 @@ def kill_over_and_over(launcher, run_dir, kinds, seed, start):
     return killed
 
 
-def test_kill_9_at_twenty_random_moments(tmp_path, reference, launchers):
-    run_dirs = [new_run(tmp_path / name) for name in ("a", "b")]
+@pytest.mark.parametrize(
+    ("kinds", "kills"),
+    [(("state", "state"), KILLS), (("pixels", "both"), FEW_KILLS)],
+    ids=["state", "pixels"],
+)
+def test_kill_9_at_random_moments(kinds, kills, tmp_path, undisturbed, launchers):
+    """Two runs beside each other: twenty kills from state, eight with convolutions."""
+    references = [undisturbed(kind) for kind in kinds]
+    run_dirs = [new_run(tmp_path / f"run-{i}", seeing(kind)) for i, kind in enumerate(kinds)]
 
     def disturbed(i):
-        killed = kill_over_and_over(launchers[i], run_dirs[i], KILLS, SEED + i, reference[1])
+        start = references[i][1]
+        killed = kill_over_and_over(launchers[i], run_dirs[i], kills, SEED + i, start)
         return killed, launchers[i].run(run_dirs[i])
 
     with ThreadPoolExecutor(2) as pool:  # both cores: what takes time is the starting
         outcomes = list(pool.map(disturbed, range(2)))
-    assert sum(len(killed) for killed, _ in outcomes) == 20
-    for run_dir, (killed, code) in zip(run_dirs, outcomes, strict=True):
+    assert sum(len(killed) for killed, _ in outcomes) == 2 * len(kills)
+    for run_dir, (want, _), (killed, code) in zip(run_dirs, references, outcomes, strict=True):
         assert code == 0
-        assert_equals(run_dir, reference[0])
+        assert_equals(run_dir, want)
         for room in ("checkpoints", "episodes"):  # nothing missing, nothing left behind
-            assert names(run_dir / room) == names(reference[0] / room)
+            assert names(run_dir / room) == names(want / room)
         assert eventually(lambda pids=killed: not any(map(session, pids)), 20), "orphans live on"
 
 
-def test_signals_stop_cleanly_wherever_they_arrive(tmp_path, reference, launcher):
-    run_dir = new_run(tmp_path / "run")
+@pytest.mark.parametrize("kind", KINDS)
+def test_signals_stop_cleanly_wherever_they_arrive(kind, tmp_path, undisturbed, launcher):
+    want, _ = undisturbed(kind)
+    run_dir = new_run(tmp_path / "run", seeing(kind))
     # Ctrl-C while the collector starts; the collector is in the terminal's group too.
     pid = launcher.start(run_dir)
     assert eventually(lambda: len(session(pid)) > 1, TIMEOUT)
@@ -534,7 +569,7 @@ def test_signals_stop_cleanly_wherever_they_arrive(tmp_path, reference, launcher
     assert metrics(run_dir)[-1]["kind"] == "episode"
 
     assert launcher.run(run_dir) == 0
-    assert_equals(run_dir, reference[0])
+    assert_equals(run_dir, want)
 
 
 def test_a_killed_collector_changes_nothing(tmp_path, reference, launcher):

@@ -16,6 +16,7 @@
 #include "bindings/observe.h"
 #include "bindings/weights.h"
 #include "cpu/arena.h"
+#include "cpu/cpuid.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/scan.h"
@@ -125,9 +126,49 @@ double peak(bool bf16, int threads, double seconds) {
 py::list host_isas() {
   py::list names;
   for (Isa isa : kIsas) {
-    if (host_has(isa)) names.append(isa_name(isa));
+    if (!is_emulated(isa) && host_has(isa)) names.append(isa_name(isa));
   }
   return names;
+}
+
+// Calls body(name, member) on every fact.
+template <class Facts, class Body>
+void by_fact(Facts& f, const Body& body) {
+  body("leaf_1_ecx", f.leaf_1_ecx);
+  body("leaf_7_ebx", f.leaf_7_ebx);
+  body("leaf_7_edx", f.leaf_7_edx);
+  body("leaf_7_1_eax", f.leaf_7_1_eax);
+  body("leaf_1d_eax", f.leaf_1d_eax);
+  body("leaf_1d_1_eax", f.leaf_1d_1_eax);
+  body("leaf_1d_1_ebx", f.leaf_1d_1_ebx);
+  body("leaf_1d_1_ecx", f.leaf_1d_1_ecx);
+  body("xcr0", f.xcr0);
+  body("tile_permission", f.tile_permission);
+}
+
+py::dict cpu_facts() {
+  py::dict facts;
+  by_fact(host_facts(), [&](const char* name, const auto& value) { facts[name] = value; });
+  return facts;
+}
+
+CpuFacts facts_of(const py::object& facts) {
+  if (facts.is_none()) return host_facts();
+  CpuFacts f{};
+  by_fact(f, [&](const char* name, auto& value) {
+    value = facts[name].template cast<std::decay_t<decltype(value)>>();
+  });
+  return f;
+}
+
+py::dict isa_reasons(const py::object& facts) {
+  const CpuFacts f = facts_of(facts);
+  py::dict reasons;
+  for (Isa isa : kIsas) {
+    const std::string reason = why_not(isa, f);
+    reasons[isa_name(isa)] = reason.empty() ? py::object(py::none()) : py::cast(reason);
+  }
+  return reasons;
 }
 
 py::dict build_info() {
@@ -183,6 +224,14 @@ PYBIND11_MODULE(_native, m) {
       "isa", [] { return isa_name(active_isa()); },
       "The instruction set in force; ValueError if FASTDREAMER_ISA names one not available.");
   m.def("host_isas", &host_isas, "The instruction sets that this machine has, least first.");
+  m.def("cpu_facts", &cpu_facts, "What that is decided by, by name; see csrc/cpu/cpuid.h.");
+  m.def("isa_reasons", &isa_reasons, py::arg("facts") = py::none(),
+        "By name of an instruction set, emulated ones too: why it cannot be used, or None. Of this "
+        "machine or of given facts.");
+  m.def(
+      "best_isa", [](const py::object& facts) { return isa_name(best_isa(facts_of(facts))); },
+      py::arg("facts") = py::none(),
+      "The last instruction set that can be used, emulated ones apart; likewise.");
   m.def("build_info", &build_info, "How the extension was built: version, compiler, OpenMP.");
 }
 

@@ -298,7 +298,7 @@ void evaluate(Function function, const float* in, float* out, Index n) {
 
 // 24 independent accumulators, enough to hide the latency of every multiply-add unit.
 template <class P>
-double peak(Index iterations) {
+double peak_of_vectors(Index iterations) {
   typename P::Elem zeros[kLanes * P::pair] = {};
   constexpr int n = kLanes == 8 ? 12 : 24;
   Vec acc[n];
@@ -321,6 +321,21 @@ double peak(Index iterations) {
   }
   return 2.0 * n * kLanes * P::pair * static_cast<double>(iterations);
 }
+
+#if FD_AMX
+// Four independent sums of tiles, as the products have.
+double peak_of_tiles(Index iterations) {
+  amx::configure(&kTileShapes.of[amx::kRows - 1]);
+  for (Index k = 0; k < iterations; ++k) {
+    amx::multiply<0, 4, 6>();
+    amx::multiply<1, 4, 7>();
+    amx::multiply<2, 5, 6>();
+    amx::multiply<3, 5, 7>();
+  }
+  amx::release();
+  return 2.0 * 4 * amx::kRows * kLanes * Amx::block * static_cast<double>(iterations);
+}
+#endif
 
 }  // namespace
 }  // namespace fastdreamer

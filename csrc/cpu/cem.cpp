@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/parallel.h"
+#include "cpu/task.h"
 
 namespace fastdreamer {
 namespace {
@@ -25,7 +25,7 @@ void by_start(Index begin, Index rows, Index N, const Body& body) {
 Cem::Cem(const CemArgs& args, Arena& scratch, int threads) : args_(args), threads_(threads) {
   const Kernels& k = *args.kernels;
   const Rssm& rssm = *args.rssm;
-  const Tiling tiling(args.B * args.N, kTile, threads);
+  const Tiling tiling = tiling_for(k, args.B * args.N, threads);
   tile_ = tiling.size;
   const Index rows = tiling.threads * tile_;
   states_ = take_rows(scratch, k, 2 * rows, rssm.width());
@@ -59,7 +59,7 @@ Cem::Cem(const CemArgs& args, Arena& scratch, int threads) : args_(args), thread
 }
 
 void Cem::run() const {
-  const Tiling tiling(args_.B * args_.N, kTile, threads_);
+  const Tiling tiling = tiling_for(*args_.kernels, args_.B * args_.N, threads_);
   for (Index i = 0; i < args_.I; ++i) {
     parallel_tiles(tiling,
                    [&](Index begin, Index rows, int thread) { tile(i, begin, rows, thread); });
@@ -91,7 +91,8 @@ void Cem::candidates(Index i, Index t, Index b, Index n, Index count, const Buff
 // The scores of some rows in iteration i.
 void Cem::tile(Index i, Index begin, Index rows, int thread) const {
   const CemArgs& x = args_;
-  const Kernels& k = *x.kernels;
+  const Task task(*x.kernels, x.B * x.N, rows);
+  const Kernels& k = task.kernels;
   const Rssm& rssm = *x.rssm;
   const Index D = rssm.D, S = rssm.S, B = x.B, N = x.N, H = x.H;
   const Index scratch = thread * tile_;

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu/parallel.h"
+#include "cpu/task.h"
 
 namespace fastdreamer {
 namespace {
@@ -156,9 +156,10 @@ void Encode::run() const {
     chunks.tiles(chunk, [&](Index begin, Index images, bool) { tile(begin, images, thread); });
   });
   if (x.linear == nullptr) return;
-  parallel_tiles(Tiling(x.N, kTile, threads_), [&](Index begin, Index rows, int) {
-    x.kernels->linear({x.linear->forward, tape_->flat.at(begin), rows, x.linear->bias, kNoFloats,
-                       Activation::none, kNoRows, x.embed.at(begin), kNoFloats, kNoRows});
+  parallel_tiles(tiling_for(*x.kernels, x.N, threads_), [&](Index begin, Index rows, int) {
+    const Task task(*x.kernels, x.N, rows);
+    task.kernels.linear({x.linear->forward, tape_->flat.at(begin), rows, x.linear->bias, kNoFloats,
+                         Activation::none, kNoRows, x.embed.at(begin), kNoFloats, kNoRows});
   });
 }
 
@@ -220,9 +221,10 @@ void EncodeBackward::run() const {
   const EncodeArgs& x = tape_.args;
   const Kernels& k = *x.kernels;
   if (x.linear != nullptr) {
-    parallel_tiles(Tiling(x.N, kTile, threads_), [&](Index begin, Index rows, int) {
-      k.linear({x.linear->backward, grads_.embed.at(begin), rows, nullptr, kNoFloats,
-                Activation::none, kNoRows, flat_.at(begin), kNoFloats, kNoRows});
+    parallel_tiles(tiling_for(k, x.N, threads_), [&](Index begin, Index rows, int) {
+      const Task task(k, x.N, rows);
+      task.kernels.linear({x.linear->backward, grads_.embed.at(begin), rows, nullptr, kNoFloats,
+                           Activation::none, kNoRows, flat_.at(begin), kNoFloats, kNoRows});
     });
   }
   const Chunks chunks(x.N);
@@ -404,15 +406,15 @@ void Decode::run() const {
   const DecodeTape& t = *tape_;
   const DecodeArgs& x = t.args;
   const Kernels& k = *x.kernels;
-  const Tiling by_row(x.N, kTile, threads_);
-  parallel_tiles(by_row, [&](Index begin, Index rows, int) {
+  parallel_tiles(tiling_for(k, x.N, threads_), [&](Index begin, Index rows, int) {
+    const Task task(k, x.N, rows);
     const Index F = x.linear->in;
     k.copy({rows_of(x.feat, F).at(begin), nullptr, F, rows, t.feat.at(begin), kNoFloats, false});
     const Activation act = x.linear_relu ? Activation::relu : Activation::none;
-    k.linear({x.linear->forward, t.feat.at(begin), rows, x.linear->bias, kNoFloats, act, kNoRows,
-              t.linear.at(begin), kNoFloats, kNoRows});
-    k.linear({x.first->forward, t.linear.at(begin), rows, x.first->bias, kNoFloats,
-              Activation::relu, kNoRows, t.first.at(begin), kNoFloats, kNoRows});
+    task.kernels.linear({x.linear->forward, t.feat.at(begin), rows, x.linear->bias, kNoFloats, act,
+                         kNoRows, t.linear.at(begin), kNoFloats, kNoRows});
+    task.kernels.linear({x.first->forward, t.linear.at(begin), rows, x.first->bias, kNoFloats,
+                         Activation::relu, kNoRows, t.first.at(begin), kNoFloats, kNoRows});
   });
   const Chunks chunks(x.N);
   parallel_tasks(chunks.count, threads_, [&](Index chunk, int thread) {
@@ -465,15 +467,16 @@ void DecodeBackward::run() const {
       });
     });
   }
-  parallel_tiles(Tiling(x.N, kTile, threads_), [&](Index begin, Index rows, int) {
+  parallel_tiles(tiling_for(k, x.N, threads_), [&](Index begin, Index rows, int) {
+    const Task task(k, x.N, rows);
     const Rows slope = x.linear_relu ? tape_.linear.at(begin) : kNoRows;
-    k.linear({x.first->backward, tape_.first_delta.at(begin), rows, nullptr, kNoFloats,
-              x.linear_relu ? Activation::relu : Activation::none, slope, linear_delta_.at(begin),
-              kNoFloats, kNoRows});
+    task.kernels.linear({x.first->backward, tape_.first_delta.at(begin), rows, nullptr, kNoFloats,
+                         x.linear_relu ? Activation::relu : Activation::none, slope,
+                         linear_delta_.at(begin), kNoFloats, kNoRows});
     if (grads_.feat == nullptr) return;
     const Floats feat = rows_of(grads_.feat, x.linear->in).at(begin);
-    k.linear({x.linear->backward, linear_delta_.at(begin), rows, nullptr, kNoFloats,
-              Activation::none, kNoRows, kNoRows, feat, kNoRows});
+    task.kernels.linear({x.linear->backward, linear_delta_.at(begin), rows, nullptr, kNoFloats,
+                         Activation::none, kNoRows, kNoRows, feat, kNoRows});
     if (grads_.scale == 1.0f) return;
     for (Index i = 0; i < rows * x.linear->in; ++i) feat.data[i] *= grads_.scale;
   });

@@ -5,9 +5,9 @@
 // measured no better. Weights stream from L2 panel by panel while the tile's rows stay near; each
 // activation is broadcast once per panel.
 //
-// On a CPU with AMX, a third Precision whose multiply() is _tile_dpbf16ps on 16 × 16 tiles, with
-// panels of 16 columns and 32 k in the same pair order, would replace the loop in multiply();
-// epilogues and everything above stay as they are.
+// With AMX the sums are tiles of 16 × 16, 2 × 2 of them (1 × 4 where 16 rows or fewer are left):
+// four loads for four products, which keeps the multiplier at its peak. They go through 4 KB of L1
+// to the same epilogues.
 #pragma once
 
 #include "cpu/functions.h"
@@ -31,7 +31,9 @@ struct Operand {
 template <class P, int R, int V>
 __attribute__((noinline)) void multiply(Operand<typename P::Elem> a, Index K,
                                         const typename P::Elem* w, float* sums) {
-  constexpr int step = V * kLanes * P::pair;
+  // panels of one vector lie one behind the other
+  const Index next = P::vectors == 1 ? vector_size<P>(K) : kLanes * P::pair;
+  constexpr int step = (P::vectors == 1 ? 1 : V) * kLanes * P::pair;
   Vec acc[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -42,8 +44,7 @@ __attribute__((noinline)) void multiply(Operand<typename P::Elem> a, Index K,
                        __attribute__((always_inline)) {
                          typename P::Weight weights[V];
 #pragma GCC unroll 16
-                         for (int v = 0; v < V; ++v)
-                           weights[v] = P::weight(w + v * kLanes * P::pair);
+                         for (int v = 0; v < V; ++v) weights[v] = P::weight(w + v * next);
 #pragma GCC unroll 16
                          for (int r = 0; r < R; ++r) {
                            const typename P::Broadcast x = broadcast(from + r * a.row);
@@ -79,15 +80,170 @@ FD_INLINE void multiply_any(int rows, int vectors, Operand<typename P::Elem> a, 
   multiply<P, R, V>(a, K, w, sums);
 }
 
-// The whole product, panel by panel: epilogue(row, rows, first column, vectors, sums).
+#if FD_AMX
+// The registers' rows while products of `rows` rows and more are made. Where more than 16 are no
+// multiple of it, the last tile overlaps the one before: what it computes again is the same.
+FD_INLINE int tile_rows(Index rows) { return static_cast<int>(least(rows, amx::kRows)); }
+
+struct TileShapes {
+  amx::Shapes of[amx::kRows];  // by tile_rows() - 1: sums in tmm0-3, rows in tmm4-5, weights in 6-7
+};
+constexpr TileShapes tile_shapes() {
+  TileShapes shapes{};
+  for (int rows = 1; rows <= amx::kRows; ++rows) {
+    amx::Shapes& to = shapes.of[rows - 1];
+    to.palette = 1;
+    for (int tile = 0; tile < 8; ++tile) {
+      to.bytes[tile] = amx::kRowBytes;
+      to.rows[tile] = static_cast<std::uint8_t>(tile < 6 ? rows : amx::kRows);
+    }
+  }
+  return shapes;
+}
+constexpr TileShapes kTileShapes = tile_shapes();  // lasts, as LDTILECFG needs
+
+// Rows of an operand as two tiles (or one), block by block of k: where each begins, and the last
+// block, which K does not fill, with zeros behind it. What lies there in memory may be NaN.
+struct TileRows {
+  const Bfloat16 *first, *second;
+  Index stride, blocks, rest;  // elements; whole blocks of k; k behind them
+  int offset;                  // rows from the first to the second
+  alignas(64) Bfloat16 last[2 * amx::kRows][Amx::block];
+
+  // Of `count` rows, 32 at most, in tiles of `height`.
+  FD_METHOD TileRows(const Bfloat16* rows, Index stride, Index K, int count, int height)
+      : first(rows),
+        second(rows + (count - height) * stride),
+        stride(stride),
+        blocks(K / Amx::block),
+        rest(K % Amx::block),
+        offset(count - height) {
+    const __mmask32 there = (1u << rest) - 1;
+    for (int r = 0; rest != 0 && r < count; ++r) {
+      const Bfloat16* from = rows + r * stride + blocks * Amx::block;
+      word_store(last[r], {_mm512_maskz_loadu_epi16(there, from)});
+    }
+  }
+
+  // Calls body(first, second, bytes from row to row) for every block.
+  template <class Body>
+  FD_METHOD void by_blocks(Body body) const {
+    const Bfloat16 *one = first, *other = second;
+    const Index bytes = stride * Index{sizeof(Bfloat16)};
+    for (Index k = blocks; k > 0; --k, one += Amx::block, other += Amx::block) {
+      body(one, other, bytes);
+    }
+    if (rest != 0) body(last[0], last[offset], Index{amx::kRowBytes});
+  }
+};
+
+// sums[m][n] of 16 × 16, M × N of them: rows of N vectors.
+template <int M, int N>
+__attribute__((noinline)) void multiply_tiles(const TileRows& a, const Bfloat16* w, Index next,
+                                              float* sums) {
+  static_assert(M * N <= 4 && M <= 2 && (M == 1 || N <= 2), "two tiles of rows, two of weights");
+  amx::zero<0>();
+  if constexpr (M * N > 1) amx::zero<1>();
+  if constexpr (M * N > 2) amx::zero<2>();
+  if constexpr (M * N > 3) amx::zero<3>();
+  a.by_blocks([&](const Bfloat16* first, const Bfloat16* second, Index stride)
+                  __attribute__((always_inline)) {
+                    amx::load<4>(first, stride);
+                    amx::load<6>(w, amx::kRowBytes);
+                    amx::multiply<0, 4, 6>();
+                    if constexpr (N > 1) {
+                      amx::load<7>(w + next, amx::kRowBytes);
+                      amx::multiply<1, 4, 7>();
+                    }
+                    if constexpr (N > 2) {
+                      amx::load<6>(w + 2 * next, amx::kRowBytes);
+                      amx::multiply<2, 4, 6>();
+                    }
+                    if constexpr (N > 3) {
+                      amx::load<7>(w + 3 * next, amx::kRowBytes);
+                      amx::multiply<3, 4, 7>();
+                    }
+                    if constexpr (M > 1) {
+                      amx::load<5>(second, stride);
+                      amx::multiply<N, 5, 6>();
+                      if constexpr (N > 1) amx::multiply<3, 5, 7>();
+                    }
+                    w += Amx::block * kLanes;
+                  });
+  constexpr Index row = N * kLanes * Index{sizeof(float)};
+  float* below = sums + a.offset * N * kLanes;
+  amx::store<0>(sums, row);
+  if constexpr (N > 1) amx::store<1>(sums + kLanes, row);
+  if constexpr (N > 2) amx::store<2>(sums + 2 * kLanes, row);
+  if constexpr (N > 3) amx::store<3>(sums + 3 * kLanes, row);
+  if constexpr (M > 1) {
+    amx::store<N>(below, row);
+    if constexpr (N > 1) amx::store<3>(below + kLanes, row);
+  }
+}
+
+// Calls body(row, R, height, again) for groups of R <= most rows: tiles of `height` rows that begin
+// `again` rows before the group, which has fewer.
+template <class Body>
+FD_INLINE void by_tiles(Index rows, int most, Body body) {
+  const int height = tile_rows(rows);
+  for (Index row = 0; row < rows; row += most) {
+    const int R = static_cast<int>(least(most, rows - row));
+    body(row, R, height, R < height ? height - R : 0);
+  }
+}
+
+// product() with tiles. Rows are the outer loop: theirs stay in L1 while the panels stream past.
+template <class Epilogue>
+FD_INLINE void tile_product(Operand<Bfloat16> a, Index rows, const Panels& w, Epilogue epilogue) {
+  alignas(64) float sums[4 * amx::kRows * kLanes];
+  const Index next = vector_size<Amx>(w.K), all = vectors(w.N);
+  by_tiles(rows, 2 * amx::kRows,
+           [&](Index row, int R, int height, int again) __attribute__((always_inline)) {
+             const TileRows in(a.data + (row - again) * a.row, a.row, w.K, R + again, height);
+             const bool two = R > amx::kRows;
+             const int most = two ? 2 : 4;
+             for (Index vector = 0; vector < all; vector += most) {
+               const int V = static_cast<int>(least(most, all - vector));
+               const Bfloat16* panel = static_cast<const Bfloat16*>(w.data) + vector * next;
+               switch (two ? 4 + V : V) {
+                 case 1:
+                   multiply_tiles<1, 1>(in, panel, next, sums);
+                   break;
+                 case 2:
+                   multiply_tiles<1, 2>(in, panel, next, sums);
+                   break;
+                 case 3:
+                   multiply_tiles<1, 3>(in, panel, next, sums);
+                   break;
+                 case 4:
+                   multiply_tiles<1, 4>(in, panel, next, sums);
+                   break;
+                 case 5:
+                   multiply_tiles<2, 1>(in, panel, next, sums);
+                   break;
+                 case 6:
+                   multiply_tiles<2, 2>(in, panel, next, sums);
+                   break;
+               }
+               epilogue(row, R, vector * kLanes, V, sums + again * V * kLanes);
+             }
+           });
+}
+#endif
+
+// The whole product, part by part: epilogue(row, rows, first column, vectors, sums). With tiles,
+// `a` has rows, between enter() and leave().
 template <class P, class Epilogue>
 FD_INLINE void product(Operand<typename P::Elem> a, Index rows, const Panels& w,
                        Epilogue epilogue) {
   using Elem = typename P::Elem;
+#if FD_AMX
+  if constexpr (P::tiles) return tile_product(a, rows, w, epilogue);
+#endif
   alignas(64) float sums[kRows * kVectors * kLanes];
-  const Index per_vector = steps(w.K, P::pair) * kLanes * P::pair;
-  by_panels(w.N, [&](Index first_vector, int V) __attribute__((always_inline)) {
-    const Elem* panel = static_cast<const Elem*>(w.data) + first_vector * per_vector;
+  evenly(vectors(w.N), kVectors, [&](Index first_vector, int V) __attribute__((always_inline)) {
+    const Elem* panel = static_cast<const Elem*>(w.data) + first_vector * vector_size<P>(w.K);
     evenly(rows, kRows, [&](Index row, int R) __attribute__((always_inline)) {
       multiply_any<P>(R, V, {a.data + row * a.row, a.row, a.step}, w.K, panel, sums);
       epilogue(row, R, first_vector * kLanes, V, sums);
@@ -214,7 +370,7 @@ __attribute__((noinline)) void multiply_gru(Operand<typename P::Elem> x, Index K
                        };
   const auto part = [&](Operand<typename P::Elem> a, Index count,
                         auto last) __attribute__((always_inline)) {
-    const typename P::Elem* from = a.data;
+    const typename P::Elem *from = a.data, *end = w + 3 * vector_size<P>(count);
     for (Index k = count / P::pair; k > 0; --k, from += P::pair) {
       one(
           from, a.row, [](const auto* p) __attribute__((always_inline)) { return P::broadcast(p); },
@@ -225,6 +381,7 @@ __attribute__((noinline)) void multiply_gru(Operand<typename P::Elem> x, Index K
           from, a.row,
           [](const auto* p) __attribute__((always_inline)) { return P::broadcast_one(p); }, last);
     }
+    w = end;
   };
   struct Two {
     constexpr operator int() const { return 2; }
@@ -241,11 +398,70 @@ __attribute__((noinline)) void multiply_gru(Operand<typename P::Elem> x, Index K
   }
 }
 
-template <class P>
-void gru(const GruArgs& x) {
+#if FD_AMX
+// The same of up to 16 rows.
+__attribute__((noinline)) void multiply_gru_tiles(const TileRows& x, const TileRows& h,
+                                                  const Bfloat16* w, float* sums) {
+  constexpr int step = Amx::pair * kLanes;  // elements of a gate
+  constexpr Index stride = 3 * step * Index{sizeof(Bfloat16)};
+  amx::zero<0>();
+  amx::zero<1>();
+  amx::zero<2>();
+  amx::zero<3>();
+  const auto reset_and_update = [&](const Bfloat16* rows, Index bytes)
+                                    __attribute__((always_inline)) {
+                                      amx::load<4>(rows, bytes);
+                                      amx::load<6>(w, stride);
+                                      amx::multiply<0, 4, 6>();
+                                      amx::load<7>(w + step, stride);
+                                      amx::multiply<1, 4, 7>();
+                                      amx::load<6>(w + 2 * step, stride);
+                                      w += 3 * amx::kRows * step;
+                                    };
+  x.by_blocks([&](const Bfloat16* rows, const Bfloat16*, Index bytes)
+                  __attribute__((always_inline)) {
+                    reset_and_update(rows, bytes);
+                    amx::multiply<2, 4, 6>();
+                  });
+  h.by_blocks([&](const Bfloat16* rows, const Bfloat16*, Index bytes)
+                  __attribute__((always_inline)) {
+                    reset_and_update(rows, bytes);
+                    amx::multiply<3, 4, 6>();
+                  });
+  constexpr Index row = 4 * kLanes * Index{sizeof(float)};
+  amx::store<0>(sums, row);
+  amx::store<1>(sums + kLanes, row);
+  amx::store<2>(sums + 2 * kLanes, row);
+  amx::store<3>(sums + 3 * kLanes, row);
+}
+
+template <class Cell>
+FD_INLINE void gru_tile_products(const GruArgs& x, Cell cell) {
+  alignas(64) float sums[4 * amx::kRows * kLanes];
+  const Index D = x.w.D, K = x.w.K, per_vector = 3 * (vector_size<Amx>(K) + vector_size<Amx>(D));
+  by_tiles(x.rows, amx::kRows,
+           [&](Index row, int R, int height, int again) __attribute__((always_inline)) {
+             const TileRows in(at<const Bfloat16>(x.x, row - again), x.x.stride, K, height, height);
+             const TileRows state(at<const Bfloat16>(x.h, row - again), x.h.stride, D, height,
+                                  height);
+             const Bfloat16* w = static_cast<const Bfloat16*>(x.w.data);
+             for (Index unit = 0; unit < D; unit += kLanes, w += per_vector) {
+               multiply_gru_tiles(in, state, w, sums);
+               cell(row, R, unit, sums + again * 4 * kLanes);
+             }
+           });
+}
+#endif
+
+// The products of a GRU, part by part: cell(row, rows, unit, sums) for one vector of units.
+template <class P, class Cell>
+FD_INLINE void gru_products(const GruArgs& x, Cell cell) {
   using Elem = typename P::Elem;
+#if FD_AMX
+  if constexpr (P::tiles) return gru_tile_products(x, cell);
+#endif
   const Index D = x.w.D, K = x.w.K;
-  const Index per_vector = 3 * kLanes * P::pair * (steps(K, P::pair) + steps(D, P::pair));
+  const Index per_vector = 3 * (vector_size<P>(K) + vector_size<P>(D));
   alignas(64) float sums[kGruRows * 4 * kLanes];
   for (Index unit = 0; unit < D; unit += kLanes) {
     const Elem* w = static_cast<const Elem*>(x.w.data) + unit / kLanes * per_vector;
@@ -274,37 +490,47 @@ void gru(const GruArgs& x) {
           break;
 #endif
       }
-      for (int i = 0; i < R; ++i) {
-        const Index r = row + i;
-        const float* s = sums + i * 4 * kLanes;
-        by_vectors(unit, least(unit + kLanes, D),
-                   [&](Index c, auto get, auto put) __attribute__((always_inline)) {
-                     const float* b = x.bias + c;
-                     const Vec reset = sigmoid<P::fast>(load(s) + get(b));
-                     const Vec update = sigmoid<P::fast>(load(s + kLanes) + get(b + D));
-                     const Vec gated = load(s + 3 * kLanes) + get(b + 3 * D);
-                     const Vec fresh =
-                         tanh<P::fast>(fma(reset, gated, load(s + 2 * kLanes) + get(b + 2 * D)));
-                     const Vec h = fma(update, get(at(x.h32, r) + c) - fresh, fresh);
-                     put(at<Elem>(x.out, r) + c, h);
-                     put(at(x.out32, r) + c, h);
-                     if (x.gates.data != nullptr) {
-                       Elem* gates = at<Elem>(x.gates, r) + c;
-                       put(gates, reset);
-                       put(gates + D, update);
-                       put(gates + 2 * D, fresh);
-                       put(gates + 3 * D, gated);
-                     }
-                   });
-      }
+      cell(row, R, unit, sums);
     });
   }
 }
 
+template <class P>
+void gru(const GruArgs& x) {
+  using Elem = typename P::Elem;
+  const Index D = x.w.D;
+  gru_products<P>(
+      x, [&](Index row, int R, Index unit, const float* s) __attribute__((always_inline)) {
+        for (Index r = row; r < row + R; ++r, s += 4 * kLanes) {
+          by_vectors(unit, least(unit + kLanes, D),
+                     [&](Index c, auto get, auto put) __attribute__((always_inline)) {
+                       const float* b = x.bias + c;
+                       const Vec reset = sigmoid<P::fast>(load(s) + get(b));
+                       const Vec update = sigmoid<P::fast>(load(s + kLanes) + get(b + D));
+                       const Vec gated = load(s + 3 * kLanes) + get(b + 3 * D);
+                       const Vec fresh =
+                           tanh<P::fast>(fma(reset, gated, load(s + 2 * kLanes) + get(b + 2 * D)));
+                       const Vec h = fma(update, get(at(x.h32, r) + c) - fresh, fresh);
+                       put(at<Elem>(x.out, r) + c, h);
+                       put(at(x.out32, r) + c, h);
+                       if (x.gates.data != nullptr) {
+                         Elem* gates = at<Elem>(x.gates, r) + c;
+                         put(gates, reset);
+                         put(gates + D, update);
+                         put(gates + 2 * D, fresh);
+                         put(gates + 3 * D, gated);
+                       }
+                     });
+        }
+      });
+}
+
 // --- weight gradients ----------------------------------------------------------------------------
 
-// Rows a block: both operands of a 400 × 400 layer, interleaved, take 2 × 200 KB of L2.
-constexpr Index kBlock = 256;
+// Rows a block: both operands of a 400 × 400 layer, interleaved, take 2 × 200 KB of L2; with tiles,
+// whose CPUs have 2 MB, twice that, so that gradients are read and written half as often.
+template <class P>
+constexpr Index kBlock = P::tiles ? 512 : 256;
 // Rows whose deltas are summed plainly for the bias; such sums are added with their rounding errors
 // kept beside (Knuth's TwoSum): over thousands of rows of either sign they nearly cancel.
 constexpr Index kShort = 16;
@@ -316,11 +542,41 @@ FD_INLINE void add_exactly(float* total, float* carry, Vec part) {
   store(carry, load(carry) + ((before - (after - added)) + (part - added)));
 }
 
+// Where the deltas of a block lie for the microkernel: it broadcasts, so step by step, all columns
+// side by side. As rows of tiles they are transposed, 16 steps at a time.
+template <class P>
+FD_INLINE Index delta_stride() {  // of a transposed row; no power of two, for the cache's sake
+  return kBlock<P> + P::block;
+}
+template <class P>
+FD_INLINE Index deltas_size(Index out) {  // bytes
+  const Index padded = vectors(out) * kLanes * Index{sizeof(typename P::Elem)};
+  if (P::tiles) return padded * (delta_stride<P>() + P::block);
+  return padded * steps(kBlock<P>, P::pair) * P::pair;
+}
+
 template <class P>
 Index weight_gradient_scratch(Index in, Index out) {
-  return panels_size<P>(kBlock, in) + panels_size<P>(kBlock, out) + 128 +
+  return panels_size<P>(kBlock<P>, in) + deltas_size<P>(out) + 128 +
          3 * vectors(out) * kLanes * Index{sizeof(float)};
 }
+
+#if FD_AMX
+// `count` steps of vectors of columns, into a block of k of transposed rows: zero behind the last.
+FD_INLINE void transpose_steps(const Bfloat16* steps, int count, Index padded, Bfloat16* to) {
+  constexpr int step = Amx::pair * kLanes;
+  for (Index c = 0; c < padded; c += kLanes, steps += step) {
+    Vec square[kLanes];
+    for (int k = 0; k < kLanes; ++k) {
+      square[k] = k < count ? floats(word_load(steps + k * padded * Amx::pair)) : fill(0.0f);
+    }
+    transpose(square);
+    for (int i = 0; i < kLanes; ++i) {
+      word_store(to + (c + i) * delta_stride<Amx>(), words(square[i]));
+    }
+  }
+}
+#endif
 
 template <class P>
 void weight_gradient(const WeightGradientArgs& x) {
@@ -328,9 +584,9 @@ void weight_gradient(const WeightGradientArgs& x) {
   const auto aligned = [](Index size) { return (size + 63) / 64 * 64; };
   char* memory = static_cast<char*>(x.scratch);
   Elem* x_panels = reinterpret_cast<Elem*>(memory);
-  memory += aligned(panels_size<P>(kBlock, x.in));
+  memory += aligned(panels_size<P>(kBlock<P>, x.in));
   Elem* deltas = reinterpret_cast<Elem*>(memory);
-  memory += aligned(panels_size<P>(kBlock, x.out));
+  memory += aligned(deltas_size<P>(x.out));
   // the bias's gradient: of the last few rows, of those before, and what that sum has lost
   const Index padded_out = vectors(x.out) * kLanes;
   float* delta_sums = reinterpret_cast<float*>(memory);
@@ -339,19 +595,18 @@ void weight_gradient(const WeightGradientArgs& x) {
     store(total + c, fill(0.0f));
     store(carry + c, fill(0.0f));
   }
-  for (Index begin = 0; begin < x.rows; begin += kBlock) {
-    const Index rows = least(kBlock, x.rows - begin);
-    by_panels(x.in, [&](Index first_vector, int V) __attribute__((always_inline)) {
-      panel_steps<P>(rows, x.in, first_vector, V,
-                     x_panels + first_vector * steps(rows, P::pair) * kLanes * P::pair,
+  for (Index begin = 0; begin < x.rows; begin += kBlock<P>) {
+    const Index rows = least(kBlock<P>, x.rows - begin);
+    by_panels<P>(x.in, [&](Index first_vector, int V) __attribute__((always_inline)) {
+      write_steps<P>(rows, x.in, first_vector, V, x_panels + first_vector * vector_size<P>(rows),
                      [&](Elem* step, Index k, bool two, Index c, Index n)
                          __attribute__((always_inline)) {
                            const Elem* row = at<const Elem>(x.x, begin + k) + c;
                            copy_step(step, row, two ? row + x.x.stride : nullptr, n);
                          });
     });
-    // step by step, all columns side by side: the microkernel broadcasts from it
-    Elem* to = deltas;
+    Elem* const first = P::tiles ? deltas + padded_out * delta_stride<P>() : deltas;
+    Elem* to = first;
     for (Index k = 0; k < rows; k += P::pair) {
       const bool two = P::pair == 2 && k + 1 < rows;
       const Index r = begin + k;
@@ -380,10 +635,25 @@ void weight_gradient(const WeightGradientArgs& x) {
           add_exactly(total + c, carry + c, load(delta_sums + c));
         }
       }
+#if FD_AMX
+      if constexpr (P::tiles) {
+        const Index within = k % P::block;
+        if (within + P::pair == P::block || k + P::pair >= rows) {
+          transpose_steps(first, static_cast<int>(within / P::pair) + 1, padded_out,
+                          deltas + k - within);
+          to = first;
+        }
+      }
+#endif
     }
-    const Operand<Elem> delta{deltas, P::pair, padded_out * P::pair};
-    // the packed rows are whole steps: the second of an odd last pair is zero
-    const Panels w{x_panels, steps(rows, P::pair) * P::pair, x.in};
+    // the packed rows are whole steps, the second of an odd last pair is zero; for tiles, whole
+    // blocks
+    Operand<Elem> delta{deltas, P::pair, padded_out * P::pair};
+    Panels w{x_panels, steps(rows, P::pair) * P::pair, x.in};
+    if (P::tiles) {
+      delta = {deltas, delta_stride<P>(), P::pair};
+      w.K = panel_steps<P>(rows) * P::pair;
+    }
     product<P>(delta, x.out, w,
                [&](Index row, int R, Index column, int V, const float* sums)
                    __attribute__((always_inline)) {

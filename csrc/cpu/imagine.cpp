@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cpu/parallel.h"
+#include "cpu/task.h"
 
 namespace fastdreamer {
 namespace {
@@ -27,7 +27,7 @@ Imagine::Imagine(const ImagineArgs& args, const ImagineWants& wants, ImagineTape
       taped_(tape != nullptr) {
   const Kernels& k = *args.kernels;
   const Rssm& rssm = *args.rssm;
-  const Tiling tiling(args.B, kTile, threads);
+  const Tiling tiling = tiling_for(k, args.B, threads);
   threads_ = threads;
   tile_ = tiling.size;
   const Index tiles = tiling.threads * tile_, all = args.H * args.B;
@@ -73,14 +73,15 @@ Imagine::Imagine(const ImagineArgs& args, const ImagineWants& wants, ImagineTape
 }
 
 void Imagine::run() const {
-  parallel_tiles(Tiling(tape_->args.B, kTile, threads_),
+  parallel_tiles(tiling_for(*tape_->args.kernels, tape_->args.B, threads_),
                  [&](Index begin, Index rows, int thread) { tile(begin, rows, thread); });
 }
 
 void Imagine::tile(Index begin, Index rows, int thread) const {
   const ImagineTape& tape = *tape_;
   const ImagineArgs& x = tape.args;
-  const Kernels& k = *x.kernels;
+  const Task task(*x.kernels, x.B, rows);
+  const Kernels& k = task.kernels;
   const Rssm& rssm = *x.rssm;
   const Index A = rssm.A, D = rssm.D, S = rssm.S, B = x.B, F = rssm.feat();
   const bool sweep = taped_ && tape.wants.through;
@@ -103,7 +104,7 @@ void Imagine::tile(Index begin, Index rows, int thread) const {
     // value[t] = v(feat_t)
     if (x.value != nullptr) {
       const bool bootstraps = x.target == nullptr && t > 0;
-      evaluate(tape.critic, t, begin, rows, thread, states(t, 0), x.value + row,
+      evaluate(k, tape.critic, t, begin, rows, thread, states(t, 0), x.value + row,
                sweep && bootstraps ? tape.value_unit : Buffer{}, tape.wants.critic);
       if (bootstraps) std::copy_n(x.value + row, rows, x.next_value + row - B);
     }
@@ -125,11 +126,11 @@ void Imagine::tile(Index begin, Index rows, int thread) const {
               rows_of(x.prior_std, S).at(row), sweep ? tape.slope.at(row) : kNoFloats});
     // r_t = reward(feat_{t+1})
     if (x.reward != nullptr) {
-      evaluate(tape.reward, t + 1, begin, rows, thread, states(t + 1, 0), x.reward_out + row,
+      evaluate(k, tape.reward, t + 1, begin, rows, thread, states(t + 1, 0), x.reward_out + row,
                sweep ? tape.reward_unit : Buffer{}, tape.wants.reward);
     }
     if (x.discount != nullptr) {
-      evaluate(tape.discount, t + 1, begin, rows, thread, states(t + 1, 0), x.discount_out + row,
+      evaluate(k, tape.discount, t + 1, begin, rows, thread, states(t + 1, 0), x.discount_out + row,
                sweep ? tape.discount_unit : Buffer{}, tape.wants.discount);
       k.discount(
           {rows, x.gamma, x.discount_out + row, sweep ? tape.discount_slope.data + row : nullptr});
@@ -137,7 +138,7 @@ void Imagine::tile(Index begin, Index rows, int thread) const {
     // and the bootstrap value there, if it is not the critic's own at the next turn
     const Head& bootstrap = x.target != nullptr ? tape.target : tape.critic;
     if (x.next_value != nullptr && (x.target != nullptr || x.value == nullptr || t == x.H - 1)) {
-      evaluate(bootstrap, t + 1, begin, rows, thread, states(t + 1, 0), x.next_value + row,
+      evaluate(k, bootstrap, t + 1, begin, rows, thread, states(t + 1, 0), x.next_value + row,
                sweep ? tape.value_unit : Buffer{}, false);
     }
   }
@@ -155,10 +156,9 @@ void Imagine::tile(Index begin, Index rows, int thread) const {
 
 // out = head(feat_t); with `unit` its gradient by feat_t, which with `deltas` leaves those of the
 // layers on the tape.
-void Imagine::evaluate(const Head& head, Index t, Index begin, Index rows, int thread, Rows feat,
-                       float* out, Buffer unit, bool deltas) const {
+void Imagine::evaluate(const Kernels& k, const Head& head, Index t, Index begin, Index rows,
+                       int thread, Rows feat, float* out, Buffer unit, bool deltas) const {
   const ImagineArgs& x = tape_->args;
-  const Kernels& k = *x.kernels;
   const Index row = head.kept ? (t - head.first) * x.B + begin : thread * tile_;
   forward(k, *head.mlp, feat, rows, head.hidden, row, {out, 1});
   if (unit.data == nullptr && !(deltas && head.kept)) return;
@@ -175,7 +175,7 @@ ImagineBackward::ImagineBackward(const ImagineTape& tape, const ImagineGrads& gr
   const ImagineArgs& x = tape.args;
   const Kernels& k = *x.kernels;
   const Rssm& rssm = *x.rssm;
-  const Tiling tiling(x.B, kTile, threads);
+  const Tiling tiling = tiling_for(k, x.B, threads);
   tile_ = tiling.size;
   const Index tiles = tiling.threads * tile_, all = x.H * x.B;
   const Index rows = tape.wants.rssm ? all : tiles;
@@ -216,7 +216,7 @@ ImagineBackward::ImagineBackward(const ImagineTape& tape, const ImagineGrads& gr
 }
 
 void ImagineBackward::run() const {
-  parallel_tiles(Tiling(tape_.args.B, kTile, threads_),
+  parallel_tiles(tiling_for(*tape_.args.kernels, tape_.args.B, threads_),
                  [&](Index begin, Index rows, int thread) { tile(begin, rows, thread); });
   weights_.run();
 }
@@ -224,7 +224,8 @@ void ImagineBackward::run() const {
 void ImagineBackward::tile(Index begin, Index rows, int thread) const {
   const ImagineArgs& x = tape_.args;
   const ImagineGrads& g = grads_;
-  const Kernels& k = *x.kernels;
+  const Task task(*x.kernels, x.B, rows);
+  const Kernels& k = task.kernels;
   const Rssm& rssm = *x.rssm;
   const Index A = rssm.A, D = rssm.D, S = rssm.S, H = x.H, B = x.B;
   const Index scratch = thread * tile_;

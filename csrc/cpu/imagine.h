@@ -75,8 +75,8 @@ class Imagine {
 
  private:
   void tile(Index begin, Index rows, int thread) const;
-  void evaluate(const Head& head, Index t, Index begin, Index rows, int thread, Rows feat,
-                float* out, Buffer unit, bool deltas) const;
+  void evaluate(const Kernels& k, const Head& head, Index t, Index begin, Index rows, int thread,
+                Rows feat, float* out, Buffer unit, bool deltas) const;
 
   ImagineTape own_;  // where there is no tape: buffers of one tile a thread
   ImagineTape* tape_;

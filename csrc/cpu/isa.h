@@ -9,8 +9,14 @@
 
 namespace fastdreamer {
 
-enum class Isa { scalar, avx2, avx512, avx512bf16 };  // each includes those before it
-constexpr Isa kIsas[] = {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512bf16};
+// Each includes those before it, but for the last: the kernels of amx with AMX's instructions
+// emulated in avx512bf16, which tests ask for by name.
+enum class Isa { scalar, avx2, avx512, avx512bf16, amx, amx_emulated };
+constexpr Isa kIsas[] = {Isa::scalar,     Isa::avx2, Isa::avx512,
+                         Isa::avx512bf16, Isa::amx,  Isa::amx_emulated};
+
+// Whether it is no CPU's, and never chosen unless by name.
+constexpr bool is_emulated(Isa isa) { return isa == Isa::amx_emulated; }
 
 // The name that FASTDREAMER_ISA takes.
 const char* isa_name(Isa isa);
@@ -19,7 +25,8 @@ const char* isa_name(Isa isa);
 bool host_has(Isa isa);
 
 // The instruction set in force, read once per process: FASTDREAMER_ISA if set and not empty, else
-// the best of the host. Throws invalid_argument for an unknown name or one that the host lacks.
+// the best of the host, never an emulated one. Throws invalid_argument for an unknown name or one
+// that the host lacks, with the reason.
 Isa active_isa();
 
 }  // namespace fastdreamer

@@ -10,9 +10,40 @@
 namespace fastdreamer {
 namespace {
 
+// Registers of tiles belong to the thread's task alone; without tiles there is nothing to do.
 template <class P>
-constexpr Kernels table() {
+void enter([[maybe_unused]] Index rows) {
+#if FD_AMX
+  if (P::tiles) amx::configure(&kTileShapes.of[tile_rows(rows) - 1]);
+#endif
+}
+template <class P>
+void leave() {
+#if FD_AMX
+  if (P::tiles) amx::release();
+#endif
+}
+
+template <class P>
+double peak([[maybe_unused]] Index iterations) {
+#if FD_AMX
+  if constexpr (P::tiles) return peak_of_tiles(iterations);
+#endif
+  return peak_of_vectors<P>(iterations);
+}
+
+// `few`: null, or the table for calls of few rows.
+template <class P>
+constexpr Kernels table(const Kernels* few = nullptr) {
+  using Cells = typename P::Cells;
   Kernels k{};
+  // AMX has the same peak with 32 rows and with 400; the more, the less often weights stream past
+  k.tile_rows = P::tiles ? 256 : 50;
+  k.tile_unit = P::tiles ? 16 : 1;
+  k.few_rows = few == nullptr ? 0 : 16;
+  k.few = few;
+  k.enter = enter<P>;
+  k.leave = leave<P>;
   k.elem_size = sizeof(typename P::Elem);
   k.panels_size = panels_size<P>;
   k.panel_count = panel_count<P>;
@@ -22,35 +53,35 @@ constexpr Kernels table() {
   k.pack_gru = pack_gru<P>;
   k.linear = linear<P>;
   k.gru = gru<P>;
-  k.gru_backward = gru_backward<P>;
-  k.sample = sample<P>;
-  k.sample_backward = sample_backward<P>;
-  k.act = act<P>;
-  k.act_backward = act_backward<P>;
-  k.discount = discount<P>;
-  k.perturb = perturb<P>;
-  k.dot = dot<P>;
-  k.dot_backward = dot_backward<P>;
-  k.add_scaled = add_scaled<P>;
-  k.copy = copy<P>;
+  k.gru_backward = gru_backward<Cells>;
+  k.sample = sample<Cells>;
+  k.sample_backward = sample_backward<Cells>;
+  k.act = act<Cells>;
+  k.act_backward = act_backward<Cells>;
+  k.discount = discount<Cells>;
+  k.perturb = perturb<Cells>;
+  k.dot = dot<Cells>;
+  k.dot_backward = dot_backward<Cells>;
+  k.add_scaled = add_scaled<Cells>;
+  k.copy = copy<Cells>;
   k.weight_gradient_scratch = weight_gradient_scratch<P>;
   k.weight_gradient = weight_gradient<P>;
-  k.conv_shrink_size = conv_shrink_size<P>;
-  k.conv_grow_size = conv_grow_size<P>;
-  k.conv_pack_shrink = conv_pack_shrink<P>;
-  k.conv_pack_grow = conv_pack_grow<P>;
-  k.conv_shrink = conv_shrink<P>;
-  k.conv_grow = conv_grow<P>;
+  k.conv_shrink_size = conv_shrink_size<Cells>;
+  k.conv_grow_size = conv_grow_size<Cells>;
+  k.conv_pack_shrink = conv_pack_shrink<Cells>;
+  k.conv_pack_grow = conv_pack_grow<Cells>;
+  k.conv_shrink = conv_shrink<Cells>;
+  k.conv_grow = conv_grow<Cells>;
   k.conv_gradient_size = conv_gradient_size;
-  k.conv_gradient_scratch = conv_gradient_scratch<P>;
-  k.conv_gradient = conv_gradient<P>;
+  k.conv_gradient_scratch = conv_gradient_scratch<Cells>;
+  k.conv_gradient = conv_gradient<Cells>;
   k.conv_sum = conv_sum;
-  k.conv_pixels = conv_pixels<P>;
-  k.conv_channel_sums = conv_channel_sums<P>;
-  k.conv_relu_backward = conv_relu_backward<P>;
+  k.conv_pixels = conv_pixels<Cells>;
+  k.conv_channel_sums = conv_channel_sums<Cells>;
+  k.conv_relu_backward = conv_relu_backward<Cells>;
   k.lambda_return_forward = lambda_return_forward;
   k.lambda_return_backward = lambda_return_backward;
-  k.evaluate = evaluate<P>;
+  k.evaluate = evaluate<Cells>;
   k.peak = peak<P>;
   return k;
 }

@@ -6,6 +6,10 @@ namespace {
 const Kernels* tables() {
   switch (active_isa()) {
 #if FD_X86
+    case Isa::amx:
+      return amx_kernels;
+    case Isa::amx_emulated:
+      return amx_emulated_kernels;
     case Isa::avx512bf16:
       return avx512bf16_kernels;
     case Isa::avx512:

@@ -277,6 +277,17 @@ enum class Function : int { exp, expm1, sigmoid, tanh, softplus };
 
 // A row's (in the scans a column's) result does not depend on the tile it is computed in.
 struct Kernels {
+  // Rows of a tile: this many at most, and where there are more tiles a multiple of the unit.
+  Index tile_rows, tile_unit;
+  // Calls of fewer rows than `few_rows`, all of their tiles together, are for the table `few`,
+  // whose panels are the same (see kernels_for in task.h).
+  Index few_rows;
+  const Kernels* few;
+  // Before and after a task, on its thread: linear(), gru() and weight_gradient() run in between,
+  // of that many rows (weight_gradient(): outputs) or, where they are 16 or more, of any such
+  // number. Nothing of other libraries may.
+  void (*enter)(Index rows);
+  void (*leave)();
   int elem_size;                           // bytes
   Index (*panels_size)(Index K, Index N);  // bytes
   Index (*panel_count)(Index N);
@@ -328,7 +339,8 @@ struct Kernels {
 
 extern const Kernels scalar_kernels[2];  // by Precision
 #if FD_X86
-extern const Kernels avx2_kernels[2], avx512_kernels[2], avx512bf16_kernels[2];
+extern const Kernels avx2_kernels[2], avx512_kernels[2], avx512bf16_kernels[2], amx_kernels[2],
+    amx_emulated_kernels[2];
 #endif
 
 // The table of the instruction set in force (see active_isa(), which may throw).

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cpu/parallel.h"
+#include "cpu/task.h"
 
 namespace fastdreamer {
 
@@ -158,7 +158,8 @@ void WeightGradients::run() const {
   parallel_tasks(static_cast<Index>(jobs_.size()), threads_, [&](Index i, int thread) {
     WeightGradientArgs job = jobs_[static_cast<std::size_t>(i)];
     job.scratch = scratch_[static_cast<std::size_t>(thread)];
-    kernels_.weight_gradient(job);
+    const Task task(kernels_, job.rows, job.out);
+    task.kernels.weight_gradient(job);
   });
 }
 

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cpu/parallel.h"
+#include "cpu/task.h"
 
 namespace fastdreamer {
 Observe::Observe(const ObserveArgs& args, ObserveTape* tape, Arena& scratch, int threads)
@@ -12,7 +12,7 @@ Observe::Observe(const ObserveArgs& args, ObserveTape* tape, Arena& scratch, int
   const Kernels& k = *args.kernels;
   const Rssm& rssm = *args.rssm;
   const Index all = args.T * args.B, E = args.embed->in;
-  const Tiling by_batch(args.B, kTile, threads), by_row(all, kTile, threads);
+  const Tiling by_batch = tiling_for(k, args.B, threads), by_row = tiling_for(k, all, threads);
   scan_tile_ = by_batch.size;
   batch_tile_ = by_row.size;
   const Index tiles = by_batch.threads * scan_tile_;
@@ -41,9 +41,9 @@ Observe::Observe(const ObserveArgs& args, ObserveTape* tape, Arena& scratch, int
 
 void Observe::run() const {
   const ObserveArgs& x = tape_->args;
-  const Tiling by_row(x.T * x.B, kTile, threads_);
+  const Tiling by_row = tiling_for(*x.kernels, x.T * x.B, threads_);
   parallel_tiles(by_row, [&](Index begin, Index rows, int) { embed(begin, rows); });
-  parallel_tiles(Tiling(x.B, kTile, threads_),
+  parallel_tiles(tiling_for(*x.kernels, x.B, threads_),
                  [&](Index begin, Index rows, int thread) { scan(begin, rows, thread); });
   parallel_tiles(by_row, [&](Index begin, Index rows, int thread) { prior(begin, rows, thread); });
 }
@@ -52,7 +52,8 @@ void Observe::run() const {
 void Observe::embed(Index begin, Index rows) const {
   const ObserveTape& tape = *tape_;
   const ObserveArgs& x = tape.args;
-  const Kernels& k = *x.kernels;
+  const Task task(*x.kernels, x.T * x.B, rows);
+  const Kernels& k = task.kernels;
   const Index E = x.embed->in;
   if (x.embed_elem == nullptr) {
     k.copy({rows_of(x.embed32, E).at(begin), nullptr, E, rows, tape.embed.at(begin), kNoFloats,
@@ -65,7 +66,8 @@ void Observe::embed(Index begin, Index rows) const {
 void Observe::scan(Index begin, Index rows, int thread) const {
   const ObserveTape& tape = *tape_;
   const ObserveArgs& x = tape.args;
-  const Kernels& k = *x.kernels;
+  const Task task(*x.kernels, x.B, rows);
+  const Kernels& k = task.kernels;
   const Rssm& rssm = *x.rssm;
   const Index A = rssm.A, D = rssm.D, S = rssm.S, B = x.B;
   const Floats raw = raw_.at(thread * scan_tile_), h32 = h32_.at(thread * scan_tile_);
@@ -91,7 +93,8 @@ void Observe::scan(Index begin, Index rows, int thread) const {
 void Observe::prior(Index begin, Index rows, int thread) const {
   const ObserveTape& tape = *tape_;
   const ObserveArgs& x = tape.args;
-  const Kernels& k = *x.kernels;
+  const Task task(*x.kernels, x.T * x.B, rows);
+  const Kernels& k = task.kernels;
   const Rssm& rssm = *x.rssm;
   const Index S = rssm.S;
   const Floats raw = raw_.at(thread * batch_tile_);
@@ -112,7 +115,7 @@ ObserveBackward::ObserveBackward(const ObserveTape& tape, const ObserveGrads& gr
   const Kernels& k = *x.kernels;
   const Rssm& rssm = *x.rssm;
   const Index all = x.T * x.B;
-  const Tiling tiling(x.B, kTile, threads);
+  const Tiling tiling = tiling_for(k, x.B, threads);
   scan_tile_ = tiling.size;
   const Index tiles = tiling.threads * scan_tile_;
   deter_ = take_deter_deltas(scratch, k, rssm, all);
@@ -139,11 +142,11 @@ ObserveBackward::ObserveBackward(const ObserveTape& tape, const ObserveGrads& gr
 
 void ObserveBackward::run() const {
   const ObserveArgs& x = tape_.args;
-  const Tiling by_row(x.T * x.B, kTile, threads_);
+  const Tiling by_row = tiling_for(*x.kernels, x.T * x.B, threads_);
   if (prior_dh_.data != nullptr) {
     parallel_tiles(by_row, [&](Index begin, Index rows, int) { prior(begin, rows); });
   }
-  parallel_tiles(Tiling(x.B, kTile, threads_),
+  parallel_tiles(tiling_for(*x.kernels, x.B, threads_),
                  [&](Index begin, Index rows, int thread) { scan(begin, rows, thread); });
   if (grads_.embed != nullptr) {
     parallel_tiles(by_row, [&](Index begin, Index rows, int) { embed(begin, rows); });
@@ -153,7 +156,8 @@ void ObserveBackward::run() const {
 
 void ObserveBackward::prior(Index begin, Index rows) const {
   const ObserveArgs& x = tape_.args;
-  const Kernels& k = *x.kernels;
+  const Task task(*x.kernels, x.T * x.B, rows);
+  const Kernels& k = task.kernels;
   const Rssm& rssm = *x.rssm;
   const Index S = rssm.S;
   k.sample_backward({S, rows, kNoFloats, rows_of(grads_.prior_mean, S).at(begin),
@@ -166,7 +170,8 @@ void ObserveBackward::prior(Index begin, Index rows) const {
 void ObserveBackward::scan(Index begin, Index rows, int thread) const {
   const ObserveArgs& x = tape_.args;
   const ObserveGrads& g = grads_;
-  const Kernels& k = *x.kernels;
+  const Task task(*x.kernels, x.B, rows);
+  const Kernels& k = task.kernels;
   const Rssm& rssm = *x.rssm;
   const Index A = rssm.A, D = rssm.D, S = rssm.S, B = x.B;
   const Index scratch = thread * scan_tile_;
@@ -203,9 +208,10 @@ void ObserveBackward::scan(Index begin, Index rows, int thread) const {
 
 void ObserveBackward::embed(Index begin, Index rows) const {
   const ObserveArgs& x = tape_.args;
-  x.kernels->linear({x.embed->backward, post_deltas_.hidden[0].at(begin), rows, nullptr, kNoFloats,
-                     Activation::none, kNoRows, kNoRows,
-                     rows_of(grads_.embed, x.embed->in).at(begin), kNoRows});
+  const Task task(*x.kernels, x.T * x.B, rows);
+  task.kernels.linear({x.embed->backward, post_deltas_.hidden[0].at(begin), rows, nullptr,
+                       kNoFloats, Activation::none, kNoRows, kNoRows,
+                       rows_of(grads_.embed, x.embed->in).at(begin), kNoRows});
 }
 
 }  // namespace fastdreamer

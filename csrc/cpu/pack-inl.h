@@ -2,6 +2,7 @@
 // that the microkernel reads in order.
 #pragma once
 
+#include "cpu/amx.h"
 #include "cpu/kernels.h"
 #include "cpu/vec.h"
 
@@ -21,8 +22,12 @@ constexpr int kRows = 4, kVectors = 4, kGruRows = 3;
 
 struct Fp32 {
   using Elem = float;
-  static constexpr bool fast = false;  // which elementary functions
-  static constexpr int pair = 1;       // k per step
+  using Cells = Fp32;                       // for what is no matrix product
+  static constexpr bool tiles = false;      // whether products are AMX's
+  static constexpr int vectors = kVectors;  // of a panel at most
+  static constexpr int block = 1;           // k in a panel: a multiple of this, the rest zero
+  static constexpr bool fast = false;       // which elementary functions
+  static constexpr int pair = 1;            // k per step
   using Weight = Vec;
   using Broadcast = Vec;
   FD_INLINE Weight weight(const Elem* p) { return load(p); }
@@ -33,6 +38,10 @@ struct Fp32 {
 
 struct Bf16 {
   using Elem = Bfloat16;
+  using Cells = Bf16;
+  static constexpr bool tiles = false;
+  static constexpr int vectors = kVectors;
+  static constexpr int block = 2;
   static constexpr bool fast = true;
   static constexpr int pair = 2;
 #if defined(__AVX512BF16__)
@@ -66,12 +75,29 @@ struct Bf16 {
   FD_INLINE Broadcast broadcast_one(const Elem* p) { return broadcast_word(*p); }
 };
 
+#if FD_AMX
+// Panels of one vector, whose pairs of k are the rows of tiles: 16 of them a block. The same panels
+// serve the products of few rows, which are faster without tiles.
+struct FewRows : Bf16 {
+  static constexpr int vectors = 1;
+  static constexpr int block = 2 * amx::kRows;
+};
+struct Amx : FewRows {
+  static constexpr bool tiles = true;
+};
+#endif
+
 template <class T>
 FD_INLINE T* at(const Rows& rows, Index r) {
   return static_cast<T*>(rows.data) + r * rows.stride;
 }
 FD_INLINE float* at(const Floats& rows, Index r) { return rows.data + r * rows.stride; }
 FD_INLINE Index steps(Index K, int pair) { return (K + pair - 1) / pair; }
+// Those of a panel, which are whole blocks.
+template <class P>
+FD_INLINE Index panel_steps(Index K) {
+  return (K + P::block - 1) / P::block * (P::block / P::pair);
+}
 FD_INLINE Index vectors(Index n) { return (n + kLanes - 1) / kLanes; }
 FD_INLINE Index least(Index a, Index b) { return a < b ? a : b; }
 
@@ -99,20 +125,26 @@ FD_INLINE void evenly(Index n, int most, Body body) {
 }
 
 // Calls body(first vector, vectors) on one of the panels of N columns, and on all of them.
-template <class Body>
+template <class P, class Body>
 FD_INLINE void one_panel(Index N, Index panel, Body body) {
-  group(groups_of(vectors(N), kVectors), panel, body);
+  group(groups_of(vectors(N), P::vectors), panel, body);
 }
-template <class Body>
+template <class P, class Body>
 FD_INLINE void by_panels(Index N, Body body) {
-  evenly(vectors(N), kVectors, body);
+  evenly(vectors(N), P::vectors, body);
 }
 
 // --- packing -------------------------------------------------------------------------------------
 
+// Elements of one vector of a panel.
+template <class P>
+FD_INLINE Index vector_size(Index K) {
+  return panel_steps<P>(K) * kLanes * P::pair;
+}
+
 template <class P>
 Index panels_size(Index K, Index N) {
-  return vectors(N) * kLanes * steps(K, P::pair) * P::pair * Index{sizeof(typename P::Elem)};
+  return vectors(N) * vector_size<P>(K) * Index{sizeof(typename P::Elem)};
 }
 
 // One step of one vector: `low` is row k, `high` row k + 1 (zero behind the last).
@@ -121,10 +153,19 @@ FD_INLINE void put_step(Bfloat16* to, Vec low, Vec high) {
   word_store(to, to_bfloat16(low) | up16(to_bfloat16(high)));
 }
 
+// Fills the last block of V vectors of K.
+template <class P>
+FD_INLINE void fill_block(Index K, int V, typename P::Elem* to) {
+  for (Index i = steps(K, P::pair) * V; i < panel_steps<P>(K) * V; ++i) {
+    put_step(to + i * kLanes * P::pair, fill(0.0f), fill(0.0f));
+  }
+}
+
 // Writes the steps of V vectors of [K, N]: step(to, k, whether there is a k + 1, column, n).
 template <class P, class Step>
-FD_INLINE void panel_steps(Index K, Index N, Index first_vector, int V, typename P::Elem* to,
+FD_INLINE void write_steps(Index K, Index N, Index first_vector, int V, typename P::Elem* to,
                            Step step) {
+  fill_block<P>(K, V, to);
   for (Index k = 0; k < K; k += P::pair) {
     for (int v = 0; v < V; ++v, to += kLanes * P::pair) {
       const Index column = (first_vector + v) * kLanes;
@@ -137,7 +178,7 @@ FD_INLINE void panel_steps(Index K, Index N, Index first_vector, int V, typename
 template <class P, class Load>
 FD_INLINE void pack_rows(Index K, Index N, Index first_vector, int V, typename P::Elem* to,
                          Load row) {
-  panel_steps<P>(K, N, first_vector, V, to,
+  write_steps<P>(K, N, first_vector, V, to,
                  [&](auto* step, Index k, bool two, Index column, Index n)
                      __attribute__((always_inline)) {
                        put_step(step, row(k, column, n), two ? row(k + 1, column, n) : fill(0.0f));
@@ -167,6 +208,7 @@ FD_INLINE Vec step_sum(const Bfloat16* step) {
 template <class P, class Row>
 FD_INLINE void pack_transposed(Index K, int V, typename P::Elem* to, Row row) {
   constexpr Index block = kLanes < P::pair ? P::pair : kLanes;  // k at a time
+  fill_block<P>(K, V, to);
   for (Index k = 0; k < K; k += block) {
     const Index n = least(block, K - k);
     for (int v = 0; v < V; ++v) {
@@ -196,15 +238,14 @@ FD_INLINE Index rotated(Index i, Index by, Index size) {
 
 template <class P>
 Index panel_count(Index N) {
-  return groups_of(vectors(N), kVectors).count;
+  return groups_of(vectors(N), P::vectors).count;
 }
 
 template <class P>
 void pack(const PackArgs& x, Index panel) {
   const Index K = x.to.K, N = x.to.N;
-  one_panel(N, panel, [&](Index first_vector, int V) __attribute__((always_inline)) {
-    auto* to = static_cast<typename P::Elem*>(x.to.data) +
-               first_vector * steps(K, P::pair) * kLanes * P::pair;
+  one_panel<P>(N, panel, [&](Index first_vector, int V) __attribute__((always_inline)) {
+    auto* to = static_cast<typename P::Elem*>(x.to.data) + first_vector * vector_size<P>(K);
     if (x.rotate_n == 0 && !x.transposed) {
       pack_rows<P>(K, N, first_vector, V, to,
                    [&](Index k, Index column, Index n) __attribute__((always_inline)) {
@@ -233,8 +274,7 @@ void pack(const PackArgs& x, Index panel) {
 
 template <class P>
 Index gru_panels_size(Index K, Index D) {
-  return vectors(D) * kLanes * 3 * (steps(K, P::pair) + steps(D, P::pair)) * P::pair *
-         Index{sizeof(typename P::Elem)};
+  return vectors(D) * 3 * (vector_size<P>(K) + vector_size<P>(D)) * Index{sizeof(typename P::Elem)};
 }
 
 template <class P>
@@ -246,13 +286,13 @@ template <class P>
 void pack_gru(const GruPackArgs& x, Index panel) {
   const Index K = x.to.K, D = x.to.D, unit = panel * kLanes, n = least(kLanes, D - unit);
   auto* to = static_cast<typename P::Elem*>(x.to.data) +
-             panel * 3 * kLanes * P::pair * (steps(K, P::pair) + steps(D, P::pair));
+             panel * 3 * (vector_size<P>(K) + vector_size<P>(D));
   const auto part = [&](const float* weight, Index inputs) __attribute__((always_inline)) {
     pack_transposed<P>(inputs, 3, to,
                        [&](int gate, int i) __attribute__((always_inline)) -> const float* {
                          return i < n ? weight + (gate * D + unit + i) * inputs : nullptr;
                        });
-    to += 3 * kLanes * P::pair * steps(inputs, P::pair);
+    to += 3 * vector_size<P>(inputs);
   };
   part(x.weight_ih, K);
   part(x.weight_hh, D);

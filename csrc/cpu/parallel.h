@@ -60,20 +60,17 @@ void parallel_for(Index n, Index grain, int threads, const Body& body) {
 #endif
 }
 
-// Rows of a tile: enough to make weights cheap, few enough that a layer's activations stay in L2.
-constexpr Index kTile = 50;
-
 // Rows cut into tiles of equal size (the last may be smaller), as many for every thread.
 struct Tiling {
   Index rows, size, count;
   int threads;
 
-  // `most`: rows of a tile at most.
-  Tiling(Index rows, Index most, int allowed) : rows(rows) {
+  // `most`: rows of a tile at most; `unit`, which divides it: of what tiles are a multiple.
+  Tiling(Index rows, Index most, int allowed, Index unit = 1) : rows(rows) {
     const Index usable = std::clamp<Index>(rows, 1, usable_threads(allowed));
     const Index least_tiles = (rows + most - 1) / most;
     const Index tiles = (least_tiles + usable - 1) / usable * usable;
-    size = (rows + tiles - 1) / tiles;
+    size = ((rows + tiles - 1) / tiles + unit - 1) / unit * unit;
     count = (rows + size - 1) / size;
     threads = static_cast<int>(std::min(usable, count));
   }

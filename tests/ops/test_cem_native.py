@@ -19,7 +19,7 @@ import torch
 from fastdreamer.ops.backend import BackendError, last_backend
 from fastdreamer.ops.cem import cem, top
 from fastdreamer.ops.params import MLPParams, ReturnParams, State
-from fastdreamer.testing import REPORT, Sizes, assert_accurate, cem_inputs, error
+from fastdreamer.testing import REPORT, Exact, Sizes, assert_accurate, cem_inputs, error
 
 nan, inf = math.nan, math.inf
 # A, D, S, E, hidden, units, layers of reward and critic, …: below, at and above vectors of 8 and 16
@@ -42,6 +42,13 @@ def native(given, **changed):
 def results(plan):
     scores = {f"scores[{i}]": part for i, part in enumerate(plan.scores)}
     return {"mean": plan.mean, "std": plan.std} | scores
+
+
+def compared(inputs):
+    """Results of native and eager in float32 and of eager in float64, from inputs of each."""
+    single, double = inputs
+    plans = native(single), cem(**single, backend="eager")
+    return *map(results, plans), Exact(lambda: results(cem(**double, backend="eager")))
 
 
 @contextmanager
@@ -81,8 +88,7 @@ def check_scores(models=MODELS, shapes=SHAPES) -> None:
                     | {"num_elites": shape[2], "score": score}
                     for dtype in (torch.float32, torch.float64)
                 ]
-                plans = native(inputs[0]), *(cem(**given, backend="eager") for given in inputs)
-                assert_accurate("cem", *map(results, plans), native=True)
+                assert_accurate("cem", *compared(inputs))
     # under autocast, over enough candidates that none is right by luck
     for sizes in models:
         for score in SCORES:
@@ -113,8 +119,7 @@ def check_proposals() -> None:
                     | {"num_elites": samples, "proposals": given.to(dtype), "clip": 0.75}
                     for dtype in (torch.float32, torch.float64)
                 ]
-                plans = native(inputs[0]), *(cem(**each, backend="eager") for each in inputs)
-                assert_accurate("cem", *map(results, plans), native=True)
+                assert_accurate("cem", *compared(inputs))
                 # the best one alone, a proposal or not
                 action = (
                     inputs[0]["mean"].unsqueeze(2)
@@ -255,12 +260,6 @@ def run_self(**environment: str) -> str:
     return done.stdout.strip()
 
 
-def host_isas() -> list[str]:
-    from fastdreamer import _native
-
-    return _native.host_isas()
-
-
 # --- tests ---------------------------------------------------------------------------------------
 
 
@@ -272,10 +271,12 @@ def test_native(check):
     check()
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16", "amx", "amx_emulated"])
 def test_native_on_isa(isa):
-    if isa not in host_isas():
-        pytest.skip(f"this machine has no {isa}")
+    from fastdreamer import _native
+
+    if reason := _native.isa_reasons()[isa]:
+        pytest.skip(reason)
     assert run_self(FASTDREAMER_ISA=isa) == isa
 
 

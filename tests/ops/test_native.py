@@ -139,7 +139,11 @@ def test_walker_from_pixels(op, shape, bf16):
             assert error(got[name], exact) <= error(eager[name], exact), name
         return
 
-    assert overall(got, truth) <= 2 * overall(eager, truth)
+    allowed = 2 * overall(eager, truth)
+    if overall(got, truth) > allowed:
+        relative = (truth.spread[k] / float(exact.norm()) for k, exact in truth.items())
+        allowed = max(allowed, 2 * sum(r * r for r in relative) ** 0.5)
+    assert overall(got, truth) <= allowed
 
 
 @pytest.mark.parametrize("activation", ["elu", "relu", "silu", "tanh"])
@@ -172,6 +176,20 @@ def test_an_embedding_in_bfloat16():
             assert given.grad.dtype == embed.dtype
             grads.append(given.grad.bfloat16())
     assert torch.equal(grads[0], grads[2]) and torch.equal(grads[1], grads[3])
+
+
+def check_without_eager(op: str, name: str) -> None:
+    """Native and eager alike are within what roundings come to: no limit is another's luck."""
+    got, eager, truth = results(op, make_inputs(op, *CASES[name]), bf16=False)
+    nearest = {key: exact.float() for key, exact in truth.items()}
+    for found in (got, eager):
+        assert_accurate(op, found, nearest, truth)
+
+
+@pytest.mark.parametrize("name", ["one-row", "long", "tile+1"])
+@pytest.mark.parametrize("op", OPS)
+def test_accurate_whatever_eager_is(op, name):
+    check_without_eager(op, name)
 
 
 # --- which gradients ----------------------------------------------------------------------------
@@ -333,7 +351,7 @@ def test_threads_change_nothing(op, name, threads):
                 assert torch.equal(out, want[key]), (n, bf16, key)
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16", "amx", "amx_emulated"])
 def test_isa(run_on_isa, isa):
     run_on_isa(__file__, isa)
 
@@ -494,6 +512,8 @@ if __name__ == "__main__":
         for op in OPS:
             for bf16 in precisions(name):
                 check_case(op, name, bf16)
+            if name in ("one-row", "long"):
+                check_without_eager(op, name)
         for bf16 in (False, True):
             check_buffers(name, bf16, 2)
             check_observe_buffers(name, bf16, 2)
