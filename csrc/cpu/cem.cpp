@@ -25,26 +25,28 @@ void by_start(Index begin, Index rows, Index N, const Body& body) {
 Cem::Cem(const CemArgs& args, Arena& scratch, int threads) : args_(args), threads_(threads) {
   const Kernels& k = *args.kernels;
   const Rssm& rssm = *args.rssm;
-  const Tiling tiling = tiling_for(k, args.B * args.N, threads);
-  tile_ = tiling.size;
-  const Index rows = tiling.threads * tile_;
-  states_ = take_rows(scratch, k, 2 * rows, rssm.width());
-  h_ = take_floats(scratch, 2 * rows, rssm.D);
-  deter_ = take_deter(scratch, k, rssm, rows, false);
-  prior_ = take_mlp(scratch, k, rssm.prior, rows, false);
-  raw_ = take_floats(scratch, rows, 2 * rssm.S);
-  reward_hidden_ = take_mlp(scratch, k, *args.reward, rows, false);
-  reward_ = take_floats(scratch, tiling.threads, args.H * tile_);
+  const Index all = args.B * args.N;
+  const Tiling rolls = tiling(all);
+  tile_ = rolls.size;
+  head_tile_ = kernels_for(k, all).tile_rows;
+  part_ = std::min(all, rolls.threads * tile_);
+  const Index tiles = rolls.threads * tile_, head_tiles = usable_threads(threads) * head_tile_;
+  states_ = take_rows(scratch, k, (args.H + 1) * part_, rssm.width());
+  h_ = take_floats(scratch, 2 * tiles, rssm.D);
+  deter_ = take_deter(scratch, k, rssm, tiles, false);
+  prior_ = take_mlp(scratch, k, rssm.prior, tiles, false);
+  raw_ = take_floats(scratch, tiles, 2 * rssm.S);
+  reward_hidden_ = take_mlp(scratch, k, *args.reward, head_tiles, false);
+  reward_ = take_floats(scratch, args.H, part_);
   if (args.bootstrap != nullptr) {
-    bootstrap_hidden_ = take_mlp(scratch, k, *args.bootstrap, rows, false);
-    value_ = take_floats(scratch, tiling.threads, args.H * tile_);
-    returns_ = take_floats(scratch, tiling.threads, args.H * tile_);
+    bootstrap_hidden_ = take_mlp(scratch, k, *args.bootstrap, head_tiles, false);
+    value_ = take_floats(scratch, args.H, part_);
+    returns_ = take_floats(scratch, args.H, part_);
+    discount_ = take_floats(scratch, args.H, part_);
     if (args.discount != nullptr) {
-      discount_hidden_ = take_mlp(scratch, k, *args.discount, rows, false);
-      discount_ = take_floats(scratch, tiling.threads, args.H * tile_);
+      discount_hidden_ = take_mlp(scratch, k, *args.discount, head_tiles, false);
     } else {
-      discount_ = take_floats(scratch, 1, args.H * tile_);
-      std::fill_n(discount_.data, args.H * tile_, args.gamma);
+      std::fill_n(discount_.data, args.H * part_, args.gamma);
     }
   }
   const Index fits = std::min<Index>(args.B, threads);
@@ -58,11 +60,26 @@ Cem::Cem(const CemArgs& args, Arena& scratch, int threads) : args_(args), thread
   }
 }
 
+// Of rows of a part, or of as many rows for each of its states.
+Tiling Cem::tiling(Index rows) const {
+  const Kernels& k = kernels_for(*args_.kernels, args_.B * args_.N);
+  return Tiling(rows, k.tile_rows, threads_, k.tile_unit);
+}
+
 void Cem::run() const {
-  const Tiling tiling = tiling_for(*args_.kernels, args_.B * args_.N, threads_);
+  const Index all = args_.B * args_.N;
   for (Index i = 0; i < args_.I; ++i) {
-    parallel_tiles(tiling,
-                   [&](Index begin, Index rows, int thread) { tile(i, begin, rows, thread); });
+    for (Index begin = 0; begin < all; begin += part_) {
+      const Part part{i, begin, std::min(part_, all - begin)};
+      parallel_tiles(tiling(part.rows),
+                     [&](Index first, Index rows, int thread) { roll(part, first, rows, thread); });
+      const Tiling heads = tiling(args_.H * part.rows);
+      parallel_tasks(heads.count, threads_, [&](Index tile, int thread) {
+        const Index first = tile * heads.size;
+        evaluate(part, first, std::min(heads.size, heads.rows - first), thread);
+      });
+      score(part);
+    }
     parallel_tasks(args_.B, threads_, [&](Index b, int thread) { refit(i, b, thread); });
   }
 }
@@ -88,64 +105,74 @@ void Cem::candidates(Index i, Index t, Index b, Index n, Index count, const Buff
   }
 }
 
-// The scores of some rows in iteration i.
-void Cem::tile(Index i, Index begin, Index rows, int thread) const {
+// The states 0..H of some rows of a part.
+void Cem::roll(const Part& part, Index first, Index rows, int thread) const {
   const CemArgs& x = args_;
   const Task task(*x.kernels, x.B * x.N, rows);
   const Kernels& k = task.kernels;
   const Rssm& rssm = *x.rssm;
-  const Index D = rssm.D, S = rssm.S, B = x.B, N = x.N, H = x.H;
-  const Index scratch = thread * tile_;
-  const auto turn = [&](Index t) { return (2 * thread + t % 2) * tile_; };
-  const auto states = [&](Index t, Index col) { return states_.at(turn(t), col); };
-  float *reward = reward_.at(thread).data, *value = value_.at(thread).data,
-        *discount = discount_.at(x.discount != nullptr ? thread : 0).data;
+  const Index D = rssm.D, S = rssm.S, B = x.B, N = x.N;
+  const Index scratch = thread * tile_, begin = part.begin + first;
+  const auto states = [&](Index t, Index col) { return states_.at(t * part.rows + first, col); };
+  const auto h = [&](Index t) { return h_.at((2 * thread + t % 2) * tile_); };
 
-  by_start(begin, rows, N, [&](Index first, Index count, Index b) {
+  by_start(begin, rows, N, [&](Index row, Index count, Index b) {
     // one row for all of them
     const Floats deter{rows_of(x.start_deter, D).at(b).data, 0};
     const Floats stoch{rows_of(x.start_stoch, S).at(b).data, 0};
-    k.copy({deter, nullptr, D, count, states_.at(turn(0) + first), h_.at(turn(0) + first), false});
-    k.copy({stoch, nullptr, S, count, states_.at(turn(0) + first, D), kNoFloats, false});
+    const Floats h32 = h_.at(2 * scratch + row);
+    k.copy({deter, nullptr, D, count, states_.at(first + row), h32, false});
+    k.copy({stoch, nullptr, S, count, states_.at(first + row, D), kNoFloats, false});
   });
-  for (Index t = 0; t < H; ++t) {
-    const Index row = (i * H + t) * B * N + begin;  // in the noise
-    by_start(begin, rows, N, [&](Index first, Index count, Index b) {
-      candidates(i, t, b, begin + first - b * N, count, states_, turn(t) + first, {});
+  for (Index t = 0; t < x.H; ++t) {
+    by_start(begin, rows, N, [&](Index row, Index count, Index b) {
+      candidates(part.i, t, b, begin + row - b * N, count, states_, t * part.rows + first + row,
+                 {});
     });
-    deter_step(k, rssm, states(t, 0), h_.at(turn(t)), rows, deter_, scratch, states(t + 1, 0),
-               h_.at(turn(t + 1)));
+    deter_step(k, rssm, states(t, 0), h(t), rows, deter_, scratch, states(t + 1, 0), h(t + 1));
     forward(k, rssm.prior, states(t + 1, 0), rows, prior_, scratch, raw_.at(scratch));
-    k.sample({S, rows, raw_.at(scratch), rows_of(x.state_noise, S).at(row), rssm.std,
-              states(t + 1, D), kNoFloats, kNoFloats, kNoFloats, kNoFloats});
-    forward(k, *x.reward, states(t + 1, 0), rows, reward_hidden_, scratch, {reward + t * rows, 1});
-    if (x.bootstrap != nullptr) {
-      forward(k, *x.bootstrap, states(t + 1, 0), rows, bootstrap_hidden_, scratch,
-              {value + t * rows, 1});
-    }
-    if (x.discount != nullptr) {
-      forward(k, *x.discount, states(t + 1, 0), rows, discount_hidden_, scratch,
-              {discount + t * rows, 1});
-      k.discount({rows, x.gamma, discount + t * rows, nullptr});
-    }
+    const Floats noise = rows_of(x.state_noise, S).at((part.i * x.H + t) * B * N + begin);
+    k.sample({S, rows, raw_.at(scratch), noise, rssm.std, states(t + 1, D), kNoFloats, kNoFloats,
+              kNoFloats, kNoFloats});
   }
+}
 
-  float* scores = x.scores + i * B * N + begin;
+// The heads in some of a part's states 1..H, which are rows one behind the other.
+void Cem::evaluate(const Part& part, Index first, Index rows, int thread) const {
+  const CemArgs& x = args_;
+  const Task task(*x.kernels, x.B * x.N, rows);
+  const Kernels& k = task.kernels;
+  const Rows feat = states_.at(part.rows + first);
+  const Index scratch = thread * head_tile_;
+  forward(k, *x.reward, feat, rows, reward_hidden_, scratch, {reward_.data + first, 1});
+  if (x.bootstrap != nullptr) {
+    forward(k, *x.bootstrap, feat, rows, bootstrap_hidden_, scratch, {value_.data + first, 1});
+  }
+  if (x.discount != nullptr) {
+    forward(k, *x.discount, feat, rows, discount_hidden_, scratch, {discount_.data + first, 1});
+    k.discount({rows, x.gamma, discount_.data + first, nullptr});
+  }
+}
+
+void Cem::score(const Part& part) const {
+  const CemArgs& x = args_;
+  const Index H = x.H, rows = part.rows;
+  const float* reward = reward_.data;
+  float* scores = x.scores + part.i * x.B * x.N + part.begin;
   if (x.bootstrap == nullptr) {
     std::copy_n(reward, rows, scores);
     for (Index t = 1; t < H; ++t) {
       for (Index r = 0; r < rows; ++r) scores[r] += reward[t * rows + r];
     }
   } else {
-    float* returns = returns_.at(thread).data;
-    k.lambda_return_forward({{reward, H, rows},
-                             {value, H, rows},
-                             {discount, H, rows},
-                             x.lam,
-                             x.mix,
-                             {returns, H, rows}},
-                            0, rows);
-    std::copy_n(returns, rows, scores);  // G_0
+    x.kernels->lambda_return_forward({{reward, H, rows},
+                                      {value_.data, H, rows},
+                                      {discount_.data, H, rows},
+                                      x.lam,
+                                      x.mix,
+                                      {returns_.data, H, rows}},
+                                     0, rows);
+    std::copy_n(returns_.data, rows, scores);  // G_0
   }
 }
 

@@ -1,7 +1,9 @@
 // Planning by the cross-entropy method: all iterations, candidates, rollouts, scores and refits, in
-// one call. Rows are candidates; a thread takes a tile of them through the whole horizon.
+// one call. Rows are candidates. A thread takes a tile of them through the whole horizon; the heads
+// then run on the states of all steps, in tiles that go to whichever thread is free.
 #pragma once
 
+#include "cpu/parallel.h"
 #include "cpu/rssm.h"
 
 namespace fastdreamer {
@@ -31,22 +33,30 @@ class Cem {
   void run() const;
 
  private:
-  void tile(Index i, Index begin, Index rows, int thread) const;
+  // What is evaluated at once: a tile of rows for every thread, in iteration i.
+  struct Part {
+    Index i, begin, rows;
+  };
+
+  Tiling tiling(Index rows) const;
+  void roll(const Part& part, Index first, Index rows, int thread) const;
+  void evaluate(const Part& part, Index first, Index rows, int thread) const;
+  void score(const Part& part) const;
   void refit(Index i, Index b, int thread) const;
   void candidates(Index i, Index t, Index b, Index n, Index count, const Buffer& packed, Index row,
                   const FloatBuffer& plain) const;
 
   CemArgs args_;
   int threads_;
+  Index tile_, head_tile_, part_;  // rows, at most
+  // of a part
+  Buffer states_;                                    // [H + 1, rows] rows [h | s | a]
+  FloatBuffer reward_, value_, discount_, returns_;  // [H, rows]
   // scratch of one tile a thread
-  Index tile_;     // rows
-  Buffer states_;  // twice: rows [h | s | a] of a state and of the next
   FloatBuffer h_;  // twice: h in float
   DeterBuffers deter_;
   MlpBuffers prior_, reward_hidden_, bootstrap_hidden_, discount_hidden_;
   FloatBuffer raw_;
-  FloatBuffer reward_, value_, returns_;  // [H, rows]
-  FloatBuffer discount_;                  // likewise; without a head γ, for all threads
   // scratch of one refit a thread
   FloatBuffer elites_;                      // [K, A]
   Index* order_;                            // [N]
