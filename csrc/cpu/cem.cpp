@@ -1,7 +1,9 @@
 #include "cpu/cem.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <thread>
 
 #include "cpu/task.h"
 
@@ -20,38 +22,70 @@ void by_start(Index begin, Index rows, Index N, const Body& body) {
   }
 }
 
+// Waits for what other threads are at work on to be counted.
+void await(const std::atomic<Index>& count, Index least) {
+  constexpr int kSpins = 1000;
+  for (int spins = 0; count.load(std::memory_order_acquire) < least; ++spins) {
+    if (spins >= kSpins) std::this_thread::yield();  // the core may be wanted for it
+  }
+}
+
 }  // namespace
 
-Cem::Cem(const CemArgs& args, Arena& scratch, int threads) : args_(args), threads_(threads) {
-  const Kernels& k = *args.kernels;
+// What the threads have done so far, in all iterations; by tile where there is an array.
+struct Cem::Progress {
+  explicit Progress(std::size_t tiles) : rolled(tiles), evaluated(tiles), scored(tiles) {}
+
+  std::atomic<Index> taken{0}, scores{0}, refits{0};  // jobs; tiles; start states
+  std::vector<std::atomic<Index>> rolled, evaluated, scored;
+};
+
+Cem::Cem(const CemArgs& args, Arena& scratch, int threads) : args_(args) {
+  const Kernels& k = kernels_for(*args.kernels, args.B * args.N);
   const Rssm& rssm = *args.rssm;
-  const Index all = args.B * args.N;
-  const Tiling rolls = tiling(all);
-  tile_ = rolls.size;
-  head_tile_ = kernels_for(k, all).tile_rows;
-  part_ = std::min(all, rolls.threads * tile_);
-  const Index tiles = rolls.threads * tile_, head_tiles = usable_threads(threads) * head_tile_;
-  states_ = take_rows(scratch, k, (args.H + 1) * part_, rssm.width());
-  h_ = take_floats(scratch, 2 * tiles, rssm.D);
-  deter_ = take_deter(scratch, k, rssm, tiles, false);
-  prior_ = take_mlp(scratch, k, rssm.prior, tiles, false);
-  raw_ = take_floats(scratch, tiles, 2 * rssm.S);
-  reward_hidden_ = take_mlp(scratch, k, *args.reward, head_tiles, false);
-  reward_ = take_floats(scratch, args.H, part_);
-  if (args.bootstrap != nullptr) {
-    bootstrap_hidden_ = take_mlp(scratch, k, *args.bootstrap, head_tiles, false);
-    value_ = take_floats(scratch, args.H, part_);
-    returns_ = take_floats(scratch, args.H, part_);
-    discount_ = take_floats(scratch, args.H, part_);
-    if (args.discount != nullptr) {
-      discount_hidden_ = take_mlp(scratch, k, *args.discount, head_tiles, false);
-    } else {
-      std::fill_n(discount_.data, args.H * part_, args.gamma);
+  const Tiling tiling = tiling_for(k, args.B * args.N, threads);
+  tile_ = tiling.size;
+  head_tile_ = k.tile_rows;
+  threads_ = usable_threads(threads);
+  slots_ = std::min<Index>(tiling.count, threads_);
+  for (Index begin = 0; begin < tiling.rows; begin += tile_) {
+    const Index index = begin / tile_, rows = std::min(tile_, tiling.rows - begin);
+    const Tiling heads(args.H * rows, k.tile_rows, 1, k.tile_unit);
+    tiles_.push_back({begin, rows, index % slots_, heads.size, heads.count});
+  }
+  const Index tiles = tiling.count;
+  for (Index group = 0; group < tiles; group += slots_) {
+    const Index end = std::min(tiles, group + slots_);
+    for (Index tile = group; tile < end; ++tile) jobs_.push_back({Job::roll, tile, 0});
+    for (Index tile = group; tile < end; ++tile) {
+      for (Index part = 0; part < tiles_[static_cast<std::size_t>(tile)].head_tiles; ++part) {
+        jobs_.push_back({Job::evaluate, tile, part});
+      }
     }
   }
-  const Index fits = std::min<Index>(args.B, threads);
-  elites_ = take_floats(scratch, fits * args.K, rssm.A);
-  order_ = scratch.take<Index>(fits * args.N);
+  for (Index b = 0; b < args.B; ++b) jobs_.push_back({Job::refit, b, 0});
+
+  const Index rows = threads_ * tile_, head_rows = threads_ * head_tile_;
+  states_ = take_rows(scratch, k, slots_ * (args.H + 1) * tile_, rssm.width());
+  h_ = take_floats(scratch, 2 * rows, rssm.D);
+  deter_ = take_deter(scratch, k, rssm, rows, false);
+  prior_ = take_mlp(scratch, k, rssm.prior, rows, false);
+  raw_ = take_floats(scratch, rows, 2 * rssm.S);
+  reward_hidden_ = take_mlp(scratch, k, *args.reward, head_rows, false);
+  reward_ = take_floats(scratch, slots_, args.H * tile_);
+  if (args.bootstrap != nullptr) {
+    bootstrap_hidden_ = take_mlp(scratch, k, *args.bootstrap, head_rows, false);
+    value_ = take_floats(scratch, slots_, args.H * tile_);
+    returns_ = take_floats(scratch, slots_, args.H * tile_);
+    discount_ = take_floats(scratch, slots_, args.H * tile_);
+    if (args.discount != nullptr) {
+      discount_hidden_ = take_mlp(scratch, k, *args.discount, head_rows, false);
+    } else {
+      std::fill_n(discount_.data, slots_ * args.H * tile_, args.gamma);
+    }
+  }
+  elites_ = take_floats(scratch, threads_ * args.K, rssm.A);
+  order_ = scratch.take<Index>(threads_ * args.N);
   if (args.P > 0) {
     zero_ = scratch.take<float>(rssm.A);
     one_ = scratch.take<float>(rssm.A);
@@ -60,27 +94,46 @@ Cem::Cem(const CemArgs& args, Arena& scratch, int threads) : args_(args), thread
   }
 }
 
-// Of rows of a part, or of as many rows for each of its states.
-Tiling Cem::tiling(Index rows) const {
-  const Kernels& k = kernels_for(*args_.kernels, args_.B * args_.N);
-  return Tiling(rows, k.tile_rows, threads_, k.tile_unit);
+void Cem::run() const {
+  Progress progress(tiles_.size());
+  parallel_tasks(threads_, threads_, [&](Index, int thread) { work(progress, thread); });
 }
 
-void Cem::run() const {
-  const Index all = args_.B * args_.N;
-  for (Index i = 0; i < args_.I; ++i) {
-    for (Index begin = 0; begin < all; begin += part_) {
-      const Part part{i, begin, std::min(part_, all - begin)};
-      parallel_tiles(tiling(part.rows),
-                     [&](Index first, Index rows, int thread) { roll(part, first, rows, thread); });
-      const Tiling heads = tiling(args_.H * part.rows);
-      parallel_tasks(heads.count, threads_, [&](Index tile, int thread) {
-        const Index first = tile * heads.size;
-        evaluate(part, first, std::min(heads.size, heads.rows - first), thread);
-      });
-      score(part);
+// Takes jobs in their order, in which each comes after all that it waits for: of those that are
+// taken the first is never waiting, whatever the number of threads.
+void Cem::work(Progress& done, int thread) const {
+  const Index jobs = static_cast<Index>(jobs_.size()), tiles = static_cast<Index>(tiles_.size());
+  for (Index n = done.taken++; n < args_.I * jobs; n = done.taken++) {
+    const Index i = n / jobs;  // the iteration; counts of the ones before are complete
+    const Job& job = jobs_[static_cast<std::size_t>(n % jobs)];
+    const auto index = static_cast<std::size_t>(job.index);
+    switch (job.kind) {
+      case Job::roll:
+        if (job.index < slots_) {
+          await(done.refits, i * args_.B);
+        } else {  // for the tile that was in its place
+          await(done.scored[index - static_cast<std::size_t>(slots_)], i + 1);
+        }
+        roll(i, tiles_[index], thread);
+        done.rolled[index].store(i + 1, std::memory_order_release);
+        break;
+      case Job::evaluate: {
+        const Tile& tile = tiles_[index];
+        await(done.rolled[index], i + 1);
+        evaluate(tile, job.part, thread);
+        if (++done.evaluated[index] == (i + 1) * tile.head_tiles) {
+          score(i, tile);
+          done.scored[index].store(i + 1, std::memory_order_release);
+          ++done.scores;
+        }
+        break;
+      }
+      case Job::refit:
+        await(done.scores, (i + 1) * tiles);
+        refit(i, job.index, thread);
+        ++done.refits;
+        break;
     }
-    parallel_tasks(args_.B, threads_, [&](Index b, int thread) { refit(i, b, thread); });
   }
 }
 
@@ -105,74 +158,82 @@ void Cem::candidates(Index i, Index t, Index b, Index n, Index count, const Buff
   }
 }
 
-// The states 0..H of some rows of a part.
-void Cem::roll(const Part& part, Index first, Index rows, int thread) const {
+// The states 0..H of a tile.
+void Cem::roll(Index i, const Tile& tile, int thread) const {
   const CemArgs& x = args_;
+  const Index rows = tile.rows;
   const Task task(*x.kernels, x.B * x.N, rows);
   const Kernels& k = task.kernels;
   const Rssm& rssm = *x.rssm;
-  const Index D = rssm.D, S = rssm.S, B = x.B, N = x.N;
-  const Index scratch = thread * tile_, begin = part.begin + first;
-  const auto states = [&](Index t, Index col) { return states_.at(t * part.rows + first, col); };
-  const auto h = [&](Index t) { return h_.at((2 * thread + t % 2) * tile_); };
+  const Index D = rssm.D, S = rssm.S, B = x.B, N = x.N, H = x.H;
+  const Index scratch = thread * tile_;
+  const auto turn = [&](Index t) { return (2 * thread + t % 2) * tile_; };
+  const auto place = [&](Index t) { return tile.slot * (H + 1) * tile_ + t * rows; };
+  const auto states = [&](Index t, Index col) { return states_.at(place(t), col); };
 
-  by_start(begin, rows, N, [&](Index row, Index count, Index b) {
+  by_start(tile.begin, rows, N, [&](Index first, Index count, Index b) {
     // one row for all of them
     const Floats deter{rows_of(x.start_deter, D).at(b).data, 0};
     const Floats stoch{rows_of(x.start_stoch, S).at(b).data, 0};
-    const Floats h32 = h_.at(2 * scratch + row);
-    k.copy({deter, nullptr, D, count, states_.at(first + row), h32, false});
-    k.copy({stoch, nullptr, S, count, states_.at(first + row, D), kNoFloats, false});
+    const Index row = place(0) + first;
+    k.copy({deter, nullptr, D, count, states_.at(row), h_.at(turn(0) + first), false});
+    k.copy({stoch, nullptr, S, count, states_.at(row, D), kNoFloats, false});
   });
-  for (Index t = 0; t < x.H; ++t) {
-    by_start(begin, rows, N, [&](Index row, Index count, Index b) {
-      candidates(part.i, t, b, begin + row - b * N, count, states_, t * part.rows + first + row,
-                 {});
+  for (Index t = 0; t < H; ++t) {
+    by_start(tile.begin, rows, N, [&](Index first, Index count, Index b) {
+      candidates(i, t, b, tile.begin + first - b * N, count, states_, place(t) + first, {});
     });
-    deter_step(k, rssm, states(t, 0), h(t), rows, deter_, scratch, states(t + 1, 0), h(t + 1));
+    deter_step(k, rssm, states(t, 0), h_.at(turn(t)), rows, deter_, scratch, states(t + 1, 0),
+               h_.at(turn(t + 1)));
     forward(k, rssm.prior, states(t + 1, 0), rows, prior_, scratch, raw_.at(scratch));
-    const Floats noise = rows_of(x.state_noise, S).at((part.i * x.H + t) * B * N + begin);
-    k.sample({S, rows, raw_.at(scratch), noise, rssm.std, states(t + 1, D), kNoFloats, kNoFloats,
-              kNoFloats, kNoFloats});
+    const Index row = (i * H + t) * B * N + tile.begin;  // in the noise
+    k.sample({S, rows, raw_.at(scratch), rows_of(x.state_noise, S).at(row), rssm.std,
+              states(t + 1, D), kNoFloats, kNoFloats, kNoFloats, kNoFloats});
   }
 }
 
-// The heads in some of a part's states 1..H, which are rows one behind the other.
-void Cem::evaluate(const Part& part, Index first, Index rows, int thread) const {
+// The heads in some of a tile's states 1..H, which are rows one behind the other.
+void Cem::evaluate(const Tile& tile, Index part, int thread) const {
   const CemArgs& x = args_;
+  const Index H = x.H, first = part * tile.head_rows;
+  const Index rows = std::min(tile.head_rows, H * tile.rows - first);
   const Task task(*x.kernels, x.B * x.N, rows);
   const Kernels& k = task.kernels;
-  const Rows feat = states_.at(part.rows + first);
+  const Rows feat = states_.at(tile.slot * (H + 1) * tile_ + tile.rows + first);
   const Index scratch = thread * head_tile_;
-  forward(k, *x.reward, feat, rows, reward_hidden_, scratch, {reward_.data + first, 1});
+  float* reward = reward_.at(tile.slot).data + first;
+  forward(k, *x.reward, feat, rows, reward_hidden_, scratch, {reward, 1});
   if (x.bootstrap != nullptr) {
-    forward(k, *x.bootstrap, feat, rows, bootstrap_hidden_, scratch, {value_.data + first, 1});
+    float* value = value_.at(tile.slot).data + first;
+    forward(k, *x.bootstrap, feat, rows, bootstrap_hidden_, scratch, {value, 1});
   }
   if (x.discount != nullptr) {
-    forward(k, *x.discount, feat, rows, discount_hidden_, scratch, {discount_.data + first, 1});
-    k.discount({rows, x.gamma, discount_.data + first, nullptr});
+    float* discount = discount_.at(tile.slot).data + first;
+    forward(k, *x.discount, feat, rows, discount_hidden_, scratch, {discount, 1});
+    k.discount({rows, x.gamma, discount, nullptr});
   }
 }
 
-void Cem::score(const Part& part) const {
+void Cem::score(Index i, const Tile& tile) const {
   const CemArgs& x = args_;
-  const Index H = x.H, rows = part.rows;
-  const float* reward = reward_.data;
-  float* scores = x.scores + part.i * x.B * x.N + part.begin;
+  const Index H = x.H, rows = tile.rows;
+  const float* reward = reward_.at(tile.slot).data;
+  float* scores = x.scores + i * x.B * x.N + tile.begin;
   if (x.bootstrap == nullptr) {
     std::copy_n(reward, rows, scores);
     for (Index t = 1; t < H; ++t) {
       for (Index r = 0; r < rows; ++r) scores[r] += reward[t * rows + r];
     }
   } else {
+    float* returns = returns_.at(tile.slot).data;
     x.kernels->lambda_return_forward({{reward, H, rows},
-                                      {value_.data, H, rows},
-                                      {discount_.data, H, rows},
+                                      {value_.at(tile.slot).data, H, rows},
+                                      {discount_.at(tile.slot).data, H, rows},
                                       x.lam,
                                       x.mix,
-                                      {returns_.data, H, rows}},
+                                      {returns, H, rows}},
                                      0, rows);
-    std::copy_n(returns_.data, rows, scores);  // G_0
+    std::copy_n(returns, rows, scores);  // G_0
   }
 }
 

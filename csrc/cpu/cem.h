@@ -1,9 +1,10 @@
 // Planning by the cross-entropy method: all iterations, candidates, rollouts, scores and refits, in
 // one call. Rows are candidates. A thread takes a tile of them through the whole horizon; the heads
-// then run on the states of all steps, in tiles that go to whichever thread is free.
+// then run on the states of all its steps, in tiles of their own that go to whichever thread is
+// free. Threads meet at the refits alone: one that another program holds up delays the others
+// little.
 #pragma once
 
-#include "cpu/parallel.h"
 #include "cpu/rssm.h"
 
 namespace fastdreamer {
@@ -33,23 +34,31 @@ class Cem {
   void run() const;
 
  private:
-  // What is evaluated at once: a tile of rows for every thread, in iteration i.
-  struct Part {
-    Index i, begin, rows;
+  struct Tile {
+    Index begin, rows, slot;      // slot: where its states are
+    Index head_rows, head_tiles;  // the heads' tiles of its H * rows states
   };
+  struct Job {
+    enum { roll, evaluate, refit } kind;
+    Index index, part;  // tile and tile of heads; of a refit the start state
+  };
+  struct Progress;
 
-  Tiling tiling(Index rows) const;
-  void roll(const Part& part, Index first, Index rows, int thread) const;
-  void evaluate(const Part& part, Index first, Index rows, int thread) const;
-  void score(const Part& part) const;
+  void work(Progress& done, int thread) const;
+  void roll(Index i, const Tile& tile, int thread) const;
+  void evaluate(const Tile& tile, Index part, int thread) const;
+  void score(Index i, const Tile& tile) const;
   void refit(Index i, Index b, int thread) const;
   void candidates(Index i, Index t, Index b, Index n, Index count, const Buffer& packed, Index row,
                   const FloatBuffer& plain) const;
 
   CemArgs args_;
   int threads_;
-  Index tile_, head_tile_, part_;  // rows, at most
-  // of a part
+  Index tile_, head_tile_;  // rows, at most
+  Index slots_;             // tiles that have states at the same time
+  std::vector<Tile> tiles_;
+  std::vector<Job> jobs_;  // of an iteration
+  // of one tile a slot
   Buffer states_;                                    // [H + 1, rows] rows [h | s | a]
   FloatBuffer reward_, value_, discount_, returns_;  // [H, rows]
   // scratch of one tile a thread
