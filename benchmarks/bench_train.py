@@ -9,8 +9,8 @@ from pathlib import Path
 
 from benchmarks import synthetic
 from benchmarks.learner import Learner
-from benchmarks.race import Entries, first_line, refused
-from benchmarks.variants import OURS, VARIANTS, Variant
+from benchmarks.race import first_line, refused
+from benchmarks.variants import OURS, VARIANTS, Entries, Variant
 from fastdreamer.replay import Replay
 
 REFERENCE = "eager fp32"
@@ -39,7 +39,7 @@ def entries(
         AssertionError: losses of native or triton are not those of eager fp32.
     """
     expected = Learner(REFERENCE, replay, preset_name, variants).step()
-    run, left_out = {}, {}
+    run, left_out, missing = {}, {}, []
     for name, variant in variants.items():
         learner = Learner(name, replay, preset_name, variants)
         try:
@@ -48,6 +48,7 @@ def entries(
             if not refused(variant, error):
                 raise
             left_out[name] = first_line(error)
+            missing.append(name)
             continue
         wrong = [
             f"{loss} is {got[loss]:.4g}, expected {expected[loss]:.4g}"
@@ -60,10 +61,10 @@ def entries(
             left_out[name] = ", ".join(wrong)
         else:
             run[name] = learner.step
-    return Entries(run, left_out)
+    return Entries(run, left_out, tuple(missing))
 
 
 def test_update(race) -> None:
     with tempfile.TemporaryDirectory() as folder:
         built = entries(open_replay(Path(folder)))
-        race(built.run, left_out=built.left_out, rounds=20, warmup=1)
+        race(built, rounds=20, warmup=1)

@@ -11,7 +11,7 @@ import torch._dynamo  # noqa: F401  (before any rendering: see below)
 from benchmarks import machine, report
 from benchmarks.race import Case, race, round_trip
 from benchmarks.timing import MIN_REPEATS, cell
-from benchmarks.variants import VARIANTS, Variant
+from benchmarks.variants import VARIANTS, Entries, Variant, check_complete
 
 # torch.compile imports triton, and a process that has drawn with Mesa's llvmpipe has another LLVM
 # loaded, with which importing triton ends in a segmentation fault. The other order works.
@@ -21,6 +21,9 @@ _ROWS = pytest.StashKey[list]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--threads", type=int, default=2, help="torch threads (default 2)")
+    parser.addoption(
+        "--allow-missing", action="store_true", help="a variant that cannot run fails no benchmark"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,6 +39,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def race_fixture(benchmark, request: pytest.FixtureRequest) -> Callable:
     """Time variants in turn: ``race({"name": function, ...}, rounds=20)``; see ``race.race``.
 
+    Or ``race(entries)``, of which none may be missing unless ``--allow-missing`` is given.
+
     pytest-benchmark runs one test, so one function, at a time, and on a shared machine the minutes
     between two tests can change more than the variants differ. So all variants are one test, and
     each of its rounds is a round of every variant. pytest-benchmark's own record is of the first
@@ -44,14 +49,17 @@ def race_fixture(benchmark, request: pytest.FixtureRequest) -> Callable:
     """
 
     def run(
-        variants: Mapping[str, Callable[[], object]],
+        variants: Mapping[str, Callable[[], object]] | Entries,
         *,
-        left_out: Mapping[str, str] | None = None,
         rounds: int = MIN_REPEATS,
         warmup: int = 2,
         calls: int = 1,
         pause: float = 0.0,
     ) -> None:
+        left_out: Mapping[str, str] = {}
+        if isinstance(variants, Entries):
+            check_complete(variants, request.config.getoption("allow_missing"))
+            variants, left_out, _ = variants
         if not benchmark.enabled:
             benchmark(lambda: round_trip(variants))
             return
@@ -60,14 +68,14 @@ def race_fixture(benchmark, request: pytest.FixtureRequest) -> Callable:
             benchmark.pedantic(first, setup=others, rounds=rounds)
 
         times = race(variants, rounds=rounds, warmup=warmup, calls=calls, pause=pause, drive=drive)
-        benchmark.extra_info.update(times=times, calls=calls, left_out=dict(left_out or {}))
+        benchmark.extra_info.update(times=times, calls=calls, left_out=dict(left_out))
         first = next(iter(times))
         request.config.stash[_ROWS].extend(
             [request.node.name, name, cell(t), f"{t['median_ms'] / times[first]['median_ms']:.2f}×"]
             for name, t in times.items()
         )
         request.config.stash[_ROWS].extend(
-            [request.node.name, name, "–", reason] for name, reason in (left_out or {}).items()
+            [request.node.name, name, "–", reason] for name, reason in left_out.items()
         )
 
     return run
@@ -78,14 +86,7 @@ def contest(race) -> Callable[..., None]:
     """Check and time variants of a ``Case``, by default all: ``contest(case, variants)``."""
 
     def run(case: Case, variants: Mapping[str, Variant] = VARIANTS) -> None:
-        entries = case.entries(variants)
-        race(
-            entries.run,
-            left_out=entries.left_out,
-            rounds=case.rounds,
-            calls=case.calls,
-            pause=case.pause,
-        )
+        race(case.entries(variants), rounds=case.rounds, calls=case.calls, pause=case.pause)
 
     return run
 

@@ -20,7 +20,7 @@ from benchmarks import machine, report
 from benchmarks.bench_imagine import B, H, heads_case
 from benchmarks.race import race
 from benchmarks.timing import MIN_REPEATS, cell
-from benchmarks.variants import VARIANTS
+from benchmarks.variants import VARIANTS, check_complete
 from fastdreamer import testing
 
 CAPTION = "time of native and eager against batch, horizon, threads and deterministic size"
@@ -41,6 +41,7 @@ def measure(
     *,
     rounds: int = MIN_REPEATS,
     sizes: testing.Sizes = testing.REPORT,
+    allow_missing: bool = False,
 ) -> dict[str, Any]:
     """Check and time native and eager along each axis.
 
@@ -49,13 +50,14 @@ def measure(
         axes: points by axis, ``B``, ``H``, ``threads`` or ``D``.
         rounds: of each point.
         sizes: of what is not varied.
+        allow_missing: whether a variant may be left out.
 
     Returns:
         JSON types: ``machine``; ``axes[axis]`` with ``points`` and ``times[variant]``, a
         ``summary`` for each point; ``left_out[variant]``, a reason.
 
     Raises:
-        AssertionError: a native variant is wrong.
+        AssertionError: a native variant is wrong. MissingVariant: one does not run.
     """
     torch.set_num_threads(threads)
     circumstances = machine.record()
@@ -70,6 +72,7 @@ def measure(
             torch.set_num_threads(at["threads"])
             case = heads_case(at["H"], at["B"], sizes._replace(D=at["D"]))
             entries = case.entries(variants)
+            check_complete(entries, allow_missing)
             left_out |= entries.left_out
             for name, summary in race(entries.run, rounds=rounds).items():
                 times.setdefault(name, []).append(summary)
@@ -122,9 +125,10 @@ def _at(times: dict[str, list], name: str, index: int) -> dict[str, float] | Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--allow-missing", action="store_true", help="go on without what can't run")
     parser.add_argument("--write", action="store_true", help="keep the result: JSON, table, plot")
     args = parser.parse_args()
-    result = measure(args.threads, AXES)
+    result = measure(args.threads, AXES, allow_missing=args.allow_missing)
     report.publish("curves", result, write=args.write)
 
 

@@ -38,9 +38,9 @@ from benchmarks import (
 )
 from benchmarks.learner import Learner
 from benchmarks.ops import UPDATE
-from benchmarks.race import Case, Entries, first_line, race
+from benchmarks.race import Case, first_line, race
 from benchmarks.timing import MIN_REPEATS, cell
-from benchmarks.variants import Variant, gpu_variants
+from benchmarks.variants import Entries, Variant, gpu_variants
 from fastdreamer.ops.backend import why_no_cuda
 from fastdreamer.ops.cuda_graph import driver_state
 

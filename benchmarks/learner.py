@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.captured import capture
 from benchmarks.synthetic import ACTION_DIM, OBS_SHAPES
-from benchmarks.variants import OURS, VARIANTS, Variant
+from benchmarks.variants import OURS, VARIANTS, Entries, Variant, check_complete
 from fastdreamer.agent import Dreamer, NonFiniteLoss
 from fastdreamer.config import preset
 from fastdreamer.ops.backend import OPS, use_backend
@@ -27,12 +27,17 @@ MODES = {"compiled": None, "reduced": "reduce-overhead"}
 """Of ``torch.compile``, by the backend of a variant."""
 
 
-def variants() -> list[str]:
-    """Names of the variants that a table of updates has: eager, and native where it is built."""
-    names = ["eager fp32", "eager bf16"]
-    if all(OPS[op].why_not("native", "cpu") is None for op in LOOPS):
-        names += ["native fp32", "native bf16"]
-    return names
+def variants(allow_missing: bool = False) -> list[str]:
+    """Names of the variants that a table of updates has: eager and native.
+
+    Raises:
+        MissingVariant: native cannot run and may not be missing.
+    """
+    eager, native = ["eager fp32", "eager bf16"], ["native fp32", "native bf16"]
+    reasons = [reason for op in LOOPS if (reason := OPS[op].why_not("native", "cpu"))]
+    left_out = dict.fromkeys(native if reasons else [], "; ".join(dict.fromkeys(reasons)))
+    check_complete(Entries({}, left_out, tuple(left_out)), allow_missing)
+    return [name for name in eager + native if name not in left_out]
 
 
 class Learner(Trainer):

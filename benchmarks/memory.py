@@ -76,13 +76,16 @@ def collector_peaks(directory: Path, episodes: int) -> list[float]:
     return peaks
 
 
-def measure(episodes: int, collected: int, threads: int) -> dict[str, Any]:
+def measure(
+    episodes: int, collected: int, threads: int, *, allow_missing: bool = False
+) -> dict[str, Any]:
     """Measure every variant of the learner, each in a process of its own, and the collector.
 
     Args:
         episodes: in replay at the last reading of the learner, at least 2.
         collected: episodes at the last reading of the collector, at least 2; 0 leaves it out.
         threads: of torch in the learner.
+        allow_missing: whether native may be left out.
 
     Returns:
         JSON types: ``machine``, ``settings`` and ``peaks[row]``, MiB by number of episodes.
@@ -93,7 +96,7 @@ def measure(episodes: int, collected: int, threads: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder, "noise")
         synthetic.write_episodes(directory, episodes)
-        for variant in variants():
+        for variant in variants(allow_missing):
             child = [sys.executable, "-m", "benchmarks.memory", "--threads", str(threads),
                      "--episodes", str(episodes), "--child", variant, str(directory)]  # fmt: skip
             done = subprocess.run(
@@ -124,6 +127,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--collected", type=int, default=10, help="episodes of the collector")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--allow-missing", action="store_true", help="go on without what can't run")
     parser.add_argument("--write", action="store_true", help="keep the result: JSON and README")
     parser.add_argument("--child", nargs=2, metavar=("VARIANT", "DIRECTORY"), help="for itself")
     args = parser.parse_args()
@@ -134,7 +138,7 @@ def main() -> None:
         variant, directory = args.child
         print(json.dumps(learner_peaks(variant, Path(directory), args.episodes)))
         return
-    result = measure(args.episodes, args.collected, args.threads)
+    result = measure(args.episodes, args.collected, args.threads, allow_missing=args.allow_missing)
     report.publish("memory", result, write=args.write)
 
 

@@ -20,9 +20,9 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks import compiled, machine, report
-from benchmarks.race import Case, Entries, peak, race
+from benchmarks.race import Case, peak, race
 from benchmarks.timing import cell
-from benchmarks.variants import VARIANTS, Variant
+from benchmarks.variants import VARIANTS, Entries, Variant, check_complete
 
 BENCHES = ("rssm_step", "observe", "imagine", "open_loop", "cem")
 CAPTION = "time of every baseline against native"
@@ -43,6 +43,7 @@ def measure(
     update: str | None = "report",
     rounds: int | None = None,
     variants: Mapping[str, Variant] = VARIANTS,
+    allow_missing: bool = False,
 ) -> dict[str, Any]:
     """Check and time every variant of every case.
 
@@ -52,6 +53,7 @@ def measure(
         update: preset of the whole update; None leaves it out.
         rounds: instead of each case's own number.
         variants: of the cases; the whole update has all.
+        allow_missing: whether one that should run may be left out.
 
     Returns:
         JSON types: ``machine``; ``compiled``, "whole loops" or "steps"; ``works[name]`` with
@@ -60,7 +62,7 @@ def measure(
         ``share`` of the peak where they are known, and ``left_out[variant]``, a reason.
 
     Raises:
-        AssertionError: a native variant is wrong.
+        AssertionError: a native variant is wrong. MissingVariant: one does not run.
     """
     torch.set_num_threads(threads)
     circumstances = machine.record()
@@ -69,6 +71,7 @@ def measure(
     def add(name: str, flops: int, build: Callable[[], Entries], **options: Any) -> None:
         print(f"{name} …", file=sys.stderr, flush=True)
         entries = build()
+        check_complete(entries, allow_missing)
         limits = peak(threads) if flops else None
         times = race(entries.run, **options)
         for t in times.values() if flops else ():
@@ -212,14 +215,16 @@ def main() -> None:
     parser.add_argument("only", nargs="*", help="words in the names of cases; all without")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", action="store_true", help="compile steps, not whole loops")
+    parser.add_argument("--allow-missing", action="store_true", help="go on without what can't run")
     parser.add_argument("--write", action="store_true", help="keep the result: JSON, tables, plot")
     args = parser.parse_args()
     if args.only and args.write:
         parser.error("--write keeps everything or nothing")
     wanted = lambda name: not args.only or any(word in name for word in args.only)  # noqa: E731
     works = [c for c in cases() if wanted(c.name)]
+    update = "report" if wanted(UPDATE) else None
     with contextlib.nullcontext() if args.steps else compiled.unrolled():
-        result = measure(args.threads, works, update="report" if wanted(UPDATE) else None)
+        result = measure(args.threads, works, update=update, allow_missing=args.allow_missing)
     report.publish("ops", result, write=args.write)
 
 

@@ -34,7 +34,14 @@ ROWS = {
 }
 
 
-def measure(repeats: int, warmup: int, threads: int, preset_name: str = "report") -> dict[str, Any]:
+def measure(
+    repeats: int,
+    warmup: int,
+    threads: int,
+    preset_name: str = "report",
+    *,
+    allow_missing: bool = False,
+) -> dict[str, Any]:
     """Time the phases of every variant, the variants taking turns update by update.
 
     Args:
@@ -42,12 +49,13 @@ def measure(repeats: int, warmup: int, threads: int, preset_name: str = "report"
         warmup: untimed ones before.
         threads: of torch.
         preset_name: of the configuration.
+        allow_missing: whether native may be left out.
 
     Returns:
         JSON types: ``machine``, ``settings`` and ``phases[variant][phase]``, a ``summary``.
 
     Raises:
-        ValueError: too few repeats.
+        ValueError: too few repeats. MissingVariant: native cannot run here.
     """
     if repeats < MIN_REPEATS:
         raise ValueError(f"at least {MIN_REPEATS} repeats, got {repeats}")
@@ -57,7 +65,7 @@ def measure(repeats: int, warmup: int, threads: int, preset_name: str = "report"
         synthetic.write_episodes(Path(folder), 5)
         replay = synthetic.open_replay(Path(folder))
         replay.load()
-        learners = {name: Learner(name, replay, preset_name) for name in variants()}
+        learners = {name: Learner(name, replay, preset_name) for name in variants(allow_missing)}
         recorders = {name: PhaseRecorder() for name in learners}
         for i in range(warmup + repeats):
             for name, learner in learners.items():
@@ -116,9 +124,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--allow-missing", action="store_true", help="go on without what can't run")
     parser.add_argument("--write", action="store_true", help="keep the result: JSON and README")
     args = parser.parse_args()
-    result = measure(args.repeats, args.warmup, args.threads)
+    result = measure(args.repeats, args.warmup, args.threads, allow_missing=args.allow_missing)
     report.publish("phases", result, write=args.write)
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +20,9 @@ from torch.utils import _pytree as pytree
 from benchmarks import compiled
 from benchmarks.captured import CaptureError, capture
 from benchmarks.timing import MIN_REPEATS, summary
-from benchmarks.variants import OURS, VARIANTS, Variant
+from benchmarks.variants import OURS, VARIANTS, Entries, Variant
 from fastdreamer import testing
 from fastdreamer.ops.backend import BackendError, Op
-
-
-class Entries(NamedTuple):
-    """What runs in a race, by variant."""
-
-    run: dict[str, Callable[[], object]]
-    left_out: dict[str, str]  # why a variant does not run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +89,7 @@ class Case:
             )
             for bf16 in (False, True)
         }
-        run, left_out = {}, {}
+        run, left_out, missing = {}, {}, []
         for name, variant in variants.items():
             ours = variant.backend in OURS
             try:
@@ -118,7 +111,8 @@ class Case:
                 if not refused(variant, error):
                     raise
                 left_out[name] = first_line(error)
-        return Entries(run, left_out)
+                missing.append(name)
+        return Entries(run, left_out, tuple(missing))
 
     def _function(self, variant: Variant) -> Callable[..., Any]:
         if variant.backend == "compiled":

@@ -1,17 +1,22 @@
-"""What a Rollout adds to an op, and what it saves its caller: `python -m benchmarks.rollout`."""
+"""What a Rollout adds to an op, and what it saves its caller: `python -m benchmarks.rollout`.
+
+Forward passes one by one, and a step of learning behaviour as Dreamer V1 takes it from every state
+of a batch: imagination with heads, forward and backward, the caller's modules in either loop.
+"""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks import machine, report
-from benchmarks.timing import summary
+from benchmarks.timing import cell, summary
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.params import State
@@ -22,6 +27,10 @@ from fastdreamer.verify import _imagine_loop, _observe_loop
 
 CALLS = {"rssm_step, B 1": 1000, "observe, T 50, B 50": 60, "imagine, H 15, B 400": 24}
 """Repeats of each."""
+HORIZON = 15
+STEPS = {400: 20, 1000: 12, 2500: 6}
+"""Steps of learning by the rows that they start from (8, 20 and 50 sequences of 50)."""
+PRECISIONS = {"bf16": True, "fp32": False}
 
 
 def world_model() -> dict[str, nn.Module]:
@@ -92,11 +101,79 @@ def cases() -> dict[str, dict[str, Callable[[], Any]]]:
     }
 
 
-@torch.no_grad()
+def learning(rows: int) -> tuple[dict[str, Callable[[], Any]], list[nn.Parameter]]:
+    """By name: one step through a Rollout and through the caller's loop; and the parameters.
+
+    Nothing is frozen: as in most peers' code, the world model's gradients are made as well.
+    """
+    torch.manual_seed(0)
+    rollout = Rollout.from_modules(**world_model(), backend="native")
+    A, D, S = (rollout.dims[name] for name in "ADS")
+    start = State(torch.randn(rows, D).tanh(), torch.randn(rows, S))
+    noises = {"state_noise": torch.randn(HORIZON, rows, S)}
+    noises |= {"action_noise": torch.randn(HORIZON, rows, A)}
+    modules = [m for name, net in rollout.nets.items() if name != "post" for m in net.modules]
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+
+    def step(loop: bool, bf16: bool) -> list[Tensor]:
+        for parameter in parameters:
+            parameter.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            if loop:
+                out = _imagine_loop(rollout, noises | start._asdict())
+                value, returns = out["value"].float(), out["returns"].float()
+            else:
+                dream = rollout.imagine(start, **noises)
+                value, returns = dream.value, dream.returns
+        loss = (value - returns.detach()).square().mean() / 2 - returns.mean()
+        loss.backward()
+        return [value.detach(), returns.detach(), *(p.grad for p in parameters)]
+
+    names = {"Rollout": False, "own loop": True}
+    variants = {
+        f"{name} {precision}": functools.partial(step, loop, bf16)
+        for precision, bf16 in PRECISIONS.items()
+        for name, loop in names.items()
+    }
+    return variants, parameters
+
+
+def measure_learning(rows: int, steps: int) -> dict[str, Any]:
+    """Time steps of learning, the variants interleaved; what they compute is compared first."""
+    variants, parameters = learning(rows)
+    exact = variants["own loop fp32"]()
+
+    def errors(variant: str) -> list[float]:
+        pairs = zip(variants[variant](), exact, strict=True)
+        return [float((got - want).norm() / want.norm()) for got, want in pairs]
+
+    assert max(errors("Rollout fp32")) < 1e-4, "float32 does not agree"
+    pairs = zip(errors("Rollout bf16"), errors("own loop bf16"), strict=True)
+    assert all(ours <= 2 * own for ours, own in pairs), "bfloat16 is worse than the own loop's"
+    seconds: dict[str, list[float]] = {variant: [] for variant in variants}
+    for _ in range(steps):
+        for variant, run in variants.items():
+            with torch.no_grad():
+                for parameter in parameters:
+                    parameter.mul_(1)  # as after an optimiser's step: weights are packed again
+            begin = time.perf_counter()
+            run()
+            seconds[variant].append(time.perf_counter() - begin)
+    return {variant: summary(values) for variant, values in seconds.items()}
+
+
 def measure(threads: int) -> dict[str, Any]:
     """Time all cases, their variants interleaved; what they compute is compared first."""
     torch.set_num_threads(threads)
-    result: dict[str, Any] = {"machine": machine.record(), "times": {}}
+    result: dict[str, Any] = {"machine": machine.record(), "times": {}, "learning": {}}
+    with torch.no_grad():
+        _measure_forward(result)
+    for rows, steps in STEPS.items():
+        result["learning"][str(rows)] = measure_learning(rows, steps)
+    return result
+
+
+def _measure_forward(result: dict[str, Any]) -> None:
     for name, variants in cases().items():
         want = tuple(variants["op"]())
         for run in variants.values():
@@ -111,18 +188,30 @@ def measure(threads: int) -> dict[str, Any]:
         times = {variant: summary(values[len(values) // 10 :]) for variant, values in
                  seconds.items()}  # fmt: skip
         result["times"][name] = times
-    return result
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the result as a Markdown table."""
+    """Return the result as two Markdown tables."""
     rows = []
     for name, times in result["times"].items():
         op, rollout, loop = (times[v]["median_ms"] for v in ("op", "rollout", "own loop"))
         rows.append([name, f"{op:.3f}", f"{rollout:.3f}", f"{(rollout - op) * 1e3:+.0f} µs",
                      f"{loop:.3f}", f"{loop / op:.2f}×", f"{loop / rollout:.2f}×"])  # fmt: skip
     heads = ["forward, median ms", "bare op", "Rollout", "added", "own modules in a loop"]
-    return report.table([*heads, "op's ratio", "Rollout's ratio"], rows)
+    forward = report.table([*heads, "op's ratio", "Rollout's ratio"], rows)
+    if "learning" not in result:
+        return forward
+    rows = []
+    for count, times in result["learning"].items():
+        row = [f"H {HORIZON}, B {count}"]
+        for precision in PRECISIONS:
+            rollout, loop = (times[f"{v} {precision}"] for v in ("Rollout", "own loop"))
+            ratio = loop["median_ms"] / rollout["median_ms"]
+            row += [cell(rollout), cell(loop), f"{ratio:.2f}×"]
+        rows.append(row)
+    heads = [f"{v} {p}" for p in PRECISIONS for v in ("Rollout", "own loop", "ratio")]
+    learning = report.table(["forward and backward with heads, ms", *heads], rows)
+    return f"{forward}\n\n{learning}"
 
 
 def main() -> None:

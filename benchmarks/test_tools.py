@@ -6,6 +6,9 @@ import dataclasses
 import functools
 import importlib
 import json
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -15,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import report, run
 from benchmarks.race import Case, race
 from benchmarks.timing import PhaseRecorder, cell, rate_cell, summary
-from benchmarks.variants import VARIANTS
+from benchmarks.variants import VARIANTS, MissingVariant, check_complete
 from fastdreamer import testing
 from fastdreamer.ops.backend import OPS
 from fastdreamer.ops.lambda_return import OP
@@ -191,6 +194,51 @@ def test_a_wrong_baseline_is_left_out_and_a_wrong_native_body_fails(monkeypatch)
         wrong_case().entries(variants)
 
 
+def not_built(monkeypatch):
+    for op in OPS.values():
+        monkeypatch.setattr(op, "why_not", lambda backend, _: "not built" * (backend == "native"))
+
+
+def test_what_should_run_and_does_not_is_a_failure(monkeypatch):
+    """Not what runs and does something else: baselines are left out for that."""
+    from benchmarks import curves, learner, ops
+
+    not_built(monkeypatch)
+    case = dataclasses.replace(wrong_case(), flops=0)
+    message = "native fp32: not built; .*native bf16: not built; --allow-missing"
+    threads = torch.get_num_threads()
+    try:
+        with pytest.raises(MissingVariant, match=message):
+            ops.measure(1, [case], update=None, rounds=20)
+        with pytest.raises(MissingVariant, match=message):
+            curves.measure(1, {"B": [1]}, rounds=20, sizes=SMALL)
+    finally:
+        torch.set_num_threads(threads)
+    with pytest.raises(MissingVariant, match=message):
+        learner.variants()
+    assert learner.variants(allow_missing=True) == ["eager fp32", "eager bf16"]
+    variants = {name: VARIANTS[name] for name in ("eager fp32", "compiled fp32")}
+    entries = wrong_case().entries(variants)
+    check_complete(entries, False)
+    assert entries.left_out.keys() == {"compiled fp32"}
+
+
+@pytest.mark.parametrize(("options", "code"), [((), 1), (("--allow-missing",), 0)])
+def test_a_bench_without_native_fails(options, code):
+    """As `pytest benchmarks/ --benchmark-only` runs it, where the extension cannot be imported."""
+    hide = "import sys; sys.modules['fastdreamer._native'] = None; import pytest; "
+    run_it = f"{hide}sys.exit(pytest.main(sys.argv[1:]))"
+    bench = "benchmarks/bench_lambda_return.py"
+    done = subprocess.run(
+        [sys.executable, "-c", run_it, bench, "-q", "-x", "-p", "no:cacheprovider",
+         "--benchmark-disable", *options],
+        cwd=run.ROOT, capture_output=True, text=True,
+        env=os.environ | {"TORCHDYNAMO_DISABLE": "1"},  # nothing is compiled
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout
+    assert ("MissingVariant: native" in done.stdout) == bool(code)
+
+
 def test_precision_is_put_back():
     before = torch.get_float32_matmul_precision()
     with VARIANTS["eager medium"].context():
@@ -209,7 +257,7 @@ def test_ops_are_measured_and_drawn(monkeypatch, tmp_path):
     )
     threads = torch.get_num_threads()
     try:
-        result = ops.measure(1, [case], update=None, rounds=20)
+        result = ops.measure(1, [case], update=None, rounds=20, allow_missing=True)
     finally:
         torch.set_num_threads(threads)
     work = result["works"]["rssm_step"]
@@ -230,7 +278,7 @@ def test_curves_are_measured_and_drawn(tmp_path):
     axes = {"B": [1, 2], "H": [2], "threads": [1], "D": [8, 16]}
     threads = torch.get_num_threads()
     try:
-        result = curves.measure(1, axes, rounds=20, sizes=SMALL)
+        result = curves.measure(1, axes, rounds=20, sizes=SMALL, allow_missing=True)
     finally:
         torch.set_num_threads(threads)
     result = json.loads(json.dumps(result))
@@ -329,7 +377,7 @@ def test_phases_of_a_tiny_update_add_up():
 
     threads = torch.get_num_threads()
     try:
-        result = phases.measure(20, 1, 1, "tiny")
+        result = phases.measure(20, 1, 1, "tiny", allow_missing=True)
     finally:
         torch.set_num_threads(threads)
     for measured in result["phases"].values():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -72,3 +72,22 @@ def gpu_variants(device: str = "cuda") -> dict[str, Variant]:
 
 OURS = ("native", "triton")
 """Backends that have to be right; the others are baselines."""
+
+
+class Entries(NamedTuple):
+    """What runs in a race, by variant."""
+
+    run: dict[str, Callable[[], object]]
+    left_out: dict[str, str]  # why a variant does not run
+    missing: tuple[str, ...] = ()  # those of them that should: what a machine or a build lacks
+
+
+class MissingVariant(RuntimeError):
+    """A variant does not run that should: without it a table would flatter."""
+
+
+def check_complete(entries: Entries, allow_missing: bool) -> None:
+    """Raise MissingVariant, with every reason, where a variant is missing and may not be."""
+    if entries.missing and not allow_missing:
+        reasons = (f"{name}: {entries.left_out[name]}" for name in entries.missing)
+        raise MissingVariant("; ".join([*reasons, "--allow-missing goes on without"]))

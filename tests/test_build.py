@@ -109,3 +109,11 @@ def test_kernels_of_an_isa_export_their_table_and_no_weak_symbol(isa, tmp_path):
     exported = [symbol[1] for symbol in symbols if symbol[0].isupper() and symbol[0] != "U"]
     assert not weak
     assert exported == [f"fastdreamer::{isa}_kernels"]
+
+
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_readmes_commands_build_the_core_where_python_finds_it(name):
+    """In a clone Python imports the clone: an installation elsewhere would leave it without one."""
+    block = (ROOT / "README.md").read_text().split(f"<!-- {name} command -->\n```sh\n")[1]
+    command = block.partition("\n```")[0]
+    assert "\n" not in command and " && pip install -e " in command

@@ -1,7 +1,9 @@
 #include "cpu/cem.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <thread>
 
 #include "cpu/task.h"
 
@@ -20,36 +22,70 @@ void by_start(Index begin, Index rows, Index N, const Body& body) {
   }
 }
 
+// Waits for what other threads are at work on to be counted.
+void await(const std::atomic<Index>& count, Index least) {
+  constexpr int kSpins = 1000;
+  for (int spins = 0; count.load(std::memory_order_acquire) < least; ++spins) {
+    if (spins >= kSpins) std::this_thread::yield();  // the core may be wanted for it
+  }
+}
+
 }  // namespace
 
-Cem::Cem(const CemArgs& args, Arena& scratch, int threads) : args_(args), threads_(threads) {
-  const Kernels& k = *args.kernels;
+// What the threads have done so far, in all iterations; by tile where there is an array.
+struct Cem::Progress {
+  explicit Progress(std::size_t tiles) : rolled(tiles), evaluated(tiles), scored(tiles) {}
+
+  std::atomic<Index> taken{0}, scores{0}, refits{0};  // jobs; tiles; start states
+  std::vector<std::atomic<Index>> rolled, evaluated, scored;
+};
+
+Cem::Cem(const CemArgs& args, Arena& scratch, int threads) : args_(args) {
+  const Kernels& k = kernels_for(*args.kernels, args.B * args.N);
   const Rssm& rssm = *args.rssm;
   const Tiling tiling = tiling_for(k, args.B * args.N, threads);
   tile_ = tiling.size;
-  const Index rows = tiling.threads * tile_;
-  states_ = take_rows(scratch, k, 2 * rows, rssm.width());
+  head_tile_ = k.tile_rows;
+  threads_ = usable_threads(threads);
+  slots_ = std::min<Index>(tiling.count, threads_);
+  for (Index begin = 0; begin < tiling.rows; begin += tile_) {
+    const Index index = begin / tile_, rows = std::min(tile_, tiling.rows - begin);
+    const Tiling heads(args.H * rows, k.tile_rows, 1, k.tile_unit);
+    tiles_.push_back({begin, rows, index % slots_, heads.size, heads.count});
+  }
+  const Index tiles = tiling.count;
+  for (Index group = 0; group < tiles; group += slots_) {
+    const Index end = std::min(tiles, group + slots_);
+    for (Index tile = group; tile < end; ++tile) jobs_.push_back({Job::roll, tile, 0});
+    for (Index tile = group; tile < end; ++tile) {
+      for (Index part = 0; part < tiles_[static_cast<std::size_t>(tile)].head_tiles; ++part) {
+        jobs_.push_back({Job::evaluate, tile, part});
+      }
+    }
+  }
+  for (Index b = 0; b < args.B; ++b) jobs_.push_back({Job::refit, b, 0});
+
+  const Index rows = threads_ * tile_, head_rows = threads_ * head_tile_;
+  states_ = take_rows(scratch, k, slots_ * (args.H + 1) * tile_, rssm.width());
   h_ = take_floats(scratch, 2 * rows, rssm.D);
   deter_ = take_deter(scratch, k, rssm, rows, false);
   prior_ = take_mlp(scratch, k, rssm.prior, rows, false);
   raw_ = take_floats(scratch, rows, 2 * rssm.S);
-  reward_hidden_ = take_mlp(scratch, k, *args.reward, rows, false);
-  reward_ = take_floats(scratch, tiling.threads, args.H * tile_);
+  reward_hidden_ = take_mlp(scratch, k, *args.reward, head_rows, false);
+  reward_ = take_floats(scratch, slots_, args.H * tile_);
   if (args.bootstrap != nullptr) {
-    bootstrap_hidden_ = take_mlp(scratch, k, *args.bootstrap, rows, false);
-    value_ = take_floats(scratch, tiling.threads, args.H * tile_);
-    returns_ = take_floats(scratch, tiling.threads, args.H * tile_);
+    bootstrap_hidden_ = take_mlp(scratch, k, *args.bootstrap, head_rows, false);
+    value_ = take_floats(scratch, slots_, args.H * tile_);
+    returns_ = take_floats(scratch, slots_, args.H * tile_);
+    discount_ = take_floats(scratch, slots_, args.H * tile_);
     if (args.discount != nullptr) {
-      discount_hidden_ = take_mlp(scratch, k, *args.discount, rows, false);
-      discount_ = take_floats(scratch, tiling.threads, args.H * tile_);
+      discount_hidden_ = take_mlp(scratch, k, *args.discount, head_rows, false);
     } else {
-      discount_ = take_floats(scratch, 1, args.H * tile_);
-      std::fill_n(discount_.data, args.H * tile_, args.gamma);
+      std::fill_n(discount_.data, slots_ * args.H * tile_, args.gamma);
     }
   }
-  const Index fits = std::min<Index>(args.B, threads);
-  elites_ = take_floats(scratch, fits * args.K, rssm.A);
-  order_ = scratch.take<Index>(fits * args.N);
+  elites_ = take_floats(scratch, threads_ * args.K, rssm.A);
+  order_ = scratch.take<Index>(threads_ * args.N);
   if (args.P > 0) {
     zero_ = scratch.take<float>(rssm.A);
     one_ = scratch.take<float>(rssm.A);
@@ -59,11 +95,45 @@ Cem::Cem(const CemArgs& args, Arena& scratch, int threads) : args_(args), thread
 }
 
 void Cem::run() const {
-  const Tiling tiling = tiling_for(*args_.kernels, args_.B * args_.N, threads_);
-  for (Index i = 0; i < args_.I; ++i) {
-    parallel_tiles(tiling,
-                   [&](Index begin, Index rows, int thread) { tile(i, begin, rows, thread); });
-    parallel_tasks(args_.B, threads_, [&](Index b, int thread) { refit(i, b, thread); });
+  Progress progress(tiles_.size());
+  parallel_tasks(threads_, threads_, [&](Index, int thread) { work(progress, thread); });
+}
+
+// Takes jobs in their order, in which each comes after all that it waits for: of those that are
+// taken the first is never waiting, whatever the number of threads.
+void Cem::work(Progress& done, int thread) const {
+  const Index jobs = static_cast<Index>(jobs_.size()), tiles = static_cast<Index>(tiles_.size());
+  for (Index n = done.taken++; n < args_.I * jobs; n = done.taken++) {
+    const Index i = n / jobs;  // the iteration; counts of the ones before are complete
+    const Job& job = jobs_[static_cast<std::size_t>(n % jobs)];
+    const auto index = static_cast<std::size_t>(job.index);
+    switch (job.kind) {
+      case Job::roll:
+        if (job.index < slots_) {
+          await(done.refits, i * args_.B);
+        } else {  // for the tile that was in its place
+          await(done.scored[index - static_cast<std::size_t>(slots_)], i + 1);
+        }
+        roll(i, tiles_[index], thread);
+        done.rolled[index].store(i + 1, std::memory_order_release);
+        break;
+      case Job::evaluate: {
+        const Tile& tile = tiles_[index];
+        await(done.rolled[index], i + 1);
+        evaluate(tile, job.part, thread);
+        if (++done.evaluated[index] == (i + 1) * tile.head_tiles) {
+          score(i, tile);
+          done.scored[index].store(i + 1, std::memory_order_release);
+          ++done.scores;
+        }
+        break;
+      }
+      case Job::refit:
+        await(done.scores, (i + 1) * tiles);
+        refit(i, job.index, thread);
+        ++done.refits;
+        break;
+    }
   }
 }
 
@@ -88,63 +158,81 @@ void Cem::candidates(Index i, Index t, Index b, Index n, Index count, const Buff
   }
 }
 
-// The scores of some rows in iteration i.
-void Cem::tile(Index i, Index begin, Index rows, int thread) const {
+// The states 0..H of a tile.
+void Cem::roll(Index i, const Tile& tile, int thread) const {
   const CemArgs& x = args_;
+  const Index rows = tile.rows;
   const Task task(*x.kernels, x.B * x.N, rows);
   const Kernels& k = task.kernels;
   const Rssm& rssm = *x.rssm;
   const Index D = rssm.D, S = rssm.S, B = x.B, N = x.N, H = x.H;
   const Index scratch = thread * tile_;
   const auto turn = [&](Index t) { return (2 * thread + t % 2) * tile_; };
-  const auto states = [&](Index t, Index col) { return states_.at(turn(t), col); };
-  float *reward = reward_.at(thread).data, *value = value_.at(thread).data,
-        *discount = discount_.at(x.discount != nullptr ? thread : 0).data;
+  const auto place = [&](Index t) { return tile.slot * (H + 1) * tile_ + t * rows; };
+  const auto states = [&](Index t, Index col) { return states_.at(place(t), col); };
 
-  by_start(begin, rows, N, [&](Index first, Index count, Index b) {
+  by_start(tile.begin, rows, N, [&](Index first, Index count, Index b) {
     // one row for all of them
     const Floats deter{rows_of(x.start_deter, D).at(b).data, 0};
     const Floats stoch{rows_of(x.start_stoch, S).at(b).data, 0};
-    k.copy({deter, nullptr, D, count, states_.at(turn(0) + first), h_.at(turn(0) + first), false});
-    k.copy({stoch, nullptr, S, count, states_.at(turn(0) + first, D), kNoFloats, false});
+    const Index row = place(0) + first;
+    k.copy({deter, nullptr, D, count, states_.at(row), h_.at(turn(0) + first), false});
+    k.copy({stoch, nullptr, S, count, states_.at(row, D), kNoFloats, false});
   });
   for (Index t = 0; t < H; ++t) {
-    const Index row = (i * H + t) * B * N + begin;  // in the noise
-    by_start(begin, rows, N, [&](Index first, Index count, Index b) {
-      candidates(i, t, b, begin + first - b * N, count, states_, turn(t) + first, {});
+    by_start(tile.begin, rows, N, [&](Index first, Index count, Index b) {
+      candidates(i, t, b, tile.begin + first - b * N, count, states_, place(t) + first, {});
     });
     deter_step(k, rssm, states(t, 0), h_.at(turn(t)), rows, deter_, scratch, states(t + 1, 0),
                h_.at(turn(t + 1)));
     forward(k, rssm.prior, states(t + 1, 0), rows, prior_, scratch, raw_.at(scratch));
+    const Index row = (i * H + t) * B * N + tile.begin;  // in the noise
     k.sample({S, rows, raw_.at(scratch), rows_of(x.state_noise, S).at(row), rssm.std,
               states(t + 1, D), kNoFloats, kNoFloats, kNoFloats, kNoFloats});
-    forward(k, *x.reward, states(t + 1, 0), rows, reward_hidden_, scratch, {reward + t * rows, 1});
-    if (x.bootstrap != nullptr) {
-      forward(k, *x.bootstrap, states(t + 1, 0), rows, bootstrap_hidden_, scratch,
-              {value + t * rows, 1});
-    }
-    if (x.discount != nullptr) {
-      forward(k, *x.discount, states(t + 1, 0), rows, discount_hidden_, scratch,
-              {discount + t * rows, 1});
-      k.discount({rows, x.gamma, discount + t * rows, nullptr});
-    }
   }
+}
 
-  float* scores = x.scores + i * B * N + begin;
+// The heads in some of a tile's states 1..H, which are rows one behind the other.
+void Cem::evaluate(const Tile& tile, Index part, int thread) const {
+  const CemArgs& x = args_;
+  const Index H = x.H, first = part * tile.head_rows;
+  const Index rows = std::min(tile.head_rows, H * tile.rows - first);
+  const Task task(*x.kernels, x.B * x.N, rows);
+  const Kernels& k = task.kernels;
+  const Rows feat = states_.at(tile.slot * (H + 1) * tile_ + tile.rows + first);
+  const Index scratch = thread * head_tile_;
+  float* reward = reward_.at(tile.slot).data + first;
+  forward(k, *x.reward, feat, rows, reward_hidden_, scratch, {reward, 1});
+  if (x.bootstrap != nullptr) {
+    float* value = value_.at(tile.slot).data + first;
+    forward(k, *x.bootstrap, feat, rows, bootstrap_hidden_, scratch, {value, 1});
+  }
+  if (x.discount != nullptr) {
+    float* discount = discount_.at(tile.slot).data + first;
+    forward(k, *x.discount, feat, rows, discount_hidden_, scratch, {discount, 1});
+    k.discount({rows, x.gamma, discount, nullptr});
+  }
+}
+
+void Cem::score(Index i, const Tile& tile) const {
+  const CemArgs& x = args_;
+  const Index H = x.H, rows = tile.rows;
+  const float* reward = reward_.at(tile.slot).data;
+  float* scores = x.scores + i * x.B * x.N + tile.begin;
   if (x.bootstrap == nullptr) {
     std::copy_n(reward, rows, scores);
     for (Index t = 1; t < H; ++t) {
       for (Index r = 0; r < rows; ++r) scores[r] += reward[t * rows + r];
     }
   } else {
-    float* returns = returns_.at(thread).data;
-    k.lambda_return_forward({{reward, H, rows},
-                             {value, H, rows},
-                             {discount, H, rows},
-                             x.lam,
-                             x.mix,
-                             {returns, H, rows}},
-                            0, rows);
+    float* returns = returns_.at(tile.slot).data;
+    x.kernels->lambda_return_forward({{reward, H, rows},
+                                      {value_.at(tile.slot).data, H, rows},
+                                      {discount_.at(tile.slot).data, H, rows},
+                                      x.lam,
+                                      x.mix,
+                                      {returns, H, rows}},
+                                     0, rows);
     std::copy_n(returns, rows, scores);  // G_0
   }
 }

@@ -1,5 +1,8 @@
 // Planning by the cross-entropy method: all iterations, candidates, rollouts, scores and refits, in
-// one call. Rows are candidates; a thread takes a tile of them through the whole horizon.
+// one call. Rows are candidates. A thread takes a tile of them through the whole horizon; the heads
+// then run on the states of all its steps, in tiles of their own that go to whichever thread is
+// free. Threads meet at the refits alone: one that another program holds up delays the others
+// little.
 #pragma once
 
 #include "cpu/rssm.h"
@@ -31,22 +34,38 @@ class Cem {
   void run() const;
 
  private:
-  void tile(Index i, Index begin, Index rows, int thread) const;
+  struct Tile {
+    Index begin, rows, slot;      // slot: where its states are
+    Index head_rows, head_tiles;  // the heads' tiles of its H * rows states
+  };
+  struct Job {
+    enum { roll, evaluate, refit } kind;
+    Index index, part;  // tile and tile of heads; of a refit the start state
+  };
+  struct Progress;
+
+  void work(Progress& done, int thread) const;
+  void roll(Index i, const Tile& tile, int thread) const;
+  void evaluate(const Tile& tile, Index part, int thread) const;
+  void score(Index i, const Tile& tile) const;
   void refit(Index i, Index b, int thread) const;
   void candidates(Index i, Index t, Index b, Index n, Index count, const Buffer& packed, Index row,
                   const FloatBuffer& plain) const;
 
   CemArgs args_;
   int threads_;
+  Index tile_, head_tile_;  // rows, at most
+  Index slots_;             // tiles that have states at the same time
+  std::vector<Tile> tiles_;
+  std::vector<Job> jobs_;  // of an iteration
+  // of one tile a slot
+  Buffer states_;                                    // [H + 1, rows] rows [h | s | a]
+  FloatBuffer reward_, value_, discount_, returns_;  // [H, rows]
   // scratch of one tile a thread
-  Index tile_;     // rows
-  Buffer states_;  // twice: rows [h | s | a] of a state and of the next
   FloatBuffer h_;  // twice: h in float
   DeterBuffers deter_;
   MlpBuffers prior_, reward_hidden_, bootstrap_hidden_, discount_hidden_;
   FloatBuffer raw_;
-  FloatBuffer reward_, value_, returns_;  // [H, rows]
-  FloatBuffer discount_;                  // likewise; without a head γ, for all threads
   // scratch of one refit a thread
   FloatBuffer elites_;                      // [K, A]
   Index* order_;                            // [N]

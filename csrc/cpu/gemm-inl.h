@@ -194,8 +194,9 @@ FD_INLINE void by_tiles(Index rows, int most, Body body) {
 }
 
 // product() with tiles. Rows are the outer loop: theirs stay in L1 while the panels stream past.
-template <class Epilogue>
-FD_INLINE void tile_product(Operand<Bfloat16> a, Index rows, const Panels& w, Epilogue epilogue) {
+template <class Epilogue, class Prologue>
+FD_INLINE void tile_product(Operand<Bfloat16> a, Index rows, const Panels& w, Epilogue epilogue,
+                            Prologue prologue) {
   alignas(64) float sums[4 * amx::kRows * kLanes];
   const Index next = vector_size<Amx>(w.K), all = vectors(w.N);
   by_tiles(rows, 2 * amx::kRows,
@@ -206,6 +207,7 @@ FD_INLINE void tile_product(Operand<Bfloat16> a, Index rows, const Panels& w, Ep
              for (Index vector = 0; vector < all; vector += most) {
                const int V = static_cast<int>(least(most, all - vector));
                const Bfloat16* panel = static_cast<const Bfloat16*>(w.data) + vector * next;
+               prologue(row, R, vector * kLanes, V);
                switch (two ? 4 + V : V) {
                  case 1:
                    multiply_tiles<1, 1>(in, panel, next, sums);
@@ -232,19 +234,21 @@ FD_INLINE void tile_product(Operand<Bfloat16> a, Index rows, const Panels& w, Ep
 }
 #endif
 
-// The whole product, part by part: epilogue(row, rows, first column, vectors, sums). With tiles,
+// The whole product, part by part: epilogue(row, rows, first column, vectors, sums), and before the
+// part's sums are made, for prefetching, prologue(row, rows, first column, vectors). With tiles,
 // `a` has rows, between enter() and leave().
-template <class P, class Epilogue>
-FD_INLINE void product(Operand<typename P::Elem> a, Index rows, const Panels& w,
-                       Epilogue epilogue) {
+template <class P, class Epilogue, class Prologue>
+FD_INLINE void product(Operand<typename P::Elem> a, Index rows, const Panels& w, Epilogue epilogue,
+                       Prologue prologue) {
   using Elem = typename P::Elem;
 #if FD_AMX
-  if constexpr (P::tiles) return tile_product(a, rows, w, epilogue);
+  if constexpr (P::tiles) return tile_product(a, rows, w, epilogue, prologue);
 #endif
   alignas(64) float sums[kRows * kVectors * kLanes];
   evenly(vectors(w.N), kVectors, [&](Index first_vector, int V) __attribute__((always_inline)) {
     const Elem* panel = static_cast<const Elem*>(w.data) + first_vector * vector_size<P>(w.K);
     evenly(rows, kRows, [&](Index row, int R) __attribute__((always_inline)) {
+      prologue(row, R, first_vector * kLanes, V);
       multiply_any<P>(R, V, {a.data + row * a.row, a.row, a.step}, w.K, panel, sums);
       epilogue(row, R, first_vector * kLanes, V, sums);
     });
@@ -320,6 +324,20 @@ void linear_act(const LinearArgs& x) {
             if (x.out.data != nullptr) put(at<Elem>(x.out, r) + c, y);
             if (x.out32.data != nullptr) put(at(x.out32, r) + c, y);
           });
+        }
+      },
+      // what a forward pass has left is far by now, and so is where it goes
+      [&](Index row, int R, Index column, int V) __attribute__((always_inline)) {
+        const Index end = least(column + V * kLanes, x.w.N);
+        for (Index r = row; r < row + R; ++r) {
+          if (x.slope_of.data != nullptr) {
+            const Elem* saved = at<const Elem>(x.slope_of, r);
+            prefetch(saved + column, saved + end);
+          }
+          if (x.out.data != nullptr) {
+            const Elem* out = at<const Elem>(x.out, r);
+            prefetch(out + column, out + end);
+          }
         }
       });
 }
@@ -531,6 +549,8 @@ void gru(const GruArgs& x) {
 // whose CPUs have 2 MB, twice that, so that gradients are read and written half as often.
 template <class P>
 constexpr Index kBlock = P::tiles ? 512 : 256;
+// Rows of the next block that are prefetched beside each part of a product.
+constexpr Index kAhead = 2;
 // Rows whose deltas are summed plainly for the bias; such sums are added with their rounding errors
 // kept beside (Knuth's TwoSum): over thousands of rows of either sign they nearly cancel.
 constexpr Index kShort = 16;
@@ -597,6 +617,8 @@ void weight_gradient(const WeightGradientArgs& x) {
   }
   for (Index begin = 0; begin < x.rows; begin += kBlock<P>) {
     const Index rows = least(kBlock<P>, x.rows - begin);
+    Index ahead = begin + rows;
+    const Index next_end = least(ahead + kBlock<P>, x.rows);
     by_panels<P>(x.in, [&](Index first_vector, int V) __attribute__((always_inline)) {
       write_steps<P>(rows, x.in, first_vector, V, x_panels + first_vector * vector_size<P>(rows),
                      [&](Elem* step, Index k, bool two, Index c, Index n)
@@ -654,20 +676,31 @@ void weight_gradient(const WeightGradientArgs& x) {
       delta = {deltas, delta_stride<P>(), P::pair};
       w.K = panel_steps<P>(rows) * P::pair;
     }
-    product<P>(delta, x.out, w,
-               [&](Index row, int R, Index column, int V, const float* sums)
-                   __attribute__((always_inline)) {
-                     const Index end = least(column + V * kLanes, x.in);
-                     for (Index r = row; r < row + R; ++r, sums += V * kLanes) {
-                       float* out = at(x.weight_grad, r);
-                       by_vectors(column, end,
-                                  [&](Index c, auto get, auto put) __attribute__((always_inline)) {
-                                    Vec y = load(sums + (c - column));
-                                    if (begin > 0) y = y + get(out + c);
-                                    put(out + c, y);
-                                  });
-                     }
-                   });
+    product<P>(
+        delta, x.out, w,
+        [&](Index row, int R, Index column, int V, const float* sums)
+            __attribute__((always_inline)) {
+              const Index end = least(column + V * kLanes, x.in);
+              for (Index r = row; r < row + R; ++r, sums += V * kLanes) {
+                float* out = at(x.weight_grad, r);
+                by_vectors(column, end,
+                           [&](Index c, auto get, auto put) __attribute__((always_inline)) {
+                             Vec y = load(sums + (c - column));
+                             if (begin > 0) y = y + get(out + c);
+                             put(out + c, y);
+                           });
+              }
+            },
+        // the next block's rows, some a part
+        [&](Index, int, Index, int) __attribute__((always_inline)) {
+          for (const Index end = least(ahead + kAhead, next_end); ahead < end; ++ahead) {
+            const Elem* row = at<const Elem>(x.x, ahead);
+            prefetch(row, row + x.in);
+            if (x.delta.data == nullptr) continue;
+            const Elem* delta_row = at<const Elem>(x.delta, ahead);
+            prefetch(delta_row, delta_row + x.out);
+          }
+        });
   }
   by_vectors(0, x.bias_grad == nullptr ? 0 : x.out,
              [&](Index c, auto, auto put) __attribute__((always_inline)) {

@@ -346,6 +346,14 @@ FD_INLINE void store(Bfloat16* p, Vec a) { narrow(p, to_bfloat16(a)); }
 FD_INLINE void store(Bfloat16* p, Vec a, Index n) { narrow(p, to_bfloat16(a), n); }
 #endif
 
+// Asks for the cache lines of [begin, end).
+template <class T>
+FD_INLINE void prefetch(const T* begin, const T* end) {
+  constexpr Index line = 64 / sizeof(T);
+  for (const T* p = begin; p < end; p += line) __builtin_prefetch(p);
+  __builtin_prefetch(end - 1);
+}
+
 // Calls body(i, load, store) for i from begin to end by vectors. The last, partial one gets masked
 // accessors, so that every element goes through the same arithmetic wherever a range is cut.
 template <class Body>

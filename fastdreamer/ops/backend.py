@@ -25,11 +25,13 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import importlib.metadata
 import logging
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -265,13 +267,32 @@ class Op:
                 # weights from old ones, and triton tensors without addresses. So a compiled body
                 # breaks the graph, and is called as it is.
                 body = torch.compiler.disable(body)
-            except ModuleNotFoundError as error:
-                missing = "extension not built" if backend == "native" else "not installed"
-                body = f"{missing}: {error}"
             except ImportError as error:
-                body = f"cannot be loaded: {error}"
+                if not isinstance(error, ModuleNotFoundError) and "'_native'" not in str(error):
+                    body = f"cannot be loaded: {error}"
+                elif backend == "native":  # of the package itself "cannot import name '_native'"
+                    body = f"extension not built: {error}{how_to_build()}"
+                else:
+                    body = f"not installed: {error}"
             self._loaded[backend] = body
         return body
+
+
+@functools.cache
+def how_to_build() -> str:
+    """What to say of a missing extension where the package is a source tree, "" elsewhere.
+
+    Python started in a clone imports the clone, whatever is installed.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "setup.py").is_file():
+        return ""
+    hidden = ""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        installed = importlib.metadata.distribution("fastdreamer").locate_file("fastdreamer")
+        if Path(str(installed)).resolve().parent != root and Path(str(installed)).is_dir():
+            hidden = f", and the source tree hides the package in {installed}"
+    return f"{hidden}; `pip install -e {root}` builds it in place"
 
 
 @functools.cache

@@ -1,7 +1,12 @@
 """Resolution of backends: the order of the choices, explicit errors, logged fallbacks."""
 
 import logging
+import os
+import shutil
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -223,8 +228,9 @@ def test_why_not_answers_for_every_backend(make, monkeypatch):
         op.why_not("auto", "cpu")
 
 
-def test_auto_logs_each_reason_once_and_warns_only_of_broken_kernels(make, caplog):
+def test_auto_logs_each_reason_once_and_warns_only_of_broken_kernels(make, caplog, monkeypatch):
     caplog.set_level(logging.INFO, logger="fastdreamer")
+    monkeypatch.setattr(backend_module, "how_to_build", lambda: "; do build it")
     bare, unbuilt = make("bare"), make("unbuilt", native=missing)
     for _ in range(3):
         assert bare.select(None, CPU)() == "eager"
@@ -236,9 +242,42 @@ def test_auto_logs_each_reason_once_and_warns_only_of_broken_kernels(make, caplo
         (
             "WARNING",
             "unbuilt: auto takes eager, not native: extension not built: "
-            "No module named 'somewhere'",
+            "No module named 'somewhere'; do build it",
         ),
     ]
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_clone_without_the_extension_says_how_to_build_it(tmp_path, installed):
+    """Python started in a clone imports it, whatever `pip install .` put elsewhere."""
+    clone, site = tmp_path / "clone", tmp_path / "site"
+    source = Path(backend_module.__file__).parents[1]
+    shutil.copytree(source, clone / "fastdreamer", ignore=shutil.ignore_patterns("*.so"))
+    (clone / "setup.py").touch()
+    (site / "fastdreamer").mkdir(parents=True)
+    (site / "fastdreamer-9.dist-info").mkdir()
+    about = "Metadata-Version: 2.1\nName: fastdreamer\nVersion: 9\n"
+    (site / "fastdreamer-9.dist-info/METADATA").write_text(about)
+    code = (  # without the finder of an editable installation, which knows where there is one
+        "import sys\n"
+        "own = lambda f: getattr(f, '__module__', '').startswith('__editable__')\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if not own(f)]\n"
+        "from fastdreamer.ops.imagine import OP\n"
+        "print(OP.why_not('native', 'cpu'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=clone,
+        env=os.environ | {"PYTHONPATH": str(site) if installed else str(clone)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    reason = done.stdout.strip()
+    assert reason.startswith("extension not built: ")
+    assert reason.endswith(f"; `pip install -e {clone}` builds it in place")
+    hides = f", and the source tree hides the package in {site / 'fastdreamer'};"
+    assert (hides in reason) == installed
 
 
 def test_check_tensor_binds_letters_and_names_what_it_wants():

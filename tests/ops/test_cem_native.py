@@ -292,6 +292,18 @@ def test_report_sizes():
             assert all(map(torch.equal, plan, plans[0]))
 
 
+def test_many_tiles_for_every_thread():
+    """More than have their states kept at a time, and start states that share a tile."""
+    given = cem_inputs(SMALL, 3, 3, 333, 4) | {"num_elites": 7}
+    plans = []
+    for number in (1, 2, 3, 8):
+        with threads(number):
+            plans.append(native(given))
+    for plan in plans[1:]:
+        assert all(map(torch.equal, plan, plans[0]))
+    check_scores([SMALL], [(3, 3, 333)])
+
+
 def test_no_iterations_return_copies():
     given = cem_inputs(SMALL, 4, 3, 6, 0)
     plan = native(given, min_std=5.0)  # of fitted Normals only
