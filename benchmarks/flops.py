@@ -86,9 +86,7 @@ def _mlp(mlp: MLPParams) -> int:
     return sum(weight.numel() for weight in mlp.weights)
 
 
-def codec(
-    encoder: EncoderParams, decoder: DecoderParams, N: int, *, backward: bool = False
-) -> int:
+def codec(encoder: EncoderParams, decoder: DecoderParams, N: int, *, backward: bool = False) -> int:
     """N images of 64 × 64 encoded and as many decoded.
 
     With ``backward``, the gradients of every parameter and of the features as well, which cost as

@@ -340,6 +340,8 @@ def codec_inputs(
         "decode": {"params": decoder, "feat": feat},
         "decode_error": {"params": decoder, "feat": feat, "target": target},
     }
+
+
 class Exact(dict[str, Tensor]):
     """Results in float64 by name, and how far float32's roundings would take them.
 
