@@ -1,8 +1,8 @@
 """The decoder by PyTorch as fast as we know how: what stands for eager in every comparison.
 
 Its library's transposed convolution of stride 2 is slow on a CPU. Each of the four parities of
-output rows and columns is an ordinary convolution, so one of those does it (Shi et al. 2016, "Is the
-deconvolution layer the same as a convolutional layer?"), and the gradient of the bias is a sum.
+output rows and columns is an ordinary convolution, so one of those does it (Shi et al. 2016, "Is
+the deconvolution layer the same as a convolutional layer?"), and the gradient of the bias is a sum.
 ``decode_error`` has the arguments of the eager body of its op; ``test_tools.py`` holds it to that.
 """
 

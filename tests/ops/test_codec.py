@@ -351,7 +351,7 @@ def test_double_and_empty_are_eager_s():
             assert last_backend(op) == "eager" and out.dtype == dtype
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16", "amx_emulated"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16", "amx", "amx_emulated"])
 def test_isa(run_on_isa, isa):
     run_on_isa(__file__, isa)
 
