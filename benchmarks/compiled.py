@@ -19,7 +19,9 @@ import torch
 import torch._dynamo  # triton's LLVM must be loaded before Mesa's: see conftest.py
 from torch import Tensor
 
+from benchmarks import subpixel
 from fastdreamer.ops import cem as cem_module
+from fastdreamer.ops.codec import DECODE_ERROR, ENCODE, DecoderParams, EncoderParams
 from fastdreamer.ops.imagine import OP as IMAGINE
 from fastdreamer.ops.lambda_return import OP as LAMBDA_RETURN
 from fastdreamer.ops.observe import RESETS, Observation
@@ -44,6 +46,7 @@ _unroll = False
 _mode: str | None = None
 # The bodies themselves, whatever stands in for them.
 _open_loop, _imagine, _lambda_return = OPEN_LOOP.eager, IMAGINE.eager, LAMBDA_RETURN.eager
+_encode, _decode_error = ENCODE.eager, DECODE_ERROR.eager
 
 
 @contextlib.contextmanager
@@ -81,6 +84,15 @@ def compiled(body: Callable[..., Any]) -> Callable[..., Any]:
 @functools.cache
 def _compiled(body: Callable[..., Any], mode: str | None) -> Callable[..., Any]:
     return torch.compile(body, dynamic=False, mode=mode)
+
+
+def encode(params: EncoderParams, pixels: Tensor) -> Tensor:
+    return compiled(_encode)(params, pixels)
+
+
+def decode_error(params: DecoderParams, feat: Tensor, target: Tensor) -> Tensor:
+    body = subpixel.decode_error if feat.device.type == "cpu" else _decode_error
+    return compiled(body)(params, feat, target)
 
 
 def rssm_step(

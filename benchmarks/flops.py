@@ -7,6 +7,7 @@ sampling and the λ-return are left out, and so is what one backend does twice a
 
 from __future__ import annotations
 
+from fastdreamer.ops.codec import DecoderParams, EncoderParams
 from fastdreamer.ops.params import ActorParams, MLPParams, ReturnParams, RSSMParams
 
 
@@ -83,6 +84,27 @@ def cem(params: RSSMParams, returns: ReturnParams, I: int, H: int, B: int, N: in
 
 def _mlp(mlp: MLPParams) -> int:
     return sum(weight.numel() for weight in mlp.weights)
+
+
+def codec(encoder: EncoderParams, decoder: DecoderParams, N: int, *, backward: bool = False) -> int:
+    """N images of 64 × 64 encoded and as many decoded.
+
+    With ``backward``, the gradients of every parameter and of the features as well, which cost as
+    much each; the images ask for none.
+    """
+    size, layers = 64, []
+    for weight in encoder.weights:
+        size = (size - weight.shape[2]) // 2 + 1
+        layers.append(size**2 * weight.numel())
+    first = layers[0]
+    if encoder.linear is not None:
+        layers.append(encoder.linear[0].numel())
+    size = 1
+    layers.append(decoder.linear[0].numel())
+    for weight in decoder.weights:
+        layers.append(size**2 * weight.numel())
+        size = 2 * (size - 1) + weight.shape[2]
+    return 2 * N * (3 * sum(layers) - first if backward else sum(layers))
 
 
 def _dynamics(params: RSSMParams) -> int:

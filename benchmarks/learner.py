@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks import subpixel
 from benchmarks.captured import capture
 from benchmarks.synthetic import ACTION_DIM, OBS_SHAPES
 from benchmarks.variants import OURS, VARIANTS, Entries, Variant, check_complete
@@ -21,7 +22,7 @@ from fastdreamer.ops.backend import OPS, use_backend
 from fastdreamer.replay import Replay
 from fastdreamer.trainer import Trainer
 
-LOOPS = ("observe", "imagine")
+NATIVE = ("encode", "observe", "decode_error", "imagine")
 """The ops of an update."""
 MODES = {"compiled": None, "reduced": "reduce-overhead"}
 """Of ``torch.compile``, by the backend of a variant."""
@@ -34,7 +35,7 @@ def variants(allow_missing: bool = False) -> list[str]:
         MissingVariant: native cannot run and may not be missing.
     """
     eager, native = ["eager fp32", "eager bf16"], ["native fp32", "native bf16"]
-    reasons = [reason for op in LOOPS if (reason := OPS[op].why_not("native", "cpu"))]
+    reasons = [reason for op in NATIVE if (reason := OPS[op].why_not("native", "cpu"))]
     left_out = dict.fromkeys(native if reasons else [], "; ".join(dict.fromkeys(reasons)))
     check_complete(Entries({}, left_out, tuple(left_out)), allow_missing)
     return [name for name in eager + native if name not in left_out]
@@ -47,7 +48,7 @@ class Learner(Trainer):
     the CPU.
 
     Args:
-        variant: a key of ``variants``; compiled: encoder, decoder, heads and loops.
+        variant: a key of ``variants``; compiled: heads and ops.
         replay: to sample from.
         preset_name: of the configuration.
     """
@@ -69,8 +70,7 @@ class Learner(Trainer):
         self.config = config
         self.agent = Dreamer(config, OBS_SHAPES, ACTION_DIM)
         if self.variant.backend in MODES:
-            model = self.agent.model
-            for module in (model.encoder, model.decoder, model.reward, self.agent.critic):
+            for module in (self.agent.model.reward, self.agent.critic):
                 module.compile(dynamic=False, mode=MODES[self.variant.backend])
         if self.variant.graph:
             self.agent.update = CapturedUpdate(self.agent)
@@ -149,7 +149,8 @@ class CapturedUpdate:
 
 @contextlib.contextmanager
 def _stand_ins(variant: Variant) -> Iterator[None]:
-    """The variant's matrix products; compiled loops where the eager bodies would run."""
+    """The variant's matrix products, and what runs where the eager bodies would: compiled ones, and
+    on a CPU in any case the fastest decoder that PyTorch has."""
     with contextlib.ExitStack() as stack:
         # Precision alone: the agent enters autocast by itself, where its losses allow it.
         stack.enter_context(variant._replace(bf16=False).context())
@@ -159,6 +160,11 @@ def _stand_ins(variant: Variant) -> Iterator[None]:
             stack.enter_context(compiled.mode(MODES[variant.backend]))
             if variant.backend == "reduced":  # the last step's outputs may be overwritten
                 torch.compiler.cudagraph_mark_step_begin()
-            for name, body in zip(LOOPS, (compiled.observe, compiled.imagine), strict=True):
-                stack.enter_context(mock.patch.object(OPS[name], "eager", body))
+            bodies = {name: getattr(compiled, name) for name in NATIVE}
+        elif variant.device == "cpu":
+            bodies = {"decode_error": subpixel.decode_error}
+        else:
+            bodies = {}
+        for name, body in bodies.items():
+            stack.enter_context(mock.patch.object(OPS[name], "eager", body))
         yield

@@ -13,14 +13,16 @@ import time
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import report, run
+from benchmarks import flops, report, run, subpixel
 from benchmarks.race import Case, race
 from benchmarks.timing import PhaseRecorder, cell, rate_cell, summary
 from benchmarks.variants import VARIANTS, MissingVariant, check_complete
 from fastdreamer import testing
 from fastdreamer.ops.backend import OPS
+from fastdreamer.ops.codec import decode, decode_error, encode
 from fastdreamer.ops.lambda_return import OP
 
 
@@ -147,6 +149,41 @@ def test_flops_of_imagine(monkeypatch):
 def test_flops_of_cem(monkeypatch):
     case = small(monkeypatch, "cem")._case()
     assert counted(case) == case.flops
+
+
+CODEC = testing.CodecSizes(3, (2, 3, 4, 5), 6, 7, 8, True, (5, 4, 3))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_flops_of_the_codec(backward):
+    inputs = testing.codec_inputs(CODEC, 2)
+    encoder, decoder = inputs["encode"]["params"], inputs["decode"]["params"]
+    leaves = [inputs["decode"]["feat"]]
+    leaves += [t for t in pytree.tree_leaves((encoder, decoder)) if isinstance(t, torch.Tensor)]
+    for leaf in leaves:
+        leaf.requires_grad_(backward)
+    with FlopCounterMode(display=False) as counter:
+        out = encode(**inputs["encode"], backend="eager").sum()
+        out = out + decode(**inputs["decode"], backend="eager").sum()
+        if backward:
+            out.backward()
+    assert counter.get_total_flops() == flops.codec(encoder, decoder, 2, backward=backward)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_fastest_decoder_of_pytorch_does_the_same_work(bf16):
+    inputs = testing.codec_inputs(CODEC, 3, smooth=True)["decode_error"]
+
+    def subpixels(*, backend, **arguments):
+        return subpixel.decode_error(**arguments)
+
+    subpixels.__name__ = "decode_error"
+    options = {"backend": "eager", "dtype": torch.float32, "autocast": bf16}
+    decode_error(**inputs, backend="eager")  # so that the op's last body is eager's
+    eager = testing.evaluate(decode_error, inputs, **options)
+    got = testing.evaluate(subpixels, inputs, **options)
+    truth = testing.evaluate(decode_error, inputs, backend="eager", dtype=torch.float64)
+    testing.assert_accurate("decode_error", got, eager, truth, bf16=bf16)
 
 
 # ------------------------------------------------------------------------------------ races

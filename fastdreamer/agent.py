@@ -17,14 +17,15 @@ from fastdreamer import losses
 from fastdreamer.checkpoint import CheckpointError, load_checkpoint, load_newest
 from fastdreamer.config import Config, PlanConfig, SafetyConfig, from_dict
 from fastdreamer.exploration import spread, upper_bound
-from fastdreamer.nn.codec import pixels_to_float
-from fastdreamer.nn.dists import symlog
 from fastdreamer.ops.backend import release_memory
 from fastdreamer.ops.graph import capturing
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.params import State
 from fastdreamer.policy import Policy
+
+_PARTS = {"pixels": "image", "state": "state"}
+"""Loss of the reconstruction by kind of observation."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -118,18 +119,14 @@ class Dreamer(Policy):
                 )
             with nvtx.annotate("decode"):
                 feat = seen.state.feat  # [T, B, F]
-                means = self.model.decoder(feat)
+                errors = self.model.decoder.squared_errors(feat, batch)
                 reward = self.model.predict_reward(feat)
         kl, kl_nats = losses.kl_loss(
             seen.post, seen.prior, free_nats=loss.free_nats, balance=loss.kl_balance
         )
         parts = {"reward": losses.reward_loss(reward, batch["reward"]), "kl": kl}
-        if "pixels" in means:
-            target = pixels_to_float(batch["pixels"])
-            parts["image"] = losses.reconstruction_loss(means["pixels"].float(), target)
-        if "state" in means:
-            target = symlog(batch["state"])
-            parts["state"] = losses.reconstruction_loss(means["state"].float(), target)
+        # Of unit-variance Normals: the squared error summed over an observation (report section 2).
+        parts |= {_PARTS[kind]: error / (T * B) for kind, error in errors.items()}
         model_loss = losses.model_loss(loss, parts)
         with nvtx.annotate("model backward"):
             norms = self._step({"model": model_loss}, optimizers, parts)

@@ -2,29 +2,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastdreamer.config import LossConfig
 from fastdreamer.nn.dists import detach, kl_divergence
 from fastdreamer.ops.params import Normal
-
-
-def reconstruction_loss(mean: Tensor, target: Tensor, lead: int = 2) -> Tensor:
-    """Squared error summed over an observation, averaged over the leading dimensions.
-
-    The negative log-likelihood of a unit-variance Normal, up to a factor ½ and a constant
-    (report section 2, last paragraph).
-
-    Args:
-        mean, target: [T, B, ...], same shape.
-        lead: how many leading dimensions are averaged.
-
-    Returns:
-        A scalar.
-    """
-    # One pass over the images forward and one backward; as separate operations it is six.
-    return F.mse_loss(mean, target, reduction="sum") / mean.shape[:lead].numel()
 
 
 def reward_loss(mean: Tensor, target: Tensor) -> Tensor:

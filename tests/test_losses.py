@@ -35,21 +35,6 @@ def kl_numpy(p, q):
 # ---------------------------------------------------------------- one loss at a time
 
 
-def test_reconstruction_loss_sums_an_observation_and_averages_the_rest():
-    # by hand: T = 2, B = 1, two numbers an observation: (1 + 4 + 9 + 0) / 2
-    mean = tensor([[[1.0, 2.0]], [[3.0, 0.0]]])
-    assert losses.reconstruction_loss(mean, torch.zeros_like(mean)).item() == 7.0
-
-    for shape in ((3, 2, 8, 8, 3), (3, 2, 5)):
-        x, y = rng(0).normal(size=(2, *shape))
-        want = ((x - y) ** 2).sum(axis=tuple(range(2, len(shape)))).mean()
-        got = losses.reconstruction_loss(tensor(x), tensor(y))
-        assert got.item() == pytest.approx(want, rel=1e-13)
-    x, y = rng(1).normal(size=(2, 6, 5))
-    got = losses.reconstruction_loss(tensor(x), tensor(y), lead=1)
-    assert got.item() == pytest.approx(((x - y) ** 2).sum(-1).mean(), rel=1e-13)
-
-
 def test_reward_loss():
     assert losses.reward_loss(tensor([[1.0, 2.0]]), tensor([[0.0, 5.0]])).item() == 5.0
     x, y = rng(0).normal(size=(2, 4, 3))

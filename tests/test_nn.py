@@ -11,7 +11,8 @@ from torch.distributions import Normal as TorchNormal
 from fastdreamer.config import preset
 from fastdreamer.nn import MLP, RSSM, Actor, Decoder, Encoder, WorldModel
 from fastdreamer.nn import dists as ours
-from fastdreamer.nn.codec import float_to_pixels, pixels_to_float
+from fastdreamer.nn.codec import float_to_pixels
+from fastdreamer.ops.codec import pixels_to_float
 from fastdreamer.ops.params import Normal
 
 SHAPES = {"pixels": (64, 64, 3), "state": (24,)}
@@ -200,7 +201,7 @@ def test_the_decoder_is_torch_s_transposed_convolutions(channels, n):
 
 
 def test_the_decoder_under_autocast():
-    """bfloat16 images, float32 gradients, as close to float64 as torch's own."""
+    """float32 images and gradients, as close to float64 as torch's own."""
     decoder = pixel_decoder()
     with torch.no_grad():  # far from the ReLUs' kinks, where rounding would flip a gradient
         for layer in (decoder.linear, *decoder.convs):
@@ -209,12 +210,27 @@ def test_the_decoder_under_autocast():
     autocast = torch.autocast("cpu", torch.bfloat16)
     got = values_and_gradients(autocast(lambda decoder, x: decoder(x)["pixels"]), decoder, feat)
     torchs = values_and_gradients(autocast(decode_with_torch), decoder, feat)
-    assert got[0].dtype == torch.bfloat16
-    assert [x.dtype for x in got] == [x.dtype for x in torchs]
+    assert {x.dtype for x in got} == {torch.float32}
     exact = values_and_gradients(decode_with_torch, decoder.double(), feat.double())
     for mine, theirs, want in zip(got, torchs, exact, strict=True):
         error, usual = ((x.double() - want).norm() / want.norm() for x in (mine, theirs))
         assert error < 0.01 and error < 1.5 * usual
+
+
+@pytest.mark.parametrize("lead", [(1,), (2, 3)])
+def test_squared_errors_are_those_of_what_the_decoder_shows(lead):
+    model, obs = world_model("tiny", SHAPES), observations(SHAPES, *lead)
+    feat = torch.randn(*lead, 20, generator=generator())
+    means = {kind: x.detach().double().numpy() for kind, x in model.decoder(feat).items()}
+    state = obs["state"].double().numpy()
+    want = {
+        "pixels": ((means["pixels"] - (obs["pixels"].numpy() / 255 - 0.5)) ** 2).sum(),
+        "state": ((means["state"] - np.sign(state) * np.log1p(np.abs(state))) ** 2).sum(),
+    }
+    got = model.decoder.squared_errors(feat, obs)
+    assert got.keys() == want.keys()
+    for kind, error in got.items():
+        assert error.shape == () and error.item() == pytest.approx(want[kind], rel=1e-5)
 
 
 def test_every_pixel_survives_the_round_trip():

@@ -40,7 +40,7 @@ class Array {
   }
 
   // The whole array, which is to have that shape and format: 'f' float32, 'h' int16 (bfloat16 by
-  // its bits), '?' bool.
+  // its bits), '?' bool, 'B' uint8.
   const void* in(std::initializer_list<Index> shape, char format = 'f') const {
     bool good = is(format) && view_.ndim == static_cast<int>(shape.size()) &&
                 PyBuffer_IsContiguous(&view_, 'C');
@@ -52,10 +52,10 @@ class Array {
   const float* floats(std::initializer_list<Index> shape) const {
     return static_cast<const float*>(in(shape));
   }
-  float* out(std::initializer_list<Index> shape) const {
-    in(shape);
+  void* out(std::initializer_list<Index> shape, char format = 'f') const {
+    in(shape, format);
     if (view_.readonly) fail(prefix() + "be writable, got a read-only buffer");
-    return static_cast<float*>(view_.buf);
+    return view_.buf;
   }
 
   bool overlaps(const Array& other) const {
@@ -72,7 +72,10 @@ class Array {
       for (auto i = begin; i != end; ++i) text += (i == begin ? "" : ", ") + std::to_string(*i);
       return text + "]";
     };
-    const char* type = format == 'f' ? "float32" : format == 'h' ? "bfloat16" : "bool";
+    const char* type = format == 'f'   ? "float32"
+                       : format == 'h' ? "bfloat16"
+                       : format == 'B' ? "uint8"
+                                       : "bool";
     std::string got = list(view_.shape, view_.shape + view_.ndim) + " of buffer format '" +
                       (view_.format == nullptr ? "B" : view_.format) + "'";
     if (!PyBuffer_IsContiguous(&view_, 'C')) {
@@ -98,7 +101,7 @@ class Arrays {
     return take(inputs_, name, object).floats(shape);
   }
   float* out(const char* name, py::handle object, std::initializer_list<Index> shape) {
-    return take(outputs_, name, object).out(shape);
+    return static_cast<float*>(take(outputs_, name, object).out(shape));
   }
   // The same, null for None.
   const float* maybe_in(const char* name, py::handle object, std::initializer_list<Index> shape) {
@@ -107,7 +110,11 @@ class Arrays {
   float* maybe_out(const char* name, py::handle object, std::initializer_list<Index> shape) {
     return object.is_none() ? nullptr : out(name, object, shape);
   }
-  // As `in`, of another format ('h' or '?').
+  // As `out` and `in`, of another format ('h', '?' or 'B').
+  void* out_format(const char* name, py::handle object, std::initializer_list<Index> shape,
+                   char format) {
+    return take(outputs_, name, object).out(shape, format);
+  }
   const void* in_format(const char* name, py::handle object, std::initializer_list<Index> shape,
                         char format) {
     return take(inputs_, name, object).in(shape, format);

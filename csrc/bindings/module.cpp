@@ -10,6 +10,7 @@
 
 #include "bindings/array.h"
 #include "bindings/cem.h"
+#include "bindings/codec.h"
 #include "bindings/cuda.h"
 #include "bindings/imagine.h"
 #include "bindings/observe.h"
@@ -207,6 +208,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("evaluate", &evaluate, py::arg("name"), py::arg("x"), py::arg("out"), py::arg("bf16"),
         "An elementary function of the core (csrc/cpu/functions.h), to measure its error.");
   bind_cem(m);
+  bind_codec(m);
   bind_cuda(m);
   m.def("peak", &peak, py::arg("bf16"), py::arg("threads"), py::arg("seconds"),
         "GFLOP/s of multiply-adds from registers, of all threads together.");

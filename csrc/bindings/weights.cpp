@@ -28,8 +28,8 @@ float* copy_floats(Arena& arena, const float* from, Index count) {
   return to;
 }
 
-// Packs matrices and a GRU's weights (null: none), each panel a task: the largest matrix is half of
-// a model's weights.
+}  // namespace
+
 void pack_all(const Kernels& k, const std::vector<PackArgs>& matrices, const GruPackArgs* gru,
               int threads) {
   struct Task {
@@ -53,8 +53,6 @@ void pack_all(const Kernels& k, const std::vector<PackArgs>& matrices, const Gru
     }
   });
 }
-
-}  // namespace
 
 PackedMlp::PackedMlp(py::list weights, py::list biases, const std::string& activation,
                      bool act_last, bool bf16, bool gradients, Index first_column, Index columns,

@@ -55,6 +55,11 @@ class PackedGru {
   Arena arena_;
 };
 
+// Packs matrices and a GRU's weights (null: none), each panel a task: the largest matrix is half of
+// a model's weights.
+void pack_all(const Kernels& k, const std::vector<PackArgs>& matrices, const GruPackArgs* gru,
+              int threads);
+
 // Of (kind, scale, slope, offset, min, floor).
 StdTransform make_std(const char* op, py::tuple std);
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/cells-inl.h"
+#include "cpu/conv-inl.h"
 #include "cpu/gemm-inl.h"
 #include "cpu/scan-inl.h"
 
@@ -65,6 +66,19 @@ constexpr Kernels table(const Kernels* few = nullptr) {
   k.copy = copy<Cells>;
   k.weight_gradient_scratch = weight_gradient_scratch<P>;
   k.weight_gradient = weight_gradient<P>;
+  k.conv_shrink_size = conv_shrink_size<Cells>;
+  k.conv_grow_size = conv_grow_size<Cells>;
+  k.conv_pack_shrink = conv_pack_shrink<Cells>;
+  k.conv_pack_grow = conv_pack_grow<Cells>;
+  k.conv_shrink = conv_shrink<Cells>;
+  k.conv_grow = conv_grow<Cells>;
+  k.conv_gradient_size = conv_gradient_size;
+  k.conv_gradient_scratch = conv_gradient_scratch<Cells>;
+  k.conv_gradient = conv_gradient<Cells>;
+  k.conv_sum = conv_sum;
+  k.conv_pixels = conv_pixels<Cells>;
+  k.conv_channel_sums = conv_channel_sums<Cells>;
+  k.conv_relu_backward = conv_relu_backward<Cells>;
   k.lambda_return_forward = lambda_return_forward;
   k.lambda_return_backward = lambda_return_backward;
   k.evaluate = evaluate<Cells>;

@@ -205,6 +205,57 @@ struct WeightGradientArgs {
   void* scratch;
 };
 
+// --- convolutions
+// --------------------------------------------------------------------------------- Of stride 2 and
+// without padding, between a fine image and a coarse one: a convolution shrinks, a transposed one
+// grows, and each is the other's gradient. Images are [height, width, channels], one a row of Rows;
+// fine sizes are at least 2 (coarse - 1) + kernel.
+
+constexpr Index kMaxKernel = 8;
+
+// [coarse, kernel, kernel, fine]: the memory of channels_last weights of torch.nn.Conv2d (fine to
+// coarse) and ConvTranspose2d (coarse to fine).
+struct ConvWeights {
+  Index kernel, fine, coarse;  // side of the square kernel; channels
+};
+
+struct ConvPackArgs {
+  ConvWeights weights;
+  const float* source;
+  void* to;
+};
+
+// Sums that an image's squared error is kept in: of 12 288 numbers none is long.
+constexpr Index kErrorSums = 128;
+
+// out = relu(conv(in) + bias), or with `slope_of` conv(in) where that is positive.
+struct ConvArgs {
+  ConvWeights weights;
+  Index images, fine_height, fine_width, coarse_height, coarse_width;
+  const void* panels;  // of the direction
+  Rows in;
+  const float* bias;  // [coarse], or growing four times [fine]; or null
+  bool relu;
+  Rows slope_of;  // as out; null data: none
+  Rows out;       // null data: not wanted
+  Floats out32;   // likewise
+  // Growing alone: out becomes 2 (y - target), and error the sum of (y - target)², y being what it
+  // was and the target's bytes x/255 - 1/2.
+  const unsigned char* target;  // or null
+  Index target_stride;          // of one image
+  float* error;                 // [images, kErrorSums], added to; their sum is meant
+};
+
+// weight_grad = scale · the sum of `count` gradients, `stride` floats apart, as conv_gradient
+// leaves them.
+struct ConvSumArgs {
+  ConvWeights weights;
+  const float* parts;
+  Index count, stride;
+  float scale;
+  float* weight_grad;  // [coarse, kernel, kernel, fine]
+};
+
 // Everything of one λ-return: [H, B] matrices that the caller owns for the length of the call.
 // Outputs alias nothing.
 struct LambdaReturnForward {
@@ -259,6 +310,27 @@ struct Kernels {
   void (*copy)(const CopyArgs& args);
   Index (*weight_gradient_scratch)(Index in, Index out);
   void (*weight_gradient)(const WeightGradientArgs& args);
+  Index (*conv_shrink_size)(const ConvWeights& weights);  // bytes of the panels
+  Index (*conv_grow_size)(const ConvWeights& weights);
+  void (*conv_pack_shrink)(const ConvPackArgs& args);
+  void (*conv_pack_grow)(const ConvPackArgs& args);
+  void (*conv_shrink)(const ConvArgs& args);
+  void (*conv_grow)(const ConvArgs& args);
+  // The gradient of the weights in the core's own order, conv_gradient_size floats: set, or with
+  // `add` added to. Of args only the sizes count. Scratch: bytes.
+  Index (*conv_gradient_size)(const ConvWeights& weights);
+  Index (*conv_gradient_scratch)(const ConvArgs& args);
+  void (*conv_gradient)(const ConvArgs& args, Rows fine, Rows coarse, float* gradient, bool add,
+                        void* scratch);
+  // For elements [begin, end) of the kernel · kernel · fine.
+  void (*conv_sum)(const ConvSumArgs& args, Index begin, Index end);
+  // to = bytes/255 - 1/2, `count` of each image.
+  void (*conv_pixels)(const unsigned char* from, Index count, Index images, Rows to);
+  // sums[c] += Σ over images and pixels; `line` has width · channels floats of scratch.
+  void (*conv_channel_sums)(Rows in, Index images, Index height, Index width, Index channels,
+                            float* line, double* sums);
+  // In place: nothing passes where `saved` is off.
+  void (*conv_relu_backward)(Rows grad, Rows saved, Index cols, Index rows);
   void (*lambda_return_forward)(const LambdaReturnForward& args, Index begin, Index end);
   void (*lambda_return_backward)(const LambdaReturnBackward& args, Index begin, Index end);
   void (*evaluate)(Function function, const float* in, float* out, Index n);

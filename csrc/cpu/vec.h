@@ -83,6 +83,13 @@ FD_INLINE void narrow(Bfloat16* p, Words a) {
 FD_INLINE void narrow(Bfloat16* p, Words a, Index n) {
   _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtepi32_epi16(a.v));
 }
+FD_INLINE Vec load(const unsigned char* p) {
+  return {_mm512_cvtepi32_ps(
+      _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+FD_INLINE Vec load(const unsigned char* p, Index n) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(n), p)))};
+}
 // Rows become columns.
 FD_INLINE void transpose(Vec (&r)[16]) {
   __m512 t[16];
@@ -189,6 +196,15 @@ FD_INLINE void narrow(Bfloat16* p, Words a, Index n) {
   narrow(all, a);
   for (Index i = 0; i < n; ++i) p[i] = all[i];
 }
+FD_INLINE Vec load(const unsigned char* p) {
+  return {_mm256_cvtepi32_ps(
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
+FD_INLINE Vec load(const unsigned char* p, Index n) {
+  unsigned char all[8] = {};
+  for (Index i = 0; i < n; ++i) all[i] = p[i];
+  return load(all);
+}
 FD_INLINE void transpose(Vec (&r)[8]) {
   __m256 t[8], q[8];
 #  pragma GCC unroll 8
@@ -288,6 +304,8 @@ FD_INLINE Words widen(const Bfloat16* p) { return {*p}; }
 FD_INLINE Words widen(const Bfloat16* p, Index) { return {*p}; }
 FD_INLINE void narrow(Bfloat16* p, Words a) { *p = static_cast<Bfloat16>(a.v); }
 FD_INLINE void narrow(Bfloat16* p, Words a, Index) { *p = static_cast<Bfloat16>(a.v); }
+FD_INLINE Vec load(const unsigned char* p) { return {static_cast<float>(*p)}; }
+FD_INLINE Vec load(const unsigned char* p, Index) { return load(p); }
 FD_INLINE void transpose(Vec (&)[1]) {}
 FD_INLINE Vec scale(Vec x, Vec n) {
   const std::int32_t whole = static_cast<std::int32_t>(to_int(n).v), half = whole >> 1;

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from fastdreamer.nn.dists import symlog
 from fastdreamer.nn.heads import MLP
+from fastdreamer.ops.codec import DecoderParams, EncoderParams, decode, decode_error, encode
 from fastdreamer.ops.params import ACTIVATIONS
 
 
@@ -61,19 +61,17 @@ class Encoder(nn.Module):
         """
         parts = []
         if self.convs is not None:
-            lead = obs["pixels"].shape[:-3]
-            # NHWC memory seen as NCHW is what PyTorch calls channels_last: no copy.
-            x = pixels_to_float(obs["pixels"])
-            x = x.reshape(lead.numel(), *x.shape[-3:]).permute(0, 3, 1, 2)
-            for conv in self.convs:
-                x = F.relu_(conv(x))
-            x = x.flatten(1)
-            if self.linear is not None:
-                x = self.linear(x)
+            *lead, height, width, channels = obs["pixels"].shape
+            x = encode(self.params(), obs["pixels"].reshape(-1, height, width, channels))
             parts.append(x.reshape(*lead, x.shape[-1]))
         if self.state is not None:
             parts.append(ACTIVATIONS[self.state.activation](self.state(symlog(obs["state"]))))
         return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+
+    def params(self) -> EncoderParams:
+        """The convolutions' and the linear layer's tensors, as the op takes them."""
+        linear = None if self.linear is None else (self.linear.weight, self.linear.bias)
+        return EncoderParams(*_tensors(self.convs), linear)
 
 
 class Decoder(nn.Module):
@@ -125,92 +123,39 @@ class Decoder(nn.Module):
         """
         means = {}
         if self.convs is not None:
-            lead = feat.shape[:-1]
-            x = self.linear(feat.reshape(lead.numel(), feat.shape[-1]))
-            if self.linear_relu:
-                x = F.relu(x)
-            x = _from_one_pixel(self.convs[0], x)
-            for conv in self.convs[1:]:
-                x = _conv_transpose2d(conv, F.relu(x))
-            x = x.permute(0, 2, 3, 1)
-            means["pixels"] = x.reshape(*lead, *x.shape[1:])
+            x = decode(self.params(), feat.reshape(-1, feat.shape[-1]))
+            means["pixels"] = x.reshape(*feat.shape[:-1], *x.shape[1:])
         if self.state is not None:
             means["state"] = self.state(feat)
         return means
 
+    def squared_errors(self, feat: Tensor, obs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Σ (mean − observation)² over everything, of each kind; forward()'s, but for the images.
 
-def _from_one_pixel(conv: nn.ConvTranspose2d, x: Tensor) -> Tensor:
-    """conv of a 1×1 image, x [N, in] -> [N, out, k, k]: one matrix product.
+        Args:
+            feat: [..., F].
+            obs: ``pixels`` [..., 64, 64, 3] uint8 and/or ``state`` [..., n] float.
 
-    The library's transposed convolution takes three times as long for it.
-    """
-    weight = conv.weight.permute(0, 2, 3, 1)  # [in, k, k, out], so that the result is channels_last
-    y = (x @ weight.flatten(1)).unflatten(1, weight.shape[1:]) + conv.bias
-    return y.permute(0, 3, 1, 2)
+        Returns:
+            Scalars by kind; of the state in symlog units.
+        """
+        errors = {}
+        if self.convs is not None:
+            pixels = obs["pixels"].flatten(0, -4)
+            errors["pixels"] = decode_error(self.params(), feat.reshape(len(pixels), -1), pixels)
+        if self.state is not None:
+            mean = self.state(feat).to(feat.dtype)
+            errors["state"] = F.mse_loss(mean, symlog(obs["state"]), reduction="sum")
+        return errors
 
-
-def _conv_transpose2d(conv: nn.ConvTranspose2d, x: Tensor) -> Tensor:
-    """conv(x) and its gradients up to rounding, for a stride of 2 without padding.
-
-    On the CPU by ``_TransposedConvolution``; a GPU's library needs no help.
-    """
-    if x.device.type != "cpu":
-        return conv(x)
-    args = x, conv.weight, conv.bias
-    if torch.is_autocast_enabled("cpu"):  # does not reach into a Function's backward
-        args = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in args)
-    return _TransposedConvolution.apply(*args)
-
-
-class _TransposedConvolution(torch.autograd.Function):
-    """A transposed convolution of stride 2 from the parts that oneDNN is fast at.
-
-    Forward by ``_subpixel_convolution``. Backward by the library's own transposed convolution: its
-    gradients of input and weight are ordinary convolutions already, only that of the bias is slow
-    (in bfloat16 it can take longer than the other two), so a sum takes its place.
-    """
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _subpixel_convolution(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        *needed, bias_needed = ctx.needs_input_grad
-        dx, dw, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, [2, 2], [0, 0], [1, 1], True, [0, 0], 1, [*needed, False]
-        )
-        return dx, dw, grad.sum((0, 2, 3)) if bias_needed else None
+    def params(self) -> DecoderParams:
+        """The linear layer's and the transposed convolutions' tensors, as the op takes them."""
+        linear = self.linear.weight, self.linear.bias
+        return DecoderParams(linear, self.linear_relu, *_tensors(self.convs))
 
 
-def _subpixel_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x [N, in, h, w], weight [in, out, k, k] -> [N, out, 2h − 2 + k, 2w − 2 + k].
-
-    In one dimension the transposed convolution is y[2i + a] = Σ_j weight[2j + a] · x[i − j]: for
-    each parity a an ordinary convolution with every other tap, reversed. So one convolution with
-    out channels per pair of parities, whose results are then interleaved (Shi et al. 2016, "Is the
-    deconvolution layer the same as a convolutional layer?"). An odd kernel gets a zero tap, and
-    the row and column which that adds are cropped.
-    """
-    size, k = weight.shape[:2], weight.shape[2]
-    taps = (k + 1) // 2
-    weight = F.pad(weight, (0, k % 2, 0, k % 2)).view(*size, taps, 2, taps, 2).flip(2, 4)
-    weight = weight.permute(3, 5, 1, 0, 2, 4).reshape(4 * size[1], size[0], taps, taps)
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    y = F.conv2d(x, weight, bias.repeat(4), padding=taps - 1)  # [N, 2·2·out, h', w']
-    y = y.permute(0, 2, 3, 1).unflatten(3, (2, -1))  # [N, h', w', 2, 2·out]
-    y = y.transpose(2, 3).reshape(len(y), 2 * y.shape[1], 2 * y.shape[2], size[1])
-    return y[:, : y.shape[1] - k % 2, : y.shape[2] - k % 2].permute(0, 3, 1, 2)
-
-
-def pixels_to_float(pixels: Tensor) -> Tensor:
-    """uint8 [0, 255] -> float32 [−0.5, 0.5]; ValueError for any other dtype."""
-    if pixels.dtype != torch.uint8:
-        raise ValueError(f"pixels_to_float: pixels must be uint8, got {str(pixels.dtype)[6:]}")
-    return pixels.float().div_(255).sub_(0.5)
+def _tensors(convs: nn.ModuleList) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    return tuple(conv.weight for conv in convs), tuple(conv.bias for conv in convs)
 
 
 def float_to_pixels(x: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ def pack_mlp(
             torch.get_num_threads(),
         )
 
-    return _cached(key, flat(params), gradients, make)
+    return cached(key, flat(params), gradients, make)
 
 
 def pack_gru(params: GRUParams, *, bf16: bool, gradients: bool) -> Any:
@@ -145,7 +145,7 @@ def pack_gru(params: GRUParams, *, bf16: bool, gradients: bool) -> Any:
         given = [t.detach().contiguous().numpy() for t in params]
         return _native.PackedGru(*given, bf16, gradients, torch.get_num_threads())
 
-    return _cached((bf16,), params, gradients, make)
+    return cached((bf16,), params, gradients, make)
 
 
 def pack_rssm(params: RSSMParams, *, bf16: bool, gradients: bool) -> tuple:
@@ -170,7 +170,7 @@ def pack_rssm(params: RSSMParams, *, bf16: bool, gradients: bool) -> tuple:
             gradients,
         )
 
-    return _cached(key, tensors, gradients, make).parts
+    return cached(key, tensors, gradients, make).parts
 
 
 class _Model(NamedTuple):
@@ -193,7 +193,7 @@ def _layout(tensors: Sequence[Tensor]) -> list[tuple]:
         raise ValueError(f"weights and biases must be dense tensors: {error}") from None
 
 
-def _cached(key: tuple, tensors: Sequence[Tensor], gradients: bool, make: Callable) -> Any:
+def cached(key: tuple, tensors: Sequence[Tensor], gradients: bool, make: Callable) -> Any:
     key += (*_layout(tensors),)
     try:
         stamp = [t._version for t in tensors]
