@@ -7,7 +7,7 @@
 //
 // With AMX the sums are tiles of 16 × 16, 2 × 2 of them (1 × 4 where 16 rows or fewer are left):
 // four loads for four products, which keeps the multiplier at its peak. They go through 4 KB of L1
-// to the same epilogues.
+// to the same epilogues, each between the products of the next such part.
 #pragma once
 
 #include "cpu/functions.h"
@@ -137,10 +137,54 @@ struct TileRows {
   }
 };
 
+// To be called after every block of k.
+struct Meanwhile {
+  void (*function)(void*);
+  void* context;
+  FD_METHOD void operator()() const { function(context); }
+};
+
+// The epilogues of parts of a product, each a few rows at a time while the next part is multiplied:
+// tiles and vectors then work side by side.
+template <class Epilogue>
+struct Parts {
+  Epilogue epilogue;
+  Index blocks;  // of k in a part
+  alignas(64) float sums[2][4 * amx::kRows * kLanes];
+  int turn = 0;  // which sums are free
+  // the part that waits: its rows that are left, how many at a time, and their sums
+  Index row = 0, column = 0;
+  int rows = 0, vectors = 0, some = 0;
+  const float* from = nullptr;
+
+  FD_METHOD Parts(Epilogue epilogue, Index blocks) : epilogue(epilogue), blocks(blocks) {}
+
+  static void go_on(void* parts) {
+    Parts& x = *static_cast<Parts*>(parts);
+    const int R = x.rows < x.some ? x.rows : x.some;
+    if (R == 0) return;
+    x.epilogue(x.row, R, x.column, x.vectors, x.from);
+    x.row += R, x.rows -= R, x.from += R * x.vectors * kLanes;
+  }
+  FD_METHOD Meanwhile meanwhile() { return {go_on, this}; }
+
+  // The free sums are those of R rows; `again` others come before them.
+  FD_METHOD void wait(Index first, int R, Index first_column, int V, int again) {
+    row = first, rows = R, column = first_column, vectors = V;
+    some = static_cast<int>((R + blocks - 1) / blocks);
+    from = sums[turn] + again * V * kLanes;
+    turn = 1 - turn;
+  }
+  FD_METHOD void finish() {
+    some = rows;
+    go_on(this);
+  }
+};
+
 // sums[m][n] of 16 × 16, M × N of them: rows of N vectors.
 template <int M, int N>
 __attribute__((noinline)) void multiply_tiles(const TileRows& a, const Bfloat16* w, Index next,
-                                              float* sums) {
+                                              float* sums, Meanwhile meanwhile) {
   static_assert(M * N <= 4 && M <= 2 && (M == 1 || N <= 2), "two tiles of rows, two of weights");
   amx::zero<0>();
   if constexpr (M * N > 1) amx::zero<1>();
@@ -169,6 +213,7 @@ __attribute__((noinline)) void multiply_tiles(const TileRows& a, const Bfloat16*
                       if constexpr (N > 1) amx::multiply<3, 5, 7>();
                     }
                     w += Amx::block * kLanes;
+                    meanwhile();
                   });
   constexpr Index row = N * kLanes * Index{sizeof(float)};
   float* below = sums + a.offset * N * kLanes;
@@ -197,8 +242,9 @@ FD_INLINE void by_tiles(Index rows, int most, Body body) {
 template <class Epilogue, class Prologue>
 FD_INLINE void tile_product(Operand<Bfloat16> a, Index rows, const Panels& w, Epilogue epilogue,
                             Prologue prologue) {
-  alignas(64) float sums[4 * amx::kRows * kLanes];
   const Index next = vector_size<Amx>(w.K), all = vectors(w.N);
+  Parts<Epilogue> parts(epilogue, steps(w.K, Amx::block));
+  const Meanwhile meanwhile = parts.meanwhile();
   by_tiles(rows, 2 * amx::kRows,
            [&](Index row, int R, int height, int again) __attribute__((always_inline)) {
              const TileRows in(a.data + (row - again) * a.row, a.row, w.K, R + again, height);
@@ -207,30 +253,32 @@ FD_INLINE void tile_product(Operand<Bfloat16> a, Index rows, const Panels& w, Ep
              for (Index vector = 0; vector < all; vector += most) {
                const int V = static_cast<int>(least(most, all - vector));
                const Bfloat16* panel = static_cast<const Bfloat16*>(w.data) + vector * next;
+               float* sums = parts.sums[parts.turn];
                prologue(row, R, vector * kLanes, V);
                switch (two ? 4 + V : V) {
                  case 1:
-                   multiply_tiles<1, 1>(in, panel, next, sums);
+                   multiply_tiles<1, 1>(in, panel, next, sums, meanwhile);
                    break;
                  case 2:
-                   multiply_tiles<1, 2>(in, panel, next, sums);
+                   multiply_tiles<1, 2>(in, panel, next, sums, meanwhile);
                    break;
                  case 3:
-                   multiply_tiles<1, 3>(in, panel, next, sums);
+                   multiply_tiles<1, 3>(in, panel, next, sums, meanwhile);
                    break;
                  case 4:
-                   multiply_tiles<1, 4>(in, panel, next, sums);
+                   multiply_tiles<1, 4>(in, panel, next, sums, meanwhile);
                    break;
                  case 5:
-                   multiply_tiles<2, 1>(in, panel, next, sums);
+                   multiply_tiles<2, 1>(in, panel, next, sums, meanwhile);
                    break;
                  case 6:
-                   multiply_tiles<2, 2>(in, panel, next, sums);
+                   multiply_tiles<2, 2>(in, panel, next, sums, meanwhile);
                    break;
                }
-               epilogue(row, R, vector * kLanes, V, sums + again * V * kLanes);
+               parts.wait(row, R, vector * kLanes, V, again);
              }
            });
+  parts.finish();
 }
 #endif
 
@@ -419,7 +467,8 @@ __attribute__((noinline)) void multiply_gru(Operand<typename P::Elem> x, Index K
 #if FD_AMX
 // The same of up to 16 rows.
 __attribute__((noinline)) void multiply_gru_tiles(const TileRows& x, const TileRows& h,
-                                                  const Bfloat16* w, float* sums) {
+                                                  const Bfloat16* w, float* sums,
+                                                  Meanwhile meanwhile) {
   constexpr int step = Amx::pair * kLanes;  // elements of a gate
   constexpr Index stride = 3 * step * Index{sizeof(Bfloat16)};
   amx::zero<0>();
@@ -440,11 +489,13 @@ __attribute__((noinline)) void multiply_gru_tiles(const TileRows& x, const TileR
                   __attribute__((always_inline)) {
                     reset_and_update(rows, bytes);
                     amx::multiply<2, 4, 6>();
+                    meanwhile();
                   });
   h.by_blocks([&](const Bfloat16* rows, const Bfloat16*, Index bytes)
                   __attribute__((always_inline)) {
                     reset_and_update(rows, bytes);
                     amx::multiply<3, 4, 6>();
+                    meanwhile();
                   });
   constexpr Index row = 4 * kLanes * Index{sizeof(float)};
   amx::store<0>(sums, row);
@@ -455,8 +506,10 @@ __attribute__((noinline)) void multiply_gru_tiles(const TileRows& x, const TileR
 
 template <class Cell>
 FD_INLINE void gru_tile_products(const GruArgs& x, Cell cell) {
-  alignas(64) float sums[4 * amx::kRows * kLanes];
   const Index D = x.w.D, K = x.w.K, per_vector = 3 * (vector_size<Amx>(K) + vector_size<Amx>(D));
+  const auto epilogue = [&](Index row, int R, Index unit, int, const float* sums)
+                            __attribute__((always_inline)) { cell(row, R, unit, sums); };
+  Parts<decltype(epilogue)> parts(epilogue, steps(K, Amx::block) + steps(D, Amx::block));
   by_tiles(x.rows, amx::kRows,
            [&](Index row, int R, int height, int again) __attribute__((always_inline)) {
              const TileRows in(at<const Bfloat16>(x.x, row - again), x.x.stride, K, height, height);
@@ -464,10 +517,11 @@ FD_INLINE void gru_tile_products(const GruArgs& x, Cell cell) {
                                   height);
              const Bfloat16* w = static_cast<const Bfloat16*>(x.w.data);
              for (Index unit = 0; unit < D; unit += kLanes, w += per_vector) {
-               multiply_gru_tiles(in, state, w, sums);
-               cell(row, R, unit, sums + again * 4 * kLanes);
+               multiply_gru_tiles(in, state, w, parts.sums[parts.turn], parts.meanwhile());
+               parts.wait(row, R, unit, 4, again);
              }
            });
+  parts.finish();
 }
 #endif
 
