@@ -111,6 +111,27 @@ def heads_case(H: int, B: int, sizes: testing.Sizes) -> Case:
     return Case("imagine + heads", OP, arguments, count, with_heads, _compiled)
 
 
+def everything_case(B: int, sizes: testing.Sizes = testing.REPORT) -> Case:
+    """The rollout and its heads with gradients of all outputs by all parameters.
+
+    What a world model that belongs to somebody else asks for, whose loss nobody knows.
+    """
+
+    def leaves(x: dict[str, Any]) -> list[list[Tensor]]:
+        params, returns = x["params"]._replace(post=None), x["returns"]
+        return [_tensors(params, x["actor"], returns.reward, returns.critic)]
+
+    return Case(
+        f"imagine + heads, + backward by everything, B {B}",
+        OP,
+        functools.partial(inputs, H, B, sizes, heads=True),
+        0,  # not counted
+        functools.partial(with_heads, value=True),
+        functools.partial(_compiled, value=True),
+        leaves=leaves,
+    )
+
+
 def _cases(sizes: testing.Sizes) -> list[Case]:
     x = inputs(H, B, sizes, heads=True)
     params, actor, returns = x["params"], x["actor"], x["returns"]

@@ -29,6 +29,7 @@ def _case(name: str, B: int, *, backward: bool = False, **options: object) -> Ca
 
 
 BACKWARD = _case("rssm_step, B 400, + backward", 400, backward=True, rounds=100)
+SMALL = _case("rssm_step, B 50", 50, rounds=100)
 CASES = [
     _case("rssm_step, B 400", 400, rounds=100),
     # The latency of acting, where no weight changes between the steps.

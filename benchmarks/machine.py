@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastdreamer.ops.backend import describe_kernels, kernel_choice
 
 ROOT = Path(__file__).resolve().parent.parent
 _ISA = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")  # as the kernel says
@@ -28,7 +31,7 @@ def record() -> dict[str, Any]:
         "cpu_family_model": f"{cpu.get('cpu family', '?')}/{cpu.get('model', '?')}",
         "isa": [flag for flag in _ISA if flag in cpu.get("flags", "").split()],
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "native_isa": _native_isa(),
+        "native_kernels": kernel_choice(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
@@ -42,24 +45,29 @@ def record() -> dict[str, Any]:
     }
 
 
+def cpu(machine: dict[str, Any]) -> str:
+    """Return the CPU model of a record; clouds give one name to many, family and model tell."""
+    return f"{machine['cpu']} (family/model {machine['cpu_family_model']})"
+
+
+def cpu_slug(machine: dict[str, Any]) -> str:
+    """Return the same as the name of a file: ``amd-epyc-25-17``."""
+    name = re.sub(r"\((R|TM)\)|\bCPU\b|\bProcessor\b|@.*", " ", machine["cpu"])
+    words = re.findall(r"[a-z0-9]+", f"{name} {machine['cpu_family_model']}".lower())
+    return "-".join(words)
+
+
 def describe(machine: dict[str, Any]) -> str:
     """Return a record as the one line that stands beside a table."""
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
+    kernels = machine.get("native_kernels")  # None: not built; older records lack it
+    native = f"; native: {describe_kernels(kernels)}" if kernels else ""
     return (
         f"{machine['cpu']} (family/model {machine['cpu_family_model']}; "
-        f"{' '.join(machine['isa'])}), {machine['cores']} cores, {threads}; {versions}; "
+        f"{' '.join(machine['isa'])}), {machine['cores']} cores, {threads}{native}; {versions}; "
         f"commit {machine['commit']}; {machine['date']}; load average before {machine['load']}"
     )
-
-
-def _native_isa() -> str | None:
-    """What the native core uses, which FASTDREAMER_ISA may hold below the CPU; None: not built."""
-    try:
-        from fastdreamer import _native
-    except ImportError:
-        return None
-    return _native.isa()
 
 
 def _cpuinfo() -> dict[str, str]:

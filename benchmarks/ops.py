@@ -25,6 +25,7 @@ from benchmarks.timing import cell
 from benchmarks.variants import VARIANTS, Entries, Variant, check_complete
 
 BENCHES = ("rssm_step", "observe", "imagine", "open_loop", "cem", "codec")
+PER_CPU = True
 CAPTION = "time of every baseline against native"
 UPDATE = "whole update, data included"
 BASELINES = [name for name, variant in VARIANTS.items() if variant.backend != "native"]

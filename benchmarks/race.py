@@ -335,17 +335,18 @@ def round_trip(variants: Mapping[str, Callable[[], object]]) -> None:
 
 
 def peak(threads: int, seconds: float = 0.25) -> dict[str, float] | None:
-    """Return the machine's GFLOP/s of multiply-adds in registers, ``fp32`` and ``bf16``.
+    """Return the machine's GFLOP/s of multiply-adds that nothing holds up, ``fp32`` and ``bf16``.
 
-    None where the native core is not built.
+    The latter in the arithmetic that calls under autocast to bfloat16 compute in. None where the
+    native core is not built.
     """
     try:
         from fastdreamer import _native
 
-        probe = _native.peak
+        probe, bf16 = _native.peak, _native.takes_bf16()
     except (ImportError, AttributeError):
         return None
-    return {"fp32": probe(False, threads, seconds), "bf16": probe(True, threads, seconds)}
+    return {"fp32": probe(False, threads, seconds), "bf16": probe(bf16, threads, seconds)}
 
 
 @functools.cache

@@ -1,8 +1,9 @@
 """Results: JSON files, and from them tables and plots: `python -m benchmarks.report`.
 
 A measurement is a module of this package with ``table(result)``, Markdown for this folder's
-README.md. It may have ``headline(result)``, the table of the repository's README.md, and
-``plot(result, path)`` with its ``CAPTION``.
+README.md. It may have ``headline(result)``, the table of the repository's README.md,
+``plot(result, path)`` with its ``CAPTION``, and ``PER_CPU = True``, which keeps one result of every
+CPU model.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
-from benchmarks.machine import ROOT, describe
+from benchmarks.machine import ROOT, cpu, cpu_slug, describe
 
 MEASUREMENTS = (
     "ops",
@@ -48,8 +49,9 @@ def publish(name: str, result: dict[str, Any], *, write: bool) -> None:
     """Print a measurement's table and, if asked, keep the result.
 
     Args:
-        name: of the measurement, so of ``results/<name>.json`` and of the table's place in
-            README.md, which is between the lines ``<!-- <name> -->`` and ``<!-- end -->``.
+        name: of the measurement, so of ``results/<name>.json`` (one a CPU model:
+            ``results/<name>/<model>.json``) and of the table's place in README.md, which is
+            between the lines ``<!-- <name> -->`` and ``<!-- end -->``.
         result: with the key ``machine``, as ``machine.record()`` returns it.
         write: keep it and bring everything made from it up to date; otherwise only print.
 
@@ -58,10 +60,12 @@ def publish(name: str, result: dict[str, Any], *, write: bool) -> None:
     """
     print(f"\n{text(name, result)}\n")
     if write:
-        documents = filled(name, result)
-        RESULTS.mkdir(exist_ok=True)
-        _replace(RESULTS / f"{name}.json", json.dumps(result, indent=1) + "\n")
-        _publish(name, result, documents)
+        path = _path(name, result)
+        results = stored(name) | {path: result}
+        documents = filled(name, results)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, json.dumps(result, indent=1) + "\n")
+        _publish(name, results, documents)
 
 
 def text(name: str, result: dict[str, Any], kind: str = "table") -> str:
@@ -70,26 +74,57 @@ def text(name: str, result: dict[str, Any], kind: str = "table") -> str:
     return f"{table}\n\nMeasured on: {describe(result['machine'])}."
 
 
-def filled(name: str, result: dict[str, Any]) -> dict[Path, str]:
-    """Return the documents that show a measurement with its tables in their places."""
+def stored(name: str) -> dict[Path, dict[str, Any]]:
+    """Return the results kept of a measurement by their files: at most one, or one a CPU model."""
+    paths = (
+        sorted((RESULTS / name).glob("*.json")) if _per_cpu(name) else [RESULTS / f"{name}.json"]
+    )
+    return {path: json.loads(path.read_text()) for path in paths if path.exists()}
+
+
+def filled(name: str, results: Mapping[Path, dict[str, Any]]) -> dict[Path, str]:
+    """Return the documents that show a measurement with its tables in their places.
+
+    Args:
+        name: of the measurement.
+        results: at least one, by their files.
+    """
     kinds = {README: "table"}
     if hasattr(_module(name), "headline"):
         kinds[TOP_README] = "headline"
     documents = {}
-    for path, kind in kinds.items():
-        shown = text(name, result, kind)
-        if hasattr(_module(name), "plot"):
-            picture = (RESULTS / f"{name}.png").relative_to(path.parent)
-            shown += f"\n\n![{_module(name).CAPTION}]({picture})"
-        documents[path] = fill(path.read_text(), name, shown)
+    for document, kind in kinds.items():
+        parts = []
+        if _per_cpu(name):
+            models = [cpu(result["machine"]) for _, result in sorted(results.items())]
+            parts.append(f"CPU models measured: {', '.join(models)}.")
+        for path, result in sorted(results.items()):
+            parts.append(text(name, result, kind))
+            if hasattr(_module(name), "plot"):
+                picture = path.with_suffix(".png").relative_to(document.parent)
+                parts.append(f"![{_module(name).CAPTION}]({picture})")
+        documents[document] = fill(document.read_text(), name, "\n\n".join(parts))
     return documents
 
 
-def _publish(name: str, result: dict[str, Any], documents: dict[Path, str]) -> None:
+def _path(name: str, result: dict[str, Any]) -> Path:
+    if _per_cpu(name):
+        return RESULTS / name / f"{cpu_slug(result['machine'])}.json"
+    return RESULTS / f"{name}.json"
+
+
+def _per_cpu(name: str) -> bool:
+    return getattr(_module(name), "PER_CPU", False)
+
+
+def _publish(
+    name: str, results: Mapping[Path, dict[str, Any]], documents: Mapping[Path, str]
+) -> None:
     for path, document in documents.items():
         _replace(path, document)
     if hasattr(_module(name), "plot"):
-        _module(name).plot(result, RESULTS / f"{name}.png")
+        for path, result in results.items():
+            _module(name).plot(result, path.with_suffix(".png"))
 
 
 def _module(name: str) -> Any:
@@ -136,11 +171,9 @@ def main() -> None:
     description = "Redraw every table and plot from results/*.json; nothing is measured."
     argparse.ArgumentParser(description=description).parse_args()
     for name in MEASUREMENTS:
-        path = RESULTS / f"{name}.json"
-        if path.exists():
-            result = json.loads(path.read_text())
-            _publish(name, result, filled(name, result))
-            print(f"{name}: from {path.relative_to(ROOT)}")
+        if results := stored(name):
+            _publish(name, results, filled(name, results))
+            print(f"{name}: from {', '.join(str(path.relative_to(ROOT)) for path in results)}")
         else:
             print(f"{name}: not measured yet")
 

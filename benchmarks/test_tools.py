@@ -16,7 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import flops, report, run, subpixel
+from benchmarks import choice, flops, report, run, subpixel
 from benchmarks.race import Case, race
 from benchmarks.timing import PhaseRecorder, cell, rate_cell, summary
 from benchmarks.variants import VARIANTS, MissingVariant, check_complete
@@ -77,8 +77,8 @@ def test_fill_replaces_one_place_only():
 
 @pytest.mark.parametrize("name", report.MEASUREMENTS)
 def test_readmes_hold_the_results(name):
-    path = report.RESULTS / f"{name}.json"
-    if not path.exists():
+    results = report.stored(name)
+    if not results:
         readmes = [report.README]
         if hasattr(importlib.import_module(f"benchmarks.{name}"), "headline"):
             readmes.append(report.TOP_README)
@@ -86,9 +86,35 @@ def test_readmes_hold_the_results(name):
             assert f"<!-- {name} -->\nNot measured yet.\n<!-- end -->" in readme.read_text()
         return
     if hasattr(importlib.import_module(f"benchmarks.{name}"), "plot"):
-        assert 0 < path.with_suffix(".png").stat().st_size < 300_000
-    for readme, expected in report.filled(name, json.loads(path.read_text())).items():
+        for path in results:
+            assert 0 < path.with_suffix(".png").stat().st_size < 300_000
+    for readme, expected in report.filled(name, results).items():
         assert readme.read_text() == expected, "run `python -m benchmarks.report`"
+
+
+def test_a_result_of_every_cpu_is_kept_and_shown(monkeypatch, tmp_path):
+    first = next(iter(report.stored("ops").values()))
+    machine = first["machine"] | {"cpu": "Intel(R) Xeon(R) Processor @ 2.60GHz"}
+    second = first | {"machine": machine | {"cpu_family_model": "6/207"}}
+    readmes = [tmp_path / "benchmarks" / "README.md", tmp_path / "README.md"]
+    results = readmes[0].with_name("results")
+    monkeypatch.setattr(report, "RESULTS", results)
+    for attribute, path in zip(("README", "TOP_README"), readmes, strict=True):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("a\n<!-- ops -->\nNot measured yet.\n<!-- end -->\nb\n")
+        monkeypatch.setattr(report, attribute, path)
+    names = ["amd-epyc-25-17", "intel-xeon-6-207"]
+    for made, result in enumerate((first, second, first), 1):
+        report.publish("ops", result, write=True)
+        kept = names[: min(made, 2)]
+        for suffix in ("json", "png"):
+            assert sorted(p.stem for p in (results / "ops").glob(f"*.{suffix}")) == kept
+    measured = "measured: AMD EPYC (family/model 25/17), Intel(R) Xeon(R) Processor @ 2.60GHz (f"
+    for path in readmes:
+        text = path.read_text()
+        assert measured in text and text.count("Measured on: ") == 2
+        assert [f"ops/{name}.png" in text for name in names] == [True, True]
+        assert text.startswith("a\n") and text.endswith("b\n")
 
 
 # ---------------------------------------------------------------- floating point operations
@@ -307,6 +333,59 @@ def test_ops_are_measured_and_drawn(monkeypatch, tmp_path):
         assert "| rssm_step |" in text
     ops.plot(result, tmp_path / "ops.png")
     assert 0 < (tmp_path / "ops.png").stat().st_size < 300_000
+
+
+def times(**medians):
+    return {name.replace("_", " "): {"median_ms": ms} for name, ms in medians.items()}
+
+
+def test_what_auto_takes_is_judged_by_every_race():
+    lost, won = times(auto=1.2, eager_bf16=1.0), times(auto=1.0, eager_bf16=1.0)
+    other = times(auto=1.2, eager_bf16=1.2, eager_fp32=1.0)
+    assert choice.slower(times(auto=1.04, eager_bf16=1.0, compiled_bf16=2.0)) == {}, "noise"
+    assert choice.slower(lost) == {"eager bf16": pytest.approx(1.2)}
+
+    def judged(*races):
+        left = list(races)
+        got, slower = choice.judge(lambda: left.pop(0))
+        return len(races) - len(left), slower, got
+
+    assert judged(won, lost) == (1, {}, won)
+    assert judged(lost, won, lost) == (2, {}, won)
+    assert judged(lost, other, lost) == (2, {}, other), "another baseline each time is noise"
+    assert judged(lost, lost, lost) == (3, {"eager bf16": pytest.approx(1.2)}, lost)
+
+
+@pytest.mark.parametrize("body", ["native", "eager"])
+def test_the_choice_is_measured_and_complained_of(monkeypatch, body):
+    case = dataclasses.replace(
+        small(monkeypatch, "rssm_step")._case("rssm_step", 2),
+        compiled=lambda *args, **kwargs: OPS["rssm_step"].eager(*args, **kwargs),
+    )
+    monkeypatch.setattr(choice, "why_slow", lambda: "asked to" if body == "eager" else None)
+    threads = torch.get_num_threads()
+    try:
+        result = choice.measure(1, [case], rounds=20)
+        fine = json.loads(json.dumps(result))
+        monkeypatch.setattr(choice, "MARGIN", 0.0)  # then everything is faster
+        lost = choice.measure(1, [case], rounds=20)
+    finally:
+        torch.set_num_threads(threads)
+    work = fine["works"]["rssm_step"]
+    assert work["times"].keys() == {choice.AUTO, *choice.BASELINES} and not work["left_out"]
+    assert work["taken"][0] == body
+    assert f"| rssm_step | {body} " in choice.table(fine)
+    sentences = list(choice.complaints(lost))
+    assert len(sentences) == (3 if body == "native" else 0), "eager is not ours to be faster"
+    assert all(" times as long as " in sentence for sentence in sentences)
+    work["left_out"]["compiled bf16"] = "no compiler"
+    assert "rssm_step: compiled bf16 was not measured: no compiler" in choice.complaints(fine)
+
+
+def test_every_op_is_among_the_choices():
+    pytest.importorskip("fastdreamer._native")
+    found = {case.op.name for case in choice.cases()}
+    assert found == OPS.keys()
 
 
 def test_curves_are_measured_and_drawn(tmp_path):

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fastdreamer.config import Config, from_dict, to_dict
 from fastdreamer.episodes import write_episode
+from fastdreamer.ops.backend import kernel_choice, settle_kernels
 from fastdreamer.play import (
     agent_policy,
     collect,
@@ -99,7 +100,7 @@ class Collector:
         self._connection, child = context.Pipe()
         self._process = context.Process(
             target=_worker,
-            args=(child, json.dumps(to_dict(self._config)), str(self._episodes)),
+            args=(child, json.dumps(to_dict(self._config)), str(self._episodes), kernel_choice()),
             daemon=True,
             name="fastdreamer-collector",
         )
@@ -212,10 +213,13 @@ def collecting_controller(config: Config, episode: int) -> str:
     return ("actor", "mpc")[episode % 2] if chosen == "mixed" else chosen
 
 
-def _worker(connection: Any, config_json: str, episodes: str) -> None:
-    """The worker process: answer jobs until the trainer is gone."""
+def _worker(
+    connection: Any, config_json: str, episodes: str, kernels: dict[str, str] | None
+) -> None:
+    """The worker process: answer jobs until the trainer is gone, with the trainer's kernels."""
     threading.Thread(target=_exit_with_trainer, daemon=True).start()
     torch.set_num_threads(1)
+    settle_kernels(kernels)
     config = from_dict(json.loads(config_json))
     own = on_cpu(config)
 

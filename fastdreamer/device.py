@@ -1,4 +1,5 @@
-"""Where a run computes: what ``--device`` and ``--backend`` mean together on this machine."""
+"""Where and how exactly a run computes: what ``--device``, ``--backend`` and ``--precision`` mean
+together on this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import dataclasses
 import torch
 
 from fastdreamer.config import Config, ConfigError
-from fastdreamer.ops.backend import check_backend, interpreting
+from fastdreamer.ops.backend import check_backend, faster_precision, interpreting
 from fastdreamer.ops.gpu import why_no_kernels
 
 
@@ -18,8 +19,19 @@ def resolve_device(device: str, backend: str = "auto") -> str:
     return "cpu" if backend == "native" or why_no_kernels() else "cuda"
 
 
+def resolve_precision(precision: str, device: torch.device | str, backend: str = "auto") -> str:
+    """``auto`` becomes the faster of ``bf16`` and ``fp32``: on a CPU the one that measures so, on a
+    GPU ``bf16`` where its tensor cores have it."""
+    if precision != "auto":
+        return precision
+    device = torch.device(device)
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    return faster_precision(backend)
+
+
 def resolve_config(config: Config) -> Config:
-    """Return the settings with a device that exists instead of ``auto``.
+    """Return the settings with a device that exists and a precision instead of ``auto``.
 
     Raises:
         ConfigError: backend and device contradict each other.
@@ -40,7 +52,8 @@ def resolve_config(config: Config) -> Config:
     if backend == "triton" and device == "cpu" and not interpreting():
         check_backend(backend, "cuda")  # raises, and says why there is no GPU to run on
     check_backend(backend, device)
-    return dataclasses.replace(config, device=device)
+    precision = resolve_precision(config.precision, device, backend)
+    return dataclasses.replace(config, device=device, precision=precision)
 
 
 def describe_device(device: str) -> str:

@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 import pkgutil
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from rich.table import Table
 from fastdreamer import ops
 from fastdreamer._version import __version__
 from fastdreamer.envs.gl import GL, GLError, probe_all, select_gl
-from fastdreamer.ops.backend import BACKENDS, OPS, last_backend, why_slow
+from fastdreamer.ops.backend import BACKENDS, OPS, describe_kernels, last_backend, why_slow
 from fastdreamer.ops.cuda_graph import driver_state
 
 _PACKAGES = ("torch", "triton", "numpy", "mujoco", "dm_control", "safetensors", "nvtx", "tyro")
@@ -50,17 +50,7 @@ def _machine() -> Iterator[tuple[str, str]]:
     yield "CPU", f"{cpu_model()}, {os.cpu_count()} cores"
     yield "torch's CPU capability", torch.backends.cpu.get_cpu_capability()
     yield "threads", f"{torch.get_num_threads()} (torch)"
-    try:
-        from fastdreamer import _native
-    except ImportError as error:
-        yield "native core", f"not available: {error}"
-    else:
-        try:
-            host = ", ".join(_native.host_isas())
-            yield "native core", f"{_native.isa()} (this CPU has {host})"
-        except ValueError as error:  # FASTDREAMER_ISA asks for what the CPU lacks
-            yield "native core", str(error)
-        yield from _tiles(_native.isa_reasons())
+    yield from _core()
     if torch.cuda.is_available():
         yield (
             "GPU",
@@ -71,11 +61,56 @@ def _machine() -> Iterator[tuple[str, str]]:
     yield "NVIDIA driver", driver_state()
 
 
-def _tiles(reasons: Mapping[str, str | None]) -> Iterator[tuple[str, str]]:
-    """Why not AMX, and what can stand for it."""
-    yield "  amx", f"no: {reasons['amx']}" if reasons["amx"] else "yes"
-    if reasons["amx_emulated"] is None:
-        yield "  amx_emulated", "for tests alone: amx, its instructions emulated in avx512bf16"
+def _core() -> Iterator[tuple[str, str]]:
+    """What the native core measures, takes for each precision, and why."""
+    try:
+        from fastdreamer import _native
+    except ImportError as error:
+        yield "native core", f"not available: {error}"
+        return
+    try:
+        choice = _native.choice()
+    except ValueError as error:  # a variable asks for what the CPU lacks
+        yield "native core", str(error)
+        return
+    yield "native core", describe_kernels(choice)
+    rates = _native.rates()
+    for name, fp32, bf16 in rates:
+        yield f"  {name}", f"{fp32:.0f} GFLOP/s in fp32, {bf16:.0f} in bf16, one thread"
+    measured = {name for name, _, _ in rates}
+    for name, reason in _native.isa_reasons().items():
+        if reason is not None:
+            yield f"  {name}", f"no: {reason}"
+        elif name not in measured:
+            yield f"  {name}", "for tests alone: amx, its instructions emulated in avx512bf16"
+    yield from kernel_reasons(rates, choice, _native.faster(), os.environ)
+
+
+def kernel_reasons(
+    rates: Sequence[tuple[str, float, float]],
+    choice: Mapping[str, str],
+    faster: str,
+    environ: Mapping[str, str],
+) -> Iterator[tuple[str, str]]:
+    """Which of the core's kernels each precision takes, ``auto`` among them, and why.
+
+    Args:
+        rates: instruction set, GFLOP/s in fp32 and in bf16.
+        choice: see :func:`fastdreamer.ops.backend.kernel_choice`.
+        faster: what ``--precision auto`` is.
+        environ: where ``FASTDREAMER_ISA`` and ``FASTDREAMER_ARITHMETIC`` may be.
+    """
+    isa, arithmetic = (
+        f"as {name}={environ[name]} says" if environ.get(name) else None
+        for name in ("FASTDREAMER_ISA", "FASTDREAMER_ARITHMETIC")
+    )
+    fp32 = next(rate for name, rate, _ in rates if name == choice["fp32"])
+    bf16 = next(rate for name, _, rate in rates if name == choice["bf16"])
+    ratio = f"{choice['bf16']}'s bf16 has {bf16 / fp32:.2f} times the rate of fp32"
+    yield "fp32 takes", f"{choice['fp32']}, {isa or 'by these rates'}"
+    taken = choice["bf16"] if choice["for_bf16"] == "bf16" else "the kernels of fp32"
+    yield "bf16 takes", f"{taken}, {arithmetic or isa or 'by these rates'}: {ratio}"
+    yield "precision auto is", faster
 
 
 def _rendering() -> Iterator[tuple[str, str]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdreamer.config import Config, ConfigError
-from fastdreamer.device import resolve_device
+from fastdreamer.device import resolve_device, resolve_precision
 from fastdreamer.exploration import Explorer
 from fastdreamer.nn import MLP, Actor, WorldModel
 from fastdreamer.nn.codec import float_to_pixels
@@ -75,7 +75,7 @@ class Policy(nn.Module):
         if behavior.target_every and self.critic is not None:
             self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.to(resolve_device(config.device, config.backend))
-        self.precision = resolve_precision(config.precision, self.device)
+        self.precision = resolve_precision(config.precision, self.device, config.backend)
         self._act_generator = torch.Generator().manual_seed(config.seed)
 
     @property
@@ -322,14 +322,3 @@ class Policy(nn.Module):
     def _autocast(self) -> contextlib.AbstractContextManager:
         enabled = self.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """``auto`` becomes ``bf16`` where the device multiplies in bfloat16, else ``fp32``."""
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        has_bf16 = torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if has_bf16 else "fp32"

@@ -33,6 +33,7 @@ from fastdreamer.device import describe_device, resolve_config
 from fastdreamer.episodes import episode_fields
 from fastdreamer.files import replacing
 from fastdreamer.logger import Logger, Progress
+from fastdreamer.ops.backend import describe_kernels, kernel_choice
 from fastdreamer.play import run_backend
 from fastdreamer.replay import Replay
 
@@ -155,7 +156,8 @@ class Trainer:
         self.progress = stack.enter_context(
             Progress(config.train.frames, title=f"{config.env.task} from {kind}")
         )
-        self.progress.message(f"computing on {describe_device(config.device)}")
+        where = describe_device(config.device)
+        self.progress.message(f"computing on {where} in {config.precision}")
         self.progress.update(phase="starting the collector")
         self.collector = Collector(config, run_dir / "episodes")
         stack.callback(self.collector.close)
@@ -209,6 +211,13 @@ class Trainer:
         for warning in missing:
             self.progress.message(f"skipped: {warning}")
         self.progress.message(f"resumed from {path} at update {self.update}")
+        before, here = meta.get("kernels"), kernel_choice()
+        if before and here and before != here:
+            there, here = describe_kernels(before), describe_kernels(here)
+            self.progress.message(
+                f"other kernels than when it was saved ({there}; now {here}): "
+                "from here on not bit for bit as it would have been"
+            )
         # Snapshots of a future that was lost come again.
         for frames, snapshot in checkpoint.list_snapshots(self.run_dir / "snapshots").items():
             if frames > self.env_frames:
@@ -386,6 +395,7 @@ class Trainer:
             "config": to_dict(self.config),
             "obs_shapes": self.agent.obs_shapes,
             "action_dim": self.agent.action_dim,
+            "kernels": kernel_choice(),
         }
 
     def _save_snapshot(self) -> None:

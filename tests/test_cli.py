@@ -17,8 +17,10 @@ import pytest
 import torch
 
 import fastdreamer
+from fastdreamer import _native
 from fastdreamer.cli import main
-from fastdreamer.ops.backend import last_backend
+from fastdreamer.doctor import kernel_reasons
+from fastdreamer.ops.backend import describe_kernels, last_backend
 from fastdreamer.ops.cuda_graph import driver_state
 
 PIXELS = ["--preset", "tiny", "--obs", "pixels", "--render-quality", "fast"]
@@ -200,8 +202,42 @@ def test_doctor_and_version(capsys):
     assert f"NVIDIA driver {driver_state()[:20]}" in text
     for word in ("CPU", "threads", "amx", "rendering", "torch", "lambda_return", "imagine"):
         assert word in text
+    for name, fp32, bf16 in _native.rates():
+        assert f"{name} {fp32:.0f} GFLOP/s in fp32, {bf16:.0f} in bf16, one thread" in text
+    taken = _native.choice()
+    assert f"native core {describe_kernels(taken)}" in text
+    assert f"fp32 takes {taken['fp32']}, " in text and "bf16 takes" in text
+    assert f"precision auto is {_native.faster()}" in text
     assert main(["--version"]) == 0
     assert fastdreamer.__version__ in output(capsys)
+
+
+RATES = [("avx2", 100.0, 75.0), ("avx512bf16", 160.0, 80.0)]
+
+
+@pytest.mark.parametrize(
+    ("told", "fp32", "bf16"),
+    [
+        ({}, "avx512bf16, by these rates", "the kernels of fp32, by these rates: avx512bf16's"),
+        (
+            {"FASTDREAMER_ISA": "avx2"},
+            "avx2, as FASTDREAMER_ISA=avx2 says",
+            "avx2, as FASTDREAMER_ISA=avx2 says: avx2's bf16 has 0.75 times the rate of fp32",
+        ),
+        (
+            {"FASTDREAMER_ARITHMETIC": "bf16"},
+            "avx512bf16, by these rates",
+            "avx512bf16, as FASTDREAMER_ARITHMETIC=bf16 says: avx512bf16's bf16 has 0.50 times",
+        ),
+    ],
+)
+def test_doctor_says_why_kernels_are_taken(told, fp32, bf16):
+    arguments = told.get("FASTDREAMER_ISA"), told.get("FASTDREAMER_ARITHMETIC")
+    choice = _native.choose(RATES, *arguments)
+    lines = dict(kernel_reasons(RATES, choice, choice["faster"], told))
+    assert lines["fp32 takes"] == fp32
+    assert lines["bf16 takes"].startswith(bf16)
+    assert lines["precision auto is"] == "fp32"
 
 
 def test_ctrl_c_saves_and_prints_how_to_go_on(tmp_path):

@@ -139,7 +139,7 @@ def test_the_worker_plays_with_the_runs_backend(backend, agent, tmp_path, monkey
 
     thread = threading.Thread(target=converse)
     thread.start()
-    collector_module._worker(worker, json.dumps(to_dict(config)), str(tmp_path))
+    collector_module._worker(worker, json.dumps(to_dict(config)), str(tmp_path), None)
     thread.join()
     assert answers[0]["action_dim"] == 6 and len(answers[1]["eval_returns"]) == 1
     assert last_backend("observe") == backend

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from fastdreamer import _native
+from fastdreamer.checkpoint import list_checkpoints, list_snapshots, load_meta
 from fastdreamer.cli import main
 from fastdreamer.config import PRESETS, ConfigError
 from fastdreamer.device import describe_device, resolve_config, resolve_device
 from fastdreamer.ops import gpu
-from fastdreamer.ops.backend import OPS, BackendError
+from fastdreamer.ops.backend import OPS, BackendError, describe_kernels, kernel_choice
 from fastdreamer.ops.cuda_graph import driver_state
 from fastdreamer.trainer import create_run, read_config, write_config
 
@@ -162,3 +163,31 @@ def test_a_run_of_a_gpu_goes_on_without_one_when_told_to(tmp_path, capsys, witho
     assert main(["train", "--resume", str(run), *more, "--device", "cpu"]) == 0
     assert "trained on cuda so far: from here on not bit for bit" in capsys.readouterr().out
     assert json.loads((run / "config.json").read_text())["device"] == "cpu"
+
+
+def test_a_run_keeps_the_precision_that_it_starts_in(tmp_path, monkeypatch, without_gpu):
+    for precision in ("bf16", "fp32"):
+        monkeypatch.setattr(_native, "faster", lambda p=precision: p)
+        create_run(tmp_path / precision, settings(precision="auto", backend="native"))
+        assert read_config(tmp_path / precision).precision == precision
+    assert resolve_config(settings(precision="bf16")).precision == "bf16", "as asked"
+
+
+def test_a_resume_says_that_the_kernels_are_others(tmp_path, capsys, monkeypatch, without_gpu):
+    run = tmp_path / "run"
+    assert main(["train", "walker", "--preset", "tiny", "--run", str(run)]) == 0
+    assert "other kernels" not in capsys.readouterr().out
+    for path in (
+        *list_checkpoints(run / "checkpoints"),
+        *list_snapshots(run / "snapshots").values(),
+    ):
+        assert load_meta(path)["kernels"] == kernel_choice()
+    resume = lambda frames: main(["train", "--resume", str(run), "--train.frames", str(frames)])  # noqa: E731
+    assert resume(160) == 0
+    assert "other kernels" not in capsys.readouterr().out
+    other = {"fp32": "avx2", "bf16": "avx2", "for_bf16": "fp32"}
+    monkeypatch.setattr("fastdreamer.trainer.kernel_choice", lambda: other)
+    assert resume(200) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"({describe_kernels(kernel_choice())}; now fp32 by avx2, bf16 in fp32 arith" in text
+    assert load_meta(list_checkpoints(run / "checkpoints")[-1])["kernels"] == other

@@ -40,7 +40,7 @@ ALLOWED = {
     "policy": MODEL | {"device", "planning", "exploration", "safety"},
     "agent": MODEL | {"losses", "exploration", "checkpoint", "policy"},
     "play": {"config", "device", "ops", "policy", "envs", "safety", "viz"},
-    "collector": {"config", "device", "policy", "play", "episodes", "safety"},
+    "collector": {"config", "device", "ops", "policy", "play", "episodes", "safety"},
     "trainer": PUBLIC - {"trainer", "report", "rollout", "viz"} | {"device"},
     "report": {"config", "files", "agent", "checkpoint", "play", "trainer", "viz"},
     "verify": {"ops", "nn"},

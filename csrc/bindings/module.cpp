@@ -10,6 +10,7 @@
 
 #include "bindings/array.h"
 #include "bindings/cem.h"
+#include "bindings/choice.h"
 #include "bindings/codec.h"
 #include "bindings/cuda.h"
 #include "bindings/imagine.h"
@@ -98,7 +99,7 @@ void evaluate(const std::string& name, py::handle in, py::handle out, bool bf16)
       .evaluate(static_cast<Function>(found - std::begin(names)), from, to, shape.size(0));
 }
 
-// GFLOP/s of multiply-adds from registers, all threads together: what no kernel can exceed.
+// GFLOP/s of the kernels' peak, all threads together.
 double peak(bool bf16, int threads, double seconds) {
   if (threads < 1 || !(seconds > 0 && seconds <= 60)) {
     fail("peak: threads must be at least 1 and seconds in (0, 60]");
@@ -211,7 +212,7 @@ PYBIND11_MODULE(_native, m) {
   bind_codec(m);
   bind_cuda(m);
   m.def("peak", &peak, py::arg("bf16"), py::arg("threads"), py::arg("seconds"),
-        "GFLOP/s of multiply-adds from registers, of all threads together.");
+        "GFLOP/s of multiply-adds that nothing holds up, of all threads together.");
   m.def("arena_release", &arena_release, "Give back to the system the memory kept for later.");
   m.def(
       "arena_stats",
@@ -220,9 +221,7 @@ PYBIND11_MODULE(_native, m) {
         return py::make_tuple(stats.kept, stats.allocations);
       },
       "Bytes kept for later calls, and the number of allocations so far.");
-  m.def(
-      "isa", [] { return isa_name(active_isa()); },
-      "The instruction set in force; ValueError if FASTDREAMER_ISA names one not available.");
+  bind_choice(m);
   m.def("host_isas", &host_isas, "The instruction sets that this machine has, least first.");
   m.def("cpu_facts", &cpu_facts, "What that is decided by, by name; see csrc/cpu/cpuid.h.");
   m.def("isa_reasons", &isa_reasons, py::arg("facts") = py::none(),

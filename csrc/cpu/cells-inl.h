@@ -296,32 +296,6 @@ void evaluate(Function function, const float* in, float* out, Index n) {
   });
 }
 
-// 24 independent accumulators, enough to hide the latency of every multiply-add unit.
-template <class P>
-double peak_of_vectors(Index iterations) {
-  typename P::Elem zeros[kLanes * P::pair] = {};
-  constexpr int n = kLanes == 8 ? 12 : 24;
-  Vec acc[n];
-#pragma GCC unroll 32
-  for (int i = 0; i < n; ++i) acc[i] = fill(0.0f);
-  const typename P::Weight w = P::weight(zeros);
-  const typename P::Broadcast a = P::broadcast(zeros);
-  for (Index k = 0; k < iterations; ++k) {
-#pragma GCC unroll 32
-    for (int i = 0; i < n; ++i) {
-      acc[i] = P::multiply_add(acc[i], w, a);
-#if defined(__AVX512F__)
-      asm volatile("" : "+v"(acc[i].v));  // not to be merged or hoisted
-#elif defined(__AVX2__)
-      asm volatile("" : "+x"(acc[i].v));
-#else
-      asm volatile("" : "+x"(acc[i].v));
-#endif
-    }
-  }
-  return 2.0 * n * kLanes * P::pair * static_cast<double>(iterations);
-}
-
 #if FD_AMX
 // Four independent sums of tiles, as the products have.
 double peak_of_tiles(Index iterations) {

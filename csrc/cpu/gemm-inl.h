@@ -303,6 +303,23 @@ FD_INLINE void product(Operand<typename P::Elem> a, Index rows, const Panels& w,
   });
 }
 
+// What no product exceeds: the microkernel itself, its operands (zeros) in L1. So the loads count,
+// and where bfloat16 has no instruction of its own the widening. `iterations` steps of k.
+template <class P>
+double peak_of_vectors(Index iterations) {
+  constexpr Index K = 64 * P::pair;
+  static typename P::Elem rows[kRows * K], panel[kVectors * kLanes * K];
+  const typename P::Elem *a = rows, *w = panel;
+  float sums[kRows * kVectors * kLanes];
+  double flop = 0;
+  for (; iterations > 0; iterations -= K / P::pair) {
+    asm volatile("" : "+r"(a), "+r"(w) : "r"(sums) : "memory");  // nothing is known, all is used
+    multiply<P, kRows, kVectors>({a, K, P::pair}, K, w, sums);
+    flop += 2.0 * kRows * kVectors * kLanes * K;
+  }
+  return flop;
+}
+
 // --- linear layers -------------------------------------------------------------------------------
 
 template <Activation act, bool fast>

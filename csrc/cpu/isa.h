@@ -1,4 +1,4 @@
-// Which instruction set the kernels use: the best that the host has, or FASTDREAMER_ISA.
+// The instruction sets that there are kernels for, and which of them the host has.
 #pragma once
 
 #if defined(__x86_64__)
@@ -23,10 +23,5 @@ const char* isa_name(Isa isa);
 
 // Whether CPU and operating system (its saved registers) both support `isa`.
 bool host_has(Isa isa);
-
-// The instruction set in force, read once per process: FASTDREAMER_ISA if set and not empty, else
-// the best of the host, never an emulated one. Throws invalid_argument for an unknown name or one
-// that the host lacks, with the reason.
-Isa active_isa();
 
 }  // namespace fastdreamer

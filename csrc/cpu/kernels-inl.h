@@ -27,9 +27,13 @@ void leave() {
 template <class P>
 double peak([[maybe_unused]] Index iterations) {
 #if FD_AMX
-  if constexpr (P::tiles) return peak_of_tiles(iterations);
+  if constexpr (P::tiles) {
+    return peak_of_tiles(iterations);
+  } else
 #endif
-  return peak_of_vectors<P>(iterations);
+  {
+    return peak_of_vectors<P>(iterations);
+  }
 }
 
 // `few`: null, or the table for calls of few rows.

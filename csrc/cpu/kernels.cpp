@@ -1,10 +1,12 @@
 #include "cpu/kernels.h"
 
+#include "cpu/choice.h"
+
 namespace fastdreamer {
 namespace {
 
-const Kernels* tables() {
-  switch (active_isa()) {
+const Kernels* tables(Isa isa) {
+  switch (isa) {
 #if FD_X86
     case Isa::amx:
       return amx_kernels;
@@ -24,6 +26,12 @@ const Kernels* tables() {
 
 }  // namespace
 
-const Kernels& kernels(Precision precision) { return tables()[static_cast<int>(precision)]; }
+const Kernels& kernels(Isa isa, Precision precision) {
+  return tables(isa)[static_cast<int>(precision)];
+}
+
+const Kernels& kernels(Precision precision) {
+  return kernels(choice().isa[static_cast<int>(precision)], precision);
+}
 
 }  // namespace fastdreamer

@@ -334,7 +334,7 @@ struct Kernels {
   void (*lambda_return_forward)(const LambdaReturnForward& args, Index begin, Index end);
   void (*lambda_return_backward)(const LambdaReturnBackward& args, Index begin, Index end);
   void (*evaluate)(Function function, const float* in, float* out, Index n);
-  double (*peak)(Index iterations);  // multiply-adds from registers; returns their FLOP
+  double (*peak)(Index iterations);  // multiply-adds that nothing holds up; returns their FLOP
 };
 
 extern const Kernels scalar_kernels[2];  // by Precision
@@ -343,7 +343,9 @@ extern const Kernels avx2_kernels[2], avx512_kernels[2], avx512bf16_kernels[2], 
     amx_emulated_kernels[2];
 #endif
 
-// The table of the instruction set in force (see active_isa(), which may throw).
+// The table of an instruction set that the host has, and that of the choice in force (see
+// choice.h: the first call measures, and may throw).
+const Kernels& kernels(Isa isa, Precision precision);
 const Kernels& kernels(Precision precision = Precision::fp32);
 
 }  // namespace fastdreamer

@@ -7,7 +7,7 @@ namespace fastdreamer {
 
 // All matrices of one call have the same shape, H >= 1, and outputs overlap nothing (the bindings
 // check). `threads` >= 1 is a limit; results are equal for every number of threads. Throws only
-// what active_isa() throws.
+// what choice() throws.
 void lambda_return(const LambdaReturnForward& args, int threads);
 void lambda_return(const LambdaReturnBackward& args, int threads);
 

@@ -30,6 +30,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -125,6 +126,73 @@ def why_slow() -> str | None:
         "this CPU has no AVX2, and the scalar core is slower than eager "
         "(FASTDREAMER_ISA=scalar takes it all the same)"
     )
+
+
+def kernel_choice() -> dict[str, str] | None:
+    """Which kernels of the native core compute here, None where it is not built.
+
+    The core chooses once a process, by a measurement of milliseconds or as ``FASTDREAMER_ISA`` and
+    ``FASTDREAMER_ARITHMETIC`` say.
+
+    Returns:
+        The instruction sets of ``fp32`` and ``bf16``, and the arithmetic ``for_bf16`` that calls
+        under autocast to bfloat16 compute in: ``"fp32"`` where that is faster.
+
+    Raises:
+        ValueError: a variable names what this CPU has not.
+    """
+    try:
+        from fastdreamer import _native
+    except ImportError:
+        return None
+    return _native.choice()
+
+
+def describe_kernels(choice: dict[str, str]) -> str:
+    """A :func:`kernel_choice` for a reader."""
+    as_asked = choice["for_bf16"] == "bf16"
+    bf16 = f"by {choice['bf16']}" if as_asked else "in fp32 arithmetic"
+    return f"fp32 by {choice['fp32']}, bf16 {bf16}"
+
+
+def settle_kernels(choice: dict[str, str] | None) -> None:
+    """Compute with another process's :func:`kernel_choice`: then results equal that one's.
+
+    Raises:
+        ValueError: the CPU has them not, or the core has chosen others already.
+    """
+    if choice is not None:
+        from fastdreamer import _native
+
+        _native.settle(**choice)
+
+
+def faster_precision(backend: str = "auto") -> str:
+    """Return ``"bf16"`` or ``"fp32"``: what matrix products on this CPU measure faster in.
+
+    Args:
+        backend: whose products; ``"auto"`` is resolved as by a call. bf16 has to win by a tenth.
+    """
+    name = _resolve(None if backend == "auto" else backend)
+    if name == "eager" or (name == "auto" and why_slow()) or kernel_choice() is None:
+        return _torch_faster()
+    from fastdreamer import _native
+
+    return _native.faster()
+
+
+@functools.cache
+def _torch_faster() -> str:
+    """The same of torch's own products, by turns of a layer of preset ``report``."""
+    best = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
+    given = {dtype: torch.ones(400, 400, dtype=dtype) for dtype in best}
+    with torch.inference_mode():
+        for _ in range(8):
+            for dtype, x in given.items():
+                start = time.perf_counter()
+                torch.nn.functional.linear(x, x)
+                best[dtype] = min(best[dtype], time.perf_counter() - start)
+    return "bf16" if best[torch.float32] > 1.1 * best[torch.bfloat16] else "fp32"
 
 
 class Op:
