@@ -18,12 +18,11 @@ from fastdreamer.checkpoint import CheckpointError, load_checkpoint, load_newest
 from fastdreamer.config import Config, PlanConfig, SafetyConfig, from_dict
 from fastdreamer.exploration import spread, upper_bound
 from fastdreamer.nn.codec import pixels_to_float
-from fastdreamer.nn.dists import symlog
 from fastdreamer.ops.backend import release_memory
 from fastdreamer.ops.graph import capturing
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.observe import observe
-from fastdreamer.ops.params import State
+from fastdreamer.ops.params import State, symlog
 from fastdreamer.policy import Policy
 
 

@@ -125,7 +125,8 @@ struct SampleBackwardArgs {
 // x, y = raw; action = tanh(c * tanh(x / c) + std(y) * noise), c = mean_scale; infinite: x itself.
 struct ActArgs {
   Index A, rows;
-  Floats raw, noise;  // [2A], [A]
+  Floats raw;    // [2A]
+  Floats noise;  // [A]; null data: none, whatever std is
   float mean_scale;
   StdTransform transform;
   Rows out;      // null data: not wanted

@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from fastdreamer.nn.dists import symlog
 from fastdreamer.nn.heads import MLP
-from fastdreamer.ops.params import ACTIVATIONS
+from fastdreamer.ops.params import embed_vector
 
 
 class Encoder(nn.Module):
@@ -61,19 +60,23 @@ class Encoder(nn.Module):
         """
         parts = []
         if self.convs is not None:
-            lead = obs["pixels"].shape[:-3]
-            # NHWC memory seen as NCHW is what PyTorch calls channels_last: no copy.
-            x = pixels_to_float(obs["pixels"])
-            x = x.reshape(lead.numel(), *x.shape[-3:]).permute(0, 3, 1, 2)
-            for conv in self.convs:
-                x = F.relu_(conv(x))
-            x = x.flatten(1)
-            if self.linear is not None:
-                x = self.linear(x)
-            parts.append(x.reshape(*lead, x.shape[-1]))
+            parts.append(self.embed_pixels(obs["pixels"]))
         if self.state is not None:
-            parts.append(ACTIVATIONS[self.state.activation](self.state(symlog(obs["state"]))))
+            parts.append(embed_vector(self.state.params(), obs["state"]))
         return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        """The images' part of the embedding, which comes first: [..., 64, 64, 3] -> [..., E]."""
+        lead = pixels.shape[:-3]
+        # NHWC memory seen as NCHW is what PyTorch calls channels_last: no copy.
+        x = pixels_to_float(pixels)
+        x = x.reshape(lead.numel(), *x.shape[-3:]).permute(0, 3, 1, 2)
+        for conv in self.convs:
+            x = F.relu_(conv(x))
+        x = x.flatten(1)
+        if self.linear is not None:
+            x = self.linear(x)
+        return x.reshape(*lead, x.shape[-1])
 
 
 class Decoder(nn.Module):
