@@ -36,6 +36,11 @@ class PolicyState(NamedTuple):
     action: Tensor  # [B, A], the last action
     plan: Tensor | None = None  # [H, B, A], the last plan, which a warm start goes on from
 
+    def rows(self, index: list[int]) -> PolicyState:
+        """Those of some environments."""
+        plan = None if self.plan is None else self.plan[:, index]
+        return PolicyState(self.deter[index], self.stoch[index], self.action[index], plan)
+
 
 class Policy(nn.Module):
     """An agent's world model and whatever chooses its actions: actor, planner, explorer, shield.
