@@ -158,7 +158,7 @@ def test_the_worker_plays_with_the_runs_backend(backend, agent, tmp_path, monkey
     collector_module._worker(worker, json.dumps(to_dict(config)), str(tmp_path))
     thread.join()
     assert answers[0]["action_dim"] == 6 and len(answers[1]["eval_returns"]) == 1
-    assert last_backend("observe") == backend
+    assert last_backend("decide") == backend
     assert episode_path(tmp_path, 0).exists()
 
 
@@ -176,7 +176,7 @@ def test_a_real_worker_takes_the_runs_backend_before_the_environments(agent, tmp
         finally:
             collector.close()
     assert isinstance(answers["eager"].episode_return, float)
-    assert "observe: backend 'triton' cannot run" in answers["auto"], "auto leaves it the choice"
+    assert "decide: backend 'triton' cannot run" in answers["auto"], "auto leaves it the choice"
 
 
 def test_what_a_gpu_is_told_is_no_advice_to_the_worker():

@@ -9,6 +9,7 @@ import torch
 
 from fastdreamer.config import preset
 from fastdreamer.nn.dists import symexp
+from fastdreamer.ops.backend import last_backend, use_backend
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.params import State
@@ -82,6 +83,46 @@ def test_a_batch_of_one_is_one(kinds):
         b, many = agent.act(batch, many, noise=0.2, generator=seeded(t))
         assert b.shape == (1, A) and (a == b[0]).all()
         assert all(torch.equal(x, y) for x, y in zip(one[:3], many[:3], strict=True))
+
+
+@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize("controller", ["actor", "mpc"])
+def test_a_row_with_its_own_generator_is_alone(kinds, controller):
+    """Native: bit by bit, over several decisions, the images' encoder included."""
+    pytest.importorskip("fastdreamer._native")
+    agent = make_agent(kinds)
+    options = {"controller": controller, "sample": True, "noise": 0.2}
+    alone, together, generators = [None] * 3, None, [seeded(i) for i in range(3)]
+    own = [seeded(i) for i in range(3)]
+    with use_backend("native"):
+        for t in range(3):
+            obs = make_obs(kinds, 3, seed=t)
+            actions, together = agent.act(obs, together, generator=generators, **options)
+            for i in range(3):
+                single = {kind: x[i] for kind, x in obs.items()}
+                action, alone[i] = agent.act(single, alone[i], generator=[own[i]], **options)
+                assert (action == actions[i]).all()
+                for a, b in zip(alone[i], together.rows([i]), strict=True):
+                    assert a is b is None or torch.equal(a, b)
+    with pytest.raises(ValueError, match="2 generators for a batch of 3"):
+        agent.act(obs, together, generator=generators[:2])
+
+
+@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize("batch", [1, 5])
+def test_native_acts_as_eager_does(kinds, batch):
+    pytest.importorskip("fastdreamer._native")
+    agent, states = make_agent(kinds), {}
+    for backend in ("native", "eager"):
+        state = None
+        with use_backend(backend):
+            for t in range(3):
+                obs = make_obs(kinds, batch, seed=t)
+                _, state = agent.act(obs, state, sample=True, noise=0.1, generator=seeded(t))
+            assert last_backend("decide") == backend
+        states[backend] = state
+    for got, want in zip(states["native"][:3], states["eager"][:3], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_act_follows_its_generator():
