@@ -150,13 +150,11 @@ void act(const ActArgs& x) {
   const Vec scale = fill(x.mean_scale), inverse = fill(1.0f / x.mean_scale);
   by_policy<P>(x.transform, x.mean_scale, [&](const auto& std_of, auto bounded) {
     for (Index row = 0; row < x.rows; ++row) {
-      const float* raw = at(x.raw, row);
-      const float* noise = x.noise.data == nullptr ? nullptr : at(x.noise, row);
+      const float *raw = at(x.raw, row), *noise = at(x.noise, row);
       by_vectors(0, A, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
-        Vec u = get(raw + c);
-        if (bounded.value) u = scale * tanh<false>(u * inverse);
-        if (noise != nullptr) u = fma(std_of(get(raw + A + c)), get(noise + c), u);
-        const Vec a = tanh<false>(u);
+        Vec mean = get(raw + c);
+        if (bounded.value) mean = scale * tanh<false>(mean * inverse);
+        const Vec a = tanh<false>(fma(std_of(get(raw + A + c)), get(noise + c), mean));
         put(at(x.out32, row) + c, a);
         if (x.out.data != nullptr) put(at<typename P::Elem>(x.out, row) + c, a);
       });

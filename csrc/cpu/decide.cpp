@@ -1,5 +1,6 @@
 #include "cpu/decide.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "cpu/parallel.h"
@@ -30,6 +31,9 @@ Decide::Decide(const DecideArgs& args, Arena& scratch, int threads)
   if (!d.acts) return;
   actor_ = take_mlp(scratch, k, d.actor.mlp, rows, false);
   actor_raw_ = take_floats(scratch, rows, 2 * d.rssm.A);
+  if (args.action_noise != nullptr) return;
+  zeros_ = scratch.take<float>(d.rssm.A);
+  std::fill_n(zeros_, d.rssm.A, 0.0f);
 }
 
 void Decide::run() const {
@@ -69,8 +73,14 @@ void Decide::tile(Index begin, Index rows, int thread) const {
   // a' = tanh(mean + std ε)
   if (!d.acts) return;
   forward(k, d.actor.mlp, found_.at(row), rows, actor_, row, actor_raw_.at(row));
-  k.act({A, rows, actor_raw_.at(row), rows_of(x.action_noise, A).at(begin), d.actor.mean_scale,
-         d.actor.std, kNoRows, rows_of(x.next_action, A).at(begin)});
+  const Floats raw = actor_raw_.at(row);
+  Floats noise = rows_of(x.action_noise, A).at(begin);
+  if (noise.data == nullptr) {  // 0 · std is 0 whatever the policy's std is: it is left out
+    noise = {zeros_, 0};
+    for (Index i = 0; i < rows; ++i) std::fill_n(raw.data + i * raw.stride + A, A, 0.0f);
+  }
+  k.act({A, rows, raw, noise, d.actor.mean_scale, d.actor.std, kNoRows,
+         rows_of(x.next_action, A).at(begin)});
 }
 
 }  // namespace fastdreamer

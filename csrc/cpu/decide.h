@@ -51,6 +51,7 @@ class Decide {
   FloatBuffer h_, raw_, actor_raw_, vector32_;
   DeterBuffers deter_;
   MlpBuffers encoder_, post_, actor_;
+  float* zeros_ = nullptr;  // [A], the mode's noise
 };
 
 }  // namespace fastdreamer

@@ -125,8 +125,7 @@ struct SampleBackwardArgs {
 // x, y = raw; action = tanh(c * tanh(x / c) + std(y) * noise), c = mean_scale; infinite: x itself.
 struct ActArgs {
   Index A, rows;
-  Floats raw;    // [2A]
-  Floats noise;  // [A]; null data: none, whatever std is
+  Floats raw, noise;  // [2A], [A]
   float mean_scale;
   StdTransform transform;
   Rows out;      // null data: not wanted
