@@ -1,5 +1,7 @@
-"""Milliseconds of one decision, in collection, alone and in an evaluation:
-`python -m benchmarks.collection [--write]`."""
+"""Milliseconds of one decision, in collection, alone and in evaluations.
+
+`python -m benchmarks.collection [--write]`.
+"""
 
 from __future__ import annotations
 
@@ -54,6 +56,7 @@ ACT_ROWS = {
 KINDS = {"state": "state", "pixels": "report", "both": "report"}
 """What an agent sees → the preset of its networks, for `act()` alone."""
 EPISODES = 10  # of an evaluation
+SHORT = {"state": 0.5, "pixels": 0.25}  # simulated seconds of its episodes here
 BLOCK = 10  # decisions in a row: the GL context changes between variants, not in training
 
 
@@ -147,10 +150,10 @@ def _acts(repeats: int, warmup: int) -> dict[str, dict[str, Any]]:
     return results
 
 
-def _evaluations(rounds: int, seconds: float) -> dict[str, dict[str, Any]]:
+def _evaluations(rounds: int) -> dict[str, dict[str, Any]]:
     """A decision of evaluations one after another and side by side, in turn."""
     results = {}
-    for kind in ("state", "pixels"):
+    for kind, seconds in SHORT.items():
         config = _config(kind, KINDS[kind], time_limit=seconds)
         envs = more_envs([], config, EPISODES)
         agent = Policy(config, envs[0].obs_shapes, envs[0].action_dim)
@@ -223,7 +226,7 @@ def measure(repeats: int, warmup: int) -> dict[str, Any]:
             for name, recorder in recorders.items()
         },
         "acts": _acts(10 * repeats, warmup),
-        "evaluations": _evaluations(rounds=MIN_REPEATS, seconds=0.5),
+        "evaluations": _evaluations(rounds=MIN_REPEATS),
     }
 
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/parallel.h"
+#include "cpu/task.h"
 
 namespace fastdreamer {
 
@@ -12,7 +12,7 @@ Decide::Decide(const DecideArgs& args, Arena& scratch, int threads)
       threads_(threads) {
   const Kernels& k = *args.kernels;
   const Decider& d = *args.decider;
-  const Tiling tiling(args.B, kTile, threads);
+  const Tiling tiling = tiling_for(k, args.B, threads);
   tile_ = tiling.size;
   const Index rows = tiling.threads * tile_;
   used_ = take_rows(scratch, k, rows, d.rssm.width());
@@ -37,13 +37,14 @@ Decide::Decide(const DecideArgs& args, Arena& scratch, int threads)
 }
 
 void Decide::run() const {
-  parallel_tiles(Tiling(args_.B, kTile, threads_),
+  parallel_tiles(tiling_for(*args_.kernels, args_.B, threads_),
                  [&](Index begin, Index rows, int thread) { tile(begin, rows, thread); });
 }
 
 void Decide::tile(Index begin, Index rows, int thread) const {
   const DecideArgs& x = args_;
-  const Kernels& k = *x.kernels;
+  const Task task(*x.kernels, x.B, rows);
+  const Kernels& k = task.kernels;
   const Decider& d = *x.decider;
   const Rssm& rssm = d.rssm;
   const Index A = rssm.A, D = rssm.D, S = rssm.S, V = d.vector(), row = thread * tile_;

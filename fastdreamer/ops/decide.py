@@ -62,8 +62,8 @@ def decide(
         backend: see ``fastdreamer.ops.backend``.
 
     Returns:
-        The posterior state and the action tanh(mean + std·ε), in the parameters' dtype. With
-        native a row's are the same bits whatever other rows are in the batch.
+        The posterior state and the action tanh(mean + std·ε), in the parameters' dtype. Native in
+        float32 gives a row the same bits whatever other rows are in the batch.
 
     Raises:
         TypeError: not a tensor. ValueError: a shape, dtype or device does not fit, there is no

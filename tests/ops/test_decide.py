@@ -205,7 +205,7 @@ def test_the_extension_checks_again():
         native.decide(packed, *given, tuple(outputs), 0)
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16", "amx", "amx_emulated"])
 def test_isa(isa, run_on_isa):
     pytest.importorskip("fastdreamer._native")
     run_on_isa(__file__, isa)
@@ -216,5 +216,6 @@ if __name__ == "__main__":  # on the instruction set that FASTDREAMER_ISA names
 
     for sees, batch in itertools.product(SEES, (1, 51)):
         check(REPORT, batch, sees=sees)
+        check(REPORT, batch, sees=sees, bf16=True)
         check(SMALL, batch, sees=sees)
     print(_native.isa())
