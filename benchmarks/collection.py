@@ -43,7 +43,8 @@ ROWS = {
     "render": "render (64 × 64)",
     "images": "act(): encoder of images (fp32)",
     "decide": "act(): filter and actor",
-    "policy": "act(): the rest",
+    "act": "act(): the rest",
+    "policy": "policy (fp32)",
     "other": "other",
     "whole": "**whole decision**",
 }
@@ -91,7 +92,7 @@ def _decisions(env: Env, policy: Callable[[], Callable], recorder: PhaseRecorder
         act = policy()
 
         def timed(obs: dict[str, np.ndarray], act: Callable = act) -> np.ndarray:
-            with recorder.annotate("policy"):
+            with recorder.annotate("act"):
                 return act(obs)
 
         steps = rollout_episode(env, timed, seed)
@@ -233,38 +234,42 @@ def measure(repeats: int, warmup: int) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """Return the result as a Markdown table."""
     phases = result["phases"]
-    rows = [
-        [label, *(cell(measured.get(phase)) for measured in phases.values())]
-        for phase, label in ROWS.items()
-    ]
-    acts, ways = result["acts"], list(result["evaluations"]["state"])
+    rows = _rows(ROWS, phases)
     gl, whole = result["gl"], next(iter(phases.values()))["whole"]
-    return (
+    text = (
         f"{result['settings']['task']}, drawn by {gl['backend']} ({gl['renderer']}); "
         f"{whole['repeats']} decisions, variants alternating every "
         f"{result['settings']['block']}.\n\n"
         + report.table(["ms: median (p20–p80)", *phases], rows)
-        + "\n\n`act()` by itself, in a loop, everything in cache:\n\n"
-        + report.table(
-            ["ms: median (p20–p80)", *(f"{kind} (preset {KINDS[kind]})" for kind in acts)],
-            [
-                [label, *(cell(measured.get(phase)) for measured in acts.values())]
-                for phase, label in ACT_ROWS.items()
-            ],
-        )
-        + f"\n\nEvaluation of {EPISODES} episodes, a decision of one of them:\n\n"
-        + report.table(
-            ["ms: median (p20–p80)", *ways, "ratio"],
-            [
-                [
-                    kind,
-                    *(cell(times) for times in measured.values()),
-                    f"{measured[ways[0]]['median_ms'] / measured[ways[1]]['median_ms']:.2f}×",
-                ]
-                for kind, measured in result["evaluations"].items()
-            ],
-        )
     )
+    if acts := result.get("acts"):
+        text += "\n\n`act()` by itself, in a loop, everything in cache:\n\n" + report.table(
+            ["ms: median (p20–p80)", *(f"{kind} (preset {KINDS[kind]})" for kind in acts)],
+            _rows(ACT_ROWS, acts),
+        )
+    if evaluations := result.get("evaluations"):
+        text += (
+            f"\n\nEvaluations of {EPISODES} episodes, a decision of one of them:\n\n"
+            + report.table(
+                ["ms: median (p20–p80)", *next(iter(evaluations.values())), "ratio"],
+                [[kind, *map(cell, ways.values()), _ratio(*ways.values())]
+                 for kind, ways in evaluations.items()],
+            )
+        )  # fmt: skip
+    return text
+
+
+def _rows(labels: dict[str, str], columns: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """A row for each of these phases that was measured at all."""
+    return [
+        [label, *(cell(measured.get(phase)) for measured in columns.values())]
+        for phase, label in labels.items()
+        if any(phase in measured for measured in columns.values())
+    ]
+
+
+def _ratio(first: dict[str, float], second: dict[str, float]) -> str:
+    return f"{first['median_ms'] / second['median_ms']:.2f}×"
 
 
 def main() -> None:
