@@ -1,9 +1,14 @@
-"""Milliseconds of one decision of collection: `python -m benchmarks.collection [--write]`."""
+"""Milliseconds of one decision, in collection, alone and in evaluations.
+
+`python -m benchmarks.collection [--write]`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -13,11 +18,19 @@ import torch
 
 from benchmarks import machine, report
 from benchmarks.timing import MIN_REPEATS, PhaseRecorder, cell, summary
+from fastdreamer import policy as policy_module
 from fastdreamer.agent import Dreamer
-from fastdreamer.config import preset
+from fastdreamer.config import Config, preset
 from fastdreamer.envs import Env, dmc
 from fastdreamer.envs.gl import select_gl
-from fastdreamer.play import agent_policy, rollout_episode
+from fastdreamer.play import (
+    agent_policy,
+    evaluate,
+    evaluate_together,
+    more_envs,
+    rollout_episode,
+)
+from fastdreamer.policy import Policy
 
 VARIANTS = {
     "full": ("full", dmc.SHADOW_SIZE),
@@ -28,10 +41,23 @@ VARIANTS = {
 ROWS = {
     "physics": "physics (2 control steps)",
     "render": "render (64 × 64)",
+    "images": "act(): encoder of images (fp32)",
+    "decide": "act(): filter and actor",
+    "act": "act(): the rest",
     "policy": "policy (fp32)",
     "other": "other",
     "whole": "**whole decision**",
 }
+ACT_ROWS = {
+    "images": "encoder of images",
+    "decide": "filter and actor",
+    "other": "the rest",
+    "whole": "**act()**",
+}
+KINDS = {"state": "state", "pixels": "report", "both": "report"}
+"""What an agent sees → the preset of its networks, for `act()` alone."""
+EPISODES = 10  # of an evaluation
+SHORT = {"state": 0.5, "pixels": 0.25}  # simulated seconds of its episodes here
 BLOCK = 10  # decisions in a row: the GL context changes between variants, not in training
 
 
@@ -66,7 +92,7 @@ def _decisions(env: Env, policy: Callable[[], Callable], recorder: PhaseRecorder
         act = policy()
 
         def timed(obs: dict[str, np.ndarray], act: Callable = act) -> np.ndarray:
-            with recorder.annotate("policy"):
+            with recorder.annotate("act"):
                 return act(obs)
 
         steps = rollout_episode(env, timed, seed)
@@ -75,10 +101,91 @@ def _decisions(env: Env, policy: Callable[[], Callable], recorder: PhaseRecorder
             yield
 
 
+@contextlib.contextmanager
+def _recorded(recorder: PhaseRecorder, agent: Policy) -> Iterator[None]:
+    """The two compiled parts of ``act`` as ranges of a recorder."""
+
+    def timed(name: str, function: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with recorder.annotate(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    encoder, decide = agent.model.encoder, policy_module.decide
+    with (
+        mock.patch.object(policy_module, "decide", timed("decide", decide)),
+        mock.patch.object(encoder, "embed_pixels", timed("images", encoder.embed_pixels)),
+    ):
+        yield
+
+
+def _config(obs: str, name: str, **env: Any) -> Config:
+    config = dataclasses.replace(preset(name), device="cpu")
+    return dataclasses.replace(
+        config, env=dataclasses.replace(config.env, task="walker-walk", obs=obs, **env)
+    )
+
+
+def _acts(repeats: int, warmup: int) -> dict[str, dict[str, Any]]:
+    """``act`` on one observation again and again, everything in cache."""
+    rng, results = np.random.default_rng(0), {}
+    for kind, name in KINDS.items():
+        config = _config(kind, name)
+        obs = {
+            "pixels": rng.integers(0, 256, (64, 64, 3), dtype=np.uint8),
+            "state": rng.normal(size=24).astype(np.float32),
+        }
+        if kind != "both":
+            obs = {kind: obs[kind]}
+        agent = Policy(config, {kind: x.shape for kind, x in obs.items()}, 6)
+        act = agent_policy(agent, 0, config.collect.noise, sample=config.collect.sample)
+        recorder = PhaseRecorder()
+        for _ in range(warmup):
+            act(obs)
+        with _recorded(recorder, agent):
+            for _ in range(repeats):
+                with recorder.repeat():
+                    act(obs)
+        results[kind] = {phase: summary(each) for phase, each in recorder.samples.items()}
+    return results
+
+
+def _evaluations(rounds: int) -> dict[str, dict[str, Any]]:
+    """A decision of evaluations one after another and side by side, in turn."""
+    results = {}
+    for kind, seconds in SHORT.items():
+        config = _config(kind, KINDS[kind], time_limit=seconds)
+        envs = more_envs([], config, EPISODES)
+        agent = Policy(config, envs[0].obs_shapes, envs[0].action_dim)
+        ways = {
+            "one after another": lambda agent=agent, envs=envs: [
+                evaluate(agent, envs[0], seed) for seed in range(EPISODES)
+            ],
+            "side by side": lambda agent=agent, envs=envs: evaluate_together(
+                agent, envs, range(EPISODES)
+            ),
+        }
+        first, second = (way() for way in ways.values())
+        assert first == second, f"{kind}: {first} and {second}"
+        decisions, times = EPISODES * envs[0].max_decisions, {way: [] for way in ways}
+        for _ in range(rounds):
+            for way, run in ways.items():
+                start = time.perf_counter()
+                run()
+                times[way].append((time.perf_counter() - start) / decisions)
+        results[kind] = {way: summary(each) for way, each in times.items()}
+        for env in envs:
+            env.close()
+    return results
+
+
 def measure(repeats: int, warmup: int) -> dict[str, Any]:
     """Time the parts of a decision, as the worker process makes it.
 
-    The worker acts in float32 whatever the precision of the learner, with one torch thread.
+    The worker acts in float32 whatever the precision of the learner, with one torch thread. In a
+    decision of collection the drawing before it has emptied the caches, in ``act`` by itself they
+    are full.
 
     Args:
         repeats: timed decisions per variant, rounded up to whole blocks of ``BLOCK``, in which
@@ -99,15 +206,18 @@ def measure(repeats: int, warmup: int) -> dict[str, Any]:
         recorders[name] = PhaseRecorder()
         env = make_env(name, recorders[name])
         agent = agent or Dreamer(config, env.obs_shapes, env.action_dim)
-        policy = lambda agent=agent: agent_policy(agent, 0, config.collect.noise)  # noqa: E731
+        policy = lambda agent=agent: agent_policy(  # noqa: E731
+            agent, 0, config.collect.noise, sample=config.collect.sample
+        )
         running[name] = _decisions(env, policy, recorders[name])
         for _ in range(warmup):
             next(running[name])
     for _ in range(-(-repeats // BLOCK)):
         for name, steps in running.items():
-            for _ in range(BLOCK):
-                with recorders[name].repeat():
-                    next(steps)
+            with _recorded(recorders[name], agent):
+                for _ in range(BLOCK):
+                    with recorders[name].repeat():
+                        next(steps)
     return {
         "machine": circumstances,
         "settings": {"task": config.env.task, "warmup": warmup, "block": BLOCK},
@@ -116,23 +226,50 @@ def measure(repeats: int, warmup: int) -> dict[str, Any]:
             name: {phase: summary(seconds) for phase, seconds in recorder.samples.items()}
             for name, recorder in recorders.items()
         },
+        "acts": _acts(10 * repeats, warmup),
+        "evaluations": _evaluations(rounds=MIN_REPEATS),
     }
 
 
 def table(result: dict[str, Any]) -> str:
     """Return the result as a Markdown table."""
     phases = result["phases"]
-    rows = [
-        [label, *(cell(measured.get(phase)) for measured in phases.values())]
-        for phase, label in ROWS.items()
-    ]
+    rows = _rows(ROWS, phases)
     gl, whole = result["gl"], next(iter(phases.values()))["whole"]
-    return (
+    text = (
         f"{result['settings']['task']}, drawn by {gl['backend']} ({gl['renderer']}); "
         f"{whole['repeats']} decisions, variants alternating every "
         f"{result['settings']['block']}.\n\n"
         + report.table(["ms: median (p20–p80)", *phases], rows)
     )
+    if acts := result.get("acts"):
+        text += "\n\n`act()` by itself, in a loop, everything in cache:\n\n" + report.table(
+            ["ms: median (p20–p80)", *(f"{kind} (preset {KINDS[kind]})" for kind in acts)],
+            _rows(ACT_ROWS, acts),
+        )
+    if evaluations := result.get("evaluations"):
+        text += (
+            f"\n\nEvaluations of {EPISODES} episodes, a decision of one of them:\n\n"
+            + report.table(
+                ["ms: median (p20–p80)", *next(iter(evaluations.values())), "ratio"],
+                [[kind, *map(cell, ways.values()), _ratio(*ways.values())]
+                 for kind, ways in evaluations.items()],
+            )
+        )  # fmt: skip
+    return text
+
+
+def _rows(labels: dict[str, str], columns: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """A row for each of these phases that was measured at all."""
+    return [
+        [label, *(cell(measured.get(phase)) for measured in columns.values())]
+        for phase, label in labels.items()
+        if any(phase in measured for measured in columns.values())
+    ]
+
+
+def _ratio(first: dict[str, float], second: dict[str, float]) -> str:
+    return f"{first['median_ms'] / second['median_ms']:.2f}×"
 
 
 def main() -> None:

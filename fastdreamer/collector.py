@@ -34,7 +34,8 @@ from fastdreamer.play import (
     collect,
     config_env,
     episode_seed,
-    evaluate,
+    evaluate_together,
+    more_envs,
     on_cpu,
     random_policy,
     run_backend,
@@ -230,7 +231,7 @@ def _worker(
         try:
             env = config_env(config)
             send({"obs_shapes": env.obs_shapes, "action_dim": env.action_dim})
-            agent = None
+            agent, envs = None, [env]
             while True:
                 job = Job(**json.loads(connection.recv_bytes()))
                 weights = load_bytes(connection.recv_bytes())
@@ -239,7 +240,7 @@ def _worker(
                 if weights:
                     agent.load_state_dict(weights, strict=False)
                 with run_backend(own):
-                    result = _run_job(job, config, agent, env, Path(episodes))
+                    result = _run_job(job, config, agent, envs, Path(episodes))
                 send(asdict(result))
         except (EOFError, ConnectionError):
             return  # the trainer is gone
@@ -255,8 +256,9 @@ def _exit_with_trainer() -> None:
     os._exit(1)
 
 
-def _run_job(job: Job, config: Config, agent: Policy, env: Any, episodes: Path) -> Result:
-    episode_return, episode_safety = None, {}
+def _run_job(job: Job, config: Config, agent: Policy, envs: list, episodes: Path) -> Result:
+    """``envs``: at least one; more are made for evaluations, and kept."""
+    env, episode_return, episode_safety = envs[0], None, {}
     signal = agent.guard.signal if agent.guard is not None else None
     if job.episode is not None:
         seed = episode_seed(config.seed, "collect", job.episode)
@@ -269,6 +271,7 @@ def _run_job(job: Job, config: Config, agent: Policy, env: Any, episodes: Path) 
                 seed,
                 config.collect.noise,
                 collecting_controller(config, job.episode),
+                sample=config.collect.sample,
                 explore=agent.explorer is not None,
                 shield=shield,
             )
@@ -287,9 +290,13 @@ def _run_job(job: Job, config: Config, agent: Policy, env: Any, episodes: Path) 
         write_episode(episodes, job.episode, arrays, meta)
     returns = []
     watch = Violations(signal) if signal is not None and job.evaluations else None
-    for i in range(job.evaluations):
-        video = Path(job.video) if job.video and i == 0 else None
-        seed = episode_seed(config.seed, "evaluate", i)
-        controller = config.eval.controller
-        returns.append(evaluate(agent, env, seed, video, controller, watch=watch))
+    if job.evaluations:
+        returns = evaluate_together(
+            agent,
+            more_envs(envs, config, job.evaluations),
+            [episode_seed(config.seed, "evaluate", i) for i in range(job.evaluations)],
+            Path(job.video) if job.video else None,
+            config.eval.controller,
+            watches=[watch] * job.evaluations if watch is not None else [],
+        )
     return Result(episode_return, returns, episode_safety, safety_rates(watch, None))

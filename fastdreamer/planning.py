@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdreamer.config import PlanConfig
+from fastdreamer.noise import Source, normal
 from fastdreamer.ops.cem import Score, cem
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.params import ActorParams, ReturnParams, RSSMParams, State
@@ -48,7 +49,7 @@ def plan(
     actor: ActorParams | None = None,
     score: Score = "lambda_return",
     last: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, PlanInfo]:
     """Plan from each state of a batch.
@@ -66,7 +67,8 @@ def plan(
         score: see :func:`fastdreamer.ops.cem.cem`.
         last: [H, B, A], the ``mean`` of the plan made one decision ago; None at the beginning.
         generator: draws every noise, on the CPU, iteration by iteration; the same seed gives the
-            same plan, unless a time limit decides how many iterations there are.
+            same plan, unless a time limit decides how many iterations there are. One, or one a row
+            of the batch; None is torch's own.
         backend: see ``fastdreamer.ops.backend``.
 
     Returns:
@@ -86,8 +88,10 @@ def plan(
     warm = config.warm_start and last is not None
     iterations = config.warm_iterations if warm else config.iterations
 
+    source = torch.default_generator if generator is None else generator
+
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(like)
+        return normal(source, *shape, dim=1).to(like)
 
     if warm:
         shape = (horizon, batch, dims["A"])

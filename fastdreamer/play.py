@@ -6,8 +6,9 @@ An episode is a function of its seed and the weights, wherever it is played.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fastdreamer.config import Config
 from fastdreamer.device import resolve_device
 from fastdreamer.envs import make_env
 from fastdreamer.ops.backend import use_backend
-from fastdreamer.policy import Policy
+from fastdreamer.policy import Policy, PolicyState
 from fastdreamer.safety import Shield
 from fastdreamer.viz.video import write_video
 
@@ -26,6 +27,9 @@ Act = Callable[[dict[str, np.ndarray]], np.ndarray]
 """Chooses an action on an observation."""
 Watch = Callable[[int, dict[str, np.ndarray], np.ndarray, float], None]
 """Looks on at an episode: called with t, the observation, the action that led to it, its reward."""
+
+TOGETHER = 10
+"""Episodes evaluated side by side at most: an environment from pixels takes about 45 MB."""
 
 
 def config_env(config: Config) -> Any:
@@ -39,6 +43,13 @@ def config_env(config: Config) -> Any:
         image_size=config.env.image_size,
         render_quality=config.env.render_quality,
     )
+
+
+def more_envs(envs: list[Any], config: Config, episodes: int) -> list[Any]:
+    """As many of them, made where they lack, as ``evaluate_together`` takes for such episodes."""
+    while len(envs) < min(episodes, TOGETHER):
+        envs.append(config_env(config))
+    return envs[:episodes]
 
 
 def on_cpu(config: Config) -> Config:
@@ -89,6 +100,7 @@ def agent_policy(
     noise: float,
     controller: str | None = None,
     *,
+    sample: bool = False,
     explore: bool = False,
     shield: Shield | None = None,
 ) -> Act:
@@ -102,6 +114,7 @@ def agent_policy(
             obs,
             state,
             controller=controller,
+            sample=sample,
             noise=noise,
             explore=explore,
             shield=shield,
@@ -164,15 +177,81 @@ def evaluate(
     shield: Shield | None = None,
     watch: Watch | None = None,
 ) -> float:
-    """Return of one episode without exploration noise; optionally write a video of it."""
-    images, total = [], 0.0
-    policy = agent_policy(agent, seed, 0.0, controller, shield=shield)
-    for t, (obs, action, reward, _, _) in enumerate(rollout_episode(env, policy, seed)):
-        total += reward
-        if watch is not None:
-            watch(t, obs, action, reward)
-        if video is not None and t % 2 == 0:
-            images.append(env.render(height=240, width=320))
-    if video is not None:
-        write_video(video, images, fps=1 / (2 * env.decision_seconds))
+    """Return of one episode without any sampled action or exploration noise; optionally write a
+    video of it."""
+    watches = [] if watch is None else [watch]
+    (total,) = evaluate_together(
+        agent, [env], [seed], video, controller, shield=shield, watches=watches
+    )
     return total
+
+
+def evaluate_together(
+    agent: Policy,
+    envs: Sequence[Any],
+    seeds: Sequence[int],
+    video: Path | None = None,
+    controller: str | None = None,
+    *,
+    shield: Shield | None = None,
+    watches: Sequence[Watch] = (),
+) -> list[float]:
+    """Returns of episodes like ``evaluate``'s, side by side: one decision is one batch of all.
+
+    An episode is a function of its seed and the weights: its environment and its generator are its
+    own. Where the ops run native it is the same, bit by bit, beside whatever others; elsewhere the
+    libraries round a row by what is beside it, and a chaotic task makes that another episode.
+
+    Args:
+        envs: environments of the agent's task, as many as episodes are played at once.
+        seeds: of the episodes.
+        video: where to write one of the first.
+        watches: one an episode, or none.
+    """
+    returns: list[float] = []
+    for first in range(0, len(seeds), len(envs)):
+        part = slice(first, first + len(envs))
+        act = partial(agent.act, controller=controller, shield=shield)
+        returns += _play(act, envs, seeds[part], None if first else video, watches[part])
+    return returns
+
+
+def _play(
+    act: Callable[..., tuple[np.ndarray, PolicyState]],
+    envs: Sequence[Any],
+    seeds: Sequence[int],
+    video: Path | None,
+    watches: Sequence[Watch],
+) -> list[float]:
+    """One episode in each of the first environments, until the last is over."""
+    images: list[np.ndarray] = []
+    totals = [0.0] * len(seeds)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    seen = [env.reset(seed=seed) for env, seed in zip(envs, seeds, strict=False)]
+
+    def note(i: int, t: int, action: np.ndarray, reward: float) -> None:
+        totals[i] += reward
+        if watches:
+            watches[i](t, seen[i], action, reward)
+        if video is not None and i == 0 and t % 2 == 0:
+            images.append(envs[0].render(height=240, width=320))
+
+    for i in range(len(seeds)):
+        note(i, 0, np.zeros(envs[i].action_dim, np.float32), 0.0)
+    running, state, t = list(range(len(seeds))), None, 0
+    while running:
+        obs = {kind: np.stack([seen[i][kind] for i in running]) for kind in seen[0]}
+        actions, state = act(obs, state, generator=[generators[i] for i in running])
+        t += 1
+        going = []
+        for row, i in enumerate(running):
+            seen[i], reward, terminated, truncated, _ = envs[i].step(actions[row])
+            note(i, t, actions[row], reward)
+            if not (terminated or truncated):
+                going.append(row)
+        if len(going) < len(running):
+            running, state = [running[row] for row in going], state.rows(going)
+    if video is not None:
+        envs[0].end_video()
+        write_video(video, images, fps=1 / (2 * envs[0].decision_seconds))
+    return totals

@@ -19,8 +19,9 @@ from fastdreamer.exploration import Explorer
 from fastdreamer.nn import MLP, Actor, WorldModel
 from fastdreamer.nn.codec import float_to_pixels
 from fastdreamer.nn.dists import symexp
+from fastdreamer.noise import Source, normal
+from fastdreamer.ops.decide import decide
 from fastdreamer.ops.imagine import imagine
-from fastdreamer.ops.observe import observe
 from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.params import ReturnParams, State
 from fastdreamer.planning import PlanInfo, plan
@@ -34,6 +35,11 @@ class PolicyState(NamedTuple):
     stoch: Tensor  # [B, S]
     action: Tensor  # [B, A], the last action
     plan: Tensor | None = None  # [H, B, A], the last plan, which a warm start goes on from
+
+    def rows(self, index: list[int]) -> PolicyState:
+        """Those of some environments."""
+        plan = None if self.plan is None else self.plan[:, index]
+        return PolicyState(self.deter[index], self.stoch[index], self.action[index], plan)
 
 
 class Policy(nn.Module):
@@ -81,7 +87,7 @@ class Policy(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return next(self.parameters()).device
+        return self.model.rssm.gru.weight_hh.device
 
     def initial_state(self, batch: int) -> PolicyState:
         """The state before an episode, [batch, ...] zeros."""
@@ -95,10 +101,11 @@ class Policy(nn.Module):
         state: PolicyState | None = None,
         *,
         controller: str | None = None,
+        sample: bool = False,
         noise: float = 0.0,
         explore: bool = False,
         shield: Shield | None = None,
-        generator: torch.Generator | None = None,
+        generator: Source | None = None,
     ) -> tuple[np.ndarray, PolicyState]:
         """Filter one observation and choose an action.
 
@@ -108,18 +115,22 @@ class Policy(nn.Module):
             state: what the last call returned; None at the start of an episode.
             controller: ``"actor"``; ``"mpc"``, a plan ranked by λ-return; ``"planet"``, one ranked
                 by the sum of rewards; None takes the agent's own, actor or (PlaNet) planet.
+            sample: the actor acts by a sample tanh(mean + std·ε); a plan is what it is.
             noise: standard deviation of Gaussian exploration noise. The action is clipped to
                 [-1, 1], and the noisy, clipped one is what the filter sees next.
             explore: be optimistic: the exploring actor chooses, a plan is ranked by the upper
                 confidence bound.
             shield: of ``make_shield()``; has the last word on the action, noise included, and
                 counts what it does.
-            generator: of the posterior sample, the plan, the exploration noise and the shield's
-                candidates; None uses the agent's own, seeded with ``config.seed``.
+            generator: of the posterior sample, the actor's sample or the plan, the exploration
+                noise and the shield's candidates, in this order; None uses the agent's own, seeded
+                with ``config.seed``. A sequence has one for every row of the batch, which then is
+                an environment of its own: it draws what it would draw alone, and where the ops run
+                native its action and state are those it would have alone, bit by bit.
 
         Returns:
-            The action, float32 [A] or [B, A] in [-1, 1], and the state for the next call. With
-            ``noise=0`` the actor's action is tanh(mean).
+            The action, float32 [A] or [B, A] in [-1, 1], and the state for the next call. Without
+            ``sample`` and ``noise`` the actor's action is tanh(mean).
 
         Raises:
             ValueError: an observation does not fit the agent. ConfigError: it has no such
@@ -132,25 +143,27 @@ class Policy(nn.Module):
         if len(state.deter) != batch:
             raise ValueError(f"act: a batch of {batch} observations, {len(state.deter)} states")
         generator = generator or self._act_generator
-        draw = lambda size: torch.randn(batch, size, generator=generator).to(self.device)  # noqa: E731
-        embed = self.model.encoder(tensors)
-        filtered = observe(
-            self.model.rssm.params(),
-            State(state.deter, state.stoch),
-            embed[None],
-            state.action[None],
-            torch.zeros(1, batch, dtype=torch.bool, device=self.device),
-            draw(self.model.rssm.stoch)[None],
-        ).state
-        deter, stoch = filtered.deter[0], filtered.stoch[0]
-        chosen, controller = None, self.controller(controller)
+        draw = lambda size: normal(generator, batch, size).to(state.deter.device)  # noqa: E731
+        controller = self.controller(controller)
         if explore and self.explorer is None:
             raise ConfigError("act: this agent has no explorer; train one with --explore ucb")
+        actor = None
         if controller == "actor":
-            actor = (self.explorer.actor if explore else None) or self.actor
-            action = torch.tanh(actor(torch.cat([deter, stoch], -1)).mean)
-        else:
-            now = State(deter, stoch)
+            actor = ((self.explorer.actor if explore else None) or self.actor).params()
+        encoder, rssm = self.model.encoder, self.model.rssm
+        now, action = decide(
+            rssm.params(),
+            actor,
+            State(state.deter, state.stoch),
+            state.action,
+            self._embed(tensors.get("pixels"), alone=not isinstance(generator, torch.Generator)),
+            draw(rssm.stoch),
+            draw(self.action_dim) if sample and actor else None,
+            encoder=encoder.state and encoder.state.params(),
+            vector=tensors.get("state"),
+        )
+        chosen = None
+        if action is None:
             action, info = self.plan(
                 now, controller, explore=explore, last=state.plan, generator=generator
             )
@@ -158,9 +171,16 @@ class Policy(nn.Module):
         if noise:
             action = (action + noise * draw(self.action_dim)).clamp(-1, 1)
         if shield is not None:
-            action = shield(State(deter, stoch), action, generator)
+            action = shield(now, action, generator)
         out = action.cpu().numpy().copy()  # the caller may change it, the filter must not see that
-        return (out if batched else out[0]), PolicyState(deter, stoch, action, chosen)
+        return (out if batched else out[0]), PolicyState(*now, action, chosen)
+
+    def _embed(self, pixels: Tensor | None, *, alone: bool) -> Tensor | None:
+        """Embed images; ``alone``: one by one, as libraries round each by what is beside it."""
+        if pixels is None:
+            return None
+        embed = self.model.encoder.embed_pixels
+        return torch.cat([embed(image) for image in pixels.split(1)]) if alone else embed(pixels)
 
     def controller(self, name: str | None = None) -> str:
         """The controller of that name, ``None`` and ``"auto"`` being the agent's own.
@@ -186,7 +206,7 @@ class Policy(nn.Module):
         *,
         explore: bool = False,
         last: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: Source | None = None,
     ) -> tuple[Tensor, PlanInfo]:
         """Plan with ``config.plan`` from each state of a batch.
 
@@ -195,7 +215,7 @@ class Policy(nn.Module):
             controller: ``"mpc"`` or ``"planet"``.
             explore: rank by the upper confidence bound of the same score.
             last: ``PlanInfo.mean`` of one decision ago, for a warm start.
-            generator: of every noise; None uses the agent's own.
+            generator: of every noise, one or one a row; None uses the agent's own.
 
         Returns:
             The actions [B, A] and how they were found; see :func:`fastdreamer.planning.plan`.
@@ -234,14 +254,13 @@ class Policy(nn.Module):
                 kinds = " and ".join(self.obs_shapes)
                 raise ValueError(f"act: obs must be a dict with {kinds}, got {type(obs).__name__}")
             obs = {next(iter(self.obs_shapes)): obs}
-        tensors, leads = {}, set()
+        tensors, leads, device = {}, set(), self.device
         for kind, shape in self.obs_shapes.items():
             if kind not in obs:
                 raise ValueError(f"act: obs lacks {kind!r}, got {', '.join(obs)}")
             x = obs[kind]
             if not isinstance(x, Tensor):  # a copy: frames may be read-only or upside down
                 x = torch.from_numpy(np.array(x, order="C"))
-            x = x.to(self.device)
             dtype = torch.uint8 if kind == "pixels" else torch.float32
             if kind == "pixels" and x.dtype != dtype:
                 raise ValueError(f"act: pixels must be uint8, got {str(x.dtype)[6:]}")
@@ -251,7 +270,7 @@ class Policy(nn.Module):
                 raise ValueError(
                     f"act: {kind} must be [{want}] or [B, {want}], got {list(x.shape)}"
                 )
-            tensors[kind] = x.to(dtype).reshape(-1, *shape)
+            tensors[kind] = x.to(device, dtype).view(-1, *shape)
             leads.add(tuple(lead))
         if len(leads) > 1:
             raise ValueError("act: pixels and state differ in their batch size")

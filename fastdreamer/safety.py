@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fastdreamer.config import Config, ConfigError, SafetyConfig
 from fastdreamer.nn import MLP, RSSM
+from fastdreamer.noise import Source, normal
 from fastdreamer.ops.cem import top
 from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.params import MLPParams, RSSMParams, State, mlp
@@ -302,7 +303,7 @@ class Shield:
         self.config, self.rssm, self.barrier = config, rssm, barrier
         self.decisions = self.changed = self.failed = 0
 
-    def __call__(self, state: State, action: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(self, state: State, action: Tensor, generator: Source) -> Tensor:
         """Filter actions [B, A] proposed in states [B, ...]."""
         config, (batch, size) = self.config, action.shape
         shape = (config.shield_iterations, batch, config.shield_samples, size)
@@ -311,7 +312,7 @@ class Shield:
             self.barrier.params(),
             state,
             action,
-            torch.randn(shape, generator=generator).to(action.device),
+            normal(generator, *shape, dim=1).to(action.device),
             alpha=config.alpha,
             std=config.shield_std,
             num_elites=config.shield_elites,

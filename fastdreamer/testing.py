@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,7 +68,17 @@ _RECURRENT_BF16 = Limit(
     sums=1 / 8,  # a single number, Σ over H·B rows (measured: 0.09)
 )
 BF16_LIMITS = dict.fromkeys(
-    ("rssm_step", "observe", "imagine", "open_loop", "cem", "encode", "decode", "decode_error"),
+    (
+        "rssm_step",
+        "observe",
+        "decide",
+        "imagine",
+        "open_loop",
+        "cem",
+        "encode",
+        "decode",
+        "decode_error",
+    ),
     _RECURRENT_BF16,
 )
 """Those of a backend's bfloat16 against eager under autocast to bfloat16."""
@@ -213,6 +223,44 @@ def observe_inputs(
         "is_first": is_first,
         "noise": draw.randn(T, B, sizes.S),
     }
+
+
+def decide_inputs(
+    sizes: Sizes,
+    B: int,
+    *,
+    sees: Literal["embed", "vector", "both"] = "embed",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """Return arguments of ``decide`` by name.
+
+    ``sees``: an embedding [B, E]; a vector of 4 numbers, embedded by 2 layers of ``units``; both,
+    where the embedding is the rest of E.
+    """
+    draw = _Draw(sizes, seed, dtype)
+    inputs = {
+        "params": draw.params,
+        "actor": draw.actor,
+        "state": draw.state(B),
+        "action": draw.action(B),
+        "state_noise": draw.randn(B, sizes.S),
+        "action_noise": draw.randn(B, sizes.A),
+        "encoder": None,
+        "vector": None,
+    }
+    columns = sizes.E
+    if sees != "embed":
+        units = sizes.units if sees == "both" else sizes.E
+        shapes = (units, 4), (units, units)
+        inputs["encoder"] = MLPParams(
+            tuple(draw.uniform(-1, 1, *shape) / shape[1] ** 0.5 for shape in shapes),
+            tuple(draw.uniform(-1, 1, units) / 2 for _ in shapes),
+            sizes.activation,
+        )
+        inputs["vector"] = 10 * draw.randn(B, 4)
+        columns -= units
+    return inputs | {"embed": draw.randn(B, columns) if columns else None}
 
 
 def imagine_inputs(

@@ -86,7 +86,7 @@ def test_playing_takes_the_runs_backend_or_its_own(command, run, capsys, tmp_pat
     def took(run_dir, *options):
         out = [] if command[0] == "eval" else ["--out", str(tmp_path / f"out-{len(seen)}")]
         assert main([command[0], str(run_dir), *command[1:], *out, *options]) == 0
-        seen.append(last_backend("observe"))
+        seen.append(last_backend("decide"))
 
     seen: list = []
     took(tmp_path / "run")

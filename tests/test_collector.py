@@ -96,9 +96,25 @@ def test_an_episode_depends_on_seed_index_and_weights_alone(collector, agent, en
     assert len(set(contents)) == 5
 
     seed = episode_seed(CONFIG.seed, "collect", 4)
-    played, frames = collect(env, agent_policy(agent, seed, CONFIG.collect.noise), seed)
+    policy = agent_policy(agent, seed, CONFIG.collect.noise, sample=True)
+    played, frames = collect(env, policy, seed)
     assert frames == FRAMES and played.keys() == arrays.keys()
     assert all(np.array_equal(played[k], arrays[k]) for k in arrays)
+
+
+def test_the_worker_samples_where_it_is_to(tmp_path, agent, env):
+    config = dataclasses.replace(CONFIG, collect=dataclasses.replace(CONFIG.collect, sample=False))
+    collector = Collector(config, tmp_path)
+    try:
+        collector.submit(job(4), policy_weights(agent))
+        collector.wait()
+    finally:
+        collector.close()
+    recorded, _ = read_episode(episode_path(tmp_path, 4))
+    seed = episode_seed(config.seed, "collect", 4)
+    for sample in (False, True):
+        played, _ = collect(env, agent_policy(agent, seed, 0.3, sample=sample), seed)
+        assert np.array_equal(played["action"], recorded["action"]) != sample
 
 
 def test_evaluations_are_deterministic_and_leave_episodes_alone(collector, agent, env):
@@ -142,7 +158,7 @@ def test_the_worker_plays_with_the_runs_backend(backend, agent, tmp_path, monkey
     collector_module._worker(worker, json.dumps(to_dict(config)), str(tmp_path), None)
     thread.join()
     assert answers[0]["action_dim"] == 6 and len(answers[1]["eval_returns"]) == 1
-    assert last_backend("observe") == backend
+    assert last_backend("decide") == backend
     assert episode_path(tmp_path, 0).exists()
 
 
@@ -160,7 +176,7 @@ def test_a_real_worker_takes_the_runs_backend_before_the_environments(agent, tmp
         finally:
             collector.close()
     assert isinstance(answers["eager"].episode_return, float)
-    assert "observe: backend 'triton' cannot run" in answers["auto"], "auto leaves it the choice"
+    assert "decide: backend 'triton' cannot run" in answers["auto"], "auto leaves it the choice"
 
 
 def test_what_a_gpu_is_told_is_no_advice_to_the_worker():
@@ -257,7 +273,7 @@ def test_pixels_are_the_same_in_every_process(tmp_path):
     finally:
         collector.close()
     seed = episode_seed(config.seed, "collect", 1)
-    played, _ = collect(env, agent_policy(agent, seed, config.collect.noise), seed)
+    played, _ = collect(env, agent_policy(agent, seed, config.collect.noise, sample=True), seed)
     recorded, _ = read_episode(episode_path(tmp_path, 1))
     assert recorded["pixels"].std() > 1  # something was drawn
     assert all(np.array_equal(played[k], recorded[k]) for k in recorded)

@@ -316,6 +316,58 @@ def test_render_for_videos(obs):
         np.testing.assert_array_equal(value, first[kind])
 
 
+def test_the_framebuffer_after_a_video():
+    """Larger images than observations make it grow, end_video gives it back; no image changes."""
+    env = make_env("walker", obs="pixels")
+    buffer = env._task._env.physics.model.vis.global_
+    size = lambda: (buffer.offheight, buffer.offwidth)  # noqa: E731
+    first = env.reset(seed=0)["pixels"]
+    assert size() == (64, 64)
+    env.end_video()  # there was none
+    contexts = env._task._env.physics.contexts
+    assert size() == (64, 64)
+    large = env.render(240, 320)
+    assert size() == (240, 320) and env._task._env.physics.contexts is not contexts
+    env.end_video()
+    assert size() == (64, 64)
+    np.testing.assert_array_equal(env.reset(seed=0)["pixels"], first)
+    contexts = env._task._env.physics.contexts
+    env.step(np.zeros(6))
+    env.end_video()
+    assert env._task._env.physics.contexts is contexts  # nothing to give back
+    env.reset(seed=0)
+    np.testing.assert_array_equal(env.render(240, 320), large)
+    env.close()
+    state = make_env("walker", obs="state")
+    state.reset(seed=0)
+    state.render(48, 64)
+    state.end_video()
+    buffer = state._task._env.physics.model.vis.global_
+    assert (buffer.offheight, buffer.offwidth) == (1, 1)
+    assert state.render(48, 64).any()
+    state.close()
+
+
+def test_environments_draw_side_by_side():
+    """Contexts of their own in one process: what one draws does not depend on another."""
+    alone = []
+    for seed in range(3):
+        env = make_env("walker", obs="pixels")
+        alone.append(play(env, seed))
+        env.close()
+    envs = [make_env("walker", obs="pixels") for _ in range(3)]
+    rngs = [np.random.default_rng(seed) for seed in range(3)]
+    together = [[env.reset(seed=seed)] for seed, env in enumerate(envs)]
+    for _ in range(4):
+        for env, rng, seen in zip(envs, rngs, together, strict=True):
+            action = rng.uniform(-1, 1, env.action_dim).astype(np.float32)
+            seen.append(env.step(action)[0])
+    for (images, _), seen in zip(alone, together, strict=True):
+        assert images == [obs["pixels"].tobytes() for obs in seen]
+    for env in envs:
+        env.close()
+
+
 def test_render_does_not_disturb_the_episode():
     plain, watched = make_env("walker", obs="state"), make_env("walker", obs="state")
     plain.reset(seed=1)

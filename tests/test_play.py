@@ -1,13 +1,27 @@
 """Playing episodes: seeds, policies, and what an episode starts with."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
+from fastdreamer import play
 from fastdreamer.agent import Dreamer
 from fastdreamer.config import preset
 from fastdreamer.envs import make_env
-from fastdreamer.play import agent_policy, collect, episode_seed, random_policy, rollout_episode
+from fastdreamer.ops.backend import use_backend
+from fastdreamer.play import (
+    TOGETHER,
+    agent_policy,
+    collect,
+    episode_seed,
+    evaluate,
+    evaluate_together,
+    more_envs,
+    random_policy,
+    rollout_episode,
+)
 
 CONFIG = preset("tiny")
 DECISIONS, FRAMES = 20, 40
@@ -65,6 +79,14 @@ def test_agent_policy_noise_is_seeded_and_zero_noise_is_the_mean(agent):
     assert np.abs(first(1, 100.0)).max() == 1  # clipped
 
 
+def test_agent_policy_samples_where_it_is_to(agent):
+    obs = {"state": np.linspace(-1, 1, 24, dtype=np.float32)}
+    generator = lambda: torch.Generator().manual_seed(1)  # noqa: E731
+    drawn, _ = agent.act(obs, sample=True, noise=0.3, generator=generator())
+    assert np.array_equal(agent_policy(agent, 1, 0.3, sample=True)(obs), drawn)
+    assert not np.array_equal(agent_policy(agent, 1, 0.3)(obs), drawn)
+
+
 def test_an_episode_starts_with_its_reset(env):
     steps = list(rollout_episode(env, random_policy(6, 0), seed=5))
     assert len(steps) == DECISIONS + 1
@@ -79,3 +101,96 @@ def test_an_episode_starts_with_its_reset(env):
     assert {k: v.dtype for k, v in arrays.items()} == {
         "state": np.float32, "action": np.float32, "reward": np.float32, "terminated": np.bool_
     }  # fmt: skip
+
+
+# ---------------------------------------------------------------- side by side
+
+
+class Short:
+    """An environment whose episode ends after some decisions of its own."""
+
+    def __init__(self, env, decisions):
+        self._env, self._decisions = env, decisions
+
+    def __getattr__(self, name):
+        return getattr(self._env, name)
+
+    def reset(self, seed=None):
+        self._left = self._decisions
+        return self._env.reset(seed=seed)
+
+    def step(self, action):
+        self._left -= 1
+        obs, reward, terminated, truncated, frames = self._env.step(action)
+        return obs, reward, terminated or not self._left, truncated, frames
+
+
+def play_alone(agent, env, seed, **options):
+    """An episode by act on one observation at a time, and what its watch is told."""
+    policy = agent_policy(agent, seed, 0.0, **options)
+    return [
+        (t, obs["state"].tolist(), action.tolist(), reward)
+        for t, (obs, action, reward, *_) in enumerate(rollout_episode(env, policy, seed))
+    ]
+
+
+@pytest.mark.parametrize("controller", ["actor", "mpc", "planet"])
+def test_episodes_side_by_side_are_those_alone(controller):
+    pytest.importorskip("fastdreamer._native")
+    plan = dataclasses.replace(CONFIG.plan, warm_start=True, warm_iterations=1)
+    agent = Dreamer(dataclasses.replace(CONFIG, plan=plan), {"state": (24,)}, 6)
+    envs = more_envs([], CONFIG, 4)
+    lengths, seeds = [5, DECISIONS, 1, 9], [7, 3, 8, 1, 5, 2]
+    short = [Short(env, n) for env, n in zip(envs, lengths, strict=True)]
+    told = [[] for _ in seeds]
+
+    def watch(i):
+        return lambda t, obs, action, reward: told[i].append(
+            (t, obs["state"].tolist(), action.tolist(), reward)
+        )
+
+    with use_backend("native"):
+        returns = evaluate_together(
+            agent, short, seeds, controller=controller, watches=[watch(i) for i in range(6)]
+        )
+        for i, seed in enumerate(seeds):
+            env = short[i % 4]
+            assert told[i] == play_alone(agent, env, seed, controller=controller)
+            assert len(told[i]) == lengths[i % 4] + 1
+            assert returns[i] == sum(step[-1] for step in told[i])
+            assert returns[i] == evaluate(agent, env, seed, controller=controller)
+
+
+def test_a_shield_side_by_side():
+    pytest.importorskip("fastdreamer._native")
+    config = dataclasses.replace(
+        CONFIG, safety=dataclasses.replace(CONFIG.safety, signal="walker", shield_samples=8)
+    )
+    agent = Dreamer(config, {"state": (24,)}, 6)
+    with torch.no_grad():
+        agent.guard.barrier.layers[-1].weight.mul_(30)
+    envs, seeds = more_envs([], config, 3), [1, 2, 3]
+    together, alone = agent.make_shield(), agent.make_shield()
+    with use_backend("native"):
+        returns = evaluate_together(agent, envs, seeds, shield=together)
+        assert returns == [evaluate(agent, envs[0], seed, shield=alone) for seed in seeds]
+    counts = lambda s: (s.decisions, s.changed, s.failed)  # noqa: E731
+    assert counts(together) == counts(alone) and 0 < together.changed < together.decisions
+
+
+def test_eager_s_episodes_side_by_side(agent):
+    """Equal up to what a library makes of a row: the first decisions, before it grows."""
+    envs, seeds = more_envs([], CONFIG, 3), [1, 2, 3]
+    short = [Short(env, 3) for env in envs]
+    with use_backend("eager"):
+        returns = evaluate_together(agent, short, seeds)
+        alone = [evaluate(agent, short[0], seed) for seed in seeds]
+    np.testing.assert_allclose(returns, alone, rtol=1e-3)
+
+
+def test_environments_are_made_once_and_not_too_many(monkeypatch):
+    monkeypatch.setattr(play, "config_env", lambda config: object())
+    envs = []
+    first = more_envs(envs, CONFIG, 2)
+    assert len(first) == 2 and more_envs(envs, CONFIG, 1) == first[:1]
+    assert len(more_envs(envs, CONFIG, 1000)) == TOGETHER and envs[:2] == first

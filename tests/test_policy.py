@@ -9,6 +9,7 @@ import torch
 
 from fastdreamer.config import preset
 from fastdreamer.nn.dists import symexp
+from fastdreamer.ops.backend import last_backend, use_backend
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.params import State
@@ -84,6 +85,46 @@ def test_a_batch_of_one_is_one(kinds):
         assert all(torch.equal(x, y) for x, y in zip(one[:3], many[:3], strict=True))
 
 
+@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize("controller", ["actor", "mpc"])
+def test_a_row_with_its_own_generator_is_alone(kinds, controller):
+    """Native: bit by bit, over several decisions, the images' encoder included."""
+    pytest.importorskip("fastdreamer._native")
+    agent = make_agent(kinds)
+    options = {"controller": controller, "sample": True, "noise": 0.2}
+    alone, together, generators = [None] * 3, None, [seeded(i) for i in range(3)]
+    own = [seeded(i) for i in range(3)]
+    with use_backend("native"):
+        for t in range(3):
+            obs = make_obs(kinds, 3, seed=t)
+            actions, together = agent.act(obs, together, generator=generators, **options)
+            for i in range(3):
+                single = {kind: x[i] for kind, x in obs.items()}
+                action, alone[i] = agent.act(single, alone[i], generator=[own[i]], **options)
+                assert (action == actions[i]).all()
+                for a, b in zip(alone[i], together.rows([i]), strict=True):
+                    assert a is b is None or torch.equal(a, b)
+    with pytest.raises(ValueError, match="2 generators for a batch of 3"):
+        agent.act(obs, together, generator=generators[:2])
+
+
+@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize("batch", [1, 5])
+def test_native_acts_as_eager_does(kinds, batch):
+    pytest.importorskip("fastdreamer._native")
+    agent, states = make_agent(kinds), {}
+    for backend in ("native", "eager"):
+        state = None
+        with use_backend(backend):
+            for t in range(3):
+                obs = make_obs(kinds, batch, seed=t)
+                _, state = agent.act(obs, state, sample=True, noise=0.1, generator=seeded(t))
+            assert last_backend("decide") == backend
+        states[backend] = state
+    for got, want in zip(states["native"][:3], states["eager"][:3], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_act_follows_its_generator():
     agent, obs = make_agent(), make_obs(("state",))
     first, _ = agent.act(obs, noise=0.3, generator=seeded(1))
@@ -136,6 +177,33 @@ def test_the_noisy_clipped_action_is_what_the_filter_sees():
     _, after_clean = agent.act(obs, quiet, generator=seeded(2))
     _, after_noisy = agent.act(obs, state, generator=seeded(2))
     assert (after_clean.deter != after_noisy.deter).any(-1).all()
+
+
+def test_a_sample_then_the_noise_then_the_clip():
+    """Both sources: a draw of the tanh-Normal, then N(0, noise), clipped, and so remembered."""
+    agent, obs = make_agent(), make_obs(("state",), 200)
+    _, state = agent.act(obs, generator=seeded(1))
+    noisy, after = agent.act(obs, sample=True, noise=0.3, generator=seeded(1))
+    draw = seeded(1)
+    torch.randn(200, 4, generator=draw)  # the posterior sample
+    epsilon, noise = (torch.randn(200, A, generator=draw) for _ in range(2))
+    with torch.no_grad():
+        dist = agent.actor(torch.cat([state.deter, state.stoch], -1))
+    want = (torch.tanh(dist.mean + dist.std * epsilon) + 0.3 * noise).clamp(-1, 1)
+    torch.testing.assert_close(after.action, want)
+    np.testing.assert_array_equal(noisy, after.action.numpy())
+    # at the start, with a standard deviation of 5, that is nearly bang-bang; tanh(mean) is near 0
+    sampled, _ = agent.act(obs, sample=True, generator=seeded(1))
+    assert (np.abs(sampled) > 0.9).mean() > 0.5 and np.abs(np.tanh(dist.mean.numpy())).max() < 0.5
+
+
+def test_a_plan_is_no_sample():
+    agent, obs = make_agent(), make_obs(("state",), 2)
+    planned = [
+        agent.act(obs, controller="mpc", sample=sample, noise=0.3, generator=seeded(1))[0]
+        for sample in (False, True)
+    ]
+    assert (planned[0] == planned[1]).all()
 
 
 def test_the_caller_owns_the_action():

@@ -13,6 +13,7 @@
 #include "bindings/choice.h"
 #include "bindings/codec.h"
 #include "bindings/cuda.h"
+#include "bindings/decide.h"
 #include "bindings/imagine.h"
 #include "bindings/observe.h"
 #include "bindings/weights.h"
@@ -206,6 +207,7 @@ PYBIND11_MODULE(_native, m) {
   bind_weights(m);
   bind_imagine(m);
   bind_observe(m);
+  bind_decide(m);
   m.def("evaluate", &evaluate, py::arg("name"), py::arg("x"), py::arg("out"), py::arg("bf16"),
         "An elementary function of the core (csrc/cpu/functions.h), to measure its error.");
   bind_cem(m);

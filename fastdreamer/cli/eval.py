@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import tyro
 from tyro.conf import Positional
@@ -15,7 +17,7 @@ from fastdreamer.agent import Dreamer, load
 from fastdreamer.cli.run import Backend
 from fastdreamer.config import ConfigError, PlanConfig, SafetyConfig
 from fastdreamer.exploration import calibrate_episodes
-from fastdreamer.play import Recorder, config_env, episode_seed, evaluate
+from fastdreamer.play import Recorder, episode_seed, evaluate_together, more_envs
 from fastdreamer.safety import Violations, load_signal, safety_rates
 from fastdreamer.viz.calibration import calibration_figure, write_calibration
 
@@ -61,27 +63,35 @@ def run_eval(command: Eval, say: Callable[[str], None]) -> None:
     agent = load(command.run, plan=command.plan, safety=command.safety)
     controller = agent.controller(command.controller)
     shield = agent.make_shield() if command.shield else None
-    watches, violations = [], None
+    violations, recorders = None, []
     if command.safety.signal != "none":
         violations = Violations(load_signal(agent.config, agent.obs_shapes["state"][0]))
-        watches.append(violations)
-    recorder = None
     if command.calibration:
         if agent.explorer is None:
             raise ConfigError(f"{command.run} has no reward heads; train some with --explore ucb")
-        recorder = Recorder()
-        watches.append(recorder)
-    watch = lambda *step: [look(*step) for look in watches]  # noqa: E731
-    env = config_env(agent.config)
-    returns = []
-    for i in range(command.episodes):
-        video = command.video if i == 0 else None
-        seed = episode_seed(command.seed, "evaluate", i)
-        returns.append(evaluate(agent, env, seed, video, controller, shield=shield, watch=watch))
-        say(f"episode {i + 1}: return {returns[-1]:.1f}")
+        recorders = [Recorder() for _ in range(command.episodes)]
+
+    def look(i: int, *step: Any) -> None:
+        if violations is not None:
+            violations(*step)
+        if recorders:
+            recorders[i](*step)
+
+    envs = more_envs([], agent.config, command.episodes)
+    returns = evaluate_together(
+        agent,
+        envs,
+        [episode_seed(command.seed, "evaluate", i) for i in range(command.episodes)],
+        command.video,
+        controller,
+        shield=shield,
+        watches=[partial(look, i) for i in range(command.episodes)],
+    )
+    for i, value in enumerate(returns):
+        say(f"episode {i + 1}: return {value:.1f}")
     mean = sum(returns) / len(returns)
     std = (sum((r - mean) ** 2 for r in returns) / len(returns)) ** 0.5
-    frames = env.max_decisions * env.action_repeat
+    frames = envs[0].max_decisions * envs[0].action_repeat
     say(
         f"{agent.config.env.task}: return {mean:.1f} ± {std:.1f} "
         f"({len(returns)} episodes of up to {frames} env frames, {_CONTROLLERS[controller]}"
@@ -89,21 +99,22 @@ def run_eval(command: Eval, say: Callable[[str], None]) -> None:
     )
     for name, rate in safety_rates(violations, shield).items():
         say(f"{_RATES[name]}: {rate:.1f} per 1000 decisions")
-    if recorder is not None:
-        _calibrate(agent, recorder, command, say)
+    if recorders:
+        _calibrate(agent, [r.episodes()[0] for r in recorders], command, say)
     if command.video:
         say(f"video: {command.video}")
 
 
 def _calibrate(
-    agent: Dreamer, recorder: Recorder, command: Eval, say: Callable[[str], None]
+    agent: Dreamer,
+    episodes: list[dict[str, np.ndarray]],
+    command: Eval,
+    say: Callable[[str], None],
 ) -> None:
     """Compare true rewards of the episodes played with what the reward heads predicted."""
     generator = torch.Generator().manual_seed(episode_seed(command.seed, "evaluate", 0))
     ahead = sorted({0, 1, 5, agent.config.behavior.imag_horizon})
-    rows = calibrate_episodes(
-        agent.model, agent.explorer.rewards, recorder.episodes(), ahead, generator
-    )
+    rows = calibrate_episodes(agent.model, agent.explorer.rewards, episodes, ahead, generator)
     table = write_calibration(rows, command.calibration / "calibration.csv")
     picture = calibration_figure(table, command.calibration / "calibration.png")
     for row in rows:

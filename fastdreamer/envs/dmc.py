@@ -194,6 +194,20 @@ class SuiteTask:
             camera = self._cameras[height, width] = self._make_camera(height, width)
         return camera.render().copy()
 
+    def keep_only(self, height: int, width: int) -> None:
+        """Draw in a framebuffer of that size again, if images of another were asked for.
+
+        A large one costs every image, however small: all of it is cleared and resolved.
+        """
+        others = [size for size in self._cameras if size != (height, width)]
+        if not others:
+            return
+        for size in others:
+            self._cameras.pop(size).scene.free()
+        buffer = self._env.physics.model.vis.global_
+        buffer.offheight, buffer.offwidth = (height, width) if self._cameras else (1, 1)
+        self._env.physics._free_rendering_contexts()  # made again at the next use
+
     def _make_camera(self, height: int, width: int):
         if min(height, width) < 1:
             raise ValueError(f"image size must be at least 1 × 1, got {height} × {width}")

@@ -69,8 +69,16 @@ class Env:
         return self._observe(), total, terminated, truncated, env_frames
 
     def render(self, height: int = 240, width: int = 320) -> np.ndarray:
-        """The scene as it is now, for videos: uint8 [height, width, 3]."""
+        """The scene as it is now, for videos: uint8 [height, width, 3].
+
+        Call `end_video` after the last: until then observations are drawn in the larger
+        framebuffer, too, which takes longer.
+        """
         return self._task.render(height, width)
+
+    def end_video(self) -> None:
+        """Draw no images of other sizes than observations any more: give back their memory."""
+        self._task.keep_only(self._image_size, self._image_size)
 
     def close(self) -> None:
         """Free the simulation and its GL context."""

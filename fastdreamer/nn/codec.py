@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdreamer.nn.dists import symlog
 from fastdreamer.nn.heads import MLP
 from fastdreamer.ops.codec import DecoderParams, EncoderParams, decode, decode_error, encode
-from fastdreamer.ops.params import ACTIVATIONS
+from fastdreamer.ops.params import embed_vector, symlog
 
 
 class Encoder(nn.Module):
@@ -61,12 +60,16 @@ class Encoder(nn.Module):
         """
         parts = []
         if self.convs is not None:
-            *lead, height, width, channels = obs["pixels"].shape
-            x = encode(self.params(), obs["pixels"].reshape(-1, height, width, channels))
-            parts.append(x.reshape(*lead, x.shape[-1]))
+            parts.append(self.embed_pixels(obs["pixels"]))
         if self.state is not None:
-            parts.append(ACTIVATIONS[self.state.activation](self.state(symlog(obs["state"]))))
+            parts.append(embed_vector(self.state.params(), obs["state"]))
         return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        """The images' part of the embedding, which comes first: [..., 64, 64, 3] -> [..., E]."""
+        *lead, height, width, channels = pixels.shape
+        x = encode(self.params(), pixels.reshape(-1, height, width, channels))
+        return x.reshape(*lead, x.shape[-1])
 
     def params(self) -> EncoderParams:
         """The convolutions' and the linear layer's tensors, as the op takes them."""

@@ -23,11 +23,6 @@ def detach(p: Normal) -> Normal:
     return Normal(p.mean.detach(), p.std.detach())
 
 
-def symlog(x: Tensor) -> Tensor:
-    """sign(x)·log(1 + |x|): keeps small values, tames large ones (DreamerV3)."""
-    return torch.sign(x) * torch.log1p(x.abs())
-
-
 def symexp(x: Tensor) -> Tensor:
-    """The inverse of ``symlog``."""
+    """The inverse of ``ops.params.symlog``."""
     return torch.sign(x) * torch.expm1(x.abs())

@@ -106,12 +106,7 @@ def eager(
                 for part, zeroed in zip(state, halves, strict=True)
             )
         )
-        deter = deter_step(params, state, action[t])
-        seen = embed[t].to(deter.dtype)
-        parts = (seen, deter) if params.embed_first else (deter, seen)
-        raw = mlp(params.post, torch.cat(parts, -1))
-        post = latent_dist(raw, params.std, noise.dtype)
-        state = State(deter, post.sample(noise[t]))
+        state, post = obs_step(params, state, action[t], embed[t], noise[t])
         states.append(state)
         posts.append(post)
     states = State(*(torch.stack(parts) for parts in zip(*states, strict=True)))
@@ -119,6 +114,17 @@ def eager(
     # No step waits for its prior, so all of them are one matrix product.
     prior = latent_dist(mlp(params.prior, states.deter), params.std, noise.dtype)
     return states, post, prior
+
+
+def obs_step(
+    params: RSSMParams, state: State, action: Tensor, embed: Tensor, noise: Tensor
+) -> tuple[State, Normal]:
+    """The state after one observation [B, E] and the posterior it was drawn from."""
+    deter = deter_step(params, state, action)
+    seen = embed.to(deter.dtype)
+    parts = (seen, deter) if params.embed_first else (deter, seen)
+    post = latent_dist(mlp(params.post, torch.cat(parts, -1)), params.std, noise.dtype)
+    return State(deter, post.sample(noise)), post
 
 
 def _load_native() -> Callable:

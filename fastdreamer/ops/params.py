@@ -51,6 +51,14 @@ class MLPParams(NamedTuple):
     biases: tuple[Tensor, ...]  # [out] each
     activation: str
 
+    @property
+    def inputs(self) -> int:
+        return self.weights[0].shape[1]
+
+    @property
+    def outputs(self) -> int:
+        return self.weights[-1].shape[0]
+
     def detach(self) -> MLPParams:
         return MLPParams(
             tuple(w.detach() for w in self.weights),
@@ -165,6 +173,16 @@ def mlp(params: MLPParams, x: Tensor) -> Tensor:
         if i < last:
             x = act(x)
     return x
+
+
+def symlog(x: Tensor) -> Tensor:
+    """sign(x)·log(1 + |x|): keeps small values, tames large ones (DreamerV3)."""
+    return torch.sign(x) * torch.log1p(x.abs())
+
+
+def embed_vector(params: MLPParams, x: Tensor) -> Tensor:
+    """act(mlp(symlog(x))), the embedding of numbers observed, [..., n] -> [..., units]."""
+    return ACTIVATIONS[params.activation](mlp(params, symlog(x)))
 
 
 def gru_cell(params: GRUParams, x: Tensor, h: Tensor) -> Tensor:

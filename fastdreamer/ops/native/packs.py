@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 # first of all torch, so that the extension shares the OpenMP pool that torch loads
 from fastdreamer import _native
-from fastdreamer.ops.params import GRUParams, MLPParams, RSSMParams
+from fastdreamer.ops.params import ActorParams, GRUParams, MLPParams, RSSMParams
 
 LIMIT = 512
 """Packs kept at most; the oldest goes first."""
@@ -175,6 +175,39 @@ def pack_rssm(params: RSSMParams, *, bf16: bool, gradients: bool) -> tuple:
         )
 
     return cached(key, tensors, gradients, make).parts
+
+
+def pack_decider(
+    params: RSSMParams, actor: ActorParams | None, encoder: MLPParams | None, *, bf16: bool
+) -> Any:
+    """All that a decision needs, likewise in one look-up: dynamics, posterior, policy, encoder."""
+    tensors = [*flat(params.inp), *params.gru, *flat(params.post)]
+    key = (bf16, params.inp.activation, params.post.activation, *params[4:])
+    if actor is not None:
+        tensors += flat(actor.mlp)
+        key += (actor.mlp.activation, *actor[1:4])
+    if encoder is not None:
+        tensors += flat(encoder)
+        key += (len(encoder.weights), encoder.activation)
+
+    def make(gradients: bool) -> Any:
+        pack, dims = {"bf16": bf16, "gradients": gradients}, params.dims()
+        chooses = None
+        if actor is not None:  # the core has [stoch, deter]
+            rotate = 0 if actor.stoch_first else dims["D"]
+            chooses = (pack_mlp(actor.mlp, rotate=rotate, **pack), actor.mean_scale, actor.std)
+        return _native.PackedDecider(
+            pack_mlp(
+                params.inp, act_last=True, rotate=dims["A"] if params.action_first else 0, **pack
+            ),
+            pack_gru(params.gru, **pack),
+            pack_mlp(params.post, rotate=dims["E"] if params.embed_first else 0, **pack),
+            params.std,
+            encoder and pack_mlp(encoder, act_last=True, **pack),
+            chooses,
+        )
+
+    return _cached(key, tensors, False, make)
 
 
 class _Model(NamedTuple):

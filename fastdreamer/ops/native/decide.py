@@ -1,0 +1,35 @@
+"""Native body of :mod:`fastdreamer.ops.decide`: one call, whose weights are looked up as one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdreamer import _native
+from fastdreamer.ops.native.packs import arrays, autocast_bf16, pack_decider
+from fastdreamer.ops.params import ActorParams, MLPParams, RSSMParams, State
+
+
+def decide(
+    params: RSSMParams,
+    actor: ActorParams | None,
+    state: State,
+    action: Tensor,
+    embed: Tensor | None,
+    state_noise: Tensor,
+    action_noise: Tensor | None,
+    encoder: MLPParams | None,
+    vector: Tensor | None,
+) -> tuple[State, Tensor | None]:
+    """See ``fastdreamer.ops.decide``."""
+    if embed is not None and embed.dtype == torch.bfloat16:
+        embed = embed.float()
+    new = State(torch.empty_like(state.deter), torch.empty_like(state_noise))
+    chosen = None if actor is None else torch.empty_like(action)
+    _native.decide(
+        pack_decider(params, actor, encoder, bf16=autocast_bf16()),
+        *arrays(*state, action, embed, vector, state_noise, action_noise),
+        tuple(arrays(*new, chosen)),
+        torch.get_num_threads(),
+    )
+    return new, chosen
