@@ -1,4 +1,5 @@
-"""Where a run computes: what ``--device`` and ``--backend`` mean together on this machine."""
+"""Where a run computes: what ``--device``, ``--backend`` and ``--threads`` mean together on this
+machine."""
 
 from __future__ import annotations
 
@@ -7,8 +8,13 @@ import dataclasses
 import torch
 
 from fastdreamer.config import Config, ConfigError
-from fastdreamer.ops.backend import check_backend, interpreting
+from fastdreamer.cores import learner_threads
+from fastdreamer.ops.backend import OPS, check_backend, interpreting, why_slow
 from fastdreamer.ops.gpu import why_no_kernels
+
+CORES = torch.get_num_threads()
+"""As torch counts them before anybody sets a number: physical ones that this process may use, and
+no more than ``OMP_NUM_THREADS``."""
 
 
 def resolve_device(device: str, backend: str = "auto") -> str:
@@ -18,8 +24,19 @@ def resolve_device(device: str, backend: str = "auto") -> str:
     return "cpu" if backend == "native" or why_no_kernels() else "cuda"
 
 
+def resolve_threads(config: Config, device: str) -> int:
+    """How many CPU threads learn; see :func:`fastdreamer.cores.learner_threads` for 0."""
+    if config.threads:
+        return config.threads
+    ours = config.backend == "native" or (config.backend == "auto" and why_slow() is None)
+    codec = OPS.get("decode")  # none: the convolutions are PyTorch's
+    ours = ours and codec is not None and codec.why_not("native", "cpu") is None
+    convolutions = config.env.obs != "state" and device == "cpu" and not ours
+    return learner_threads(CORES, convolutions)
+
+
 def resolve_config(config: Config) -> Config:
-    """Return the settings with a device that exists instead of ``auto``.
+    """Return the settings with a device that exists instead of ``auto``, and a number of threads.
 
     Raises:
         ConfigError: backend and device contradict each other.
@@ -40,7 +57,7 @@ def resolve_config(config: Config) -> Config:
     if backend == "triton" and device == "cpu" and not interpreting():
         check_backend(backend, "cuda")  # raises, and says why there is no GPU to run on
     check_backend(backend, device)
-    return dataclasses.replace(config, device=device)
+    return dataclasses.replace(config, device=device, threads=resolve_threads(config, device))
 
 
 def describe_device(device: str) -> str:
