@@ -1,14 +1,34 @@
-"""fastdreamer: Dreamer with every recurrent loop compiled. This is the whole public surface."""
+"""fastdreamer: Dreamer with every recurrent loop compiled. This is the whole public surface.
+
+Names are imported when they are first asked for, so that the command line can say how torch's
+threads wait before torch is loaded.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from fastdreamer._version import __version__
-from fastdreamer.agent import Dreamer, NonFiniteLoss, load
-from fastdreamer.checkpoint import CheckpointError
-from fastdreamer.config import PRESETS, Config, ConfigError, PlanConfig, preset
-from fastdreamer.envs import canonical_task, list_tasks, make_env
-from fastdreamer.ops.backend import BackendError, use_backend
-from fastdreamer.ops.lambda_return import lambda_return
-from fastdreamer.planning import PlanningError
-from fastdreamer.policy import PolicyState
+
+if TYPE_CHECKING:
+    from fastdreamer.agent import Dreamer, NonFiniteLoss, load
+    from fastdreamer.checkpoint import CheckpointError
+    from fastdreamer.config import PRESETS, Config, ConfigError, PlanConfig, preset
+    from fastdreamer.envs import canonical_task, list_tasks, make_env
+    from fastdreamer.ops.backend import BackendError, use_backend
+    from fastdreamer.ops.lambda_return import lambda_return
+    from fastdreamer.planning import PlanningError
+    from fastdreamer.policy import PolicyState
+
+_HOMES = {
+    "agent": ("Dreamer", "NonFiniteLoss", "load"),
+    "checkpoint": ("CheckpointError",),
+    "config": ("PRESETS", "Config", "ConfigError", "PlanConfig", "preset"),
+    "envs": ("canonical_task", "list_tasks", "make_env"),
+    "ops.backend": ("BackendError", "use_backend"),
+    "ops.lambda_return": ("lambda_return",),
+    "planning": ("PlanningError",),
+    "policy": ("PolicyState",),
+}
 
 __all__ = [
     "PRESETS",
@@ -30,3 +50,16 @@ __all__ = [
     "preset",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(import_module(f"{__name__}.{home}"), name)
+            globals()[name] = value  # the next time it is found without asking
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,5 +1,5 @@
-"""Where and how exactly a run computes: what ``--device``, ``--backend`` and ``--precision`` mean
-together on this machine."""
+"""Where and how exactly a run computes: what ``--device``, ``--backend``, ``--precision`` and
+``--threads`` mean together on this machine."""
 
 from __future__ import annotations
 
@@ -8,8 +8,19 @@ import dataclasses
 import torch
 
 from fastdreamer.config import Config, ConfigError
-from fastdreamer.ops.backend import check_backend, faster_precision, interpreting
+from fastdreamer.cores import learner_threads
+from fastdreamer.ops.backend import (
+    check_backend,
+    faster_precision,
+    interpreting,
+    why_slow,
+)
+from fastdreamer.ops.codec import DECODE
 from fastdreamer.ops.gpu import why_no_kernels
+
+CORES = torch.get_num_threads()
+"""As torch counts them before anybody sets a number: physical ones that this process may use, and
+no more than ``OMP_NUM_THREADS``."""
 
 
 def resolve_device(device: str, backend: str = "auto") -> str:
@@ -30,8 +41,19 @@ def resolve_precision(precision: str, device: torch.device | str, backend: str =
     return faster_precision(backend)
 
 
+def resolve_threads(config: Config, device: str) -> int:
+    """How many CPU threads learn; see :func:`fastdreamer.cores.learner_threads` for 0."""
+    if config.threads:
+        return config.threads
+    ours = config.backend == "native" or (config.backend == "auto" and why_slow() is None)
+    ours = ours and DECODE.why_not("native", "cpu") is None
+    convolutions = config.env.obs != "state" and device == "cpu" and not ours
+    return learner_threads(CORES, convolutions)
+
+
 def resolve_config(config: Config) -> Config:
-    """Return the settings with a device that exists and a precision instead of ``auto``.
+    """Return the settings with a device that exists, a precision instead of ``auto``, and a number
+    of threads.
 
     Raises:
         ConfigError: backend and device contradict each other.
@@ -53,7 +75,8 @@ def resolve_config(config: Config) -> Config:
         check_backend(backend, "cuda")  # raises, and says why there is no GPU to run on
     check_backend(backend, device)
     precision = resolve_precision(config.precision, device, backend)
-    return dataclasses.replace(config, device=device, precision=precision)
+    threads = resolve_threads(config, device)
+    return dataclasses.replace(config, device=device, precision=precision, threads=threads)
 
 
 def describe_device(device: str) -> str:

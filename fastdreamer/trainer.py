@@ -137,8 +137,7 @@ class Trainer:
         """
         config = self.config = resolve_config(self.config)
         self._until = config.train.frames if until is None else min(until, config.train.frames)
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        torch.set_num_threads(config.threads)
         with contextlib.ExitStack() as stack:
             stack.enter_context(lock_run(self.run_dir))
             stack.enter_context(run_backend(config))
@@ -158,6 +157,8 @@ class Trainer:
         )
         where = describe_device(config.device)
         self.progress.message(f"computing on {where} in {config.precision}")
+        plural = "s" if config.threads > 1 else ""
+        self.progress.message(f"learning on {config.threads} CPU thread{plural}")
         self.progress.update(phase="starting the collector")
         self.collector = Collector(config, run_dir / "episodes")
         stack.callback(self.collector.close)

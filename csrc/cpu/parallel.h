@@ -76,7 +76,9 @@ struct Tiling {
   }
 };
 
-// Calls body(begin, rows, thread) for every tile; `thread` < tiling.threads names its scratch.
+// Calls body(begin, rows, thread) for every tile, on whichever thread is free: one that another
+// program keeps from its core holds up a tile, not its share of them. `thread` < tiling.threads
+// names its scratch.
 template <class Body>
 void parallel_tiles(const Tiling& tiling, const Body& body) {
   const auto tile = [&](Index i, int thread) {
@@ -90,7 +92,7 @@ void parallel_tiles(const Tiling& tiling, const Body& body) {
 #if defined(__SANITIZE_THREAD__)
   sanitized_loop(tiling.count, tiling.threads, tile);
 #else
-#  pragma omp parallel for num_threads(tiling.threads) schedule(static)
+#  pragma omp parallel for num_threads(tiling.threads) schedule(dynamic, 1)
   for (Index i = 0; i < tiling.count; ++i) tile(i, thread_index());
 #endif
 }

@@ -47,7 +47,7 @@ class Compare:
     preset: Annotated[str | None, tyro.conf.arg(metavar="|".join(PRESETS))] = None
     """Dreamer's settings and everyone's environment; default: state or, from pixels, walker."""
     threads: int = 0
-    """CPU threads of every learner; 0 is torch's own choice."""
+    """CPU threads of every learner; 0: as in train."""
     device: str = "auto"
     """Where every learner computes: auto, cpu, cuda or cuda:N; auto: a GPU that can run, or cpu."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None

@@ -22,6 +22,7 @@ from fastdreamer.agent import load
 from fastdreamer.checkpoint import list_checkpoints
 from fastdreamer.compare.records import Stage, read_json
 from fastdreamer.config import Config, ConfigError
+from fastdreamer.device import resolve_threads
 from fastdreamer.doctor import cpu_model
 from fastdreamer.files import replacing
 from fastdreamer.logger import Progress, read_metrics
@@ -86,8 +87,7 @@ class ModelFreeRun:
 
     def train(self, before: Stage | None, until: int) -> Stage:
         config, done = self.config, before.env_frames if before else 0
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        torch.set_num_threads(resolve_threads(config, config.device))
         model = self._model(before)
         # Seeded by seed and frames: a stage is a function of the file it starts from.
         entropy = np.random.SeedSequence([config.seed, 2, done])

@@ -70,7 +70,7 @@ class Config:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N; auto: cuda where there is a GPU that can run, else cpu."""
     threads: int = 0
-    """CPU threads of the learner; 0 is torch's own choice."""
+    """CPU threads of the learner; 0: by the cores and by who computes (docs/training.md)."""
     agent: Literal["dreamer", "planet"] = "dreamer"
     """dreamer: actor and critic learn in imagination; planet: a world model and a planner alone."""
     env: EnvConfig = field(default_factory=EnvConfig)

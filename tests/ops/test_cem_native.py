@@ -166,7 +166,7 @@ def check_buffers() -> None:
                 with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                     given = cem_inputs(sizes, *shape, 2)
                     want, arguments = native(given), captured(given)
-                for number in (1, 2, 3):
+                for number in (1, 2, 3, 8):
                     outputs = {}
                     for name, part in zip(("mean", "std", "scores"), want, strict=True):
                         whole = torch.full((part.numel() + 64,), nan)
@@ -285,7 +285,7 @@ def test_report_sizes():
     given = cem_inputs(REPORT, 4, 1, 100, 2) | {"num_elites": 20}
     for bf16 in (False, True):
         plans = []
-        for number in (1, 2, 3):
+        for number in (1, 2, 3, 8):
             with threads(number), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 plans.append(native(given))
         for plan in plans[1:]:

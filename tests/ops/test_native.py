@@ -341,7 +341,7 @@ def test_threads_change_nothing(op, name, threads):
     inputs = make_inputs(op, *CASES[name])
     for bf16 in (False, True):
         want = None
-        for n in (1, 2, 3):
+        for n in (1, 2, 3, 8):
             threads(n)
             got = evaluate(OPS[op], inputs, backend="native", dtype=torch.float32, autocast=bf16)
             want = want or got

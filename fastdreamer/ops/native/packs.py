@@ -207,7 +207,7 @@ def pack_decider(
             chooses,
         )
 
-    return _cached(key, tensors, False, make)
+    return cached(key, tensors, False, make)
 
 
 class _Model(NamedTuple):
