@@ -11,6 +11,7 @@
 // GCC 12 takes the header's own undefined values for ours.
 #  pragma GCC diagnostic push
 #  pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#  pragma GCC diagnostic ignored "-Wuninitialized"
 #  include <immintrin.h>
 #  pragma GCC diagnostic pop
 #endif
