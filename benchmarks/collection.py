@@ -99,7 +99,9 @@ def measure(repeats: int, warmup: int) -> dict[str, Any]:
         recorders[name] = PhaseRecorder()
         env = make_env(name, recorders[name])
         agent = agent or Dreamer(config, env.obs_shapes, env.action_dim)
-        policy = lambda agent=agent: agent_policy(agent, 0, config.collect.noise)  # noqa: E731
+        policy = lambda agent=agent: agent_policy(  # noqa: E731
+            agent, 0, config.collect.noise, sample=config.collect.sample
+        )
         running[name] = _decisions(env, policy, recorders[name])
         for _ in range(warmup):
             next(running[name])

@@ -265,6 +265,7 @@ def _run_job(job: Job, config: Config, agent: Policy, env: Any, episodes: Path) 
                 seed,
                 config.collect.noise,
                 collecting_controller(config, job.episode),
+                sample=config.collect.sample,
                 explore=agent.explorer is not None,
                 shield=shield,
             )

@@ -89,6 +89,7 @@ def agent_policy(
     noise: float,
     controller: str | None = None,
     *,
+    sample: bool = False,
     explore: bool = False,
     shield: Shield | None = None,
 ) -> Act:
@@ -102,6 +103,7 @@ def agent_policy(
             obs,
             state,
             controller=controller,
+            sample=sample,
             noise=noise,
             explore=explore,
             shield=shield,
@@ -164,7 +166,8 @@ def evaluate(
     shield: Shield | None = None,
     watch: Watch | None = None,
 ) -> float:
-    """Return of one episode without exploration noise; optionally write a video of it."""
+    """Return of one episode without any sampled action or exploration noise; optionally write a
+    video of it."""
     images, total = [], 0.0
     policy = agent_policy(agent, seed, 0.0, controller, shield=shield)
     for t, (obs, action, reward, _, _) in enumerate(rollout_episode(env, policy, seed)):

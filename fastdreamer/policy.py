@@ -95,6 +95,7 @@ class Policy(nn.Module):
         state: PolicyState | None = None,
         *,
         controller: str | None = None,
+        sample: bool = False,
         noise: float = 0.0,
         explore: bool = False,
         shield: Shield | None = None,
@@ -108,18 +109,20 @@ class Policy(nn.Module):
             state: what the last call returned; None at the start of an episode.
             controller: ``"actor"``; ``"mpc"``, a plan ranked by λ-return; ``"planet"``, one ranked
                 by the sum of rewards; None takes the agent's own, actor or (PlaNet) planet.
+            sample: the actor acts by a sample tanh(mean + std·ε); a plan is what it is.
             noise: standard deviation of Gaussian exploration noise. The action is clipped to
                 [-1, 1], and the noisy, clipped one is what the filter sees next.
             explore: be optimistic: the exploring actor chooses, a plan is ranked by the upper
                 confidence bound.
             shield: of ``make_shield()``; has the last word on the action, noise included, and
                 counts what it does.
-            generator: of the posterior sample, the plan, the exploration noise and the shield's
-                candidates; None uses the agent's own, seeded with ``config.seed``.
+            generator: of the posterior sample, the actor's sample or the plan, the exploration
+                noise and the shield's candidates, in this order; None uses the agent's own, seeded
+                with ``config.seed``.
 
         Returns:
-            The action, float32 [A] or [B, A] in [-1, 1], and the state for the next call. With
-            ``noise=0`` the actor's action is tanh(mean).
+            The action, float32 [A] or [B, A] in [-1, 1], and the state for the next call. Without
+            ``sample`` and ``noise`` the actor's action is tanh(mean).
 
         Raises:
             ValueError: an observation does not fit the agent. ConfigError: it has no such
@@ -148,7 +151,8 @@ class Policy(nn.Module):
             raise ConfigError("act: this agent has no explorer; train one with --explore ucb")
         if controller == "actor":
             actor = (self.explorer.actor if explore else None) or self.actor
-            action = torch.tanh(actor(torch.cat([deter, stoch], -1)).mean)
+            dist = actor(torch.cat([deter, stoch], -1))
+            action = torch.tanh(dist.sample(draw(self.action_dim)) if sample else dist.mean)
         else:
             now = State(deter, stoch)
             action, info = self.plan(

@@ -96,9 +96,25 @@ def test_an_episode_depends_on_seed_index_and_weights_alone(collector, agent, en
     assert len(set(contents)) == 5
 
     seed = episode_seed(CONFIG.seed, "collect", 4)
-    played, frames = collect(env, agent_policy(agent, seed, CONFIG.collect.noise), seed)
+    policy = agent_policy(agent, seed, CONFIG.collect.noise, sample=True)
+    played, frames = collect(env, policy, seed)
     assert frames == FRAMES and played.keys() == arrays.keys()
     assert all(np.array_equal(played[k], arrays[k]) for k in arrays)
+
+
+def test_the_worker_samples_where_it_is_to(tmp_path, agent, env):
+    config = dataclasses.replace(CONFIG, collect=dataclasses.replace(CONFIG.collect, sample=False))
+    collector = Collector(config, tmp_path)
+    try:
+        collector.submit(job(4), policy_weights(agent))
+        collector.wait()
+    finally:
+        collector.close()
+    recorded, _ = read_episode(episode_path(tmp_path, 4))
+    seed = episode_seed(config.seed, "collect", 4)
+    for sample in (False, True):
+        played, _ = collect(env, agent_policy(agent, seed, 0.3, sample=sample), seed)
+        assert np.array_equal(played["action"], recorded["action"]) != sample
 
 
 def test_evaluations_are_deterministic_and_leave_episodes_alone(collector, agent, env):
@@ -257,7 +273,7 @@ def test_pixels_are_the_same_in_every_process(tmp_path):
     finally:
         collector.close()
     seed = episode_seed(config.seed, "collect", 1)
-    played, _ = collect(env, agent_policy(agent, seed, config.collect.noise), seed)
+    played, _ = collect(env, agent_policy(agent, seed, config.collect.noise, sample=True), seed)
     recorded, _ = read_episode(episode_path(tmp_path, 1))
     assert recorded["pixels"].std() > 1  # something was drawn
     assert all(np.array_equal(played[k], recorded[k]) for k in recorded)

@@ -63,7 +63,7 @@ def test_report_is_the_report_s_experiment():
     assert not b.discount_weights and b.target_every == 0 and not b.return_norm
     assert (c.env.task, c.env.obs) == ("walker-walk", "pixels")
     assert c.env.action_repeat == 2 and c.env.image_size == 64 and c.env.time_limit is None
-    assert (c.collect.prefill, c.collect.noise) == (3, 0.3)
+    assert (c.collect.prefill, c.collect.sample, c.collect.noise) == (3, True, 0.3)
     # 100 updates of 8·50 for each episode of 500 decisions, 100 000 updates in all
     assert c.train.replay_ratio * 500 / (c.replay.batch * c.replay.length) == 100
     assert c.train.frames / 1000 * 100 == 100_000 and c.train.pretrain == 0
@@ -238,9 +238,19 @@ def test_dictionaries_are_checked(values, message):
         from_dict(values)
 
 
-def test_missing_fields_take_their_defaults():
+def test_missing_sections_take_their_defaults():
     assert from_dict({}) == Config()
-    assert from_dict({"model": {"deter": 17}}) == changed("model.deter", 17)
+    assert from_dict({"seed": 3, "env": {"obs": "state"}, "plan": {}}) == dataclasses.replace(
+        changed("env.obs", "state"), seed=3
+    )
+
+
+def test_files_from_before_a_field_keep_what_was_built_in():
+    """Else a resumed run would collect otherwise, and an old checkpoint not fit its model."""
+    old = to_dict(Config())
+    del old["collect"]["sample"]
+    assert not from_dict(old).collect.sample
+    assert from_dict(to_dict(Config())) == Config() and Config().collect.sample
 
 
 def test_configurations_are_frozen():

@@ -268,6 +268,19 @@ def test_target_critics_follow_when_told():
     assert not any(p.requires_grad for p in target.parameters())
 
 
+def test_the_exploring_actor_is_who_is_sampled():
+    agent, obs = make_agent(), np.ones((50, STATE), np.float32)
+    act = lambda **how: agent.act(obs, generator=seeded(), **how)  # noqa: E731
+    sampled, state = act(explore=True, sample=True)
+    g = seeded()
+    torch.randn(50, 4, generator=g)  # the posterior sample
+    feat = torch.cat([state.deter, state.stoch], -1)
+    with torch.no_grad():
+        want = torch.tanh(agent.explorer.actor(feat).sample(torch.randn(50, A, generator=g)))
+    np.testing.assert_array_equal(sampled, want.numpy())
+    assert (act(sample=True)[0] != sampled).any(-1).all()
+
+
 def test_no_explorer_no_exploration():
     agent = Dreamer(preset("tiny"), {"state": (STATE,)}, A)
     with pytest.raises(ConfigError, match="no explorer"):

@@ -459,7 +459,8 @@ def test_a_run_collects_with_its_planner(tmp_path, agent_kind, capfd):
         agent.load_state_dict(weights, strict=False)
         seed = episode_seed(config.seed, "collect", index)
         controller = ("actor", "mpc")[index % 2] if dreamer else "planet"
-        arrays, _ = collect(env, agent_policy(agent, seed, config.collect.noise, controller), seed)
+        policy = agent_policy(agent, seed, config.collect.noise, controller, sample=True)
+        arrays, _ = collect(env, policy, seed)
         recorded, _ = read_episode(episode_path(tmp_path / "run" / "episodes", index))
         np.testing.assert_array_equal(arrays["action"], recorded["action"])
     loaded = load(tmp_path / "run", plan=PlanConfig(plan_horizon=7))

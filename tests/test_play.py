@@ -65,6 +65,14 @@ def test_agent_policy_noise_is_seeded_and_zero_noise_is_the_mean(agent):
     assert np.abs(first(1, 100.0)).max() == 1  # clipped
 
 
+def test_agent_policy_samples_where_it_is_to(agent):
+    obs = {"state": np.linspace(-1, 1, 24, dtype=np.float32)}
+    generator = lambda: torch.Generator().manual_seed(1)  # noqa: E731
+    drawn, _ = agent.act(obs, sample=True, noise=0.3, generator=generator())
+    assert np.array_equal(agent_policy(agent, 1, 0.3, sample=True)(obs), drawn)
+    assert not np.array_equal(agent_policy(agent, 1, 0.3)(obs), drawn)
+
+
 def test_an_episode_starts_with_its_reset(env):
     steps = list(rollout_episode(env, random_policy(6, 0), seed=5))
     assert len(steps) == DECISIONS + 1

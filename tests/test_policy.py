@@ -138,6 +138,33 @@ def test_the_noisy_clipped_action_is_what_the_filter_sees():
     assert (after_clean.deter != after_noisy.deter).any(-1).all()
 
 
+def test_a_sample_then_the_noise_then_the_clip():
+    """Both sources: a draw of the tanh-Normal, then N(0, noise), clipped, and so remembered."""
+    agent, obs = make_agent(), make_obs(("state",), 200)
+    _, state = agent.act(obs, generator=seeded(1))
+    noisy, after = agent.act(obs, sample=True, noise=0.3, generator=seeded(1))
+    draw = seeded(1)
+    torch.randn(200, 4, generator=draw)  # the posterior sample
+    epsilon, noise = (torch.randn(200, A, generator=draw) for _ in range(2))
+    with torch.no_grad():
+        dist = agent.actor(torch.cat([state.deter, state.stoch], -1))
+    want = (torch.tanh(dist.mean + dist.std * epsilon) + 0.3 * noise).clamp(-1, 1)
+    torch.testing.assert_close(after.action, want)
+    np.testing.assert_array_equal(noisy, after.action.numpy())
+    # at the start, with a standard deviation of 5, that is nearly bang-bang; tanh(mean) is near 0
+    sampled, _ = agent.act(obs, sample=True, generator=seeded(1))
+    assert (np.abs(sampled) > 0.9).mean() > 0.5 and np.abs(np.tanh(dist.mean.numpy())).max() < 0.5
+
+
+def test_a_plan_is_no_sample():
+    agent, obs = make_agent(), make_obs(("state",), 2)
+    planned = [
+        agent.act(obs, controller="mpc", sample=sample, noise=0.3, generator=seeded(1))[0]
+        for sample in (False, True)
+    ]
+    assert (planned[0] == planned[1]).all()
+
+
 def test_the_caller_owns_the_action():
     """Scaling or shielding the array in place must not reach into the filter's memory."""
     agent = make_agent()

@@ -459,7 +459,8 @@ def test_episodes_come_from_the_weights_of_their_cycles_first_update(reference):
     agent.load_state_dict(weights, strict=False)
     env = make_env("walker-walk", obs="state", action_repeat=2, time_limit=1.0)
     seed = episode_seed(CONFIG.seed, "collect", 7)
-    played, frames = collect(env, agent_policy(agent, seed, CONFIG.collect.noise), seed)
+    policy = agent_policy(agent, seed, CONFIG.collect.noise, sample=True)
+    played, frames = collect(env, policy, seed)
     recorded, about = read_episode(episode_path(run_dir / "episodes", 7))
     assert frames == about["env_frames"] == 40
     for name, array in played.items():

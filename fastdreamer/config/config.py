@@ -51,6 +51,10 @@ _NOT_NEGATIVE = {
     "train": ("pretrain", "snapshot_every"),
     "eval": ("every",),
 }
+_BEFORE: dict[str, dict[str, Any]] = {
+    "collect": {"sample": False},
+}
+"""What was built in before it could be chosen: runs and checkpoints from then don't name it."""
 
 
 @dataclass(frozen=True)
@@ -160,5 +164,13 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """Return the validated Config of such dictionaries; unknown fields raise ConfigError."""
+    """Return the validated Config of such dictionaries; unknown fields raise ConfigError.
+
+    A field that a section lacks takes its default or, if it is younger than the section's other
+    fields, what was built in before: a run goes on as it was begun.
+    """
+    if isinstance(values, dict):
+        for section, before in _BEFORE.items():
+            if isinstance(values.get(section), dict):
+                values = values | {section: before | values[section]}
     return build(Config, values).validate()

@@ -150,9 +150,10 @@ class CollectConfig:
 
     prefill: int = 3
     """Episodes of uniformly random actions before the first update."""
+    sample: bool = True
+    """The actor acts by a sample of its distribution; without it by what an evaluation takes."""
     noise: float = 0.3
-    """Standard deviation of the Gaussian added to the actor's action."""
-
+    """Standard deviation of the Gaussian added to the action, which is then clipped."""
     controller: Annotated[Literal["auto", "actor", "mpc", "mixed"], _short("--collect")] = "auto"
     """Who acts: the actor, the planner (mpc), or both, every other episode; auto: the agent's own,
     which is Dreamer's actor and PlaNet's planner."""
