@@ -18,7 +18,7 @@ from fastdreamer.device import resolve_device
 from fastdreamer.exploration import Explorer
 from fastdreamer.nn import MLP, Actor, WorldModel
 from fastdreamer.nn.codec import float_to_pixels
-from fastdreamer.nn.dists import symexp
+from fastdreamer.nn.dists import greedy_action, symexp
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.open_loop import open_loop
@@ -122,7 +122,7 @@ class Policy(nn.Module):
 
         Returns:
             The action, float32 [A] or [B, A] in [-1, 1], and the state for the next call. Without
-            ``sample`` and ``noise`` the actor's action is tanh(mean).
+            ``sample`` and ``noise`` the actor's action is that of ``config.behavior.greedy``.
 
         Raises:
             ValueError: an observation does not fit the agent. ConfigError: it has no such
@@ -152,7 +152,10 @@ class Policy(nn.Module):
         if controller == "actor":
             actor = (self.explorer.actor if explore else None) or self.actor
             dist = actor(torch.cat([deter, stoch], -1))
-            action = torch.tanh(dist.sample(draw(self.action_dim)) if sample else dist.mean)
+            if sample:
+                action = torch.tanh(dist.sample(draw(self.action_dim)))
+            else:
+                action = greedy_action(dist, self.config.behavior.greedy)
         else:
             now = State(deter, stoch)
             action, info = self.plan(
@@ -216,6 +219,7 @@ class Policy(nn.Module):
                 self._return_params(),
                 self.config.plan,
                 actor=actor.params() if mpc else None,
+                greedy=self.config.behavior.greedy,
                 score=score,
                 last=last,
                 generator=generator or self._act_generator,

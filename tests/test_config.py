@@ -52,7 +52,7 @@ def test_report_is_the_report_s_experiment():
     layers = (c.model.reward_layers, c.behavior.critic_layers, c.behavior.actor_layers)
     assert layers == (2, 3, 4) and c.model.units == 400
     b = c.behavior
-    assert (b.mean_scale, b.std_offset, b.min_std) == (1.0, 5.0, 0.1)
+    assert (b.mean_scale, b.std_offset, b.min_std, b.greedy) == (1.0, 5.0, 0.1, "mode")
     scales = (c.loss.image_scale, c.loss.state_scale, c.loss.reward_scale, b.value_scale)
     assert scales == (1.0, 1.0, 1.0, 1.0)
     assert (c.loss.free_nats, c.loss.kl_scale, c.loss.kl_balance) == (3.0, 1.0, None)
@@ -77,7 +77,7 @@ def test_walker_has_the_original_s_networks_and_losses():
     assert c.model.decoder_channels == (128, 64, 32)
     assert (c.loss.image_scale, c.loss.reward_scale, c.behavior.value_scale) == (0.5, 0.5, 0.5)
     b = c.behavior
-    assert (b.mean_scale, b.min_std) == (5.0, 1e-4) and b.discount_weights
+    assert (b.mean_scale, b.min_std, b.greedy) == (5.0, 1e-4, "median") and b.discount_weights
     assert math.log1p(math.exp(b.std_offset)) == pytest.approx(5.0, rel=1e-12)
     assert c.optim == Config().optim
     assert b.gamma == 0.99 and b.lam == 0.95 and b.imag_horizon == 15
@@ -248,9 +248,10 @@ def test_missing_sections_take_their_defaults():
 def test_files_from_before_a_field_keep_what_was_built_in():
     """Else a resumed run would collect otherwise, and an old checkpoint not fit its model."""
     old = to_dict(Config())
-    del old["collect"]["sample"]
-    assert not from_dict(old).collect.sample
-    assert from_dict(to_dict(Config())) == Config() and Config().collect.sample
+    del old["collect"]["sample"], old["behavior"]["greedy"]
+    found = from_dict(old)
+    assert (found.collect.sample, found.behavior.greedy) == (False, "median")
+    assert from_dict(to_dict(Config())) == Config() != found
 
 
 def test_configurations_are_frozen():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastdreamer.config import preset
-from fastdreamer.nn.dists import symexp
+from fastdreamer.nn.dists import greedy_action, symexp
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.params import State
@@ -96,8 +96,11 @@ def test_act_follows_its_generator():
         assert (agent.act(obs, noise=0.3)[0] == twin.act(obs, noise=0.3)[0]).all()
 
 
-def test_act_filters_then_takes_the_actor_s_mean():
-    agent, obs = make_agent(("pixels", "state")), make_obs(("pixels", "state"), 2)
+@pytest.mark.parametrize("greedy", ["median", "mode"])
+def test_act_filters_then_takes_the_actor_s_action(greedy):
+    behavior = dataclasses.replace(preset("tiny").behavior, greedy=greedy)
+    agent = make_agent(("pixels", "state"), behavior=behavior)
+    obs = make_obs(("pixels", "state"), 2)
     state = PolicyState(torch.randn(2, 16), torch.randn(2, 4), torch.rand(2, A))
     action, new = agent.act(obs, state, generator=seeded(3))
     with torch.no_grad():
@@ -110,7 +113,8 @@ def test_act_filters_then_takes_the_actor_s_mean():
             torch.zeros(1, 2, dtype=torch.bool),
             torch.randn(1, 2, 4, generator=seeded(3)),
         ).state
-        want = torch.tanh(agent.actor(seen.feat[0]).mean)
+        want = greedy_action(agent.actor(seen.feat[0]), greedy)
+        assert torch.equal(want, torch.tanh(agent.actor(seen.feat[0]).mean)) == (greedy == "median")
     torch.testing.assert_close(new, PolicyState(seen.deter[0], seen.stoch[0], want))
     np.testing.assert_array_equal(action, new.action.numpy())
     start = agent.initial_state(2)

@@ -52,6 +52,7 @@ _NOT_NEGATIVE = {
     "eval": ("every",),
 }
 _BEFORE: dict[str, dict[str, Any]] = {
+    "behavior": {"greedy": "median"},
     "collect": {"sample": False},
 }
 """What was built in before it could be chosen: runs and checkpoints from then don't name it."""

@@ -39,6 +39,7 @@ def _walker() -> Config:
             mean_scale=5.0,
             std_offset=math.log(math.expm1(5.0)),
             min_std=1e-4,
+            greedy="median",
             value_scale=0.5,
             discount_weights=True,
             target_every=100,
@@ -83,7 +84,7 @@ def _tiny() -> Config:
             decoder_channels=(4, 4, 4),
             decoder_linear=16,
         ),
-        behavior=BehaviorConfig(imag_horizon=3, actor_layers=2, critic_layers=2),
+        behavior=BehaviorConfig(imag_horizon=3, actor_layers=2, critic_layers=2, greedy="median"),
         collect=CollectConfig(prefill=2),
         plan=PlanConfig(plan_horizon=3, num_samples=8, num_elites=3, iterations=2),
         train=TrainConfig(

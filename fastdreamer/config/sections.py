@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Suppress, arg
 
 Activation = Literal["elu", "relu", "silu", "tanh"]
+Greedy = Literal["median", "mode"]
 
 
 def _short(name: str) -> Any:
@@ -118,6 +119,8 @@ class BehaviorConfig:
     """Added to the actor's raw standard deviation before its softplus."""
     min_std: float = 0.1
     """Added to the actor's standard deviation."""
+    greedy: Greedy = "mode"
+    """The actor's action without noise: tanh(mean), the median of its distribution, or the mode."""
     value_scale: float = 1.0
     """Factor of the critic's squared error."""
     discount_weights: bool = False
