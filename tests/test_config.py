@@ -44,7 +44,8 @@ def test_report_is_the_report_s_experiment():
     """The settings of the report, one assertion per line of its table."""
     c = preset("report")
     assert c == Config()
-    assert (c.model.stoch, c.model.deter, c.model.hidden) == (30, 200, 400)
+    assert (c.model.stoch, c.model.deter) == (30, 200)
+    assert (c.model.input_hidden, c.model.hidden) == (200, 400)
     assert c.model.activation == "elu" and c.model.min_std == 0.1
     assert c.model.encoder_channels == (16, 32, 64, 64) and c.model.encoder_linear == 1024
     assert c.model.decoder_linear == 1024 and c.model.decoder_linear_relu
@@ -71,7 +72,8 @@ def test_report_is_the_report_s_experiment():
 
 def test_walker_has_the_original_s_networks_and_losses():
     c = preset("walker")
-    assert (c.model.stoch, c.model.deter, c.model.hidden) == (30, 200, 200)
+    assert (c.model.stoch, c.model.deter) == (30, 200)
+    assert (c.model.input_hidden, c.model.hidden) == (None, 200)
     assert c.model.encoder_channels == (32, 64, 128, 256) and c.model.encoder_linear is None
     assert c.model.decoder_linear == 1024 and not c.model.decoder_linear_relu
     assert c.model.decoder_channels == (128, 64, 32)
@@ -111,6 +113,8 @@ def test_walker_has_the_original_s_networks_and_losses():
         ("model.deter", "200", "a whole number"),
         ("model.stoch", -3, "> 0"),
         ("model.hidden", 0, "> 0"),
+        ("model.input_hidden", 0, "none or > 0"),
+        ("model.input_hidden", "wide", "a whole number or none"),
         ("model.min_std", 0.0, "> 0"),
         ("model.encoder_channels", (16, 0, 64, 64), "4 positive whole numbers"),
         ("model.encoder_channels", (16, 32, 64), "4 positive whole numbers"),
@@ -200,6 +204,7 @@ def test_every_field_is_refused_something():
         ("device", "cuda:1"),
         ("env.time_limit", 2),
         ("model.encoder_linear", None),
+        ("model.input_hidden", None),
         ("model.reward_layers", 0),
         ("loss.kl_balance", 0),
         ("loss.kl_balance", 1.0),
@@ -248,9 +253,10 @@ def test_missing_sections_take_their_defaults():
 def test_files_from_before_a_field_keep_what_was_built_in():
     """Else a resumed run would collect otherwise, and an old checkpoint not fit its model."""
     old = to_dict(Config())
-    del old["collect"]["sample"], old["behavior"]["greedy"]
+    del old["collect"]["sample"], old["behavior"]["greedy"], old["model"]["input_hidden"]
     found = from_dict(old)
     assert (found.collect.sample, found.behavior.greedy) == (False, "median")
+    assert found.model.input_hidden is None
     assert from_dict(to_dict(Config())) == Config() != found
 
 

@@ -56,6 +56,11 @@ def test_shapes(name, kinds):
         kind: (2, *SHAPES[kind]) for kind in kinds
     }
     assert model.predict_reward(feat).shape == (2,)
+    inp = {"report": 200, "walker": 200, "tiny": 16}[name]
+    hidden = {"report": 400, "walker": 200, "tiny": 16}[name]
+    rssm = model.rssm
+    assert (rssm.inp.layers[0].out_features, rssm.gru.input_size) == (inp, inp)
+    assert [head.layers[0].out_features for head in (rssm.prior, rssm.post)] == [hidden, hidden]
 
 
 @pytest.mark.parametrize("name", ["report", "walker"])
@@ -279,7 +284,14 @@ def test_the_actor_s_distribution(scale, offset, low):
 
 def test_the_initial_state_is_zero():
     rssm = RSSM(
-        action_dim=2, deter=3, stoch=4, hidden=5, embed=6, activation="elu", min_std=0.1
+        action_dim=2,
+        deter=3,
+        stoch=4,
+        hidden=5,
+        input_hidden=7,
+        embed=6,
+        activation="elu",
+        min_std=0.1,
     ).double()
     state = rssm.initial(7)
     assert state.deter.shape == (7, 3) and state.stoch.shape == (7, 4)

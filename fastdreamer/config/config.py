@@ -52,6 +52,7 @@ _NOT_NEGATIVE = {
     "eval": ("every",),
 }
 _BEFORE: dict[str, dict[str, Any]] = {
+    "model": {"input_hidden": None},
     "behavior": {"greedy": "median"},
     "collect": {"sample": False},
 }
@@ -118,6 +119,7 @@ class Config:
             require(size == 64, "env.image_size", "64 (the four-layer encoder's size)", size)
         for name, value in (
             ("env.time_limit", self.env.time_limit),
+            ("model.input_hidden", self.model.input_hidden),
             ("model.encoder_linear", self.model.encoder_linear),
             ("plan.budget_ms", self.plan.budget_ms),
             ("explore.units", self.explore.units),

@@ -27,6 +27,7 @@ def _walker() -> Config:
         replay=ReplayConfig(batch=16, length=50),
         model=ModelConfig(
             hidden=200,
+            input_hidden=None,
             encoder_channels=(32, 64, 128, 256),
             encoder_linear=None,
             decoder_channels=(128, 64, 32),
@@ -78,6 +79,7 @@ def _tiny() -> Config:
             deter=16,
             stoch=4,
             hidden=16,
+            input_hidden=None,
             units=16,
             encoder_channels=(4, 4, 4, 4),
             encoder_linear=16,

@@ -58,7 +58,9 @@ class ModelConfig:
     stoch: int = 30
     """S, size of the stochastic state."""
     hidden: int = 400
-    """Units of the RSSM's input, prior and posterior layers."""
+    """Units of the RSSM's prior and posterior layers."""
+    input_hidden: int | None = 200
+    """Units of the input layer in front of its GRU; none: as many as ``hidden``."""
     min_std: float = 0.1
     """Added to the softplus of the prior's and posterior's standard deviation."""
     encoder_channels: tuple[int, int, int, int] = (16, 32, 64, 64)

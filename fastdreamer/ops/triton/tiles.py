@@ -133,9 +133,10 @@ TABLE = (
 )  # fmt: skip
 """Proved for Triton 3.7.1, which torch 2.13 brings with CUDA: compiled for sm_80, 90, 100 and 120,
 no kernel spills or takes more than 99 KB of shared memory, what the least of them has. That holds
-for all kernels at the sizes of preset ``report`` with ELU, and in bfloat16 for the step's and the
-actor's with SiLU, at those sizes and with widths of 1024; other models may spill, which costs time
-alone. ``python -m tests.triton_resources`` shows it. No time was measured."""
+for all kernels at the sizes of preset ``report`` with ELU, its input layer of 200 units or of 400,
+and in bfloat16 for the step's and the actor's with SiLU, at those sizes and with widths of 1024;
+other models may spill, which costs time alone. ``python -m tests.triton_resources`` shows it. No
+time was measured."""
 
 
 def choose(kind: Kind, rows: int, *, bf16: bool, arch: int) -> Tile:
