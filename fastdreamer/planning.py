@@ -142,6 +142,7 @@ def plan(
             *noises(count),
             num_elites=config.num_elites,
             min_std=config.min_std,
+            sample_std=config.refit_std == "sample",
             clip=config.clip,
             score=score,
             proposals=proposals,

@@ -235,6 +235,14 @@ def test_no_iterations_take_the_actor_s_action(greedy):
     assert (action == 0).all()
 
 
+def test_the_refit_s_standard_deviation_is_the_one_asked_for(agent):
+    sample, population = (
+        planned(agent, refit_std=kind, iterations=1)[1] for kind in ("sample", "population")
+    )
+    assert torch.equal(sample.mean, population.mean)
+    torch.testing.assert_close(sample.std, population.std * (3 / 2) ** 0.5)  # of three elites
+
+
 def test_ties_take_the_first_candidates(agent):
     head = agent.model.reward.layers[-1]
     kept = head.weight.detach().clone()

@@ -114,7 +114,8 @@ def programs(sizes: Sizes, rows: int, precision: Precision) -> Iterator[Program]
     elites = max(1, rows // 10)
     plan = cem._Spec(
         (2, 3, 1, rows), precision, step, *shapes[:2], None,
-        gamma=returns.gamma, lam=returns.lam, num_elites=elites, min_std=0.1, clip=1.0, proposals=0,
+        gamma=returns.gamma, lam=returns.lam, num_elites=elites, min_std=0.1,
+        sample_std=False, clip=1.0, proposals=0,
     )  # fmt: skip
     yield cem.program(plan)
     yield cem.program(plan._replace(value=None, proposals=2))

@@ -180,6 +180,8 @@ class PlanConfig:
     """Standard deviation of the first candidates around the start (the report: 1)."""
     min_std: float = 0.0
     """The least standard deviation of a refit."""
+    refit_std: Literal["population", "sample"] = "population"
+    """The elites' standard deviation: by 1/K or, as the report's code takes it, by 1/(K - 1)."""
     clip: float = 0.9999
     """Bound on the candidates' actions."""
     common_noise: bool = False

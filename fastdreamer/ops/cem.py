@@ -41,6 +41,7 @@ def cem(
     *,
     num_elites: int,
     min_std: float = 0.0,
+    sample_std: bool = False,
     clip: float = 0.9999,
     score: Score = "lambda_return",
     proposals: Tensor | None = None,
@@ -50,7 +51,7 @@ def cem(
 
     In each of I iterations, for each start state: N candidates a = clamp(mean + std·ε, ±clip)
     are rolled through the dynamics; the K with the highest scores are the elites; mean and std
-    become those of the elites (std by the population variance, at least ``min_std``).
+    become those of the elites (std at least ``min_std``).
 
     Among equal scores (0 and −0 are equal) the lower n comes first. A NaN score comes after all
     others, −∞ included, and is never an elite: with fewer than K other scores the elites are
@@ -66,6 +67,8 @@ def cem(
         state_noise: [I, H, B, N, S] standard normal.
         num_elites: K in 1..N.
         min_std: the least standard deviation of a fitted Normal.
+        sample_std: fit √(Σ(a − mean)²/(K − 1)), the sample's (0 of a single elite), as the report's
+            code does, instead of the population's √(Σ(a − mean)²/K).
         clip: bound on the candidates' |a|, positive.
         score: ``"lambda_return"``, G_0 of the predicted rewards and values of states 1..H, or
             ``"reward"``, the sum of the H rewards; or a function of the features [H, B·N, F] of
@@ -127,7 +130,7 @@ def cem(
         body = OP.select(backend, *given, constant=noise, depth=depth)
     return body(
         params, returns, start, mean, std, action_noise, state_noise,
-        num_elites, float(min_std), float(clip), score, proposals,
+        num_elites, float(min_std), float(clip), score, proposals, bool(sample_std),
     )  # fmt: skip
 
 
@@ -144,6 +147,7 @@ def eager(
     clip: float,
     score: Score,
     proposals: Tensor | None,
+    sample_std: bool,
     roll: Callable = OPEN_LOOP.eager,
 ) -> Plan:
     iterations, _, batch, samples, _ = action_noise.shape
@@ -163,7 +167,11 @@ def eager(
         failed = scores[i].take_along_dim(best, 1).isnan()
         elites = elites.masked_fill(failed[None, :, :, None], torch.nan)  # for nanmean to leave out
         mean = elites.nanmean(2)
-        std = (elites - mean.unsqueeze(2)).square().nanmean(2).sqrt().clamp(min=min_std)
+        variance = (elites - mean.unsqueeze(2)).square().nanmean(2)
+        if sample_std:
+            count = (~failed).sum(1)[:, None]  # [B, 1]
+            variance = variance * count / (count - 1).clamp(min=1)
+        std = variance.sqrt().clamp(min=min_std)
     return Plan(mean, std, scores)
 
 
