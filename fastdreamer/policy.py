@@ -314,12 +314,48 @@ class Policy(nn.Module):
             deter, stoch = torch.cat([deter, rest.deter]), torch.cat([stoch, rest.stoch])
             action = torch.cat([action, rest.action])
         means = self.model.decoder(State(deter, stoch).feat[:, 0])
-        seen = {}
-        if "pixels" in means:
-            seen["pixels"] = float_to_pixels(means["pixels"]).cpu().numpy()
-        if "state" in means:
-            seen["state"] = symexp(means["state"]).cpu().numpy()
-        return action[:, 0].cpu().numpy(), seen
+        return action[:, 0].cpu().numpy(), _observed(means)
+
+    @torch.no_grad()
+    def predict(
+        self, batch: dict[str, Tensor], context: int, generator: torch.Generator | None = None
+    ) -> dict[str, np.ndarray]:
+        """Watch the beginning of recorded sequences, then predict the rest by the actions alone.
+
+        Args:
+            batch: time-major [T, B, ...], as ``Dreamer.update`` takes it.
+            context: steps that are watched, 1..T - 1; no episode begins behind them.
+            generator: of the latent samples; None uses the agent's own.
+
+        Returns:
+            The observations that the decoder makes of all T states, the watched ones included:
+            ``pixels`` uint8 [T, B, 64, 64, 3] and/or ``state`` [T, B, n] in its own units.
+
+        Raises:
+            ValueError: no such context, or an episode begins behind it.
+        """
+        T, B = batch["is_first"].shape
+        if not 1 <= context < T or batch["is_first"][context:].any():
+            raise ValueError(
+                f"predict: {context} of {T} steps watched, or an episode begins behind"
+            )
+        generator = generator or self._act_generator
+        rssm = self.model.rssm
+        noise = torch.randn(T, B, rssm.stoch, generator=generator).to(self.device)
+        seen = {kind: x[:context] for kind, x in batch.items()}
+        with self._autocast():
+            watched = observe(
+                rssm.params(),
+                rssm.initial(B),
+                self.model.encoder(seen),
+                seen["action"],
+                seen["is_first"],
+                noise[:context],
+            ).state
+            now = State(watched.deter[-1], watched.stoch[-1])
+            ahead = open_loop(rssm.params(), now, batch["action"][context:], noise[context:])
+            means = self.model.decoder(torch.cat([watched.feat, ahead.feat]))
+        return _observed(means)
 
     def _return_params(self) -> ReturnParams:
         critics = (self.critic, self.target_critic)
@@ -330,6 +366,16 @@ class Policy(nn.Module):
     def _autocast(self) -> contextlib.AbstractContextManager:
         enabled = self.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+
+def _observed(means: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """The decoder's means as observations: uint8 pixels, the state in its own units."""
+    seen = {}
+    if "pixels" in means:
+        seen["pixels"] = float_to_pixels(means["pixels"]).cpu().numpy()
+    if "state" in means:
+        seen["state"] = symexp(means["state"].float()).cpu().numpy()
+    return seen
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

@@ -331,6 +331,26 @@ def test_the_mode_is_where_the_squashed_density_is_greatest(std):
         assert (x.gather(0, log_prob.argmax(0)[None])[0].abs() >= 4.9)[~certain].all()
 
 
+def test_entropies():
+    """Of a Normal against torch's; squashed, against the integral over a and the uniform's."""
+    p = Normal(torch.randn(5, 3, generator=generator()), torch.rand(5, 3, generator=generator()))
+    want = Independent(TorchNormal(*p), 1).entropy()
+    torch.testing.assert_close(ours.entropy(p), want)
+    for mean, std in ((0.3, 0.4), (1.0, 0.1), (-2.0, 1.5)):
+        a = torch.linspace(-1, 1, 200_003, dtype=torch.float64)[1:-1]
+        density = TorchNormal(mean, std).log_prob(torch.atanh(a)).exp() / (1 - a.square())
+        exact = -torch.special.xlogy(density, density).sum() * (a[1] - a[0])
+        many = Normal(*(torch.full((400_000, 1), v, dtype=torch.float64) for v in (mean, std)))
+        noise = torch.randn(400_000, 1, generator=generator(), dtype=torch.float64)
+        got = ours.squashed_entropy(many, noise).mean()
+        assert got.item() == pytest.approx(exact.item(), abs=0.01)
+        assert got < math.log(2)  # the uniform's, which no other reaches
+    far = ours.squashed_entropy(
+        Normal(torch.full((1, 1), 50.0), torch.ones(1, 1)), torch.ones(1, 1)
+    )
+    assert far.isfinite()
+
+
 def test_greedy_actions():
     """tanh(mean) bounds a mean in ±1 to ±0.76; a wide distribution's mode is at the rim, a narrow
     one's at the median; the mean of the squashed distribution is nearer to 0 than either."""

@@ -288,6 +288,7 @@ class EvalConfig:
     episodes: int = 5
     """Episodes an evaluation."""
     video: bool = True
-    """Keep a video of the first episode of each evaluation (pixels only)."""
+    """Keep a video of the first episode of each evaluation, and show in TensorBoard what the world
+    model predicts blindly (pixels only)."""
     controller: Literal["auto", "actor", "mpc", "planet"] = "auto"
     """Who acts; auto: the agent's own."""

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastdreamer.config.sections import Greedy
 from fastdreamer.ops.params import Normal
 
 _NEWTON_STEPS = 16  # fewer than 8 do, but for means near 0 with a variance near ½
+
+
+def entropy(p: Normal) -> Tensor:
+    """Differential entropy in nats, summed over the last dimension: [..., S] -> [...]."""
+    return (p.std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+
+def squashed_entropy(p: Normal, noise: Tensor) -> Tensor:
+    """That of tanh(x), x ~ p, estimated at the samples x of some standard normal noise.
+
+    Unbiased: the entropy of x plus E Σ log(1 − tanh²(x)). A uniform action's is S·log 2.
+    """
+    x = p.sample(noise)
+    return entropy(p) + 2 * (math.log(2) - x - F.softplus(-2 * x)).sum(-1)
 
 
 def greedy_action(p: Normal, rule: Greedy) -> Tensor:
