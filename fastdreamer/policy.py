@@ -361,7 +361,9 @@ class Policy(nn.Module):
         critics = (self.critic, self.target_critic)
         critic, target = (None if head is None else head.params() for head in critics)
         heads = (self.model.reward.params().detach(), critic, target)
-        return ReturnParams(*heads, self.config.behavior.gamma, self.config.behavior.lam)
+        behavior = self.config.behavior
+        departure = behavior.pairing == "departure"
+        return ReturnParams(*heads, behavior.gamma, behavior.lam, departure=departure)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         enabled = self.precision == "bf16"

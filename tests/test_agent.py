@@ -126,6 +126,26 @@ def test_update_follows_its_generator(kinds):
     )
 
 
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_the_pairing_is_a_setting_of_imagination_and_planning(backend):
+    found = {}
+    for pairing in ("arrival", "departure"):
+        agent = make_agent(behavior={"pairing": pairing, "lam": 1.0}, precision="fp32")
+        assert agent._return_params().departure == (pairing == "departure")
+        with use_backend(backend):
+            metrics = agent.update(make_batch(("state",)), agent.make_optimizers(), seeded())
+            assert last_backend("imagine") == backend
+        found[pairing] = metrics
+    a, d = found["arrival"], found["departure"]
+    assert a["model_loss"] == d["model_loss"] and a["imagined_value"] == d["imagined_value"]
+    assert a["imagined_reward"] != d["imagined_reward"] and a["actor_loss"] != d["actor_loss"]
+    obs = make_obs(("state",))
+    action, _ = agent.act(obs, controller="mpc", generator=seeded())
+    assert np.isfinite(action).all() and last_backend("cem") == "eager"
+    with use_backend("native"), pytest.raises(BackendError, match="on arrival alone"):
+        agent.act(obs, controller="mpc", generator=seeded())
+
+
 HEALTH = ("prior_entropy", "post_entropy", "actor_entropy", "actor_std", "action_saturated")
 
 

@@ -61,6 +61,7 @@ def test_report_is_the_report_s_experiment():
     assert (o.model_lr, o.actor_lr, o.critic_lr, o.clip) == (6e-4, 8e-5, 8e-5, 100.0)
     assert (c.replay.batch, c.replay.length) == (8, 50)
     assert (b.imag_horizon, b.gamma, b.lam) == (15, 0.99, 0.95)
+    assert (b.pairing, c.plan.refit_std) == ("arrival", "population")  # the textbook's
     assert not b.discount_weights and b.target_every == 0 and not b.return_norm
     assert (c.env.task, c.env.obs) == ("walker-walk", "pixels")
     assert c.env.action_repeat == 2 and c.env.image_size == 64 and c.env.time_limit is None

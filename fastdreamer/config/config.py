@@ -137,6 +137,8 @@ class Config:
         require(0 < explore.delta < 1, "explore.delta", "between 0 and 1", explore.delta)
         if explore.method == "none":
             return
+        pairing = self.behavior.pairing
+        require(pairing == "arrival", "behavior.pairing", "'arrival' with explore", pairing)
         plans = self.agent == "planet" or self.collect.controller in ("mpc", "mixed")
         if explore.at == "plan":
             accepts = "'actor' where no planner collects (--collect mpc)"

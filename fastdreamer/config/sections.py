@@ -111,6 +111,9 @@ class BehaviorConfig:
     """Discount per decision."""
     lam: float = 0.95
     """The λ of the λ-return."""
+    pairing: Literal["arrival", "departure"] = "arrival"
+    """Which reward goes with the value of state t + 1 in the λ-return: that of arriving there or,
+    as in the report's code, that predicted in state t."""
     actor_layers: int = 4
     """Hidden layers of the actor."""
     critic_layers: int = 3

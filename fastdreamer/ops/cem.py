@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdreamer.ops.backend import Op
 from fastdreamer.ops.checks import check_tensor
-from fastdreamer.ops.imagine import predicted_discount
+from fastdreamer.ops.imagine import NO_DEPARTURE, predicted_discount
 from fastdreamer.ops.lambda_return import lambda_return
 from fastdreamer.ops.open_loop import OP as OPEN_LOOP
 from fastdreamer.ops.params import ReturnParams, RSSMParams, State, deepest, mlp
@@ -70,8 +70,9 @@ def cem(
         sample_std: fit √(Σ(a − mean)²/(K − 1)), the sample's (0 of a single elite), as the report's
             code does, instead of the population's √(Σ(a − mean)²/K).
         clip: bound on the candidates' |a|, positive.
-        score: ``"lambda_return"``, G_0 of the predicted rewards and values of states 1..H, or
-            ``"reward"``, the sum of the H rewards; or a function of the features [H, B·N, F] of
+        score: ``"lambda_return"``, G_0 of the predicted rewards and values of states 1..H (with
+            ``returns.departure``, rewards of 0..H-1), or ``"reward"``, the sum of the rewards of
+            states 1..H; or a function of the features [H, B·N, F] of
             states 1..H, row b·N + n candidate n of b, that returns scores [B·N]. With a function
             the search itself is eager and the backend rolls the candidates out.
         proposals: [H, B, P, A], P in 0..N, action sequences that are the first P candidates of
@@ -127,7 +128,9 @@ def cem(
         heads = (returns.reward,) if score == "reward" else returns.heads()
         depth = max(depth, deepest(*heads))
         given += (proposals,) if proposals is not None and proposals.numel() else ()
-        body = OP.select(backend, *given, constant=noise, depth=depth)
+        departs = returns.departure and score == "lambda_return"
+        lacking = dict.fromkeys(("native", "triton"), NO_DEPARTURE) if departs else {}
+        body = OP.select(backend, *given, constant=noise, depth=depth, lacking=lacking)
     return body(
         params, returns, start, mean, std, action_noise, state_noise,
         num_elites, float(min_std), float(clip), score, proposals, bool(sample_std),
@@ -154,6 +157,7 @@ def eager(
     mean, std = mean.clone(), std.clone()
     scores = mean.new_empty(iterations, batch, samples)
     start = State(*(part.repeat_interleave(samples, 0) for part in start))  # row b·N + n
+    first = start.concat(returns.stoch_first)
     for i in range(iterations):
         action = mean.unsqueeze(2) + std.unsqueeze(2) * action_noise[i]
         if proposals is not None:
@@ -161,7 +165,7 @@ def eager(
         action = action.clamp(-clip, clip)  # [H, B, N, A]
         states = roll(params, start, action.flatten(1, 2), state_noise[i].flatten(1, 2))
         feat = states.concat(returns.stoch_first)
-        scores[i] = evaluate(returns, feat, score).view(batch, samples)
+        scores[i] = evaluate(returns, first, feat, score).view(batch, samples)
         best = top(scores[i], num_elites)  # [B, K]
         elites = action.take_along_dim(best[None, :, :, None], 2)  # [H, B, K, A]
         failed = scores[i].take_along_dim(best, 1).isnan()
@@ -175,12 +179,14 @@ def eager(
     return Plan(mean, std, scores)
 
 
-def evaluate(returns: ReturnParams, feat: Tensor, score: Score) -> Tensor:
-    """Score [B] of trajectories by the features [H, B, F] of their states 1..H."""
+def evaluate(returns: ReturnParams, first: Tensor, feat: Tensor, score: Score) -> Tensor:
+    """Score [B] of trajectories by the features [B, F] of state 0 and [H, B, F] of 1..H."""
     if callable(score):
         return score(feat)
+    departs = returns.departure and score == "lambda_return"
+    paid = torch.cat([first[None], feat[:-1]]) if departs else feat
     # Cast first: under autocast the heads' outputs are bfloat16.
-    reward = mlp(returns.reward, feat).squeeze(-1).to(feat.dtype)  # [H, B]
+    reward = mlp(returns.reward, paid).squeeze(-1).to(feat.dtype)  # [H, B]
     if score == "reward":
         return reward.sum(0)
     value = mlp(returns.target or returns.critic, feat).squeeze(-1).to(feat.dtype)

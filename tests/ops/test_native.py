@@ -402,7 +402,7 @@ def check_buffers(name: str, bf16: bool, threads: int) -> None:
         params.std,
     )
     discount = returns.discount or returns.reward
-    heads = (*(pack_mlp(head, **pack) for head in (*returns[:3], discount)), *returns[3:5])
+    heads = (*(pack_mlp(head, **pack) for head in (*returns[:3], discount)), *returns[3:5], False)
     for with_actor in (True, False):
         g = Guarded()
         policy = (pack_mlp(actor.mlp, **pack), *actor[1:3], True) if with_actor else None

@@ -17,7 +17,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from fastdreamer import testing
-from fastdreamer.ops.backend import last_backend
+from fastdreamer.ops.backend import BackendError, last_backend
 from fastdreamer.ops.cem import cem, top
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.observe import observe
@@ -193,6 +193,10 @@ def check_variants() -> None:
     check("imagine", make("imagine", 2, 3, **flags, **orders), bf16=True)
     check("imagine", make("imagine", 2, 3, **flags), wrt=("start",), using=("out.discount",))
     check("cem", make("cem", 2, 5, discount=flags["discount"], **orders), wrt=())
+    for op in ("imagine", "cem"):
+        inputs = make(op, 2, 3, departure=True) | ({"num_elites": 3} if op == "cem" else {})
+        with pytest.raises(BackendError, match=f"{op}: backend 'triton' .* on arrival alone"):
+            OPS[op](**inputs, backend="triton")
 
 
 def check_refit() -> None:
