@@ -84,7 +84,7 @@ def _believed(agent: Dreamer, state: State, actions: Tensor, generator: torch.Ge
     noise = torch.randn(BLIND, SAMPLES, agent.model.rssm.stoch, generator=generator)
     actions = actions.expand(-1, SAMPLES, -1).contiguous()
     states = open_loop(agent.model.rssm.params(), many, actions, noise)
-    return evaluate(agent._return_params(), states.feat, "reward").mean().item()
+    return evaluate(agent._return_params(), many.feat, states.feat, "reward").mean().item()
 
 
 def table(found: dict[str, np.ndarray]) -> str:

@@ -35,7 +35,7 @@ PRECISIONS = {"bf16": True, "fp32": False}
 
 def world_model() -> dict[str, nn.Module]:
     """Modules of the report's sizes, as a caller has them."""
-    A, D, S, E, hidden, units, *layers, _ = REPORT
+    A, D, S, E, hidden, units, *layers, _, _ = REPORT
     reward, critic, actor = ([units] * n for n in layers)
 
     def mlp(*widths: int, last: bool = False) -> nn.Sequential:

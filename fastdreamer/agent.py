@@ -17,15 +17,18 @@ from fastdreamer import losses
 from fastdreamer.checkpoint import CheckpointError, load_checkpoint, load_newest
 from fastdreamer.config import Config, PlanConfig, SafetyConfig, from_dict
 from fastdreamer.exploration import spread, upper_bound
+from fastdreamer.nn.dists import entropy, squashed_entropy
 from fastdreamer.ops.backend import release_memory
 from fastdreamer.ops.graph import capturing
-from fastdreamer.ops.imagine import imagine
+from fastdreamer.ops.imagine import Imagination, imagine
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.params import State
 from fastdreamer.policy import Policy
 
 _PARTS = {"pixels": "image", "state": "state"}
 """Loss of the reconstruction by kind of observation."""
+SATURATED = 0.99
+"""An action beyond ± this counts as saturated."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -77,6 +80,8 @@ class Dreamer(Policy):
         batch: dict[str, Tensor],
         optimizers: dict[str, torch.optim.Optimizer],
         generator: torch.Generator,
+        *,
+        health: bool = False,
     ) -> dict[str, float]:
         """Learn from one batch: world model, then actor and critic in imagination.
 
@@ -86,6 +91,10 @@ class Dreamer(Policy):
                 ``is_first`` bool.
             optimizers: of ``make_optimizers()``.
             generator: draws every noise of the update, on its own device.
+            health: also measure what tells a healthy run from a dead one: ``prior_entropy``,
+                ``post_entropy``, ``actor_entropy`` (of the squashed action, all in nats),
+                ``actor_std`` (before the tanh) and ``action_saturated``, the share of imagined
+                actions beyond ±0.99.
 
         Returns:
             The losses and diagnostics by name. While a CUDA graph is captured nothing can be read:
@@ -132,6 +141,10 @@ class Dreamer(Policy):
             norms = self._step({"model": model_loss}, optimizers, parts)
         values = {f"{name}_loss": part for name, part in parts.items()}
         values |= {"kl": kl_nats, "model_loss": model_loss}
+        if health:
+            with torch.no_grad():
+                latents = {"prior": seen.prior, "post": seen.post}
+                values |= {f"{n}_entropy": entropy(p).mean() for n, p in latents.items()}
         heads = (feat, batch["reward"], generator)  # what an explorer's reward heads learn from
         if self.actor is None:
             more = {} if self.explorer is None else self._explore(optimizers, *heads)
@@ -148,6 +161,8 @@ class Dreamer(Policy):
                 action_noise,
                 returns=self._return_params(),
             )
+        if health:
+            values |= self._actor_health(start, dream, action_noise[0])
         weights = torch.ones(H, 1, device=self.device)
         if config.behavior.discount_weights:
             weights = gamma ** torch.arange(H, device=self.device, dtype=torch.float32)[:, None]
@@ -185,6 +200,17 @@ class Dreamer(Policy):
             self.target_critic.load_state_dict(self.critic.state_dict())
         if self.explorer is not None:
             self.explorer.update_target()
+
+    @torch.no_grad()
+    def _actor_health(self, start: State, dream: Imagination, noise: Tensor) -> dict[str, Tensor]:
+        """How wide the actor is in the states it imagines from, and how its actions saturate."""
+        with self._autocast():
+            dist = self.actor(start.feat)
+        return {
+            "actor_entropy": squashed_entropy(dist, noise).mean(),
+            "actor_std": dist.std.mean(),
+            "action_saturated": (dream.action.abs() > SATURATED).float().mean(),
+        }
 
     def _explore(
         self,

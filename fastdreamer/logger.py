@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
@@ -118,6 +120,25 @@ class Logger:
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         self.lines += 1
+        self._tensorboard.flush()
+
+    def log_video(self, name: str, frames: np.ndarray, *, fps: float, env_frames: int) -> None:
+        """Show frames in TensorBoard, as an animation among its images; no line of metrics.
+
+        name: its tag. frames: uint8 [T, h, w, 3]. fps: frames per second. env_frames: the step.
+        """
+        from PIL import Image
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        images, gif = [Image.fromarray(frame) for frame in frames], io.BytesIO()
+        options = {"save_all": True, "append_images": images[1:], "loop": 0}
+        images[0].save(gif, format="GIF", duration=round(1000 / fps), **options)
+        height, width = frames.shape[1:3]
+        image = Summary.Image(
+            height=height, width=width, colorspace=3, encoded_image_string=gif.getvalue()
+        )
+        summary = Summary(value=[Summary.Value(tag=name, image=image)])
+        self._tensorboard.file_writer.add_summary(summary, env_frames)
         self._tensorboard.flush()
 
     def sync(self) -> None:

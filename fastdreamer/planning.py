@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from fastdreamer.config import PlanConfig
+from fastdreamer.config.sections import Greedy
+from fastdreamer.nn.dists import greedy_action
 from fastdreamer.noise import Source, normal
 from fastdreamer.ops.cem import Score, cem
 from fastdreamer.ops.imagine import imagine
-from fastdreamer.ops.params import ActorParams, ReturnParams, RSSMParams, State
+from fastdreamer.ops.params import ActorParams, ReturnParams, RSSMParams, State, actor_dist
+from fastdreamer.ops.rssm_step import rssm_step
 
 
 class PlanningError(RuntimeError):
@@ -47,6 +50,7 @@ def plan(
     config: PlanConfig,
     *,
     actor: ActorParams | None = None,
+    greedy: Greedy = "median",
     score: Score = "lambda_return",
     last: Tensor | None = None,
     generator: Source | None = None,
@@ -55,8 +59,9 @@ def plan(
     """Plan from each state of a batch.
 
     The search starts with standard deviation ``config.init_std`` around the actor's actions along
-    one imagined trajectory (its mean actions, sampled states); around 0 where there is no actor;
-    or, with ``config.warm_start``, around ``last`` one decision later, its final action repeated.
+    one imagined trajectory (actions without noise, sampled states); around 0 where there is no
+    actor; or, with ``config.warm_start``, around ``last`` one decision later, its final action
+    repeated.
 
     Args:
         state: deter [B, D] and stoch [B, S], the present.
@@ -64,6 +69,7 @@ def plan(
         returns: the heads that score; for ``score="reward"`` the critic may be None.
         config: horizon, samples, elites, iterations and so on.
         actor: the policy; needed for ``config.proposals``.
+        greedy: what its actions without noise are; see :func:`fastdreamer.nn.dists.greedy_action`.
         score: see :func:`fastdreamer.ops.cem.cem`.
         last: [H, B, A], the ``mean`` of the plan made one decision ago; None at the beginning.
         generator: draws every noise, on the CPU, iteration by iteration; the same seed gives the
@@ -100,12 +106,17 @@ def plan(
         mean = torch.cat([last[1:], last[-1:]])
     else:
         mean = like.new_zeros(horizon, batch, dims["A"])
-    # The actor's rollouts, in one call: first the start, where it is one, then the proposals.
-    first = 0 if warm or actor is None else 1
+    leads = actor is not None and not warm
+    if leads and greedy != "median":
+        noise = draw(horizon, batch, dims["S"])
+        mean = _follow(params, actor, state, noise, greedy, backend)
+    # The actor's rollouts, in one call: first the start, where it is one, then the proposals. The
+    # median is the action of no noise.
+    first = int(leads and greedy == "median")
     rollouts, proposals = first + config.proposals, None
     if rollouts:
         action_noise = draw(horizon, batch, rollouts, dims["A"])
-        action_noise[:, :, :first] = 0  # its mean actions
+        action_noise[:, :, :first] = 0
         state_noise = draw(horizon, batch, rollouts, dims["S"])
         many = State(*(part.repeat_interleave(rollouts, 0) for part in state))
         noise = state_noise.flatten(1, 2), action_noise.flatten(1, 2)
@@ -135,6 +146,7 @@ def plan(
             *noises(count),
             num_elites=config.num_elites,
             min_std=config.min_std,
+            sample_std=config.refit_std == "sample",
             clip=config.clip,
             score=score,
             proposals=proposals,
@@ -162,3 +174,20 @@ def plan(
         )
     action = mean[0].clamp(-config.clip, config.clip)  # the actor's own may lie beyond, by a hair
     return action, PlanInfo(mean, std, scores, time.perf_counter() - begin)
+
+
+def _follow(
+    params: RSSMParams,
+    actor: ActorParams,
+    state: State,
+    state_noise: Tensor,
+    greedy: Greedy,
+    backend: str | None,
+) -> Tensor:
+    """The actor's actions without noise along an imagined trajectory, [H, B, A]."""
+    actions = []
+    for noise in state_noise:
+        dist = actor_dist(actor, state.concat(actor.stoch_first))
+        actions.append(greedy_action(dist, greedy))
+        state, _ = rssm_step(params, state, actions[-1], noise, backend=backend)
+    return torch.stack(actions)

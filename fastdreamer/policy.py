@@ -18,10 +18,11 @@ from fastdreamer.device import resolve_device, resolve_precision
 from fastdreamer.exploration import Explorer
 from fastdreamer.nn import MLP, Actor, WorldModel
 from fastdreamer.nn.codec import float_to_pixels
-from fastdreamer.nn.dists import symexp
+from fastdreamer.nn.dists import greedy_action, symexp
 from fastdreamer.noise import Source, normal
 from fastdreamer.ops.decide import decide
 from fastdreamer.ops.imagine import imagine
+from fastdreamer.ops.observe import observe
 from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.params import ReturnParams, State
 from fastdreamer.planning import PlanInfo, plan
@@ -130,7 +131,7 @@ class Policy(nn.Module):
 
         Returns:
             The action, float32 [A] or [B, A] in [-1, 1], and the state for the next call. Without
-            ``sample`` and ``noise`` the actor's action is tanh(mean).
+            ``sample`` and ``noise`` the actor's action is that of ``config.behavior.greedy``.
 
         Raises:
             ValueError: an observation does not fit the agent. ConfigError: it has no such
@@ -149,21 +150,25 @@ class Policy(nn.Module):
             raise ConfigError("act: this agent has no explorer; train one with --explore ucb")
         actor = None
         if controller == "actor":
-            actor = ((self.explorer.actor if explore else None) or self.actor).params()
+            actor = (self.explorer.actor if explore else None) or self.actor
+        greedy = self.config.behavior.greedy
+        inside = actor is not None and (sample or greedy == "median")  # one call does it all
         encoder, rssm = self.model.encoder, self.model.rssm
         now, action = decide(
             rssm.params(),
-            actor,
+            actor.params() if inside else None,
             State(state.deter, state.stoch),
             state.action,
             self._embed(tensors.get("pixels"), alone=not isinstance(generator, torch.Generator)),
             draw(rssm.stoch),
-            draw(self.action_dim) if sample and actor else None,
+            draw(self.action_dim) if sample and inside else None,
             encoder=encoder.state and encoder.state.params(),
             vector=tensors.get("state"),
         )
         chosen = None
-        if action is None:
+        if actor is not None and not inside:
+            action = greedy_action(actor(now.feat), greedy)
+        elif action is None:
             action, info = self.plan(
                 now, controller, explore=explore, last=state.plan, generator=generator
             )
@@ -232,6 +237,7 @@ class Policy(nn.Module):
                 self._return_params(),
                 self.config.plan,
                 actor=actor.params() if mpc else None,
+                greedy=self.config.behavior.greedy,
                 score=score,
                 last=last,
                 generator=generator or self._act_generator,
@@ -325,19 +331,67 @@ class Policy(nn.Module):
             deter, stoch = torch.cat([deter, rest.deter]), torch.cat([stoch, rest.stoch])
             action = torch.cat([action, rest.action])
         means = self.model.decoder(State(deter, stoch).feat[:, 0])
-        seen = {}
-        if "pixels" in means:
-            seen["pixels"] = float_to_pixels(means["pixels"]).cpu().numpy()
-        if "state" in means:
-            seen["state"] = symexp(means["state"]).cpu().numpy()
-        return action[:, 0].cpu().numpy(), seen
+        return action[:, 0].cpu().numpy(), _observed(means)
+
+    @torch.no_grad()
+    def predict(
+        self, batch: dict[str, Tensor], context: int, generator: torch.Generator | None = None
+    ) -> dict[str, np.ndarray]:
+        """Watch the beginning of recorded sequences, then predict the rest by the actions alone.
+
+        Args:
+            batch: time-major [T, B, ...], as ``Dreamer.update`` takes it.
+            context: steps that are watched, 1..T - 1; no episode begins behind them.
+            generator: of the latent samples; None uses the agent's own.
+
+        Returns:
+            The observations that the decoder makes of all T states, the watched ones included:
+            ``pixels`` uint8 [T, B, 64, 64, 3] and/or ``state`` [T, B, n] in its own units.
+
+        Raises:
+            ValueError: no such context, or an episode begins behind it.
+        """
+        T, B = batch["is_first"].shape
+        if not 1 <= context < T or batch["is_first"][context:].any():
+            raise ValueError(
+                f"predict: {context} of {T} steps watched, or an episode begins behind"
+            )
+        generator = generator or self._act_generator
+        rssm = self.model.rssm
+        noise = torch.randn(T, B, rssm.stoch, generator=generator).to(self.device)
+        seen = {kind: x[:context] for kind, x in batch.items()}
+        with self._autocast():
+            watched = observe(
+                rssm.params(),
+                rssm.initial(B),
+                self.model.encoder(seen),
+                seen["action"],
+                seen["is_first"],
+                noise[:context],
+            ).state
+            now = State(watched.deter[-1], watched.stoch[-1])
+            ahead = open_loop(rssm.params(), now, batch["action"][context:], noise[context:])
+            means = self.model.decoder(torch.cat([watched.feat, ahead.feat]))
+        return _observed(means)
 
     def _return_params(self) -> ReturnParams:
         critics = (self.critic, self.target_critic)
         critic, target = (None if head is None else head.params() for head in critics)
         heads = (self.model.reward.params().detach(), critic, target)
-        return ReturnParams(*heads, self.config.behavior.gamma, self.config.behavior.lam)
+        behavior = self.config.behavior
+        departure = behavior.pairing == "departure"
+        return ReturnParams(*heads, behavior.gamma, behavior.lam, departure=departure)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         enabled = self.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+
+def _observed(means: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """The decoder's means as observations: uint8 pixels, the state in its own units."""
+    seen = {}
+    if "pixels" in means:
+        seen["pixels"] = float_to_pixels(means["pixels"]).cpu().numpy()
+    if "state" in means:
+        seen["state"] = symexp(means["state"].float()).cpu().numpy()
+    return seen

@@ -117,16 +117,18 @@ class Sizes(NamedTuple):
     D: int
     S: int
     E: int
-    hidden: int  # of the RSSM's input, prior and posterior layers
+    hidden: int  # of the RSSM's prior and posterior layers
     units: int  # of the actor and the heads
     reward_layers: int  # hidden layers
     critic_layers: int
     actor_layers: int
     activation: str
+    input_hidden: int | None = None  # of the RSSM's input layer; None: as ``hidden``
 
 
 REPORT = Sizes(6, 200, 30, 1024, 400, 400, 2, 3, 4, "elu")
-"""Walker from pixels, as in the report."""
+"""Walker from pixels, as in the report, but for an input layer as wide as the prior's: what the
+published times are of."""
 
 
 def make_params(
@@ -144,7 +146,8 @@ def make_params(
         None of the tensors asks for gradients.
     """
     generator = torch.Generator().manual_seed(seed)
-    A, D, S, E, hidden, units, *layers, activation = sizes
+    A, D, S, E, hidden, units, *layers, activation, input_hidden = sizes
+    input_hidden = input_hidden or hidden
     feat = D + S
 
     def uniform(fan: int, *shape: int) -> Tensor:
@@ -155,9 +158,9 @@ def make_params(
         weights = tuple(uniform(fan, out, fan) for fan, out in pairs)
         return MLPParams(weights, tuple(uniform(fan, out) for fan, out in pairs), activation)
 
-    shapes = (3 * D, hidden), (3 * D, D), (3 * D,), (3 * D,)
+    shapes = (3 * D, input_hidden), (3 * D, D), (3 * D,), (3 * D,)
     rssm = RSSMParams(
-        inp=mlp(S + A, hidden),
+        inp=mlp(S + A, input_hidden),
         gru=GRUParams(*(uniform(D, *shape) for shape in shapes)),
         prior=mlp(D, hidden, 2 * S),
         post=mlp(D + E, hidden, 2 * S),

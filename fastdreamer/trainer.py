@@ -40,6 +40,8 @@ from fastdreamer.replay import Replay
 _log = logging.getLogger("fastdreamer")
 
 
+_SHOWN, _WATCHED = 3, 5
+"""Of an open-loop prediction in TensorBoard: sequences, and steps watched before it."""
 _CURSOR = (
     "update",
     "episodes",
@@ -284,7 +286,8 @@ class Trainer:
             arrays = self.replay.sample(config.replay.batch, config.replay.length, self.sample_rng)
             batch = {k: torch.from_numpy(v).to(self.agent.device) for k, v in arrays.items()}
         with nvtx.annotate("update"):
-            metrics = self.agent.update(batch, self.optimizers, self.generator)
+            health = (self.update + 1) % config.train.log_every == 0  # of what is logged
+            metrics = self.agent.update(batch, self.optimizers, self.generator, health=health)
         every = config.behavior.target_every
         if every and (self.update + 1) % every == 0:
             self.agent.update_target()
@@ -316,6 +319,28 @@ class Trainer:
         self.job = Job(self.update, episode, random, evaluations, video)
         self.job_weights = {} if random else policy_weights(self.agent)
         self.collector.submit(self.job, self.job_weights)
+        if video:
+            self._log_prediction()
+
+    def _log_prediction(self) -> None:
+        """Show in TensorBoard what the model predicts blindly, below what really happened.
+
+        Its random numbers are its own, so that those of the updates stay as they are.
+        """
+        seeds = np.random.SeedSequence([self.config.seed, self.env_frames])
+        sequence, latent = (int(s) for s in seeds.generate_state(2))
+        batch = self.replay.sample(
+            _SHOWN, self.config.replay.length, np.random.default_rng(sequence)
+        )
+        begins = np.flatnonzero(batch["is_first"][1:].any(1))
+        length = int(begins[0]) + 1 if len(begins) else len(batch["is_first"])
+        context = min(_WATCHED, length - 1)
+        tensors = {k: torch.from_numpy(v[:length]).to(self.agent.device) for k, v in batch.items()}
+        generator = torch.Generator().manual_seed(latent)
+        predicted = self.agent.predict(tensors, context, generator)["pixels"]
+        pair = np.concatenate([batch["pixels"][:length], predicted], 2)  # [T, B, 2h, w, 3]
+        frames = np.concatenate(list(pair.swapaxes(0, 1)), 2)  # one sequence beside the other
+        self.logger.log_video("eval/open_loop", frames, fps=10, env_frames=self.env_frames)
 
     def _evaluations_due(self) -> int:
         return self.config.eval.episodes if self._crossed(self.config.eval.every) else 0

@@ -1,6 +1,7 @@
 """Dreamer: learning from pixels and state; acting is in test_policy.py."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -123,6 +124,64 @@ def test_update_follows_its_generator(kinds):
     assert {"reward_loss", "kl_loss", "kl", "model_loss", "actor_loss", "critic_loss"} <= set(
         metrics
     )
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_the_pairing_is_a_setting_of_imagination_and_planning(backend):
+    found = {}
+    for pairing in ("arrival", "departure"):
+        agent = make_agent(behavior={"pairing": pairing, "lam": 1.0}, precision="fp32")
+        assert agent._return_params().departure == (pairing == "departure")
+        with use_backend(backend):
+            metrics = agent.update(make_batch(("state",)), agent.make_optimizers(), seeded())
+            assert last_backend("imagine") == backend
+        found[pairing] = metrics
+    a, d = found["arrival"], found["departure"]
+    assert a["model_loss"] == d["model_loss"] and a["imagined_value"] == d["imagined_value"]
+    assert a["imagined_reward"] != d["imagined_reward"] and a["actor_loss"] != d["actor_loss"]
+    obs = make_obs(("state",))
+    action, _ = agent.act(obs, controller="mpc", generator=seeded())
+    assert np.isfinite(action).all() and last_backend("cem") == "eager"
+    with use_backend("native"), pytest.raises(BackendError, match="on arrival alone"):
+        agent.act(obs, controller="mpc", generator=seeded())
+
+
+HEALTH = ("prior_entropy", "post_entropy", "actor_entropy", "actor_std", "action_saturated")
+
+
+@pytest.mark.parametrize("kind", ["dreamer", "planet"])
+def test_health_is_measured_when_asked_for_and_changes_nothing(kind):
+    found = []
+    for health in (False, True):
+        agent = make_agent(agent=kind)
+        with torch.no_grad():
+            agent.model.rssm.prior.layers[-1].bias[4:] += 1  # four latents' std
+        metrics = agent.update(
+            make_batch(("state",)), agent.make_optimizers(), seeded(), health=health
+        )
+        found.append((metrics, snapshot(agent)))
+    (plain, weights), (healthy, same_weights) = found
+    assert same(weights, same_weights)
+    names = HEALTH if kind == "dreamer" else HEALTH[:2]
+    assert set(healthy) - set(plain) == set(names)
+    assert {name: healthy[name] for name in plain} == plain
+    assert healthy["prior_entropy"] > healthy["post_entropy"] + 1  # of a wider distribution
+    if kind == "dreamer":
+        assert healthy["actor_std"] == pytest.approx(5.1, abs=0.2)  # as it starts
+        assert 0.5 < healthy["action_saturated"] < 1  # P(|5 ε| > atanh 0.99) = 0.6
+        assert healthy["actor_entropy"] < A * math.log(2)
+
+
+def test_health_tells_a_dead_actor():
+    agent = make_agent()
+    layer = agent.actor.mlp.layers[-1]
+    with torch.no_grad():  # at one rim, and sure of it
+        layer.weight.zero_()
+        layer.bias[:A], layer.bias[A:] = 50, -50
+    agent.actor.mean_scale, agent.actor.min_std = math.inf, 0.01
+    metrics = agent.update(make_batch(("state",)), agent.make_optimizers(), seeded(), health=True)
+    assert metrics["action_saturated"] == 1 and metrics["actor_std"] == pytest.approx(0.01)
+    assert metrics["actor_entropy"] < -100
 
 
 def test_updates_learn():

@@ -44,7 +44,8 @@ def test_report_is_the_report_s_experiment():
     """The settings of the report, one assertion per line of its table."""
     c = preset("report")
     assert c == Config()
-    assert (c.model.stoch, c.model.deter, c.model.hidden) == (30, 200, 400)
+    assert (c.model.stoch, c.model.deter) == (30, 200)
+    assert (c.model.input_hidden, c.model.hidden) == (200, 400)
     assert c.model.activation == "elu" and c.model.min_std == 0.1
     assert c.model.encoder_channels == (16, 32, 64, 64) and c.model.encoder_linear == 1024
     assert c.model.decoder_linear == 1024 and c.model.decoder_linear_relu
@@ -52,7 +53,7 @@ def test_report_is_the_report_s_experiment():
     layers = (c.model.reward_layers, c.behavior.critic_layers, c.behavior.actor_layers)
     assert layers == (2, 3, 4) and c.model.units == 400
     b = c.behavior
-    assert (b.mean_scale, b.std_offset, b.min_std) == (1.0, 5.0, 0.1)
+    assert (b.mean_scale, b.std_offset, b.min_std, b.greedy) == (1.0, 5.0, 0.1, "mode")
     scales = (c.loss.image_scale, c.loss.state_scale, c.loss.reward_scale, b.value_scale)
     assert scales == (1.0, 1.0, 1.0, 1.0)
     assert (c.loss.free_nats, c.loss.kl_scale, c.loss.kl_balance) == (3.0, 1.0, None)
@@ -60,6 +61,7 @@ def test_report_is_the_report_s_experiment():
     assert (o.model_lr, o.actor_lr, o.critic_lr, o.clip) == (6e-4, 8e-5, 8e-5, 100.0)
     assert (c.replay.batch, c.replay.length) == (8, 50)
     assert (b.imag_horizon, b.gamma, b.lam) == (15, 0.99, 0.95)
+    assert (b.pairing, c.plan.refit_std) == ("arrival", "population")  # the textbook's
     assert not b.discount_weights and b.target_every == 0 and not b.return_norm
     assert (c.env.task, c.env.obs) == ("walker-walk", "pixels")
     assert c.env.action_repeat == 2 and c.env.image_size == 64 and c.env.time_limit is None
@@ -71,13 +73,14 @@ def test_report_is_the_report_s_experiment():
 
 def test_walker_has_the_original_s_networks_and_losses():
     c = preset("walker")
-    assert (c.model.stoch, c.model.deter, c.model.hidden) == (30, 200, 200)
+    assert (c.model.stoch, c.model.deter) == (30, 200)
+    assert (c.model.input_hidden, c.model.hidden) == (None, 200)
     assert c.model.encoder_channels == (32, 64, 128, 256) and c.model.encoder_linear is None
     assert c.model.decoder_linear == 1024 and not c.model.decoder_linear_relu
     assert c.model.decoder_channels == (128, 64, 32)
     assert (c.loss.image_scale, c.loss.reward_scale, c.behavior.value_scale) == (0.5, 0.5, 0.5)
     b = c.behavior
-    assert (b.mean_scale, b.min_std) == (5.0, 1e-4) and b.discount_weights
+    assert (b.mean_scale, b.min_std, b.greedy) == (5.0, 1e-4, "median") and b.discount_weights
     assert math.log1p(math.exp(b.std_offset)) == pytest.approx(5.0, rel=1e-12)
     assert c.optim == Config().optim
     assert b.gamma == 0.99 and b.lam == 0.95 and b.imag_horizon == 15
@@ -111,6 +114,8 @@ def test_walker_has_the_original_s_networks_and_losses():
         ("model.deter", "200", "a whole number"),
         ("model.stoch", -3, "> 0"),
         ("model.hidden", 0, "> 0"),
+        ("model.input_hidden", 0, "none or > 0"),
+        ("model.input_hidden", "wide", "a whole number or none"),
         ("model.min_std", 0.0, "> 0"),
         ("model.encoder_channels", (16, 0, 64, 64), "4 positive whole numbers"),
         ("model.encoder_channels", (16, 32, 64), "4 positive whole numbers"),
@@ -200,6 +205,7 @@ def test_every_field_is_refused_something():
         ("device", "cuda:1"),
         ("env.time_limit", 2),
         ("model.encoder_linear", None),
+        ("model.input_hidden", None),
         ("model.reward_layers", 0),
         ("loss.kl_balance", 0),
         ("loss.kl_balance", 1.0),
@@ -248,9 +254,11 @@ def test_missing_sections_take_their_defaults():
 def test_files_from_before_a_field_keep_what_was_built_in():
     """Else a resumed run would collect otherwise, and an old checkpoint not fit its model."""
     old = to_dict(Config())
-    del old["collect"]["sample"]
-    assert not from_dict(old).collect.sample
-    assert from_dict(to_dict(Config())) == Config() and Config().collect.sample
+    del old["collect"]["sample"], old["behavior"]["greedy"], old["model"]["input_hidden"]
+    found = from_dict(old)
+    assert (found.collect.sample, found.behavior.greedy) == (False, "median")
+    assert found.model.input_hidden is None
+    assert from_dict(to_dict(Config())) == Config() != found
 
 
 def test_configurations_are_frozen():

@@ -297,6 +297,11 @@ def test_no_explorer_no_exploration():
         ({"at": "plan"}, {}, "where no planner collects"),
         ({}, {"agent": "planet"}, "explore.at must be 'plan' for planet"),
         ({"at": "plan", "critics": True}, {"agent": "planet"}, "explore.critics must be false"),
+        (
+            {},
+            {"behavior": dataclasses.replace(preset("tiny").behavior, pairing="departure")},
+            "behavior.pairing must be 'arrival' with explore, got 'departure'",
+        ),
     ],
 )
 def test_bad_settings_are_named(explore, other, says):

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -239,3 +240,20 @@ def test_durations(seconds, text):
 
 def test_endless_duration():
     assert format_seconds(math.inf) == "unknown"
+
+
+def test_a_video_is_an_animation_in_tensorboard_and_no_line(tmp_path):
+    frames = np.zeros((7, 12, 20, 3), np.uint8)
+    frames[range(7), :, range(7)] = 255  # a line that moves
+    with Logger(tmp_path) as log:
+        log.log_video("eval/open_loop", frames, fps=10, env_frames=3000)
+    assert read_metrics(tmp_path) == []
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (event,) = events.Images("eval/open_loop")
+    assert (event.step, event.width, event.height) == (3000, 20, 12)
+    gif = Image.open(io.BytesIO(event.encoded_image_string))
+    assert (gif.format, gif.n_frames, gif.info["duration"]) == ("GIF", 7, 100)
+    for index, frame in enumerate(frames):
+        gif.seek(index)
+        assert (np.asarray(gif.convert("RGB")) == frame).all()

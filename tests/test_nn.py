@@ -57,6 +57,11 @@ def test_shapes(name, kinds):
         kind: (2, *SHAPES[kind]) for kind in kinds
     }
     assert model.predict_reward(feat).shape == (2,)
+    inp = {"report": 200, "walker": 200, "tiny": 16}[name]
+    hidden = {"report": 400, "walker": 200, "tiny": 16}[name]
+    rssm = model.rssm
+    assert (rssm.inp.layers[0].out_features, rssm.gru.input_size) == (inp, inp)
+    assert [head.layers[0].out_features for head in (rssm.prior, rssm.post)] == [hidden, hidden]
 
 
 @pytest.mark.parametrize("name", ["report", "walker"])
@@ -295,7 +300,14 @@ def test_the_actor_s_distribution(scale, offset, low):
 
 def test_the_initial_state_is_zero():
     rssm = RSSM(
-        action_dim=2, deter=3, stoch=4, hidden=5, embed=6, activation="elu", min_std=0.1
+        action_dim=2,
+        deter=3,
+        stoch=4,
+        hidden=5,
+        input_hidden=7,
+        embed=6,
+        activation="elu",
+        min_std=0.1,
     ).double()
     state = rssm.initial(7)
     assert state.deter.shape == (7, 3) and state.stoch.shape == (7, 4)
@@ -304,6 +316,73 @@ def test_the_initial_state_is_zero():
 
 
 # ---------------------------------------------------------------- distributions
+
+
+@pytest.mark.parametrize("std", [0.1, 0.5, 0.5**0.5, 0.75, 1.0, 5.1])
+def test_the_mode_is_where_the_squashed_density_is_greatest(std):
+    """Looked for on a grid of x, by the density that torch.distributions computes."""
+    mean = torch.tensor([-3.0, -1.0, -0.2, 0.0, 1e-3, 0.05, 0.7, 1.0], dtype=torch.float64)
+    std = torch.full_like(mean, std)
+    x = torch.linspace(-4, 4, 4001, dtype=torch.float64)[:, None] * std.clamp(min=0.5) ** 2 * 2
+    x = x + mean
+    squashed = torch.distributions.TransformedDistribution(
+        TorchNormal(mean, std), torch.distributions.TanhTransform(cache_size=1)
+    )
+    log_prob = TorchNormal(mean, std).log_prob(x)
+    log_prob -= 2 * (math.log(2) - x - torch.nn.functional.softplus(-2 * x))
+    inside = x.abs() < 5  # beyond, a float of tanh(x) no longer tells x
+    at = torch.tanh(x).clamp(-1 + 1e-12, 1 - 1e-12)
+    torch.testing.assert_close(
+        squashed.log_prob(at)[inside], log_prob[inside], rtol=1e-4, atol=1e-4
+    )
+    for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-4)):
+        got = ours.greedy_action(Normal(mean.to(dtype), std.to(dtype)), "mode").double()
+        assert (got * mean >= 0).all() and (got.abs() >= torch.tanh(mean.abs()) - tolerance).all()
+        root = torch.atanh(got.clamp(-1 + 1e-12, 1 - 1e-12))
+        found = TorchNormal(mean, std).log_prob(root)
+        found -= 2 * (math.log(2) - root - torch.nn.functional.softplus(-2 * root))
+        certain = root.abs() < 5
+        assert (found >= log_prob.max(0).values - tolerance)[certain].all()
+        # what saturates does so because the greatest density is out there
+        assert (x.gather(0, log_prob.argmax(0)[None])[0].abs() >= 4.9)[~certain].all()
+
+
+def test_entropies():
+    """Of a Normal against torch's; squashed, against the integral over a and the uniform's."""
+    p = Normal(torch.randn(5, 3, generator=generator()), torch.rand(5, 3, generator=generator()))
+    want = Independent(TorchNormal(*p), 1).entropy()
+    torch.testing.assert_close(ours.entropy(p), want)
+    for mean, std in ((0.3, 0.4), (1.0, 0.1), (-2.0, 1.5)):
+        a = torch.linspace(-1, 1, 200_003, dtype=torch.float64)[1:-1]
+        density = TorchNormal(mean, std).log_prob(torch.atanh(a)).exp() / (1 - a.square())
+        exact = -torch.special.xlogy(density, density).sum() * (a[1] - a[0])
+        many = Normal(*(torch.full((400_000, 1), v, dtype=torch.float64) for v in (mean, std)))
+        noise = torch.randn(400_000, 1, generator=generator(), dtype=torch.float64)
+        got = ours.squashed_entropy(many, noise).mean()
+        assert got.item() == pytest.approx(exact.item(), abs=0.01)
+        assert got < math.log(2)  # the uniform's, which no other reaches
+    far = ours.squashed_entropy(
+        Normal(torch.full((1, 1), 50.0), torch.ones(1, 1)), torch.ones(1, 1)
+    )
+    assert far.isfinite()
+
+
+def test_greedy_actions():
+    """tanh(mean) bounds a mean in ±1 to ±0.76; a wide distribution's mode is at the rim, a narrow
+    one's at the median; the mean of the squashed distribution is nearer to 0 than either."""
+    mean = torch.tensor([-1.0, 0.0, 1.0])
+    act = lambda std, rule: ours.greedy_action(Normal(mean, torch.full_like(mean, std)), rule)  # noqa: E731
+    torch.testing.assert_close(act(0.1, "median"), torch.tanh(mean))
+    torch.testing.assert_close(
+        act(0.1, "mode"), torch.tensor([-0.768, 0, 0.768]), rtol=0, atol=1e-3
+    )
+    assert (act(2.0, "mode").abs() > 0.99).all() and torch.equal(
+        act(2.0, "median"), torch.tanh(mean)
+    )
+    samples = torch.tanh(mean[2] + 0.5 * torch.randn(10_000, generator=generator()))
+    assert samples.mean() < torch.tanh(mean[2]) < act(0.5, "mode")[2]
+    lost = ours.greedy_action(Normal(torch.tensor([math.nan]), torch.ones(1)), "mode")
+    assert lost.isnan().all()
 
 
 def test_kl_is_torch_s():

@@ -15,7 +15,9 @@ from fastdreamer.collector import collecting_controller
 from fastdreamer.config import ConfigError, PlanConfig, preset
 from fastdreamer.envs import make_env
 from fastdreamer.episodes import episode_path, read_episode
+from fastdreamer.nn.dists import greedy_action
 from fastdreamer.ops.backend import last_backend, use_backend
+from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.params import (
     ActorParams,
     GRUParams,
@@ -168,12 +170,17 @@ def test_the_better_of_two_arms_is_taken_even_from_the_side_of_the_worse(better)
 # ------------------------------------------------------------------- edges of the settings
 
 
+def random_agent(**changes):
+    """A small Dreamer with random weights, and a latent state of three environments."""
+    config = dataclasses.replace(TINY, precision="fp32", **changes)
+    agent = Dreamer(config, {"state": (5,)}, 2)
+    agent.state = State(*(torch.randn(3, n, generator=seeded(n)) for n in (16, 4)))
+    return agent
+
+
 @pytest.fixture(scope="module")
 def agent():
-    """A small Dreamer with random weights, and a latent state of three environments."""
-    agent = Dreamer(dataclasses.replace(TINY, precision="fp32"), {"state": (5,)}, 2)
-    agent.state = State(torch.randn(3, 16, generator=seeded(1)), torch.randn(3, 4))
-    return agent
+    return random_agent()
 
 
 def planned(agent, controller="mpc", *, state=None, last=None, seed=0, **settings):
@@ -206,13 +213,34 @@ def test_the_edges_of_the_settings_plan(agent, controller, settings):
     assert torch.equal(action, info.mean[0])
 
 
-def test_no_iterations_take_the_actor_s_action(agent):
+@pytest.mark.parametrize("greedy", ["median", "mode"])
+def test_no_iterations_take_the_actor_s_action(greedy):
+    """A search starts at what the actor would do, and so does one that ends there."""
+    behavior = dataclasses.replace(TINY.behavior, greedy=greedy)
+    agent = random_agent(behavior=behavior)
     action, info = planned(agent, iterations=0)
-    want = torch.tanh(agent.actor(agent.state.feat).mean)
+    want = greedy_action(agent.actor(agent.state.feat), greedy).clamp(-0.9999, 0.9999)
     torch.testing.assert_close(action, want.detach())
+    assert (want.abs().max() > 0.99) == (greedy == "mode")  # of a standard deviation of 5
+    # each action leads to the state that the next is chosen in
+    draw = seeded()
+    if greedy == "median":
+        torch.randn(3, 3, 2, generator=draw)  # of actions, not used
+    noise = torch.randn(3, 3, 4, generator=draw)
+    states = open_loop(agent.model.rssm.params(), agent.state, info.mean, noise)
+    want = greedy_action(agent.actor(states.feat[:-1]), greedy)
+    torch.testing.assert_close(info.mean[1:], want.detach())
     assert info.iterations == 0 and info.scores.shape == (0, 3, 8)
     action, _ = planned(agent, "planet", iterations=0)
     assert (action == 0).all()
+
+
+def test_the_refit_s_standard_deviation_is_the_one_asked_for(agent):
+    sample, population = (
+        planned(agent, refit_std=kind, iterations=1)[1] for kind in ("sample", "population")
+    )
+    assert torch.equal(sample.mean, population.mean)
+    torch.testing.assert_close(sample.std, population.std * (3 / 2) ** 0.5)  # of three elites
 
 
 def test_ties_take_the_first_candidates(agent):

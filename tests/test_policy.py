@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastdreamer.config import preset
-from fastdreamer.nn.dists import symexp
+from fastdreamer.nn.dists import greedy_action, symexp
 from fastdreamer.ops.backend import last_backend, use_backend
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.open_loop import open_loop
@@ -137,8 +137,11 @@ def test_act_follows_its_generator():
         assert (agent.act(obs, noise=0.3)[0] == twin.act(obs, noise=0.3)[0]).all()
 
 
-def test_act_filters_then_takes_the_actor_s_mean():
-    agent, obs = make_agent(("pixels", "state")), make_obs(("pixels", "state"), 2)
+@pytest.mark.parametrize("greedy", ["median", "mode"])
+def test_act_filters_then_takes_the_actor_s_action(greedy):
+    behavior = dataclasses.replace(preset("tiny").behavior, greedy=greedy)
+    agent = make_agent(("pixels", "state"), behavior=behavior)
+    obs = make_obs(("pixels", "state"), 2)
     state = PolicyState(torch.randn(2, 16), torch.randn(2, 4), torch.rand(2, A))
     action, new = agent.act(obs, state, generator=seeded(3))
     with torch.no_grad():
@@ -151,7 +154,8 @@ def test_act_filters_then_takes_the_actor_s_mean():
             torch.zeros(1, 2, dtype=torch.bool),
             torch.randn(1, 2, 4, generator=seeded(3)),
         ).state
-        want = torch.tanh(agent.actor(seen.feat[0]).mean)
+        want = greedy_action(agent.actor(seen.feat[0]), greedy)
+        assert torch.equal(want, torch.tanh(agent.actor(seen.feat[0]).mean)) == (greedy == "median")
     torch.testing.assert_close(new, PolicyState(seen.deter[0], seen.stoch[0], want))
     np.testing.assert_array_equal(action, new.action.numpy())
     start = agent.initial_state(2)
@@ -297,6 +301,44 @@ def test_a_dream_s_actions_lead_to_what_it_shows():
         )
         want = symexp(agent.model.decoder(states.feat[:, 0])["state"])
     np.testing.assert_allclose(seen["state"], want.numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kinds", KINDS)
+def test_predict_watches_then_goes_by_the_actions_alone(kinds):
+    agent, T, watched = make_agent(kinds), 6, 2
+    obs = make_obs(kinds, T, 3)
+    batch = {kind: torch.from_numpy(x) for kind, x in obs.items()}
+    batch["action"] = torch.rand(T, 3, A, generator=seeded(5)) * 2 - 1
+    batch["is_first"] = torch.zeros(T, 3, dtype=torch.bool)
+    batch["is_first"][0] = batch["is_first"][1, 2] = True
+    seen = agent.predict(batch, watched, seeded(1))
+    assert {k: x.shape for k, x in seen.items()} == {k: (T, 3, *SHAPES[k]) for k in kinds}
+    # what comes behind the context is not looked at, its actions are
+    other = {k: x.clone() for k, x in batch.items()}
+    for kind in kinds:
+        other[kind][watched:] = 0
+    again = agent.predict(other, watched, seeded(1))
+    assert all((seen[k] == again[k]).all() for k in kinds)
+    other["action"][watched] += 0.5
+    moved = agent.predict(other, watched, seeded(1))
+    assert all((seen[k][:watched] == moved[k][:watched]).all() for k in kinds)
+    if "state" in kinds:
+        assert (seen["state"][watched] != moved["state"][watched]).any()
+    if kinds == ("state",):  # the whole of it, written out
+        noise = torch.randn(T, 3, 4, generator=seeded(1))
+        with torch.no_grad():
+            rssm = agent.model.rssm
+            embed = agent.model.encoder({"state": batch["state"][:watched]})
+            given = batch["action"][:watched], batch["is_first"][:watched], noise[:watched]
+            state = observe(rssm.params(), rssm.initial(3), embed, *given).state
+            last = State(state.deter[-1], state.stoch[-1])
+            ahead = open_loop(rssm.params(), last, batch["action"][watched:], noise[watched:])
+            want = symexp(agent.model.decoder(ahead.feat)["state"])
+        np.testing.assert_allclose(seen["state"][watched:], want.numpy(), rtol=1e-5, atol=1e-6)
+    batch["is_first"][4, 1] = True
+    for context in (2, 0, 6):
+        with pytest.raises(ValueError, match=f"predict: {context} of 6 steps watched"):
+            agent.predict(batch, context)
 
 
 def test_a_dream_needs_one_environment_and_a_horizon():

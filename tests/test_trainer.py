@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import unittest.mock
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from fastdreamer.config import preset
 from fastdreamer.envs import make_env
 from fastdreamer.envs.gl import GLError, select_gl
 from fastdreamer.episodes import episode_path, read_episode
+from fastdreamer.logger import Logger
 from fastdreamer.play import agent_policy, collect, episode_seed, random_policy
 from fastdreamer.trainer import RunError, Trainer, create_run, lock_run, read_config
 
@@ -382,6 +384,42 @@ def test_undisturbed_run_follows_the_schedule(reference):
     assert [m["update"] for m in lines if m["kind"] == "train"] == list(range(5, UPDATES + 1, 5))
     for line in lines:
         assert all(np.isfinite(v) for k, v in line.items() if k != "kind")
+        health = {"prior_entropy", "post_entropy", "actor_entropy", "actor_std", "action_saturated"}
+        assert line["kind"] != "train" or health <= line.keys()
+
+
+def test_from_pixels_evaluations_show_what_the_model_predicts(tmp_path):
+    try:
+        select_gl()
+    except GLError as error:
+        pytest.skip(str(error))
+    config = dataclasses.replace(
+        TINY,
+        env=dataclasses.replace(TINY.env, obs="pixels", render_quality="fast"),
+        replay=dataclasses.replace(TINY.replay, length=30),  # longer than an episode
+        train=dataclasses.replace(TINY.train, frames=160),
+        eval=dataclasses.replace(TINY.eval, every=80, video=True),
+    )
+    shown = []
+    with unittest.mock.patch.object(
+        Logger, "log_video", lambda self, name, frames, **how: shown.append((name, frames, how))
+    ):
+        Trainer(new_run(tmp_path / "run", config)).train()
+    names = sorted(path.name for path in (tmp_path / "run" / "videos").iterdir())
+    assert names == [f"eval-{frames:09d}.mp4" for frames in (80, 160)]  # 80 and the end
+    assert [(name, how["env_frames"]) for name, _, how in shown] == [
+        ("eval/open_loop", 80), ("eval/open_loop", 160)
+    ]  # fmt: skip
+    for _, frames, _ in shown:  # 21 steps, what happened over what was predicted, thrice
+        assert frames.dtype == np.uint8 and frames.shape == (21, 128, 192, 3)
+        recorded = np.concatenate([
+            read_episode(episode_path(tmp_path / "run" / "episodes", i))[0]["pixels"]
+            for i in range(4)
+        ]).reshape(4, 21, 64, 64, 3)  # fmt: skip
+        for column in range(3):
+            real = frames[:, :64, 64 * column : 64 * column + 64]
+            assert any((real == episode).all() for episode in recorded)
+        assert (frames[:, :64] != frames[:, 64:]).any()
 
 
 @pytest.mark.parametrize("kind", KINDS)

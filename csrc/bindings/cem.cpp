@@ -11,8 +11,8 @@ namespace {
 // in cpu/cem.h; mean and std are changed.
 void cem(py::tuple rssm, py::tuple heads, py::handle start_deter, py::handle start_stoch,
          py::handle mean, py::handle std, py::handle action_noise, py::handle state_noise,
-         py::handle scores, py::handle proposals, Index num_elites, double min_std, double clip,
-         int threads) {
+         py::handle scores, py::handle proposals, Index num_elites, double min_std, bool sample_std,
+         double clip, int threads) {
   const char* op = "cem";
   if (rssm.size() != 4 || heads.size() != 5) {
     fail(
@@ -53,6 +53,7 @@ void cem(py::tuple rssm, py::tuple heads, py::handle start_deter, py::handle sta
   if (threads < 1) fail("cem: threads must be at least 1");
   x.K = num_elites;
   x.min_std = static_cast<float>(min_std);
+  x.sample_std = sample_std;
   x.clip = static_cast<float>(clip);
   Arrays arrays(op);
   x.start_deter = arrays.in("start.deter", start_deter, {B, D});
@@ -81,7 +82,7 @@ void bind_cem(py::module_& m) {
   m.def("cem", &cem, py::arg("rssm"), py::arg("heads"), py::arg("start_deter"),
         py::arg("start_stoch"), py::arg("mean"), py::arg("std"), py::arg("action_noise"),
         py::arg("state_noise"), py::arg("scores"), py::arg("proposals"), py::arg("num_elites"),
-        py::arg("min_std"), py::arg("clip"), py::arg("threads"),
+        py::arg("min_std"), py::arg("sample_std"), py::arg("clip"), py::arg("threads"),
         "All iterations of the cross-entropy method; see csrc/bindings/cem.cpp.");
 }
 

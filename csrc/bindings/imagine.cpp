@@ -26,10 +26,10 @@ struct ImagineRun {
 const PackedMlp& mlp_of(const py::object& pack) { return pack.cast<const PackedMlp&>(); }
 
 // rssm: (inp, gru, prior, std). actor: (mlp, mean_scale, std, through_feat) or None. heads:
-// (reward, critic or None, target or None, discount or None, gamma, lam) or None. wants: None, or
-// (through, actor, rssm, reward, critic, discount). Arrays as in cpu/imagine.h; `outputs` are
-// deter, stoch, prior_mean, prior_std, reward, next_value, returns, value, discount, each an array
-// or None.
+// (reward, critic or None, target or None, discount or None, gamma, lam, departure) or None. wants:
+// None, or (through, actor, rssm, reward, critic, discount). Arrays as in cpu/imagine.h; `outputs`
+// are deter, stoch, prior_mean, prior_std, reward, next_value, returns, value, discount, each an
+// array or None.
 std::unique_ptr<ImagineRun> imagine_forward(const char* op, py::tuple rssm, py::object actor,
                                             py::object heads, py::handle start_deter,
                                             py::handle start_stoch, py::handle state_noise,
@@ -85,9 +85,10 @@ std::unique_ptr<ImagineRun> imagine_forward(const char* op, py::tuple rssm, py::
   x.prior_mean = t.arrays.maybe_out("prior_mean", outputs[2], {H, B, S});
   x.prior_std = t.arrays.maybe_out("prior_std", outputs[3], {H, B, S});
   if (!heads.is_none()) {
-    const py::tuple six = heads;
-    t.reward_pack = six[0], t.critic_pack = six[1], t.target_pack = six[2];
-    t.discount_pack = six[3];
+    const py::tuple seven = heads;
+    t.reward_pack = seven[0], t.critic_pack = seven[1], t.target_pack = seven[2];
+    t.discount_pack = seven[3];
+    x.departure = seven[6].cast<bool>();
     const auto head = [&](const char* name, const py::object& pack, Mlp& to, bool gradients) {
       if (pack.is_none()) return static_cast<const Mlp*>(nullptr);
       const PackedMlp& mlp = mlp_of(pack);
@@ -99,7 +100,7 @@ std::unique_ptr<ImagineRun> imagine_forward(const char* op, py::tuple rssm, py::
     x.critic = head("critic", t.critic_pack, t.critic, w.through || w.critic);
     x.target = head("target", t.target_pack, t.target, w.through);
     x.discount = head("discount", t.discount_pack, t.discount, w.through);
-    set_returns(op, six[4], six[5], x);
+    set_returns(op, seven[4], seven[5], x);
     x.reward_out = t.arrays.maybe_out("reward", outputs[4], {H, B});
     x.next_value = t.arrays.maybe_out("next_value", outputs[5], {H, B});
     x.returns = t.arrays.maybe_out("returns", outputs[6], {H, B});

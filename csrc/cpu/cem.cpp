@@ -253,6 +253,7 @@ void Cem::refit(Index i, Index b, int thread) const {
   Index count = 0;
   while (count < x.K && !std::isnan(scores[order[count]])) ++count;
 
+  const Index divisor = x.sample_std && count > 1 ? count - 1 : count;
   const FloatBuffer elites{elites_.at(thread * x.K).data, A};
   for (Index t = 0; t < H; ++t) {
     float *mean = x.mean + (t * B + b) * A, *std = x.std + (t * B + b) * A;
@@ -269,7 +270,7 @@ void Cem::refit(Index i, Index b, int thread) const {
         const double d = elites.data[e * A + a] - center;
         squares += d * d;
       }
-      const float fitted = static_cast<float>(std::sqrt(squares / static_cast<double>(count)));
+      const float fitted = static_cast<float>(std::sqrt(squares / static_cast<double>(divisor)));
       mean[a] = static_cast<float>(center);
       std[a] = fitted < x.min_std ? x.min_std : fitted;  // NaN stays
     }

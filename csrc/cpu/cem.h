@@ -19,6 +19,7 @@ struct CemArgs {
   const Mlp* discount;            // * feat -> logit of the episode going on, else γ alone
   Index I, H, B, N, K, P;         // I and P may be 0; 1 <= K <= N; P <= N
   float min_std, clip;
+  bool sample_std;  // the refit divides by one elite less, unless there is only one
   const float *start_deter, *start_stoch;   // [B, D], [B, S]
   const float *action_noise, *state_noise;  // [I, H, B, N, A], [I, H, B, N, S]
   const float* proposals;  // [H, B, P, A], the first P candidates of every iteration; null if P = 0

@@ -52,7 +52,8 @@ Imagine::Imagine(const ImagineArgs& args, const ImagineWants& wants, ImagineTape
 
   const bool critic = taped_ && wants.critic, reward = sweep && wants.reward;
   const Index to_value = args.target == nullptr ? all + args.B : all;
-  t.reward = take_head(arena, k, args.reward, reward ? all : tiles, reward, 1, sweep);
+  t.reward =
+      take_head(arena, k, args.reward, reward ? all : tiles, reward, args.departure ? 0 : 1, sweep);
   t.critic = take_head(arena, k, args.critic, critic ? to_value : tiles, critic, 0,
                        critic || (sweep && args.target == nullptr));
   t.target = take_head(arena, k, args.target, tiles, false, 1, sweep);
@@ -95,6 +96,9 @@ void Imagine::tile(Index begin, Index rows, int thread) const {
     return h_.at((2 * thread + t % 2) * tile_);
   };
   const Floats raw = raw_.at(scratch);
+  const auto unit = [&](const Buffer& of, Index t) {
+    return sweep ? of.at(t * B + begin) : kNoRows;
+  };
 
   k.copy({h(0), nullptr, D, rows, states(0, 0), kNoFloats, false});
   k.copy({rows_of(x.start_stoch, S).at(begin), nullptr, S, rows, states(0, D), kNoFloats, false});
@@ -105,9 +109,15 @@ void Imagine::tile(Index begin, Index rows, int thread) const {
     if (x.value != nullptr) {
       const bool bootstraps = x.target == nullptr && t > 0;
       evaluate(k, tape.critic, t, begin, rows, thread, states(t, 0), x.value + row,
-               sweep && bootstraps ? tape.value_unit : Buffer{}, tape.wants.critic);
+               bootstraps ? unit(tape.value_unit, t - 1) : kNoRows, tape.wants.critic);
       if (bootstraps) std::copy_n(x.value + row, rows, x.next_value + row - B);
     }
+    // r_t = reward(feat_t) or, below, reward(feat_{t+1})
+    const auto pay = [&](Index state) {
+      evaluate(k, tape.reward, state, begin, rows, thread, states(state, 0), x.reward_out + row,
+               unit(tape.reward_unit, t), tape.wants.reward);
+    };
+    if (x.reward != nullptr && x.departure) pay(t);
     // a_t = tanh(mean + std ε), from the actor or as given
     const Floats action = rows_of(x.action, A).at(row);
     if (x.actor != nullptr) {
@@ -124,14 +134,10 @@ void Imagine::tile(Index begin, Index rows, int thread) const {
     k.sample({S, rows, raw, rows_of(x.state_noise, S).at(row), rssm.std, states(t + 1, D),
               rows_of(x.stoch, S).at(row), rows_of(x.prior_mean, S).at(row),
               rows_of(x.prior_std, S).at(row), sweep ? tape.slope.at(row) : kNoFloats});
-    // r_t = reward(feat_{t+1})
-    if (x.reward != nullptr) {
-      evaluate(k, tape.reward, t + 1, begin, rows, thread, states(t + 1, 0), x.reward_out + row,
-               sweep ? tape.reward_unit : Buffer{}, tape.wants.reward);
-    }
+    if (x.reward != nullptr && !x.departure) pay(t + 1);
     if (x.discount != nullptr) {
       evaluate(k, tape.discount, t + 1, begin, rows, thread, states(t + 1, 0), x.discount_out + row,
-               sweep ? tape.discount_unit : Buffer{}, tape.wants.discount);
+               unit(tape.discount_unit, t), tape.wants.discount);
       k.discount(
           {rows, x.gamma, x.discount_out + row, sweep ? tape.discount_slope.data + row : nullptr});
     }
@@ -139,7 +145,7 @@ void Imagine::tile(Index begin, Index rows, int thread) const {
     const Head& bootstrap = x.target != nullptr ? tape.target : tape.critic;
     if (x.next_value != nullptr && (x.target != nullptr || x.value == nullptr || t == x.H - 1)) {
       evaluate(k, bootstrap, t + 1, begin, rows, thread, states(t + 1, 0), x.next_value + row,
-               sweep ? tape.value_unit : Buffer{}, false);
+               unit(tape.value_unit, t), false);
     }
   }
   if (x.returns != nullptr) {
@@ -157,13 +163,12 @@ void Imagine::tile(Index begin, Index rows, int thread) const {
 // out = head(feat_t); with `unit` its gradient by feat_t, which with `deltas` leaves those of the
 // layers on the tape.
 void Imagine::evaluate(const Kernels& k, const Head& head, Index t, Index begin, Index rows,
-                       int thread, Rows feat, float* out, Buffer unit, bool deltas) const {
+                       int thread, Rows feat, float* out, Rows unit, bool deltas) const {
   const ImagineArgs& x = tape_->args;
   const Index row = head.kept ? (t - head.first) * x.B + begin : thread * tile_;
   forward(k, *head.mlp, feat, rows, head.hidden, row, {out, 1});
   if (unit.data == nullptr && !(deltas && head.kept)) return;
-  const Rows in_grad = unit.at((t - 1) * x.B + begin);
-  backward(k, *head.mlp, head.hidden, row, head.deltas, row, rows, kNoFloats, false, in_grad);
+  backward(k, *head.mlp, head.hidden, row, head.deltas, row, rows, kNoFloats, false, unit);
 }
 
 ImagineBackward::ImagineBackward(const ImagineTape& tape, const ImagineGrads& grads, Arena& scratch,
@@ -198,8 +203,9 @@ ImagineBackward::ImagineBackward(const ImagineTape& tape, const ImagineGrads& gr
     d_value_ = take_floats(scratch, x.H, x.B);
     d_discount_ = take_floats(scratch, x.H, x.B);
     if (tape.wants.reward) {
-      weights_.add(*x.reward, tape.states.at(x.B), tape.reward.hidden, tape.reward.deltas, all,
-                   d_reward_.data, grads.reward_head.data(), grads.reward_rotate);
+      weights_.add(*x.reward, tape.states.at(x.departure ? 0 : x.B), tape.reward.hidden,
+                   tape.reward.deltas, all, d_reward_.data, grads.reward_head.data(),
+                   grads.reward_rotate);
     }
     if (tape.wants.discount) {
       weights_.add(*x.discount, tape.states.at(x.B), tape.discount.hidden, tape.discount.deltas,
@@ -267,6 +273,10 @@ void ImagineBackward::tile(Index begin, Index rows, int thread) const {
     }
   }
 
+  const auto add_reward = [&](Index row) {
+    k.add_scaled({tape_.reward_unit.at(row), d_reward_.data + row, D, rows, dh});
+    k.add_scaled({tape_.reward_unit.at(row, D), d_reward_.data + row, S, rows, ds});
+  };
   std::fill_n(dh.data, rows * D, 0.0f);
   std::fill_n(ds.data, rows * S, 0.0f);
   for (Index t = H - 1; t >= 0; --t) {
@@ -276,8 +286,7 @@ void ImagineBackward::tile(Index begin, Index rows, int thread) const {
     add_rows(k, rows_of(g.deter, D).at(row), D, rows, dh);
     add_rows(k, rows_of(g.stoch, S).at(row), S, rows, ds);
     if (x.reward != nullptr) {
-      k.add_scaled({tape_.reward_unit.at(row), d_reward_.data + row, D, rows, dh});
-      k.add_scaled({tape_.reward_unit.at(row, D), d_reward_.data + row, S, rows, ds});
+      if (!x.departure) add_reward(row);
       if (g.returns != nullptr) {
         k.add_scaled({tape_.value_unit.at(row), d_value_.data + row, D, rows, dh});
         k.add_scaled({tape_.value_unit.at(row, D), d_value_.data + row, S, rows, ds});
@@ -312,6 +321,7 @@ void ImagineBackward::tile(Index begin, Index rows, int thread) const {
       add_rows(k, d_feat, D, rows, dh);
       add_rows(k, d_feat_.at(scratch, D), S, rows, ds);
     }
+    if (x.reward != nullptr && x.departure) add_reward(row);  // of state t
   }
   if (g.start_deter != nullptr) {
     k.copy({dh, nullptr, D, rows, kNoRows, rows_of(g.start_deter, D).at(begin), false});

@@ -28,13 +28,14 @@ struct ImagineArgs {
   const Mlp *reward, *critic, *target;  // *: feat -> 1; the target bootstraps if there is one
   const Mlp* discount;                  // *: feat -> logit of the episode going on, else γ alone
   float gamma, lam, mix;                // mix = 1 - λ
+  bool departure;                       // rewards are of states 0..H-1, else of 1..H
   Index H, B;
   const float *start_deter, *start_stoch;    // [B, D], [B, S]
   const float *state_noise, *action_noise;   // action_noise *
   float *deter, *stoch;                      // * of states 1..H
   float* action;                             // out, or in without an actor
   float *prior_mean, *prior_std;             // *
-  float *reward_out, *next_value, *returns;  // * [H, B]: reward and bootstrap of states 1..H
+  float *reward_out, *next_value, *returns;  // * [H, B]: reward; bootstrap of states 1..H
   float* value;                              // * [H, B]: the critic's of states 0..H-1
   float* discount_out;                       // * [H, B]: γ sigmoid(logit), with a discount head
 };
@@ -57,7 +58,7 @@ struct ImagineTape {
   DeterBuffers deter;
   MlpBuffers prior;
   FloatBuffer slope;  // d std / d raw of the latent
-  // d / d feat of states 1..H: of the reward, the bootstrap and the discount's logit
+  // d / d feat of the states they are of: of the reward, the bootstrap and the discount's logit
   Buffer reward_unit, value_unit, discount_unit;
   Head reward, critic, target, discount;
   FloatBuffer gamma;           // [H, B], where there is no discount head
@@ -76,7 +77,7 @@ class Imagine {
  private:
   void tile(Index begin, Index rows, int thread) const;
   void evaluate(const Kernels& k, const Head& head, Index t, Index begin, Index rows, int thread,
-                Rows feat, float* out, Buffer unit, bool deltas) const;
+                Rows feat, float* out, Rows unit, bool deltas) const;
 
   ImagineTape own_;  // where there is no tape: buffers of one tile a thread
   ImagineTape* tape_;

@@ -52,6 +52,8 @@ _NOT_NEGATIVE = {
     "eval": ("every",),
 }
 _BEFORE: dict[str, dict[str, Any]] = {
+    "model": {"input_hidden": None},
+    "behavior": {"greedy": "median"},
     "collect": {"sample": False},
 }
 """What was built in before it could be chosen: runs and checkpoints from then don't name it."""
@@ -117,6 +119,7 @@ class Config:
             require(size == 64, "env.image_size", "64 (the four-layer encoder's size)", size)
         for name, value in (
             ("env.time_limit", self.env.time_limit),
+            ("model.input_hidden", self.model.input_hidden),
             ("model.encoder_linear", self.model.encoder_linear),
             ("plan.budget_ms", self.plan.budget_ms),
             ("explore.units", self.explore.units),
@@ -134,6 +137,8 @@ class Config:
         require(0 < explore.delta < 1, "explore.delta", "between 0 and 1", explore.delta)
         if explore.method == "none":
             return
+        pairing = self.behavior.pairing
+        require(pairing == "arrival", "behavior.pairing", "'arrival' with explore", pairing)
         plans = self.agent == "planet" or self.collect.controller in ("mpc", "mixed")
         if explore.at == "plan":
             accepts = "'actor' where no planner collects (--collect mpc)"

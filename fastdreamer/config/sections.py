@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Suppress, arg
 
 Activation = Literal["elu", "relu", "silu", "tanh"]
+Greedy = Literal["median", "mode"]
 
 
 def _short(name: str) -> Any:
@@ -57,7 +58,9 @@ class ModelConfig:
     stoch: int = 30
     """S, size of the stochastic state."""
     hidden: int = 400
-    """Units of the RSSM's input, prior and posterior layers."""
+    """Units of the RSSM's prior and posterior layers."""
+    input_hidden: int | None = 200
+    """Units of the input layer in front of its GRU; none: as many as ``hidden``."""
     min_std: float = 0.1
     """Added to the softplus of the prior's and posterior's standard deviation."""
     encoder_channels: tuple[int, int, int, int] = (16, 32, 64, 64)
@@ -108,6 +111,9 @@ class BehaviorConfig:
     """Discount per decision."""
     lam: float = 0.95
     """The λ of the λ-return."""
+    pairing: Literal["arrival", "departure"] = "arrival"
+    """Which reward goes with the value of state t + 1 in the λ-return: that of arriving there or,
+    as in the report's code, that predicted in state t."""
     actor_layers: int = 4
     """Hidden layers of the actor."""
     critic_layers: int = 3
@@ -118,6 +124,8 @@ class BehaviorConfig:
     """Added to the actor's raw standard deviation before its softplus."""
     min_std: float = 0.1
     """Added to the actor's standard deviation."""
+    greedy: Greedy = "mode"
+    """The actor's action without noise: tanh(mean), the median of its distribution, or the mode."""
     value_scale: float = 1.0
     """Factor of the critic's squared error."""
     discount_weights: bool = False
@@ -175,6 +183,8 @@ class PlanConfig:
     """Standard deviation of the first candidates around the start (the report: 1)."""
     min_std: float = 0.0
     """The least standard deviation of a refit."""
+    refit_std: Literal["population", "sample"] = "population"
+    """The elites' standard deviation: by 1/K or, as the report's code takes it, by 1/(K - 1)."""
     clip: float = 0.9999
     """Bound on the candidates' actions."""
     common_noise: bool = False
@@ -281,6 +291,7 @@ class EvalConfig:
     episodes: int = 5
     """Episodes an evaluation."""
     video: bool = True
-    """Keep a video of the first episode of each evaluation (pixels only)."""
+    """Keep a video of the first episode of each evaluation, and show in TensorBoard what the world
+    model predicts blindly (pixels only)."""
     controller: Literal["auto", "actor", "mpc", "planet"] = "auto"
     """Who acts; auto: the agent's own."""

@@ -12,7 +12,9 @@ class RSSM(nn.Module):
     """h' = GRU(act(W[s, a]), h); prior and posterior of one hidden layer each.
 
     Args:
-        action_dim, deter, stoch, hidden, embed: A, D, S, units and E.
+        action_dim, deter, stoch, embed: A, D, S and E.
+        hidden: units of prior and posterior.
+        input_hidden: units of the input layer W.
         activation: elu, relu, silu or tanh.
         min_std: added to the softplus of a standard deviation.
     """
@@ -24,14 +26,15 @@ class RSSM(nn.Module):
         deter: int,
         stoch: int,
         hidden: int,
+        input_hidden: int,
         embed: int,
         activation: str,
         min_std: float,
     ) -> None:
         super().__init__()
         self.deter, self.stoch, self.min_std = deter, stoch, min_std
-        self.inp = MLP([stoch + action_dim, hidden], activation)
-        self.gru = nn.GRUCell(hidden, deter)
+        self.inp = MLP([stoch + action_dim, input_hidden], activation)
+        self.gru = nn.GRUCell(input_hidden, deter)
         self.prior = MLP([deter, hidden, 2 * stoch], activation)
         self.post = MLP([deter + embed, hidden, 2 * stoch], activation)
 

@@ -37,6 +37,7 @@ class WorldModel(nn.Module):
             deter=config.deter,
             stoch=config.stoch,
             hidden=config.hidden,
+            input_hidden=config.input_hidden or config.hidden,
             embed=self.encoder.embed_size,
             activation=act,
             min_std=config.min_std,

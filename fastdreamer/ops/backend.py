@@ -31,7 +31,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -227,6 +227,7 @@ class Op:
         *tensors: Tensor | None,
         constant: tuple[Tensor, ...] = (),
         depth: int = 0,
+        lacking: Mapping[str, str] = {},
     ) -> Callable:
         """Return the body to call for these inputs, and note it for :func:`last_backend`.
 
@@ -236,6 +237,7 @@ class Op:
             tensors: the tensors that the body will get; Nones are skipped.
             constant: more of them, to which only eager gives gradients.
             depth: layers of the deepest MLP, of which native has a greatest number.
+            lacking: backends whose body cannot do what this call asks for, and why.
 
         Raises:
             ValueError: unknown backend name.
@@ -244,8 +246,8 @@ class Op:
         name = _resolve(backend)
         given = [tensor for tensor in (*tensors, *constant) if tensor is not None]
         if name == "auto":
-            name = self._auto(given, constant, depth)
-        elif reason := self._refusal(name, given, constant, depth):
+            name = self._auto(given, constant, depth, lacking)
+        elif reason := self._refusal(name, given, constant, depth, lacking):
             raise BackendError(f"{self.name}: backend {name!r} cannot run: {reason}")
         setattr(_ran, self.name, name)
         return self.eager if name == "eager" else self._loaded[name]  # type: ignore[return-value]
@@ -280,11 +282,17 @@ class Op:
         body = self._load(backend)
         return body if isinstance(body, str) else None
 
-    def _auto(self, tensors: list[Tensor], constant: tuple[Tensor, ...], depth: int) -> str:
+    def _auto(
+        self,
+        tensors: list[Tensor],
+        constant: tuple[Tensor, ...],
+        depth: int,
+        lacking: Mapping[str, str],
+    ) -> str:
         name = _AUTO.get(tensors[0].device.type, "eager")
         if name == "eager":
             return name
-        reason = self._refusal(name, tensors, constant, depth)
+        reason = self._refusal(name, tensors, constant, depth, lacking)
         if reason is None and name == "native":
             reason = why_slow()
         if reason is None:
@@ -297,7 +305,12 @@ class Op:
         return "eager"
 
     def _refusal(
-        self, backend: str, tensors: list[Tensor], constant: tuple[Tensor, ...], depth: int
+        self,
+        backend: str,
+        tensors: list[Tensor],
+        constant: tuple[Tensor, ...],
+        depth: int,
+        lacking: Mapping[str, str],
     ) -> str | None:
         if backend == "eager":
             return None
@@ -324,7 +337,7 @@ class Op:
             return f"noise requires a gradient, {backend} gives it none"
         if backend == "native" and depth > 1 and depth > (most := _most_layers()):
             return f"an MLP has {depth} layers, native takes at most {most}"
-        return None
+        return lacking.get(backend)
 
     def _load(self, backend: str) -> Callable | str:
         body = self._loaded.get(backend)

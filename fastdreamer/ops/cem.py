@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdreamer.ops.backend import Op
 from fastdreamer.ops.checks import check_tensor
-from fastdreamer.ops.imagine import predicted_discount
+from fastdreamer.ops.imagine import NO_DEPARTURE, predicted_discount
 from fastdreamer.ops.lambda_return import lambda_return
 from fastdreamer.ops.open_loop import OP as OPEN_LOOP
 from fastdreamer.ops.params import ReturnParams, RSSMParams, State, deepest, mlp
@@ -41,6 +41,7 @@ def cem(
     *,
     num_elites: int,
     min_std: float = 0.0,
+    sample_std: bool = False,
     clip: float = 0.9999,
     score: Score = "lambda_return",
     proposals: Tensor | None = None,
@@ -50,7 +51,7 @@ def cem(
 
     In each of I iterations, for each start state: N candidates a = clamp(mean + std·ε, ±clip)
     are rolled through the dynamics; the K with the highest scores are the elites; mean and std
-    become those of the elites (std by the population variance, at least ``min_std``).
+    become those of the elites (std at least ``min_std``).
 
     Among equal scores (0 and −0 are equal) the lower n comes first. A NaN score comes after all
     others, −∞ included, and is never an elite: with fewer than K other scores the elites are
@@ -66,9 +67,12 @@ def cem(
         state_noise: [I, H, B, N, S] standard normal.
         num_elites: K in 1..N.
         min_std: the least standard deviation of a fitted Normal.
+        sample_std: fit √(Σ(a − mean)²/(K − 1)), the sample's (0 of a single elite), as the report's
+            code does, instead of the population's √(Σ(a − mean)²/K).
         clip: bound on the candidates' |a|, positive.
-        score: ``"lambda_return"``, G_0 of the predicted rewards and values of states 1..H, or
-            ``"reward"``, the sum of the H rewards; or a function of the features [H, B·N, F] of
+        score: ``"lambda_return"``, G_0 of the predicted rewards and values of states 1..H (with
+            ``returns.departure``, rewards of 0..H-1), or ``"reward"``, the sum of the rewards of
+            states 1..H; or a function of the features [H, B·N, F] of
             states 1..H, row b·N + n candidate n of b, that returns scores [B·N]. With a function
             the search itself is eager and the backend rolls the candidates out.
         proposals: [H, B, P, A], P in 0..N, action sequences that are the first P candidates of
@@ -124,10 +128,12 @@ def cem(
         heads = (returns.reward,) if score == "reward" else returns.heads()
         depth = max(depth, deepest(*heads))
         given += (proposals,) if proposals is not None and proposals.numel() else ()
-        body = OP.select(backend, *given, constant=noise, depth=depth)
+        departs = returns.departure and score == "lambda_return"
+        lacking = dict.fromkeys(("native", "triton"), NO_DEPARTURE) if departs else {}
+        body = OP.select(backend, *given, constant=noise, depth=depth, lacking=lacking)
     return body(
         params, returns, start, mean, std, action_noise, state_noise,
-        num_elites, float(min_std), float(clip), score, proposals,
+        num_elites, float(min_std), float(clip), score, proposals, bool(sample_std),
     )  # fmt: skip
 
 
@@ -144,12 +150,14 @@ def eager(
     clip: float,
     score: Score,
     proposals: Tensor | None,
+    sample_std: bool,
     roll: Callable = OPEN_LOOP.eager,
 ) -> Plan:
     iterations, _, batch, samples, _ = action_noise.shape
     mean, std = mean.clone(), std.clone()
     scores = mean.new_empty(iterations, batch, samples)
     start = State(*(part.repeat_interleave(samples, 0) for part in start))  # row b·N + n
+    first = start.concat(returns.stoch_first)
     for i in range(iterations):
         action = mean.unsqueeze(2) + std.unsqueeze(2) * action_noise[i]
         if proposals is not None:
@@ -157,22 +165,28 @@ def eager(
         action = action.clamp(-clip, clip)  # [H, B, N, A]
         states = roll(params, start, action.flatten(1, 2), state_noise[i].flatten(1, 2))
         feat = states.concat(returns.stoch_first)
-        scores[i] = evaluate(returns, feat, score).view(batch, samples)
+        scores[i] = evaluate(returns, first, feat, score).view(batch, samples)
         best = top(scores[i], num_elites)  # [B, K]
         elites = action.take_along_dim(best[None, :, :, None], 2)  # [H, B, K, A]
         failed = scores[i].take_along_dim(best, 1).isnan()
         elites = elites.masked_fill(failed[None, :, :, None], torch.nan)  # for nanmean to leave out
         mean = elites.nanmean(2)
-        std = (elites - mean.unsqueeze(2)).square().nanmean(2).sqrt().clamp(min=min_std)
+        variance = (elites - mean.unsqueeze(2)).square().nanmean(2)
+        if sample_std:
+            count = (~failed).sum(1)[:, None]  # [B, 1]
+            variance = variance * count / (count - 1).clamp(min=1)
+        std = variance.sqrt().clamp(min=min_std)
     return Plan(mean, std, scores)
 
 
-def evaluate(returns: ReturnParams, feat: Tensor, score: Score) -> Tensor:
-    """Score [B] of trajectories by the features [H, B, F] of their states 1..H."""
+def evaluate(returns: ReturnParams, first: Tensor, feat: Tensor, score: Score) -> Tensor:
+    """Score [B] of trajectories by the features [B, F] of state 0 and [H, B, F] of 1..H."""
     if callable(score):
         return score(feat)
+    departs = returns.departure and score == "lambda_return"
+    paid = torch.cat([first[None], feat[:-1]]) if departs else feat
     # Cast first: under autocast the heads' outputs are bfloat16.
-    reward = mlp(returns.reward, feat).squeeze(-1).to(feat.dtype)  # [H, B]
+    reward = mlp(returns.reward, paid).squeeze(-1).to(feat.dtype)  # [H, B]
     if score == "reward":
         return reward.sum(0)
     value = mlp(returns.target or returns.critic, feat).squeeze(-1).to(feat.dtype)

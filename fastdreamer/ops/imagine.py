@@ -22,6 +22,9 @@ from fastdreamer.ops.params import (
 )
 from fastdreamer.ops.rssm_step import eager as step
 
+NO_DEPARTURE = "it pairs rewards with values on arrival alone (ReturnParams.departure)"
+"""Why a backend refuses."""
+
 
 class Imagination(NamedTuple):
     """An imagined trajectory; action[t] leads from state t to state t + 1 = (deter, stoch)[t].
@@ -35,7 +38,7 @@ class Imagination(NamedTuple):
     deter: Tensor  # [H, B, D]
     stoch: Tensor  # [H, B, S]
     action: Tensor  # [H, B, A]
-    reward: Tensor | None = None  # [H, B] predicted on arriving at states 1..H
+    reward: Tensor | None = None  # [H, B] predicted in states 1..H; departure: 0..H-1
     value: Tensor | None = None  # [H, B] the critic's of states 0..H-1
     returns: Tensor | None = None  # [H, B] λ-returns G_0..G_{H-1}
     discount: Tensor | None = None  # [H, B] γ·P(the episode goes on) in states 1..H
@@ -92,7 +95,10 @@ def imagine(
         raise ValueError(f"imagine: returns.lam must be in [0, 1], got {returns.lam}")
     depth = deepest(params.inp, params.prior, actor.mlp, *(returns.heads() if returns else ()))
     noise = (state_noise, action_noise)
-    body = OP.select(backend, start.deter, start.stoch, constant=noise, depth=depth)
+    lacking = {"triton": NO_DEPARTURE} if returns is not None and returns.departure else {}
+    body = OP.select(
+        backend, start.deter, start.stoch, constant=noise, depth=depth, lacking=lacking
+    )
     return Imagination(*body(params, actor, start, state_noise, action_noise, returns))
 
 
@@ -115,11 +121,11 @@ def eager(
     if returns is None:
         return deter, stoch, action
     feat = State(deter, stoch).concat(returns.stoch_first)  # [H, B, F], states 1..H
-    before = torch.cat([start.concat(returns.stoch_first)[None], feat[:-1]]).detach()  # 0..H-1
+    before = torch.cat([start.concat(returns.stoch_first)[None], feat[:-1]])  # 0..H-1
     # Cast first: under autocast the heads' outputs are bfloat16.
-    reward = mlp(returns.reward, feat)[..., 0].to(feat.dtype)
+    reward = mlp(returns.reward, before if returns.departure else feat)[..., 0].to(feat.dtype)
     next_value = mlp((returns.target or returns.critic).detach(), feat)[..., 0].to(feat.dtype)
-    value = mlp(returns.critic, before)[..., 0].to(feat.dtype)
+    value = mlp(returns.critic, before.detach())[..., 0].to(feat.dtype)
     discount = predicted_discount(returns, feat)
     factor = torch.full_like(reward, returns.gamma) if discount is None else discount
     total = LAMBDA_RETURN.eager(reward, next_value, factor, returns.lam)

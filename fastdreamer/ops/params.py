@@ -137,7 +137,9 @@ class ReturnParams(NamedTuple):
 
     ``critic`` may be None where rewards alone are summed; ``target`` bootstraps in its place
     where given (a slowly moving copy of the critic). With a ``discount`` head the factor of a
-    state is γ·sigmoid(discount(feat)), else γ.
+    state is γ·sigmoid(discount(feat)), else γ. The reward that the λ-return pairs with the value of
+    state t + 1 is that of arriving there, reward(feat_{t+1}); with ``departure``, as the report's
+    code has it, that of the state before, reward(feat_t).
     """
 
     reward: MLPParams
@@ -147,6 +149,7 @@ class ReturnParams(NamedTuple):
     lam: float
     discount: MLPParams | None = None
     stoch_first: bool = False  # the heads take [stoch, deter]
+    departure: bool = False
 
     def heads(self) -> tuple[MLPParams | None, ...]:
         """Reward, critic, target and discount."""

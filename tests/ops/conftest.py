@@ -27,8 +27,8 @@ class Case:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.rssm = RSSM(
-                action_dim=A, deter=D, stoch=S, hidden=HIDDEN, embed=E, activation=activation,
-                min_std=0.1,
+                action_dim=A, deter=D, stoch=S, hidden=HIDDEN, input_hidden=HIDDEN, embed=E,
+                activation=activation, min_std=0.1,
             ).double()  # fmt: skip
             # std_offset 0: the report's 5 saturates the tanh and would hide its gradient
             self.actor = Actor(

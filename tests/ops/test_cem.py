@@ -33,7 +33,7 @@ def arguments(horizon=H, batch=B, samples=N, iterations=I, *, num_elites=K, scor
 
 def by_hand(
     params, returns, start, mean, std, action_noise, state_noise,
-    *, num_elites, score, min_std=0.0, clip=0.9999, proposals=None,
+    *, num_elites, score, min_std=0.0, sample_std=False, clip=0.9999, proposals=None,
 ):  # fmt: skip
     """Algorithm 2 written out: one start state, one candidate, one step after the other."""
     mean, std, scores = mean.clone(), std.clone(), []
@@ -62,7 +62,8 @@ def by_hand(
             scores[-1].append(values)
             chosen = torch.stack([actions[n] for n in elites]) if elites else mean[None, :, b] * nan
             mean[:, b] = chosen.sum(0) / len(chosen)
-            variance = (chosen - mean[:, b]).square().sum(0) / len(chosen)
+            less = 1 if sample_std and len(chosen) > 1 else 0
+            variance = (chosen - mean[:, b]).square().sum(0) / (len(chosen) - less)
             std[:, b] = torch.where(variance.sqrt() < min_std, min_std, variance.sqrt())
     return mean, std, torch.tensor(scores, dtype=torch.float64)
 
@@ -91,6 +92,18 @@ def test_equals_the_loop_over_single_candidates(sizes, score):
     assert plan.mean.shape == plan.std.shape == (horizon, batch, 2)
     assert plan.scores.shape == (iterations, batch, samples)
     torch.testing.assert_close(tuple(plan), by_hand(**given, min_std=0.05), **CLOSE)
+
+
+@pytest.mark.parametrize("elites", [1, 2, N])
+def test_the_sample_s_standard_deviation(elites):
+    given = arguments(num_elites=elites) | {"sample_std": True}
+    plan = cem(**given)
+    torch.testing.assert_close(tuple(plan), by_hand(**given), **CLOSE)
+    once = {name: given[name][:1] for name in ("action_noise", "state_noise")}
+    sample, population = (cem(**given | once | {"sample_std": s}).std for s in (True, False))
+    ratio = (elites / max(elites - 1, 1)) ** 0.5
+    torch.testing.assert_close(sample, population * ratio, **CLOSE)
+    assert (sample == 0).all() == (elites == 1)
 
 
 @pytest.mark.parametrize("number", [0, 1, 4, N])

@@ -69,7 +69,8 @@ def captured(given):
         native(given)
     names = [
         *("rssm", "heads", "start_deter", "start_stoch", "mean", "std", "action_noise"),
-        *("state_noise", "scores", "proposals", "num_elites", "min_std", "clip", "threads"),
+        *("state_noise", "scores", "proposals", "num_elites", "min_std", "sample_std", "clip"),
+        "threads",
     ]
     arguments = dict(zip(names, spy.call_args.args, strict=True))
     return arguments | {name: given[name].numpy().copy() for name in ("mean", "std")}
@@ -152,6 +153,10 @@ def check_elites() -> None:
                 want = elites.mean(2), elites.std(2, unbiased=False).clamp(min=0.2)
                 for got, exact in zip((plan.mean, plan.std), want, strict=True):
                     torch.testing.assert_close(got.double(), exact, rtol=2e-7, atol=1e-8)
+                other = native(given | noise, mean=mean, std=std, sample_std=True)
+                exact = elites.std(2, unbiased=k > 1).clamp(min=0.2)
+                torch.testing.assert_close(other.std.double(), exact, rtol=2e-7, atol=1e-8)
+                assert torch.equal(other.mean, plan.mean)
                 mean, std = plan.mean, plan.std
             assert torch.equal(mean, whole.mean) and torch.equal(std, whole.std)
 
@@ -213,12 +218,16 @@ def check_order() -> None:
         torch.testing.assert_close(plan.mean.item(), elites.mean().item(), rtol=2e-7, atol=1e-8)
         want = elites.std(unbiased=False).item()
         torch.testing.assert_close(plan.std.item(), want, rtol=2e-7, atol=1e-8)
+        other = native(given, num_elites=k, sample_std=True)
+        want = elites.std(unbiased=len(elites) > 1).item()  # of those that are no NaN
+        torch.testing.assert_close(other.std.item(), want, rtol=2e-7, atol=1e-8)
     for value in (0.0, inf, -inf):
         given = ranked([value] * 40)
         plan = native(given, num_elites=1)
         assert plan.mean == candidates(given)[0] and plan.std == 0
-    plan = native(ranked([nan] * 3), num_elites=2, min_std=0.5)
-    assert plan.mean.isnan().all() and plan.std.isnan().all()
+    for sample in (False, True):
+        plan = native(ranked([nan] * 3), num_elites=2, min_std=0.5, sample_std=sample)
+        assert plan.mean.isnan().all() and plan.std.isnan().all()
 
 
 def check_nan() -> None:

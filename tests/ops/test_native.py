@@ -30,12 +30,12 @@ from fastdreamer.testing import REPORT, Sizes, assert_accurate, error, evaluate
 # near to its kink.
 CASES = {
     "one-row": (Sizes(1, 7, 1, 1, 17, 5, 0, 1, 2, "relu"), 2, 1, (1, 1)),
-    "long": (Sizes(3, 16, 5, 33, 17, 5, 3, 2, 1, "silu"), 15, 2, (2, 3)),
+    "long": (Sizes(3, 16, 5, 33, 17, 5, 3, 2, 1, "silu", 40), 15, 2, (2, 3)),
     "tile-1": (Sizes(6, 21, 30, 4, 17, 5, 1, 0, 3, "tanh"), 1, 49, (3, 1)),
     "tile": (Sizes(1, 21, 5, 17, 17, 9, 2, 3, 0, "elu"), 2, 50, (1, 4)),
     "tile+1": (Sizes(3, 7, 30, 8, 33, 400, 1, 1, 1, "silu"), 2, 51, (4, 2)),
     "tiles+1": (Sizes(6, 16, 1, 4, 17, 5, 2, 1, 2, "relu"), 2, 101, (1, 2)),
-    "wide": (Sizes(3, 200, 5, 70, 400, 17, 0, 2, 1, "tanh"), 1, 7, (2, 2)),
+    "wide": (Sizes(3, 200, 5, 70, 400, 17, 0, 2, 1, "tanh", 200), 1, 7, (2, 2)),
     "wide-relu": (Sizes(6, 200, 30, 4, 400, 400, 2, 3, 3, "relu"), 2, 16, (1, 2)),
 }
 ONLY_FP32 = ("one-row", "tiles+1")
@@ -66,7 +66,7 @@ def make_inputs(op: str, sizes: Sizes, H: int, B: int, layers=(1, 2), **options)
         return MLPParams(weights, tuple(uniform(a, b) for a, b in pairs), sizes.activation)
 
     A, D, S, E, hidden = sizes[:5]
-    inp = mlp(S + A, *[hidden] * layers[0])
+    inp = mlp(S + A, *[sizes.input_hidden or hidden] * layers[0])
     prior, post = (mlp(n, *[hidden] * (layers[1] - 1), 2 * S) for n in (D, D + E))
     return inputs | {"params": params._replace(inp=inp, prior=prior, post=post)}
 
@@ -402,7 +402,7 @@ def check_buffers(name: str, bf16: bool, threads: int) -> None:
         params.std,
     )
     discount = returns.discount or returns.reward
-    heads = (*(pack_mlp(head, **pack) for head in (*returns[:3], discount)), *returns[3:5])
+    heads = (*(pack_mlp(head, **pack) for head in (*returns[:3], discount)), *returns[3:5], False)
     for with_actor in (True, False):
         g = Guarded()
         policy = (pack_mlp(actor.mlp, **pack), *actor[1:3], True) if with_actor else None

@@ -15,7 +15,7 @@ from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.testing import Sizes, imagine_inputs, open_loop_inputs
 
 SIZES = Sizes(2, 13, 5, 4, 17, 9, 1, 1, 1, "elu")
-DIMS = {"action_dim": 2, "deter": 13, "stoch": 5, "hidden": 17, "embed": 4}
+DIMS = {"action_dim": 2, "deter": 13, "stoch": 5, "hidden": 17, "input_hidden": 19, "embed": 4}
 INPUTS = {k: v for k, v in open_loop_inputs(SIZES, 3, 4).items() if k != "params"}
 
 
@@ -158,7 +158,7 @@ def test_weights_of_any_layout(model):
     params = model.params().detach()
     want = open_loop(params, **INPUTS, backend="native")
     gru, inp = params.gru, params.inp
-    wide = torch.randn(17, 50)
+    wide = torch.randn(len(inp.biases[0]), 50)
     wide[:, 3:17:2] = inp.weights[0]
     odd = params._replace(
         gru=gru._replace(

@@ -6,6 +6,7 @@ remainder in every block, ``python tests/ops/test_triton.py all`` every case of 
 that takes less than minutes.
 """
 
+import itertools
 import math
 import os
 import subprocess
@@ -16,7 +17,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from fastdreamer import testing
-from fastdreamer.ops.backend import last_backend
+from fastdreamer.ops.backend import BackendError, last_backend
 from fastdreamer.ops.cem import cem, top
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.observe import observe
@@ -38,9 +39,9 @@ DEVICE = "cpu"  # tests/test_gpu.py runs the same on a GPU
 # remainder, several blocks, more than one block of rows
 SMALL = Sizes(3, 21, 5, 7, 17, 19, 1, 2, 2, "elu")
 CASES = {
-    "blocks": (Sizes(2, 35, 17, 33, 40, 35, 1, 0, 1, "elu"), 2, 3, (1, 2)),
+    "blocks": (Sizes(2, 35, 17, 33, 40, 35, 1, 0, 1, "elu", 20), 2, 3, (1, 2)),
     "rows": (Sizes(1, 7, 1, 1, 5, 5, 0, 1, 1, "tanh"), 2, 17, (2, 1)),
-    "silu": (Sizes(3, 16, 5, 9, 17, 18, 2, 1, 0, "silu"), 1, 4, (2, 3)),
+    "silu": (Sizes(3, 16, 5, 9, 17, 18, 2, 1, 0, "silu", 33), 1, 4, (2, 3)),
     "relu": (Sizes(6, 21, 30, 4, 33, 20, 1, 2, 1, "relu"), 2, 1, (1, 2)),
 }
 ONLY_FP32 = ("relu",)  # in bfloat16 a unit near its kink may switch, as in the native tests
@@ -140,6 +141,7 @@ def check_cem() -> None:
     inputs = cem_inputs(SMALL, 3, 2, 9, 2)
     check("cem", inputs, wrt=())
     check("cem", inputs | {"score": "reward", "num_elites": 9}, wrt=())
+    check("cem", inputs | {"sample_std": True}, wrt=())
     check("cem", cem_inputs(SMALL, 1, 1, 17, 2), wrt=(), bf16=True)
     inputs = cem_inputs(SMALL, 2, 2, 1, 2)
     inputs["returns"] = inputs["returns"]._replace(target=None)
@@ -191,6 +193,10 @@ def check_variants() -> None:
     check("imagine", make("imagine", 2, 3, **flags, **orders), bf16=True)
     check("imagine", make("imagine", 2, 3, **flags), wrt=("start",), using=("out.discount",))
     check("cem", make("cem", 2, 5, discount=flags["discount"], **orders), wrt=())
+    for op in ("imagine", "cem"):
+        inputs = make(op, 2, 3, departure=True) | ({"num_elites": 3} if op == "cem" else {})
+        with pytest.raises(BackendError, match=f"{op}: backend 'triton' .* on arrival alone"):
+            OPS[op](**inputs, backend="triton")
 
 
 def check_refit() -> None:
@@ -212,19 +218,22 @@ def check_refit() -> None:
     B, N = scores.shape
     H, A = 3, 2
     action = torch.randn(H, B, N, A, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    for K in range(1, N + 1):
+    for K, less in itertools.product(range(1, N + 1), (0, 1)):
         mean = torch.full((H, B, A), -9.0, device=DEVICE)
         std = torch.full_like(mean, -9.0)
         refit_kernel[(B,)](
             scores, action, mean, std, B, 0.05,
-            H=H, A=A, N=N, K=K, NP=16, KP=max(2, triton.next_power_of_2(K)), BLOCK=16,
+            H=H, A=A, N=N, K=K, LESS=less, NP=16, KP=max(2, triton.next_power_of_2(K)), BLOCK=16,
         )  # fmt: skip
         best = top(scores, K)
         elites = action.take_along_dim(best[None, :, :, None], 2).double()
         failed = scores.take_along_dim(best, 1).isnan()
         elites = elites.masked_fill(failed[None, :, :, None], nan)
         want = elites.nanmean(2)
-        spread = (elites - want.unsqueeze(2)).square().nanmean(2).sqrt().clamp(min=0.05)
+        count = (~failed).sum(1)[:, None].double()
+        factor = count / (count - less).clamp(min=1)
+        spread = (elites - want.unsqueeze(2)).square().nanmean(2)
+        spread = (spread * factor).sqrt().clamp(min=0.05)
         close = {"rtol": 1e-6, "atol": 1e-6, "equal_nan": True}
         torch.testing.assert_close(mean.double(), want, **close)
         torch.testing.assert_close(std.double(), spread, **close)

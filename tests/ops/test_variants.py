@@ -10,11 +10,21 @@ import torch
 import torch.nn.functional as F
 
 from fastdreamer import _native, testing
+from fastdreamer.ops.backend import BackendError, last_backend
 from fastdreamer.ops.cem import cem
 from fastdreamer.ops.imagine import imagine
+from fastdreamer.ops.lambda_return import lambda_return
 from fastdreamer.ops.observe import RESETS, observe
 from fastdreamer.ops.open_loop import open_loop
-from fastdreamer.ops.params import MLPParams, ReturnParams, State, StdTransform, actor_dist, std_of
+from fastdreamer.ops.params import (
+    MLPParams,
+    ReturnParams,
+    State,
+    StdTransform,
+    actor_dist,
+    mlp,
+    std_of,
+)
 from fastdreamer.ops.rssm_step import rssm_step
 from fastdreamer.testing import Exact, Sizes, assert_accurate, evaluate
 
@@ -67,7 +77,7 @@ def make(op, H=3, B=7, *, transform="softplus", **flags):
     for name, fields in {
         "params": ("action_first", "embed_first"),
         "actor": ("stoch_first", "through_feat", "mean_scale"),
-        "returns": ("stoch_first", "discount", "target"),
+        "returns": ("stoch_first", "discount", "target", "departure"),
     }.items():
         if name in inputs:
             changed = {key: flags[key] for key in fields if key in flags}
@@ -144,6 +154,77 @@ def test_discount_head(target, stoch_first):
     check("imagine", inputs, wrt=("start",), using=["out.returns"])
 
 
+@pytest.mark.parametrize("target", [False, True])
+@pytest.mark.parametrize("discount", [False, True])
+def test_departure(target, discount):
+    """Rewards of the states before, and their gradients in these; the start's included."""
+    flags = {"departure": True, "stoch_first": target, "through_feat": discount}
+    flags |= {"discount": discount_head()} if discount else {}
+    flags |= {} if target else {"target": None}
+    inputs = make("imagine", 4, 60, **flags)
+    check("imagine", inputs)
+    for using in (["reward"], ["returns"], ["deter", "returns"]):
+        check("imagine", inputs, using=[f"out.{name}" for name in using], precisions=(False,))
+    for wrt in (("actor",), ("start",), ("returns.reward",), ("returns.critic",)):
+        check("imagine", inputs, wrt=wrt, precisions=(False,))
+    one = make("imagine", 1, 3, **flags)
+    check("imagine", one, precisions=(False,))
+    assert torch.equal(*(
+        imagine(**make("imagine", 1, 3, **flags | {"departure": departure}), backend="native").value
+        for departure in (False, True)
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_departure_by_hand(backend):
+    """G_t = r(s_t) + γ·((1 − λ)·v(s_{t+1}) + λ·G_{t+1}), as the report's code pairs them."""
+    inputs = make("imagine", 3, 5, departure=True)
+    dream, heads = imagine(**inputs, backend=backend), inputs["returns"]
+    states = State(
+        *(torch.cat([a[None], b]) for a, b in zip(inputs["start"], dream[:2], strict=True))
+    )
+    reward, value = (mlp(head, states.feat)[..., 0] for head in (heads.reward, heads.target))
+    total = value[3]
+    for t in (2, 1, 0):
+        total = reward[t] + 0.99 * (0.05 * value[t + 1] + 0.95 * total)
+        torch.testing.assert_close(dream.returns[t], total, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dream.reward, reward[:3], rtol=1e-5, atol=1e-5)
+    arrival = imagine(**make("imagine", 3, 5), backend=backend)
+    torch.testing.assert_close(arrival.reward, reward[1:], rtol=1e-5, atol=1e-5)
+
+
+def test_departure_in_cem():
+    """Eager's alone: auto takes that, an explicit choice is refused; sums pair nothing."""
+    inputs = make("cem", 4, 7, departure=True) | {"num_elites": 7}
+    plan = cem(**inputs)
+    assert last_backend("cem") == "eager"
+    (samples, iterations), heads = (7, 2), inputs["returns"]
+    start = State(*(part.repeat_interleave(samples, 0) for part in inputs["start"]))
+    action = inputs["mean"].unsqueeze(2) + inputs["std"].unsqueeze(2) * inputs["action_noise"][0]
+    ahead = open_loop(
+        inputs["params"],
+        start,
+        action.clamp(-0.9999, 0.9999).flatten(1, 2),
+        inputs["state_noise"][0].flatten(1, 2),
+        backend="eager",
+    )
+    feat = torch.cat([start.feat[None], ahead.feat])
+    reward = mlp(heads.reward, feat[:-1])[..., 0]
+    value = mlp(heads.target, feat[1:])[..., 0]
+    want = lambda_return(reward, value, torch.full_like(reward, 0.99), 0.95)[0]
+    torch.testing.assert_close(plan.scores[0].flatten(), want)
+    assert len(plan.scores) == iterations
+    for backend in ("native", "triton"):
+        with pytest.raises(BackendError, match="cem: backend '(native|triton)' cannot run"):
+            cem(**inputs, backend=backend)
+    with pytest.raises(BackendError, match="pairs rewards with values on arrival alone"):
+        cem(**inputs, backend="native")
+    summed = cem(**inputs | {"score": "reward"})
+    assert last_backend("cem") == "native"
+    plain = make("cem", 4, 7) | {"num_elites": 7, "score": "reward"}
+    assert torch.equal(summed.scores, cem(**plain).scores)
+
+
 def test_discount_is_gamma_times_the_probability_to_go_on():
     inputs = make("imagine", discount=discount_head())
     dream = imagine(**inputs, backend="native")
@@ -203,15 +284,17 @@ def test_gradcheck(case):
 
     heads = ReturnParams(head(), head(), None, 0.9, 0.8, head(), stoch_first=True)
     noise = case.randn(2, 2, dims["S"]), case.randn(2, 2, dims["A"])
-
-    def dream(deter, weight):
-        given = params._replace(inp=params.inp._replace(weights=(weight,)))
-        start_ = State(deter, start.stoch)
-        out = imagine(given, actor, start_, *noise, returns=heads, backend="eager")
-        return out.deter, out.action, out.reward, out.discount
-
     wrt = start.deter, params.inp.weights[0].clone()
-    assert torch.autograd.gradcheck(dream, [t.requires_grad_() for t in wrt])
+    for departure in (False, True):
+
+        def dream(deter, weight, departure=departure):
+            given = params._replace(inp=params.inp._replace(weights=(weight,)))
+            start_ = State(deter, start.stoch)
+            returns = heads._replace(departure=departure)
+            out = imagine(given, actor, start_, *noise, returns=returns, backend="eager")
+            return out.deter, out.action, out.reward, out.discount
+
+        assert torch.autograd.gradcheck(dream, [t.requires_grad_() for t in wrt])
 
 
 def test_bad_transforms_are_refused():
@@ -230,7 +313,7 @@ def test_bad_transforms_are_refused():
 @pytest.mark.parametrize("op", OPS)
 def test_threads_change_nothing(op):
     flags = {"discount": discount_head(), "stoch_first": True, "through_feat": True}
-    flags |= {"action_first": True, "embed_first": True}
+    flags |= {"action_first": True, "embed_first": True, "departure": True}
     inputs = make(op, 3, 101, transform="floor", **flags)
     for bf16 in (False, True):
         want = None
@@ -261,6 +344,7 @@ if __name__ == "__main__":
         test_policies(kind)
     test_gradients_through_what_the_actor_sees(wrt=None, stoch_first=True)
     test_discount_head(target=True, stoch_first=True)
+    test_departure(target=True, discount=True)
     for reset in RESETS:
         test_resets(reset)
     for transform in ("softplus", "sigmoid", "floor"):

@@ -26,6 +26,7 @@ def cem(
     clip: float,
     score: str,
     proposals: Tensor | None,
+    sample_std: bool,
 ) -> Plan:
     """See ``fastdreamer.ops.cem``."""
     pack = {"bf16": autocast_bf16(), "gradients": False}
@@ -46,6 +47,6 @@ def cem(
     _native.cem(
         *(pack_rssm(params, **pack), heads),
         *arrays(*start, mean, std, action_noise, state_noise, scores, proposals),
-        *(num_elites, min_std, clip, torch.get_num_threads()),
+        *(num_elites, min_std, sample_std, clip, torch.get_num_threads()),
     )
     return Plan(mean, std, scores)

@@ -109,7 +109,7 @@ class _Call:
             rotate = start_stoch.shape[1] if returns.stoch_first else 0
             four = (returns.reward, returns.critic, returns.target, returns.discount)
             heads = [head and pack_mlp(head, rotate=rotate, **pack) for head in four]
-            heads = (*heads, returns.gamma, returns.lam)
+            heads = (*heads, returns.gamma, returns.lam, returns.departure)
         H, B, S = state_noise.shape
         new = state_noise.new_empty  # torch.empty would ask torch's default dtype and device
         if action is None:

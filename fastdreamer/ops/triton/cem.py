@@ -101,6 +101,7 @@ def refit_kernel(
     A: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
+    LESS: tl.constexpr,  # 1: the sample's standard deviation, 0: the population's
     NP: tl.constexpr,  # powers of two, at least N and K
     KP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -123,6 +124,7 @@ def refit_kernel(
     elite = ((best >> 32) > LAST) & (tl.arange(0, KP) < K)
     index = NP - 1 - (best & 0x7FFFFFFF).to(tl.int32)
     count = tl.sum(elite.to(tl.float32), 0)  # 0: all become NaN
+    divisor = tl.where(count > 1.0, count - LESS, count)
     for start in range(0, H * A, BLOCK):
         e = start + tl.arange(0, BLOCK)
         inside = e < H * A
@@ -135,7 +137,7 @@ def refit_kernel(
         )
         m = tl.sum(a, 0) / count
         off = tl.where(mask, a - m[None, :], 0.0)
-        s = tl.sqrt(tl.sum(off * off, 0) / count)
+        s = tl.sqrt(tl.sum(off * off, 0) / divisor)
         s = tl.where(s < least, least, s)
         tl.store(mean + row * A + e % A, m, mask=inside)
         tl.store(std + row * A + e % A, s, mask=inside)
@@ -154,6 +156,7 @@ class _Spec(NamedTuple):
     lam: float
     num_elites: int
     min_std: float
+    sample_std: bool
     clip: float
     proposals: int  # P; 0: none are given
 
@@ -250,7 +253,10 @@ def program(spec: _Spec) -> Program:
                 "scores": scores.at(i * rows), "action": action, "mean": mean, "std": std,
                 "B": B, "least": spec.min_std,
             },
-            {"H": H, "A": A, "N": N, "K": spec.num_elites, "NP": np, "KP": kp, "BLOCK": 16},
+            {
+                "H": H, "A": A, "N": N, "K": spec.num_elites, "LESS": int(spec.sample_std),
+                "NP": np, "KP": kp, "BLOCK": 16,
+            },
         )  # fmt: skip
     return b.program()
 
@@ -268,6 +274,7 @@ def cem(
     clip: float,
     score: str,
     proposals: Tensor | None,
+    sample_std: bool,
 ) -> Plan:
     """See ``fastdreamer.ops.cem``."""
     iterations, horizon, batch, samples, _ = action_noise.shape
@@ -286,7 +293,7 @@ def cem(
             for head in (returns.reward, bootstrap, discount)
         ),
         *((float(returns.gamma), float(returns.lam)) if bootstrap else (1.0, 1.0)),
-        *(num_elites, min_std, clip, 0 if proposals is None else proposals.shape[2]),
+        *(num_elites, min_std, sample_std, clip, 0 if proposals is None else proposals.shape[2]),
     )
     inputs = {
         "start.deter": start.deter, "start.stoch": start.stoch, "start.mean": mean,
