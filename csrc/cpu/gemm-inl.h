@@ -145,13 +145,12 @@ struct Meanwhile {
 };
 
 // The epilogues of parts of a product, each a few rows at a time while the next part is multiplied:
-// tiles and vectors then work side by side.
+// tiles and vectors then work side by side. It ends before the sums of that part are stored.
 template <class Epilogue>
 struct Parts {
   Epilogue epilogue;
   Index blocks;  // of k in a part
-  alignas(64) float sums[2][4 * amx::kRows * kLanes];
-  int turn = 0;  // which sums are free
+  alignas(64) float sums[4 * amx::kRows * kLanes];
   // the part that waits: its rows that are left, how many at a time, and their sums
   Index row = 0, column = 0;
   int rows = 0, vectors = 0, some = 0;
@@ -168,12 +167,11 @@ struct Parts {
   }
   FD_METHOD Meanwhile meanwhile() { return {go_on, this}; }
 
-  // The free sums are those of R rows; `again` others come before them.
+  // The sums are now those of R rows; `again` others come before them.
   FD_METHOD void wait(Index first, int R, Index first_column, int V, int again) {
     row = first, rows = R, column = first_column, vectors = V;
     some = static_cast<int>((R + blocks - 1) / blocks);
-    from = sums[turn] + again * V * kLanes;
-    turn = 1 - turn;
+    from = sums + again * V * kLanes;
   }
   FD_METHOD void finish() {
     some = rows;
@@ -253,26 +251,25 @@ FD_INLINE void tile_product(Operand<Bfloat16> a, Index rows, const Panels& w, Ep
              for (Index vector = 0; vector < all; vector += most) {
                const int V = static_cast<int>(least(most, all - vector));
                const Bfloat16* panel = static_cast<const Bfloat16*>(w.data) + vector * next;
-               float* sums = parts.sums[parts.turn];
                prologue(row, R, vector * kLanes, V);
                switch (two ? 4 + V : V) {
                  case 1:
-                   multiply_tiles<1, 1>(in, panel, next, sums, meanwhile);
+                   multiply_tiles<1, 1>(in, panel, next, parts.sums, meanwhile);
                    break;
                  case 2:
-                   multiply_tiles<1, 2>(in, panel, next, sums, meanwhile);
+                   multiply_tiles<1, 2>(in, panel, next, parts.sums, meanwhile);
                    break;
                  case 3:
-                   multiply_tiles<1, 3>(in, panel, next, sums, meanwhile);
+                   multiply_tiles<1, 3>(in, panel, next, parts.sums, meanwhile);
                    break;
                  case 4:
-                   multiply_tiles<1, 4>(in, panel, next, sums, meanwhile);
+                   multiply_tiles<1, 4>(in, panel, next, parts.sums, meanwhile);
                    break;
                  case 5:
-                   multiply_tiles<2, 1>(in, panel, next, sums, meanwhile);
+                   multiply_tiles<2, 1>(in, panel, next, parts.sums, meanwhile);
                    break;
                  case 6:
-                   multiply_tiles<2, 2>(in, panel, next, sums, meanwhile);
+                   multiply_tiles<2, 2>(in, panel, next, parts.sums, meanwhile);
                    break;
                }
                parts.wait(row, R, vector * kLanes, V, again);
@@ -534,7 +531,7 @@ FD_INLINE void gru_tile_products(const GruArgs& x, Cell cell) {
                                   height);
              const Bfloat16* w = static_cast<const Bfloat16*>(x.w.data);
              for (Index unit = 0; unit < D; unit += kLanes, w += per_vector) {
-               multiply_gru_tiles(in, state, w, parts.sums[parts.turn], parts.meanwhile());
+               multiply_gru_tiles(in, state, w, parts.sums, parts.meanwhile());
                parts.wait(row, R, unit, 4, again);
              }
            });
