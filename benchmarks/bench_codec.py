@@ -1,4 +1,4 @@
-"""``encode`` and ``decode_error``: all that an update does with images, forward and backward."""
+"""``encode``, ``decode`` and ``decode_error``: all that an update does with images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks import compiled, flops, subpixel
 from benchmarks.race import Case
 from benchmarks.variants import OURS
 from fastdreamer import testing
-from fastdreamer.ops.codec import DECODE_ERROR, decode_error, encode
+from fastdreamer.ops.codec import DECODE, DECODE_ERROR, ENCODE, decode, decode_error, encode
 
 N = 400  # images: a batch of 8 × 50, preset report
 
@@ -25,12 +25,15 @@ class Seen(NamedTuple):
     error: Tensor  # a scalar
 
 
-def inputs(N: int) -> dict[str, Any]:
-    """Parameters of both stacks, images and features.
+# Few units are near their ReLU's kink, where a variant's rounding would switch a gradient. Results
+# are float32 for the gate; under autocast an embedding is bfloat16.
 
-    Few units are near their ReLU's kink, where a variant's rounding would switch a gradient.
-    """
+
+def inputs(op: str, N: int) -> dict[str, Any]:
+    """Arguments of one op, or with "both" of encoder and decoder together."""
     by_op = testing.codec_inputs(testing.REPORT_CODEC, N, smooth=True)
+    if op != "both":
+        return by_op[op]
     return {
         "params": (by_op["encode"]["params"], by_op["decode"]["params"]),
         "pixels": by_op["encode"]["pixels"],
@@ -38,39 +41,67 @@ def inputs(N: int) -> dict[str, Any]:
     }
 
 
-def _call(*, params: Any, pixels: Tensor, feat: Tensor, backend: str) -> Seen:
-    encoder, decoder = params
-    embed = encode(encoder, pixels, backend=backend)
-    native = functools.partial(decode_error, backend=backend)
-    error = (native if backend in OURS else subpixel.decode_error)(decoder, feat, pixels)
-    # float32 for the gate; under autocast an embedding is bfloat16
-    return Seen(embed.to(feat.dtype), error / N)
+def _encode(*, params: Any, pixels: Tensor, backend: str) -> Tensor:
+    return encode(params, pixels, backend=backend).float()
 
 
-def _compiled(*, params: Any, pixels: Tensor, feat: Tensor) -> Seen:
-    encoder, decoder = params
-    embed = compiled.encode(encoder, pixels)
-    return Seen(embed.to(feat.dtype), compiled.decode_error(decoder, feat, pixels) / N)
+def _encode_compiled(*, params: Any, pixels: Tensor) -> Tensor:
+    return compiled.encode(params, pixels).float()
+
+
+def _error(*, params: Any, feat: Tensor, target: Tensor, backend: str) -> Tensor:
+    if backend in OURS:
+        return decode_error(params, feat, target, backend=backend)
+    return subpixel.decode_error(params, feat, target)
+
+
+def _both(*, params: Any, pixels: Tensor, feat: Tensor, backend: str) -> Seen:
+    error = _error(params=params[1], feat=feat, target=pixels, backend=backend)
+    return Seen(_encode(params=params[0], pixels=pixels, backend=backend), error / len(feat))
+
+
+def _both_compiled(*, params: Any, pixels: Tensor, feat: Tensor) -> Seen:
+    error = compiled.decode_error(params[1], feat, pixels)
+    return Seen(_encode_compiled(params=params[0], pixels=pixels), error / len(feat))
 
 
 def _leaves(x: dict[str, Any]) -> list[list[Tensor]]:
-    return [[t for t in pytree.tree_leaves(x["params"]) if isinstance(t, Tensor)], [x["feat"]]]
+    held = [x["params"], x.get("feat")]
+    return [[t for t in pytree.tree_leaves(held) if isinstance(t, Tensor)]]
 
 
 def _cases() -> list[Case]:
-    params = inputs(1)["params"]
-    case = functools.partial(
+    encoder, decoder = inputs("both", 1)["params"]
+    both = functools.partial(
         Case,
         op=DECODE_ERROR,
-        inputs=functools.partial(inputs, N),
-        call=_call,
-        compiled=_compiled,
+        inputs=functools.partial(inputs, "both", N),
+        call=_both,
+        compiled=_both_compiled,
     )
     return [
-        case(name="encode + decode", flops=flops.codec(*params, N)),
-        case(
-            name="encode + decode + backward",
-            flops=flops.codec(*params, N, backward=True),
+        Case(
+            "encode + backward",
+            ENCODE,
+            functools.partial(inputs, "encode", N),
+            flops.codec(encoder, None, N, backward=True),
+            _encode,
+            _encode_compiled,
+            leaves=_leaves,
+        ),
+        Case(
+            "decode + backward",
+            DECODE,
+            functools.partial(inputs, "decode", N),
+            flops.codec(None, decoder, N, backward=True),
+            decode,
+            compiled.decode,
+            leaves=_leaves,
+        ),
+        both(name="encode + decode_error", flops=flops.codec(encoder, decoder, N)),
+        both(
+            name="encode + decode_error + backward",
+            flops=flops.codec(encoder, decoder, N, backward=True),
             leaves=_leaves,
         ),
     ]

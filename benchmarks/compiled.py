@@ -21,7 +21,9 @@ from torch import Tensor
 
 from benchmarks import subpixel
 from fastdreamer.ops import cem as cem_module
-from fastdreamer.ops.codec import DECODE_ERROR, ENCODE, DecoderParams, EncoderParams
+from fastdreamer.ops.codec import DECODE, DECODE_ERROR, ENCODE, DecoderParams, EncoderParams
+from fastdreamer.ops.decide import OP as DECIDE
+from fastdreamer.ops.decide import Decision
 from fastdreamer.ops.imagine import OP as IMAGINE
 from fastdreamer.ops.lambda_return import OP as LAMBDA_RETURN
 from fastdreamer.ops.observe import RESETS, Observation
@@ -46,7 +48,8 @@ _unroll = False
 _mode: str | None = None
 # The bodies themselves, whatever stands in for them.
 _open_loop, _imagine, _lambda_return = OPEN_LOOP.eager, IMAGINE.eager, LAMBDA_RETURN.eager
-_encode, _decode_error = ENCODE.eager, DECODE_ERROR.eager
+_encode, _decode, _decode_error = ENCODE.eager, DECODE.eager, DECODE_ERROR.eager
+_decide = DECIDE.eager
 
 
 @contextlib.contextmanager
@@ -90,9 +93,17 @@ def encode(params: EncoderParams, pixels: Tensor) -> Tensor:
     return compiled(_encode)(params, pixels)
 
 
+def decode(params: DecoderParams, feat: Tensor) -> Tensor:
+    return compiled(_decode)(params, feat)
+
+
 def decode_error(params: DecoderParams, feat: Tensor, target: Tensor) -> Tensor:
     body = subpixel.decode_error if feat.device.type == "cpu" else _decode_error
     return compiled(body)(params, feat, target)
+
+
+def decide(**arguments: Any) -> Decision:
+    return Decision(*compiled(_decide)(**arguments))
 
 
 def rssm_step(
@@ -187,4 +198,6 @@ def _prior(params: RSSMParams, deter: Tensor, dtype: torch.dtype) -> Normal:
 
 def cem(*args: Any, **kwargs: Any) -> cem_module.Plan:
     with mock.patch.object(cem_module, "evaluate", compiled(cem_module.evaluate)):
-        return cem_module.OP.eager(*args, **{"proposals": None} | kwargs, roll=open_loop)
+        return cem_module.OP.eager(
+            *args, **{"proposals": None, "sample_std": False} | kwargs, roll=open_loop
+        )

@@ -86,24 +86,39 @@ def _mlp(mlp: MLPParams) -> int:
     return sum(weight.numel() for weight in mlp.weights)
 
 
-def codec(encoder: EncoderParams, decoder: DecoderParams, N: int, *, backward: bool = False) -> int:
-    """N images of 64 × 64 encoded and as many decoded.
+def decide(params: RSSMParams, actor: ActorParams, B: int) -> int:
+    """One step of the posterior filter without the prior, and the actor, of B rows."""
+    assert params.post is not None
+    return 2 * B * (_dynamics(params) - _mlp(params.prior) + _mlp(params.post) + _mlp(actor.mlp))
+
+
+def codec(
+    encoder: EncoderParams | None,
+    decoder: DecoderParams | None,
+    N: int,
+    *,
+    backward: bool = False,
+) -> int:
+    """N images of 64 × 64 encoded and as many decoded, or one of both.
 
     With ``backward``, the gradients of every parameter and of the features as well, which cost as
     much each; the images ask for none.
     """
-    size, layers = 64, []
-    for weight in encoder.weights:
-        size = (size - weight.shape[2]) // 2 + 1
-        layers.append(size**2 * weight.numel())
-    first = layers[0]
-    if encoder.linear is not None:
-        layers.append(encoder.linear[0].numel())
-    size = 1
-    layers.append(decoder.linear[0].numel())
-    for weight in decoder.weights:
-        layers.append(size**2 * weight.numel())
-        size = 2 * (size - 1) + weight.shape[2]
+    layers, first = [], 0
+    if encoder is not None:
+        size = 64
+        for weight in encoder.weights:
+            size = (size - weight.shape[2]) // 2 + 1
+            layers.append(size**2 * weight.numel())
+        first = layers[0]
+        if encoder.linear is not None:
+            layers.append(encoder.linear[0].numel())
+    if decoder is not None:
+        size = 1
+        layers.append(decoder.linear[0].numel())
+        for weight in decoder.weights:
+            layers.append(size**2 * weight.numel())
+            size = 2 * (size - 1) + weight.shape[2]
     return 2 * N * (3 * sum(layers) - first if backward else sum(layers))
 
 

@@ -24,7 +24,7 @@ from benchmarks.race import Case, peak, race
 from benchmarks.timing import cell
 from benchmarks.variants import VARIANTS, Entries, Variant, check_complete
 
-BENCHES = ("rssm_step", "observe", "imagine", "open_loop", "cem", "codec")
+BENCHES = ("rssm_step", "observe", "imagine", "open_loop", "cem", "decide", "codec")
 PER_CPU = True
 CAPTION = "time of every baseline against native"
 UPDATE = "whole update, data included"

@@ -50,8 +50,8 @@ def main(checkout: str, run_dir: str, *options: str) -> None:
     losses: dict[str, float] = {}  # of the first update
     update = trainer.Dreamer.update
 
-    def first(self: Any, *arguments: Any) -> dict[str, float]:
-        metrics = update(self, *arguments)
+    def first(self: Any, *arguments: Any, **options: Any) -> dict[str, float]:
+        metrics = update(self, *arguments, **options)
         if not losses:
             losses.update({k: v for k, v in metrics.items() if k.endswith("_loss")})
         return metrics

@@ -111,7 +111,7 @@ def test_without_a_gpu_it_says_so():
 def test_every_op_has_a_work():
     works = gpu.cases()
     assert {case.op.name for case in works} == OPS.keys()
-    assert {case.op.name for case in works if case.leaves} == OPS.keys() - {"cem"}
+    assert {case.op.name for case in works if case.leaves} == OPS.keys() - {"cem", "decide"}
     assert len({case.name for case in works}) == len(works)
     assert min(case.rounds for case in works) >= gpu.ROUNDS
 

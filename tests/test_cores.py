@@ -12,7 +12,6 @@ from fastdreamer import device
 from fastdreamer.config import preset
 from fastdreamer.cores import SPINS, bound_spinning, learner_threads
 from fastdreamer.device import resolve_config
-from fastdreamer.ops.backend import OPS
 from fastdreamer.trainer import Trainer, create_run, read_config
 
 
@@ -45,7 +44,7 @@ class Decode:
 def test_who_convolves_decides(obs, backend, reason, threads, monkeypatch):
     monkeypatch.setattr(device, "CORES", 4)
     monkeypatch.setattr(device, "why_slow", lambda: None)
-    monkeypatch.setitem(OPS, "decode", Decode(reason))
+    monkeypatch.setattr(device, "DECODE", Decode(reason))
     config = preset("walker")
     env = dataclasses.replace(config.env, obs=obs)
     config = dataclasses.replace(config, env=env, backend=backend, device="cpu")

@@ -277,7 +277,7 @@ def test_the_exploring_actor_is_who_is_sampled():
     feat = torch.cat([state.deter, state.stoch], -1)
     with torch.no_grad():
         want = torch.tanh(agent.explorer.actor(feat).sample(torch.randn(50, A, generator=g)))
-    np.testing.assert_array_equal(sampled, want.numpy())
+    np.testing.assert_allclose(sampled, want.numpy(), rtol=1e-5, atol=1e-6)
     assert (act(sample=True)[0] != sampled).any(-1).all()
 
 
@@ -410,11 +410,11 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
 
     update, calls = Dreamer.update, []
 
-    def signalled(*args):
+    def signalled(*args, **kwargs):
         calls.append(args)
         if len(calls) == 31:
             os.kill(os.getpid(), signal.SIGTERM)
-        return update(*args)
+        return update(*args, **kwargs)
 
     monkeypatch.setattr(Dreamer, "update", signalled)
     with pytest.raises(Stopped):

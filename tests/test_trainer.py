@@ -123,11 +123,11 @@ os.close(read)
 calls = []
 def counted(function):
     @wraps(function)
-    def call(*args):
+    def call(*args, **kwargs):
         if len(calls) == {count}:
             os.write(write, b"x")
         calls.append(function)
-        return function(*args)
+        return function(*args, **kwargs)
     return call
 trainer.Trainer._run = counted(trainer.Trainer._run)
 trainer.Dreamer.update = counted(trainer.Dreamer.update)
@@ -145,11 +145,11 @@ os.{name} = killing
 SIGNAL_AT_UPDATE = """
 import os, signal
 update, calls = trainer.Dreamer.update, []
-def signalled(*args):
+def signalled(*args, **kwargs):
     calls.append(args)
     if len(calls) == {count}:
         os.kill(os.getpid(), signal.{name})
-    return update(*args)
+    return update(*args, **kwargs)
 trainer.Dreamer.update = signalled
 """
 SIGNAL_WHILE_WAITING = """
@@ -678,11 +678,11 @@ def test_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
     run_dir = new_run(tmp_path / "run")
     update, calls = Dreamer.update, []
 
-    def poisoned(self, batch, *args):
+    def poisoned(self, batch, *args, **kwargs):
         calls.append(1)
         if len(calls) == 31:
             batch["reward"][0, 0] = torch.nan
-        return update(self, batch, *args)
+        return update(self, batch, *args, **kwargs)
 
     monkeypatch.setattr(Dreamer, "update", poisoned)
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]

@@ -284,7 +284,7 @@ class Forward:
             "op": "imagine",
             "rssm": (inp, gru, prior, tuple(params.std)),
             "actor": (pack_mlp(actor.mlp, **pack), 5.0, tuple(actor.std), False),
-            "heads": (*heads, 0.99, 0.95),
+            "heads": (*heads, 0.99, 0.95, False),
             "start_deter": zeros(B, D),
             "start_stoch": zeros(B, S),
             "state_noise": zeros(H, B, S),
