@@ -399,6 +399,7 @@ void decode_backward(DecodeRun& run, py::object grad, double scale, py::object f
 }  // namespace
 
 void bind_codec(py::module_& m) {
+  m.attr("MAX_KERNEL") = kMaxKernel;  // side of a convolution's
   py::class_<PackedEncoder, std::shared_ptr<PackedEncoder>>(m, "PackedEncoder",
                                                             "A packed encoder stack.")
       .def(py::init<py::list, py::list, py::object, py::object, bool, bool, int>(),

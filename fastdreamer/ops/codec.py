@@ -66,8 +66,9 @@ def encode(params: EncoderParams, pixels: Tensor, *, backend: str | None = None)
     if params.linear is not None:
         flat = params.weights[-1].shape[0] * size[0] * size[1]
         _check_linear("encode", params.linear, flat, like)
-    body = ENCODE.select(backend, pixels, *_of_device(like, pixels))
-    return body(params, pixels)
+    given = (pixels, *_of_device(like, pixels))
+    depth, lacking = len(params.weights), _lacking(params.weights)
+    return ENCODE.select(backend, *given, depth=depth, lacking=lacking)(params, pixels)
 
 
 def decode(params: DecoderParams, feat: Tensor, *, backend: str | None = None) -> Tensor:
@@ -88,7 +89,8 @@ def decode(params: DecoderParams, feat: Tensor, *, backend: str | None = None) -
     Source: report section 2 (the observation model).
     """
     _check_decoder("decode", params, feat)
-    return DECODE.select(backend, feat)(params, feat)
+    depth, lacking = len(params.weights), _lacking(params.weights, least=2)
+    return DECODE.select(backend, feat, depth=depth, lacking=lacking)(params, feat)
 
 
 def decode_error(
@@ -113,7 +115,9 @@ def decode_error(
         side = 2 * (side - 1) + weight.shape[2]
     shape = ("N", side, side, channels)
     check_tensor("decode_error", "target", target, shape, dims, dtype=torch.uint8)
-    return DECODE_ERROR.select(backend, feat, target)(params, feat, target)
+    depth, lacking = len(params.weights), _lacking(params.weights, least=2)
+    body = DECODE_ERROR.select(backend, feat, target, depth=depth, lacking=lacking)
+    return body(params, feat, target)
 
 
 def _check_stack(
@@ -148,6 +152,18 @@ def _check_decoder(op: str, params: DecoderParams, feat: Tensor) -> dict[str, in
             f"{params.weights[0].shape[0]}"
         )
     return dims
+
+
+def _lacking(weights: tuple[Tensor, ...], least: int = 1) -> dict[str, str]:
+    """What the core has no loop for; its convolutions are at most so large."""
+    if len(weights) < least:
+        return {"native": f"there is one convolution, native needs {least}"}
+    try:
+        from fastdreamer._native import MAX_KERNEL as most
+    except ImportError:  # then it is not the kernel that keeps native from running
+        return {}
+    largest = max([weight.shape[2] for weight in weights])
+    return {"native": f"a kernel of {largest}, native has {most}"} if largest > most else {}
 
 
 def _of_device(like: Tensor, pixels: Tensor) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdreamer.ops.backend import BackendError, last_backend, use_backend
-from fastdreamer.ops.codec import decode, decode_error, encode
+from fastdreamer.ops.codec import DecoderParams, EncoderParams, decode, decode_error, encode
 from fastdreamer.testing import (
     REPORT_CODEC,
     CodecSizes,
@@ -340,6 +340,25 @@ def test_bad_input(op, changed, message):
     for backend in ("eager", "native"):
         with pytest.raises(ValueError, match=message):
             OPS[op](**inputs | changed(inputs), backend=backend)
+
+
+def test_what_the_core_has_no_loop_for_is_eager_s():
+    weight, bias = torch.randn(2, 3, 9, 9), torch.zeros(2)
+    pixels = torch.randint(0, 256, (2, 20, 20, 3), dtype=torch.uint8)
+    wide = {"params": EncoderParams((weight,), (bias,), None), "pixels": pixels}
+    one = DecoderParams((torch.randn(4, 5), torch.zeros(4)), False, (torch.randn(4, 3, 5, 5),), (
+        torch.zeros(3),
+    ))  # fmt: skip
+    cases = [
+        (encode, wide, "a kernel of 9, native has 8"),
+        (decode, {"params": one, "feat": torch.randn(2, 5)}, "one convolution, native needs 2"),
+    ]
+    for op, inputs, reason in cases:
+        with pytest.raises(BackendError, match=reason):
+            op(**inputs, backend="native")
+        out = op(**inputs, backend="auto")
+        assert last_backend(op.__name__) == "eager"
+        assert torch.equal(out, op(**inputs, backend="eager"))
 
 
 def test_double_and_empty_are_eager_s():
