@@ -75,6 +75,8 @@ def measure(
         check_complete(entries, allow_missing)
         limits = peak(threads) if flops else None
         times = race(entries.run, **options)
+        found = ", ".join(f"{variant} {t['median_ms']:.4g}" for variant, t in times.items())
+        print(f"  median ms: {found}", file=sys.stderr, flush=True)  # of a run cut short, too
         for t in times.values() if flops else ():
             t["gflop_per_s"] = flops / t["median_ms"] / 1e6
         gflop = flops / 1e9 if flops else None
