@@ -327,15 +327,12 @@ py::tuple decode_forward(py::object pack, py::handle feat, py::object pixels, py
   if (shape.ndim() != 2 || shape.size(0) < 1) fail("decode: feat must be [N, F], N not 0");
   x.N = shape.size(0);
   x.feat = run->arrays.in("feat", feat, {x.N, x.linear->in});
-  Index height = x.first_image.height, width = x.first_image.width;
-  for (const Conv& conv : decoder.convs().convs()) {
-    height = 2 * (height - 1) + conv.weights.kernel, width = 2 * (width - 1) + conv.weights.kernel;
-  }
-  const Index channels = x.convs[x.depth - 1].weights.fine;
-  x.pixels = run->arrays.maybe_out("pixels", pixels, {x.N, height, width, channels});
+  const ImageSize image = grown(x.first_image, x.convs, x.depth);
+  x.pixels =
+      run->arrays.maybe_out("pixels", pixels, {x.N, image.height, image.width, image.channels});
   if (!target.is_none()) {
-    x.target = static_cast<const unsigned char*>(
-        run->arrays.in_format("target", target, {x.N, height, width, channels}, 'B'));
+    x.target = static_cast<const unsigned char*>(run->arrays.in_format(
+        "target", target, {x.N, image.height, image.width, image.channels}, 'B'));
   }
   run->arrays.check_overlap();
   double error = 0;
@@ -363,13 +360,9 @@ void decode_backward(DecodeRun& run, py::object grad, double scale, py::object f
   if (grad.is_none() != (x.target != nullptr)) fail("decode: a gradient of what was computed");
   Arrays arrays(op);
   DecodeGrads g{};
-  Index height = x.first_image.height, width = x.first_image.width;
-  for (int i = 0; i < x.depth; ++i) {
-    height = 2 * (height - 1) + x.convs[i].weights.kernel;
-    width = 2 * (width - 1) + x.convs[i].weights.kernel;
-  }
-  g.pixels = arrays.maybe_in("grad of pixels", grad,
-                             {x.N, height, width, x.convs[x.depth - 1].weights.fine});
+  const ImageSize image = grown(x.first_image, x.convs, x.depth);
+  g.pixels =
+      arrays.maybe_in("grad of pixels", grad, {x.N, image.height, image.width, image.channels});
   g.scale = static_cast<float>(scale);
   g.feat = arrays.maybe_out("grad of feat", feat, {x.N, x.linear->in});
   g.parameters = !weights.is_none();

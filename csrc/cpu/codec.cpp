@@ -272,6 +272,11 @@ void EncodeBackward::tile(Index begin, Index images, Index chunk, bool add, int 
   }
 }
 
+ImageSize grown(ImageSize first, const Conv* convs, int depth) {
+  for (int i = 0; i < depth; ++i) first = grown(first, convs[i].weights);
+  return first;
+}
+
 // --- decoder -------------------------------------------------------------------------------------
 
 DecodeTiles::DecodeTiles(DecodeTape& tape, bool kept, bool gradients, Arena& scratch, int threads)
@@ -457,8 +462,7 @@ void DecodeBackward::run() const {
   const Kernels& k = *x.kernels;
   const Chunks chunks(x.N);
   if (x.target == nullptr) {
-    ImageSize size = x.first_image;
-    for (int i = 0; i < x.depth; ++i) size = grown(size, x.convs[i].weights);
+    const ImageSize size = grown(x.first_image, x.convs, x.depth);
     parallel_tasks(chunks.count, threads_, [&](Index chunk, int thread) {
       chunks.tiles(chunk, [&](Index begin, Index images, bool first) {
         k.copy({rows_of(grads_.pixels, size.count()).at(begin), nullptr, size.count(), images,

@@ -93,6 +93,9 @@ class EncodeBackward {
 // --- decoder: a linear layer, then transposed convolutions with a ReLU between them
 // ---------------
 
+// What the transposed convolutions make of their first image.
+ImageSize grown(ImageSize first, const Conv* convs, int depth);
+
 struct DecodeArgs {
   const Kernels* kernels;
   const Layer* linear;
