@@ -66,8 +66,9 @@ def encode(params: EncoderParams, pixels: Tensor, *, backend: str | None = None)
     if params.linear is not None:
         flat = params.weights[-1].shape[0] * size[0] * size[1]
         _check_linear("encode", params.linear, flat, like)
-    given = (pixels, *_of_device(like, pixels))
     depth, lacking = len(params.weights), _lacking(params.weights)
+    # bytes say nothing of the networks' dtype and device, a bias does
+    given = (pixels, params.biases[0])
     return ENCODE.select(backend, *given, depth=depth, lacking=lacking)(params, pixels)
 
 
@@ -164,11 +165,6 @@ def _lacking(weights: tuple[Tensor, ...], least: int = 1) -> dict[str, str]:
         return {}
     largest = max([weight.shape[2] for weight in weights])
     return {"native": f"a kernel of {largest}, native has {most}"} if largest > most else {}
-
-
-def _of_device(like: Tensor, pixels: Tensor) -> tuple[Tensor, ...]:
-    """What selects a body beside the pixels: their bytes say nothing of the networks' dtype."""
-    return (like.new_empty(1),) if like.device == pixels.device else (like.detach().flatten()[:1],)
 
 
 def pixels_to_float(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
