@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
 
 import nvtx
 import torch
@@ -24,6 +23,7 @@ from fastdreamer.ops.imagine import Imagination, imagine
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.params import State
 from fastdreamer.policy import Policy
+from fastdreamer.pretrained import find_agent
 
 _PARTS = {"pixels": "image", "state": "state"}
 """Loss of the reconstruction by kind of observation."""
@@ -312,7 +312,8 @@ def load(
     """Load a trained agent.
 
     Args:
-        run_or_file: a run directory (its newest checkpoint) or one checkpoint or snapshot file.
+        run_or_file: a run directory (its newest checkpoint), one checkpoint or snapshot file, or
+            the name of an agent that comes with the package ("walker-walk").
         plan: settings of the planner in place of the run's own.
         safety: settings of the shield and the safety signal in place of the run's own; the barrier
             stays the run's.
@@ -323,7 +324,7 @@ def load(
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged or foreign.
     """
-    path = Path(run_or_file)
+    path = find_agent(run_or_file)
     if path.is_dir():
         found = load_newest(path / "checkpoints")
         if found is None:

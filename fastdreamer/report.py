@@ -22,11 +22,18 @@ from fastdreamer.agent import Dreamer, load
 from fastdreamer.checkpoint import CheckpointError, list_checkpoints, list_snapshots, load_meta
 from fastdreamer.config import ConfigError, PlanConfig
 from fastdreamer.files import write_csv
+from fastdreamer.logger import format_seconds
 from fastdreamer.play import config_env, episode_seed, evaluate
 from fastdreamer.trainer import RunError, read_config
 from fastdreamer.viz.curves import plot_runs, write_curve
 from fastdreamer.viz.dreams import dream_figure, state_figure
 
+POINTS = 6
+"""Snapshots of a run that a report plays where nothing else is asked."""
+_REHEARSED = 10
+"""Decisions a controller is timed for before its episodes."""
+_QUIET = 30.0
+"""Seconds within an episode after which a line says where it is."""
 _COLUMNS = ("controller", "env_frames", "update", "episode", "return", "seconds")
 
 
@@ -36,7 +43,7 @@ def write_report(
     *,
     controllers: Sequence[str] = (),
     episodes: int = 10,
-    points: int = 0,
+    points: int = POINTS,
     seed: int = 0,
     plan: PlanConfig | None = None,
     say: Callable[[str], None] = print,
@@ -86,7 +93,12 @@ def write_report(
     missing = [key for key in wanted if key not in done]
     if len(missing) < len(wanted):
         say(f"{len(wanted) - len(missing)} of {len(wanted)} episodes are in {episodes_file}")
-    loaded, lost, begin = None, set(), time.monotonic()
+    loaded, lost = None, set()
+    expected = dict.fromkeys(controllers, 0.0)  # seconds of an episode
+    if missing:
+        expected = _rehearse(snapshots, env, controllers, plan)
+        rest = format_seconds(sum(expected[c] for c, _, _ in missing))
+        say(f"{len(missing)} episodes to play, about {rest}")
     for count, key in enumerate(missing):
         controller, frames, index = key
         if frames in lost:
@@ -99,24 +111,25 @@ def write_report(
                 lost.add(frames)
                 continue
         agent.controller(controller)
+        title = f"{controller} at {frames:,} env frames, episode {index + 1} of {episodes}"
         start = time.monotonic()
-        value = evaluate(agent, env, episode_seed(seed, "evaluate", index), None, controller)
-        now = time.monotonic()
+        watch = _Quiet(title, env.max_decisions, say)
+        seeded = episode_seed(seed, "evaluate", index)
+        value = evaluate(agent, env, seeded, None, controller, watch=watch)
+        seconds = time.monotonic() - start
         row = {
             "controller": controller,
             "env_frames": frames,
             "update": _update(snapshots[frames]),
             "episode": index,
             "return": value,
-            "seconds": round(now - start, 3),
+            "seconds": round(seconds, 3),
         }
         done[key] = row
         _append(episodes_file, about, row)
-        rest = (now - begin) / (count + 1) * (len(missing) - count - 1)
-        say(
-            f"{controller} at {frames:,} env frames, episode {index + 1} of {episodes}: "
-            f"return {value:.1f} ({count + 1} of {len(missing)}, {rest / 60:.0f} min left)"
-        )
+        expected[controller] = seconds  # as the last one was
+        rest = format_seconds(sum(expected[c] for c, _, _ in missing[count + 1 :]))
+        say(f"{title}: return {value:.1f} ({count + 1} of {len(missing)}, {rest} left)")
     rows = [done[key] for key in wanted if key in done]
     if not rows:
         raise RunError(f"{run}: no snapshot could be read")
@@ -125,6 +138,45 @@ def write_report(
     if good:
         files.append(_draw_dream(load(snapshots[good[-1]], plan=plan), env, seed, out))
     return [episodes_file, *files]
+
+
+def _rehearse(
+    snapshots: dict[int, Path], env: Any, controllers: Sequence[str], plan: PlanConfig
+) -> dict[str, float]:
+    """Seconds of an episode by controller, from some decisions with the newest snapshot."""
+    for path in reversed(snapshots.values()):
+        try:
+            agent = load(path, plan=plan)
+        except CheckpointError:
+            continue  # said when its turn comes
+        break
+    else:
+        return dict.fromkeys(controllers, 0.0)
+    expected = {}
+    for controller in controllers:
+        agent.controller(controller)
+        obs, state, times = env.reset(seed=0), None, []
+        for _ in range(min(_REHEARSED, env.max_decisions)):
+            start = time.monotonic()
+            action, state = agent.act(obs, state, controller=controller)
+            obs, *_ = env.step(action)
+            times.append(time.monotonic() - start)
+        expected[controller] = float(np.median(times)) * env.max_decisions
+    return expected
+
+
+class _Quiet:
+    """A watch that says where a long episode is."""
+
+    def __init__(self, title: str, decisions: int, say: Callable[[str], None]) -> None:
+        self._title, self._decisions, self._say = title, decisions, say
+        self._last = time.monotonic()
+
+    def __call__(self, t: int, *_: Any) -> None:
+        now = time.monotonic()
+        if now - self._last >= _QUIET:
+            self._last = now
+            self._say(f"{self._title}: decision {t} of {self._decisions}")
 
 
 def dream_and_live(

@@ -14,6 +14,7 @@ import json
 import logging
 import signal
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch import Tensor
 from fastdreamer import checkpoint
 from fastdreamer._version import __version__
 from fastdreamer.agent import Dreamer
-from fastdreamer.collector import Collector, Job, policy_weights
+from fastdreamer.collector import Collector, Job, Result, policy_weights
 from fastdreamer.config import Config, ConfigError, from_dict, to_dict
 from fastdreamer.device import describe_device, resolve_config
 from fastdreamer.episodes import episode_fields
@@ -184,6 +185,7 @@ class Trainer:
         self.job: Job | None = None  # under way in the collector
         self.job_weights: dict[str, Tensor] = {}
         self.best_return = -np.inf
+        self._waited: deque[float] = deque(maxlen=20)  # seconds for the collector, a cycle
         lines = None
         if loaded is not None:
             lines = self._restore(*loaded)
@@ -353,10 +355,7 @@ class Trainer:
     def _enter(self, job: Job) -> None:
         """Wait for a job and take in what it brought."""
         with nvtx.annotate("wait for the collector"):
-            while not self.collector.ready(timeout=0.2):
-                if self._stop.asked:
-                    self._halt()
-            result = self.collector.wait()
+            result, waited = self._wait(job)
         self.job, self.job_weights = None, {}
         if result.eval_returns:
             self._log_evaluation(job, result.eval_returns, result.eval_safety)
@@ -371,7 +370,7 @@ class Trainer:
         if self.agent.explorer is not None and not job.random:
             self.agent.explorer.rounds += 1
         values = {"return": value, "episode": job.episode, "random": int(job.random)}
-        self._log("episode", **values, **result.episode_safety)
+        self._log("episode", **values, wait_collector_s=waited, **result.episode_safety)
         self.progress.update(
             env_frames=self.env_frames, last_return=value, best_return=self.best_return
         )
@@ -379,6 +378,21 @@ class Trainer:
         final = self.env_frames >= train.frames
         if self.update and (final or self._crossed(train.snapshot_every)):
             self._save_snapshot()
+
+    def _wait(self, job: Job) -> tuple[Result, float]:
+        """What a job brought, and the seconds waited for it, which the display expects of later
+        ones."""
+        start = time.monotonic()
+        if not self.collector.ready(timeout=0) and job.episode is not None and not job.random:
+            also = " and its evaluation" if job.evaluations else ""
+            self.progress.update(phase=f"waiting for episode {job.episode + 1}{also}")
+        while not self.collector.ready(timeout=0.2):
+            if self._stop.asked:
+                self._halt()
+        waited = time.monotonic() - start
+        if job.episode is not None and not job.random:
+            self._waited.append(waited)
+        return self.collector.wait(), waited
 
     def _log_evaluation(self, job: Job, returns: list[float], safety: dict[str, float]) -> None:
         values = {
@@ -405,9 +419,12 @@ class Trainer:
         self.logger.log(kind, env_frames=self.env_frames, update=self.update, **values)
 
     def _seconds_left(self, updates_per_s: float) -> float:
-        """From the updates that the rest of the frames calls for."""
+        """The rest's updates, and what the learner has waited for the collector in late cycles."""
         frames = max(0, self.config.train.frames - self.env_frames)
-        return self._updates_for(frames / self.config.env.action_repeat) / updates_per_s
+        updates = self._updates_for(frames / self.config.env.action_repeat)
+        cycles = frames / max(1, self.newest_frames)
+        waited = sum(self._waited) / len(self._waited) if self._waited else 0.0
+        return updates / updates_per_s + cycles * waited
 
     def _updates_for(self, decisions: float) -> float:
         """The updates that so many collected decisions call for."""

@@ -144,9 +144,9 @@ def test_resume_a_finished_run_and_extend_it(run, capsys):
             "backend 'native' runs on the CPU and device is 'cuda'",
         ),
         (["train", "--resume", "nowhere"], "nowhere is not a run directory"),
-        (["eval", "nowhere"], "nowhere: no such checkpoint"),
+        (["eval", "nowhere"], "nowhere: no such run or checkpoint"),
         (["eval", ".", "--episodes", "2"], "holds no checkpoint yet"),
-        (["dream", "nowhere"], "nowhere: no such checkpoint"),
+        (["dream", "nowhere"], "nowhere: no such run or checkpoint"),
         (["plot", "nowhere"], "nowhere"),
     ],
 )

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "fastdreamer"
 MODEL = {"config", "ops", "nn"}
 PUBLIC = MODEL | {"_version", "losses", "planning", "exploration", "safety", "agent"}
 PUBLIC |= {"checkpoint", "collector", "envs", "logger", "replay", "report", "rollout", "trainer"}
-PUBLIC |= {"episodes", "files", "play", "policy", "viz"}
+PUBLIC |= {"episodes", "files", "play", "policy", "pretrained", "viz"}
 
 # What each room (a file or folder of the package) may import of ours, beside itself; imports
 # inside functions count. config → ops → nn → {losses, planning, exploration, safety} → policy →
@@ -40,11 +40,12 @@ ALLOWED = {
     "viz": {"files", "logger"},
     "device": {"config", "cores", "ops"},
     "policy": MODEL | {"device", "noise", "planning", "exploration", "safety"},
-    "agent": MODEL | {"losses", "exploration", "checkpoint", "policy"},
+    "agent": MODEL | {"losses", "exploration", "checkpoint", "policy", "pretrained"},
     "play": {"config", "device", "ops", "policy", "envs", "safety", "viz"},
     "collector": {"config", "device", "ops", "policy", "play", "episodes", "safety"},
     "trainer": PUBLIC - {"trainer", "report", "rollout", "viz"} | {"device"},
-    "report": {"config", "files", "agent", "checkpoint", "play", "trainer", "viz"},
+    "pretrained": {"checkpoint"},
+    "report": {"config", "files", "agent", "checkpoint", "logger", "play", "trainer", "viz"},
     "verify": {"ops", "nn"},
     "rollout": {"ops", "nn", "verify"},
     "adapters": {"ops", "nn", "rollout"},

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import re
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -67,7 +68,8 @@ def test_every_figure_and_its_numbers(run, tmp_path):
         gain = np.subtract(pairs[1], pairs[0])
         assert float(row["mpc_minus_actor"]) == pytest.approx(gain.mean(), abs=1e-3)
         assert float(row["mpc_minus_actor_se"]) == pytest.approx(gain.std(), abs=1e-3)
-    assert len(lines) == 12 and lines[-1].endswith("(12 of 12, 0 min left)")
+    assert re.fullmatch(r"12 episodes to play, about \d+ s", lines[0])
+    assert len(lines) == 13 and lines[-1].endswith("(12 of 12, 0 s left)")
 
 
 def test_it_goes_on_where_it_was_stopped(run, tmp_path, monkeypatch):
@@ -76,11 +78,11 @@ def test_it_goes_on_where_it_was_stopped(run, tmp_path, monkeypatch):
     played = []
     evaluate = report.evaluate
 
-    def stopping(*args):
+    def stopping(*args, **options):
         if len(played) == 5:
             raise KeyboardInterrupt
         played.append(args)
-        return evaluate(*args)
+        return evaluate(*args, **options)
 
     monkeypatch.setattr(report, "evaluate", stopping)
     with pytest.raises(KeyboardInterrupt):
@@ -88,7 +90,8 @@ def test_it_goes_on_where_it_was_stopped(run, tmp_path, monkeypatch):
     with (cut / "episodes.csv").open("a") as file:
         file.write("mpc,120,4")  # a line that a kill cut short
     played.clear()
-    monkeypatch.setattr(report, "evaluate", lambda *args: played.append(args) or evaluate(*args))
+    counting = lambda *args, **options: played.append(args) or evaluate(*args, **options)  # noqa: E731
+    monkeypatch.setattr(report, "evaluate", counting)
     lines = []
     write_report(run, cut, episodes=2, say=lines.append)
     assert len(played) == 7 and lines[0].startswith("5 of 12 episodes are in")
@@ -107,6 +110,21 @@ def test_it_goes_on_where_it_was_stopped(run, tmp_path, monkeypatch):
     (cut / "episodes.csv").write_text("something else\n")
     with pytest.raises(ConfigError, match="is not a report's episodes"):
         write_report(run, cut, say=str)
+
+
+def test_hours_are_told_first_and_a_long_episode_says_where_it_is(run, tmp_path, monkeypatch):
+    evaluate, lines = report.evaluate, []
+
+    def slow(*args, watch, **options):
+        time.sleep(0.02)
+        return evaluate(*args, watch=watch, **options)
+
+    monkeypatch.setattr(report, "evaluate", slow)
+    monkeypatch.setattr(report, "_QUIET", 0.0)
+    monkeypatch.setattr(report, "_rehearse", lambda *_: {"actor": 7200.0, "mpc": 0.0})
+    write_report(run, tmp_path, episodes=1, points=1, say=lines.append)
+    assert lines[0] == "2 episodes to play, about 2 h 00 min"
+    assert "mpc at 160 env frames, episode 1 of 1: decision 20 of 20" in lines
 
 
 def test_points_are_spread_and_damaged_snapshots_skipped(run, tmp_path):
@@ -143,7 +161,7 @@ def test_commands(run, tmp_path, capsys):
     assert main(["report", str(run), *out, "--episodes", "0"]) == 1
     assert "episodes must be >= 1" in said()
     assert main(["report", "nowhere", *out]) == 1
-    assert "nowhere is not a run directory" in said()
+    assert "nowhere: no such run or checkpoint" in said()
 
     snapshot = str(run / "snapshots" / "snapshot-000000160.safetensors")
     short = ["--episodes", "1"]

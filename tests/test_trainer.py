@@ -31,12 +31,12 @@ from fastdreamer.checkpoint import (
     list_snapshots,
     load_checkpoint,
 )
-from fastdreamer.collector import POLICY_PARTS
+from fastdreamer.collector import POLICY_PARTS, Collector
 from fastdreamer.config import preset
 from fastdreamer.envs import make_env
 from fastdreamer.envs.gl import GLError, select_gl
 from fastdreamer.episodes import episode_path, read_episode
-from fastdreamer.logger import Logger
+from fastdreamer.logger import Logger, Progress
 from fastdreamer.play import agent_policy, collect, episode_seed, random_policy
 from fastdreamer.trainer import RunError, Trainer, create_run, lock_run, read_config
 
@@ -52,7 +52,7 @@ CONFIG = dataclasses.replace(
 )
 UPDATES, PREFILL, CYCLE = 165, 2, 20
 KINDS = ["state", "pixels", "both"]  # what a run sees: whether it has convolutions
-WALL_CLOCK = ("seconds", "updates_per_s")
+WALL_CLOCK = ("seconds", "updates_per_s", "wait_collector_s")
 KILLS, SEED = ["seconds"] * 2 + ["updates"] * 5 + ["call"] * 3, 1  # of each of two runs
 FEW_KILLS = ["seconds"] + ["updates"] * 2 + ["call"]  # from pixels a start takes longer
 TIMEOUT = 240  # seconds; a run takes a few, but ten times that on a machine that others load
@@ -755,3 +755,30 @@ def test_random_episodes_depend_on_seed_and_index_alone(reference):
     again = random_policy(6, episode_seed(CONFIG.seed, "collect", 0))
     other = random_policy(6, episode_seed(CONFIG.seed, "collect", 1))
     assert np.array_equal(policy({}), again({})) and not np.array_equal(policy({}), other({}))
+
+
+def test_the_display_says_what_it_waits_for_and_counts_it(tmp_path, monkeypatch):
+    """A collector that is slower than the learner: who waits is said, and time left holds it."""
+    config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, frames=240))
+    create_run(tmp_path / "run", config)
+    shown = []
+
+    def ready(collector, timeout):
+        return timeout > 0 and (time.sleep(0.4) or True)
+
+    monkeypatch.setattr(Collector, "ready", ready)
+    update = Progress.update
+    monkeypatch.setattr(
+        Progress, "update", lambda self, **fields: shown.append(fields) or update(self, **fields)
+    )
+    Trainer(tmp_path / "run").train()
+    phases = [fields["phase"] for fields in shown if "phase" in fields]
+    assert "waiting for episode 3" in phases
+    assert "waiting for episode 4 and its evaluation" in phases
+    assert phases.index("learning") < phases.index("waiting for episode 3")
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    waits = [line["wait_collector_s"] for line in lines if line["kind"] == "episode"]
+    assert all(wait >= 0.4 for wait in waits)
+    # after 120 of 240 frames three episodes are still to come
+    left = [f["seconds_left"] for f in shown if f.get("seconds_left")]
+    assert max(left[1:]) >= 3 * 0.4

@@ -1,4 +1,4 @@
-"""The ``fastdreamer`` command: train, eval, dream, report, plot, compare, bench, doctor.
+"""The ``fastdreamer`` command: train, eval, dream, report, plot, export, ….
 
 A file a command, which holds its options and what it does. Options come from typed dataclasses
 through tyro: the configuration is one already, so every field is an option with its help text and
@@ -26,6 +26,7 @@ from fastdreamer.cli.compare import Compare, run_compare
 from fastdreamer.cli.doctor import Doctor, run_doctor
 from fastdreamer.cli.dream import Dream, run_dream
 from fastdreamer.cli.eval import Eval, run_eval
+from fastdreamer.cli.export import Export, run_export
 from fastdreamer.cli.plot import Plot, run_plot
 from fastdreamer.cli.report import Report, run_report
 from fastdreamer.cli.run import config_of, playing_backend
@@ -44,6 +45,7 @@ _COMMANDS = {
     Dream: run_dream,
     Report: run_report,
     Plot: run_plot,
+    Export: run_export,
     Bench: run_bench,
     Compare: run_compare,
     Doctor: run_doctor,
@@ -104,6 +106,7 @@ def _parse(argv: list[str], config: Config | None = None) -> Any:
         | Annotated[Dream, subcommand("dream")]
         | Annotated[Report, subcommand("report", default=Report(**planned))]
         | Annotated[Plot, subcommand("plot")]
+        | Annotated[Export, subcommand("export")]
         | Annotated[Bench, subcommand("bench")]
         | Annotated[Compare, subcommand("compare")]
         | Annotated[Doctor, subcommand("doctor")]

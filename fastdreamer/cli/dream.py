@@ -27,9 +27,11 @@ class Dream:
     """
 
     run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """Run directory (its newest checkpoint) or one checkpoint file; trained from pixels."""
+    """Run directory (its newest checkpoint), one checkpoint file, or an agent that comes with the
+    package (walker-walk); trained from pixels."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Where dream.png and dream.mp4 go; default: the run's videos/ directory."""
+    """Where dream.png and dream.mp4 go; default: the run's videos/ directory, or beside
+    the file."""
     context: int = 50
     """Decisions watched before the dream starts."""
     decisions: int = 50

@@ -38,7 +38,8 @@ class Eval:
     """Evaluate a trained agent: mean and standard deviation of the return over episodes."""
 
     run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """Run directory (its newest checkpoint) or one checkpoint or snapshot file."""
+    """Run directory (its newest checkpoint), checkpoint or snapshot file; or the name of an agent
+    that comes with the package: walker-walk."""
     controller: Literal["auto", "actor", "mpc", "planet"] = "auto"
     """The actor, a plan ranked by λ-return (mpc) or by reward (planet); auto: the agent's own."""
     episodes: int = 10

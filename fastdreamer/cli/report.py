@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 from fastdreamer.cli.run import Backend
 from fastdreamer.config import PlanConfig
-from fastdreamer.report import write_report
+from fastdreamer.report import POINTS, write_report
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Report:
     """Who plays; default: actor and mpc, or planet for a PlaNet agent."""
     episodes: int = 10
     """Episodes a snapshot and controller, without exploration noise."""
-    points: int = 0
+    points: int = POINTS
     """Snapshots used at most, spread evenly over the run; 0: all."""
     seed: int = 0
     """Seeds the episodes."""

@@ -10,13 +10,19 @@ from fastdreamer.checkpoint import load_meta
 from fastdreamer.config import Config, from_dict
 from fastdreamer.ops.backend import check_backend, use_backend
 from fastdreamer.play import on_cpu, run_backend
+from fastdreamer.pretrained import find_agent
 from fastdreamer.trainer import read_config
 
 Backend = Literal["run", "auto", "eager", "native", "triton"]
 
 
 def config_of(path: Path) -> Config:
-    """The settings of a run or checkpoint; the default ones where ``load`` will refuse it."""
+    """The settings of a run or checkpoint, or of an agent that comes with the package.
+
+    Raises:
+        CheckpointError: none of them.
+    """
+    path = find_agent(path)
     if (path / "config.json").is_file():
         return read_config(path)
     if path.is_file():

@@ -74,6 +74,9 @@ def run_train(command: Train, say: Callable[[str], None]) -> int:
             f"{again} --precision fp32 --optim.model-lr 3e-4"
         )
         return 1
+    videos = sorted((run_dir / "videos").glob("eval-*.mp4"))
+    if videos:
+        say(f"video of the final evaluation's first episode: {videos[-1]}")
     say(f"done; try: fastdreamer eval {run_dir}, fastdreamer plot {run_dir}")
     return 0
 
