@@ -28,6 +28,7 @@ from benchmarks import (
 from benchmarks.race import Case, race
 from benchmarks.timing import MIN_REPEATS, cell
 from benchmarks.variants import VARIANTS, Variant
+from fastdreamer import testing
 from fastdreamer.ops.backend import faster_precision, kernel_choice, why_slow
 
 AUTO = "auto"
@@ -52,7 +53,13 @@ def cases() -> list[Case]:
 def taken(case: Case) -> Variant:
     """What ``auto`` takes for a case on the CPU, with ``--precision auto``."""
     native = case.op.why_not("native", "cpu") is None and why_slow() is None
-    return Variant("native" if native else "eager", bf16=faster_precision() == "bf16")
+    bf16 = faster_precision() == "bf16"
+    return _precise(case, Variant("native" if native else "eager", bf16=bf16))
+
+
+def _precise(case: Case, variant: Variant) -> Variant:
+    """A variant for a case: what has no matrix product has no bf16 limits, autocast leaves it."""
+    return variant._replace(bf16=variant.bf16 and case.op.name in testing.BF16_LIMITS)
 
 
 def slower(times: Times) -> dict[str, float]:
@@ -91,9 +98,10 @@ def measure(threads: int, works: Sequence[Case], rounds: int | None = None) -> d
     torch.set_num_threads(threads)
     result: dict[str, Any] = {"machine": machine.record(), "works": {}}
     for case in works:
-        print(f"{case.name} …", file=sys.stderr, flush=True)
+        print(f"{case.name} …", end=" ", file=sys.stderr, flush=True)
         variant = taken(case)
-        entries = case.entries({AUTO: variant} | {name: VARIANTS[name] for name in BASELINES})
+        baselines = {name: _precise(case, VARIANTS[name]) for name in BASELINES}
+        entries = case.entries({AUTO: variant} | baselines)
         options = {"rounds": rounds or case.rounds, "calls": case.calls, "pause": case.pause}
         times, lost = judge(lambda run=entries.run, options=options: race(run, **options))
         result["works"][case.name] = {
@@ -102,6 +110,8 @@ def measure(threads: int, works: Sequence[Case], rounds: int | None = None) -> d
             "slower": lost if variant.backend == "native" else {},
             "left_out": entries.left_out,
         }
+        medians = (f"{name} {t['median_ms']:.3g}" for name, t in times.items())
+        print(", ".join(medians), "ms", file=sys.stderr, flush=True)
     return result
 
 
