@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 
 from fastdreamer.logger import Logger
-from fastdreamer.viz.curves import export_csv, plot_runs, published_curves
+from fastdreamer.viz.curves import (
+    _joined,
+    _read_curve,
+    export_csv,
+    plot_runs,
+    published_curves,
+    write_curve,
+)
 from fastdreamer.viz.dreams import dream_figure, dream_video
 from fastdreamer.viz.video import write_video
 
@@ -132,6 +139,42 @@ def test_unfinished_lines_and_nan_do_not_stop_a_plot(tmp_path, evaluate):
     assert plot_runs([run], tmp_path / "run.png").exists()
     rows = list(csv.DictReader(export_csv(run, tmp_path / "c.csv").read_text().splitlines()[1:]))
     assert math.isnan(float(rows[-1]["return_mean"]))
+
+
+def test_seeds_of_one_setting_become_a_band(tmp_path):
+    """Mean and standard deviation over runs, where both have been evaluated on both sides."""
+    runs = []
+    for seed, (gain, every) in enumerate([(10.0, 2000), (30.0, 4000)]):
+        rows = [
+            {"kind": "eval", "env_frames": f, "update": 0, "seconds": f / 50, "return_std": 9.0,
+             "return_mean": gain * f / 1000, "episodes": 10}
+            for f in range(every, 12_001, every)
+        ]  # fmt: skip
+        about = {"run": f"seed{seed}", "task": "walker-walk", "obs": "pixels"}
+        runs.append(write_curve(tmp_path / f"{seed}.csv", about, rows))
+    (joined,) = _joined([_read_curve(run) for run in runs], "frames")
+    frames, mean, std = joined.of_kind("eval", "frames")
+    assert frames.tolist() == [4000, 6000, 8000, 10_000, 12_000]
+    assert mean.tolist() == [80, 120, 160, 200, 240] and std.tolist() == [40, 60, 80, 100, 120]
+    (joined,) = _joined([_read_curve(run) for run in runs], "minutes")
+    assert joined.of_kind("eval", "minutes")[0] * 60 == pytest.approx(frames / 50)
+    text = svg_text(plot_runs(runs, tmp_path / "band.svg", band=True))
+    for part in ("2 runs (walker-walk from pixels)", "±1 std of runs", "DreamerV3, published"):
+        assert part in text
+    text = svg_text(plot_runs(runs, tmp_path / "minutes.svg", band=True, axis="minutes"))
+    assert "minutes" in text and "published" not in text and "env frames" not in text
+    with pytest.raises(ValueError, match="no stretch of frames in common"):
+        late = [row for row in _read_curve(runs[1]).rows if row["env_frames"] == 12_000]
+        early = [row for row in _read_curve(runs[0]).rows if row["env_frames"] < 5000]
+        about = {"task": "walker-walk", "obs": "pixels"}
+        apart = [write_curve(tmp_path / f"{i}.csv", about, r) for i, r in enumerate((late, early))]
+        plot_runs(apart, tmp_path / "apart.svg", band=True)
+    with pytest.raises(ValueError, match="own: holds no evaluation"):
+        own = make_run(tmp_path / "own", evaluate=False)
+        plot_runs([own], tmp_path / "own.svg", band=True)
+    with pytest.raises(ValueError, match="bare: its curve has no seconds"):
+        (tmp_path / "bare.csv").write_text("env_frames,return_mean\n1000,5\n")
+        plot_runs([tmp_path / "bare.csv"], tmp_path / "bare.svg", axis="minutes")
 
 
 def test_bad_runs_are_named(tmp_path):

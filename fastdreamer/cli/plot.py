@@ -11,19 +11,27 @@ import tyro
 from tyro.conf import Positional
 
 from fastdreamer.config import ConfigError
-from fastdreamer.viz.curves import export_csv, plot_runs
+from fastdreamer.viz.curves import Axis, export_csv, plot_runs
 
 
 @dataclass
 class Plot:
-    """Draw the report's Figure 3: return against env frames, published curves dashed."""
+    """Draw the report's Figure 3: return against env frames, published curves dashed.
+
+    Or against minutes, and several seeds of one setting as one curve with a band.
+    """
 
     runs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN")]
     """Run directories, or CSV curves that --csv wrote."""
     out: Annotated[Path, tyro.conf.arg(metavar="PNG")] = Path("curves.png")
     """The picture (.png, .svg or .pdf)."""
     published: bool = True
-    """Draw published Walker curves where the task has some."""
+    """Draw published Walker curves where the task has some (over env frames alone)."""
+    axis: Axis = "frames"
+    """Return against env frames, or against minutes of the wall clock since the run's start."""
+    band: bool = False
+    """Join the runs of a task and kind of observation: the mean of their evaluations, ±1 standard
+    deviation over runs."""
     csv: Annotated[Path | None, tyro.conf.arg(metavar="CSV")] = None
     """Also write the curve of the (only) run as CSV."""
 
@@ -31,7 +39,13 @@ class Plot:
 def run_plot(command: Plot, say: Callable[[str], None]) -> None:
     if command.csv and len(command.runs) != 1:
         raise ConfigError("--csv writes the curve of one run; name one RUN")
-    out = plot_runs(list(command.runs), command.out, published=command.published)
+    out = plot_runs(
+        list(command.runs),
+        command.out,
+        published=command.published,
+        axis=command.axis,
+        band=command.band,
+    )
     say(f"picture: {out}")
     if command.csv:
         table = export_csv(command.runs[0], command.csv)

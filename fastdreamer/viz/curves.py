@@ -1,4 +1,4 @@
-"""Learning curves: return against env frames, of runs and CSV files (report, Figure 3)."""
+"""Learning curves: return against env frames (report, Figure 3) or minutes, of runs and CSVs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter
 
 from fastdreamer.files import write_csv
 from fastdreamer.logger import METRICS_FILE, read_metrics
+from fastdreamer.viz.comparison import mean_and_std
 from fastdreamer.viz.figure import COLOURS, STYLE, save_figure, thousands
 
 _DASHES = ("--", ":", "-.")  # one per task
@@ -27,6 +28,9 @@ _METHODS = {
     "dreamer-v2": ("DreamerV2", "D", "#5e5e5e"),
     "dreamer-v3": ("DreamerV3", "v", "#7d7d7d"),
 }
+Axis = Literal["frames", "minutes"]
+_AXES = {"frames": ("env_frames", 1, "env frames"), "minutes": ("seconds", 60, "minutes")}
+"""An axis: its column, how many of that make one, and its name."""
 # Columns of a curve file and keys of a curve's rows.
 _CSV_COLUMNS = ("kind", "env_frames", "update", "seconds", "return_mean", "return_std", "episodes")
 
@@ -40,13 +44,13 @@ class _Curve:
     obs: str | None  # "pixels", "state" or both
     rows: list[dict[str, Any]]
 
-    def of_kind(self, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """env frames, return mean and return std of one kind's rows, each [n] float64."""
+    def of_kind(self, kind: str, axis: Axis) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Place on the axis, return mean and return std of one kind's rows, each [n] float64."""
         rows = [row for row in self.rows if row["kind"] == kind]
-        return tuple(
-            np.array([row[column] for row in rows], dtype=np.float64)
-            for column in ("env_frames", "return_mean", "return_std")
-        )
+        column, unit, _ = _AXES[axis]
+        columns = (column, "return_mean", "return_std")
+        place, *returns = (np.array([r[c] for r in rows], dtype=np.float64) for c in columns)
+        return place / unit, *returns
 
     @property
     def label(self) -> str:
@@ -56,40 +60,63 @@ class _Curve:
 
 
 def plot_runs(
-    runs: list[Path], out: Path, *, published: bool = True, task: str | None = None
+    runs: list[Path],
+    out: Path,
+    *,
+    published: bool = True,
+    task: str | None = None,
+    axis: Axis = "frames",
+    band: bool = False,
 ) -> Path:
-    """Plot return against env frames (report, Figure 3).
+    """Plot return against env frames (report, Figure 3), or against minutes of training.
 
     runs: run directories, or CSV files with at least the columns env_frames and return_mean (as
     `export_csv` writes them). Evaluations are solid with a band of ±1 standard deviation over
     their episodes; single training episodes are thin and light.
     out: .png, .svg or .pdf.
-    published: draw the published Walker curves dashed. task: "walker-walk" and so on, where it is
-    not to be taken from the runs; published curves appear for Walker tasks only.
-    Returns out. Raises ValueError naming a run that cannot be read or holds no returns yet.
+    published: draw the published Walker curves dashed; they are over env frames alone.
+    task: "walker-walk" and so on, where it is not to be taken from the runs; published curves
+    appear for Walker tasks only.
+    axis: "minutes" is the wall clock since the run's start.
+    band: join the runs of a task and kind of observation, seeds of one setting, into one curve, the
+    mean of their evaluations, with a band of ±1 standard deviation over runs.
+    Returns out. Raises ValueError naming a run that cannot be read, holds no returns yet, or lacks
+    what the axis or the band asks for.
     """
     out = Path(out)
     curves = [_read_curve(Path(run)) for run in runs]
     if not curves:
         raise ValueError("plot_runs: no run given")
+    if axis == "minutes":
+        published = False
+        for curve in curves:
+            if not any(row["seconds"] for row in curve.rows):
+                raise ValueError(f"{curve.name}: its curve has no seconds to draw minutes from")
+    if band:
+        curves = _joined(curves, axis)
     tasks = [task] if task else sorted({curve.task for curve in curves if curve.task})
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 4.8), layout="constrained")
         axes = figure.subplots()
-        tops = [_draw_run(axes, curve, COLOURS[i % len(COLOURS)]) for i, curve in enumerate(curves)]
-        end = 1.03 * max(row["env_frames"] for curve in curves for row in curve.rows)
+        tops = [
+            _draw_run(axes, curve, COLOURS[i % len(COLOURS)], axis)
+            for i, curve in enumerate(curves)
+        ]
+        column, unit, name = _AXES[axis]
+        end = 1.03 * max(row[column] / unit for curve in curves for row in curve.rows)
         walker = [name for name in tasks if name.startswith("walker-")] if published else []
         if walker:
             end = max(end, 103_000)  # most published curves begin at 100k
-        for name, dash in zip(walker, _DASHES, strict=False):
-            tops.append(_draw_published(axes, name, dash, end))
+        for walker_task, dash in zip(walker, _DASHES, strict=False):
+            tops.append(_draw_published(axes, walker_task, dash, end))
         axes.set_xlim(0, max(end, 1))
         axes.set_ylim(0, 1.06 * max(*tops, 1))  # no reward of the suite is negative
         axes.xaxis.set_major_formatter(FuncFormatter(lambda frames, _: thousands(frames)))
-        axes.set_xlabel("env frames")
+        axes.set_xlabel(name)
         axes.set_ylabel(_return_label(curves))
         axes.set_title(", ".join(tasks), loc="left", fontweight="bold")
-        notes = {"thin: single training episodes": "episode", "band: ±1 std of episodes": "eval"}
+        over = "runs" if band else "episodes"
+        notes = {"thin: single training episodes": "episode", f"band: ±1 std of {over}": "eval"}
         kinds = {row["kind"] for curve in curves for row in curve.rows}
         note = "; ".join(text for text, kind in notes.items() if kind in kinds)
         axes.set_title(note, loc="right", fontsize=9, color="#6e6e6e")
@@ -190,10 +217,47 @@ def _read_csv(path: Path) -> _Curve:
     return _Curve(about.get("run", path.stem), about.get("task"), about.get("obs"), rows)
 
 
-def _draw_run(axes: Any, curve: _Curve, colour: str) -> float:
+def _joined(curves: list[_Curve], axis: Axis) -> list[_Curve]:
+    """One curve of evaluations for each task and kind of observation: mean and std over runs.
+
+    Between evaluations by straight lines, where all runs of a group have some on both sides.
+    """
+    column = _AXES[axis][0]
+    groups: dict[tuple[str | None, str | None], list[tuple[dict[str, np.ndarray], int]]] = {}
+    for curve in curves:
+        rows = [row for row in curve.rows if row["kind"] == "eval"]
+        if not rows:
+            raise ValueError(f"{curve.name}: holds no evaluation, of which a band is made")
+        found = {c: np.array([row[c] for row in rows], np.float64) for c in (column, "return_mean")}
+        groups.setdefault((curve.task, curve.obs), []).append((found, rows[0]["episodes"]))
+    joined = []
+    for (task, obs), found in groups.items():
+        runs, episodes = [run for run, _ in found], max(n for _, n in found)
+        points = np.unique(np.concatenate([run[column] for run in runs]))
+        mean, std = mean_and_std(runs, column, points)
+        rows = [
+            {
+                "kind": "eval",
+                "env_frames": 0,
+                "seconds": 0,
+                column: point,
+                "return_mean": m,
+                "return_std": s,
+                "episodes": episodes,
+            }
+            for point, m, s in zip(points, mean, std, strict=True)
+            if np.isfinite(m)
+        ]
+        if not rows:
+            raise ValueError(f"{task} from {obs}: the runs have no stretch of {axis} in common")
+        joined.append(_Curve(f"{len(runs)} run{'s' * (len(runs) > 1)}", task, obs, rows))
+    return joined
+
+
+def _draw_run(axes: Any, curve: _Curve, colour: str, axis: Axis) -> float:
     """Draw one run and return the highest point that must be seen."""
-    frames, returns, _ = curve.of_kind("episode")
-    eval_frames, mean, std = curve.of_kind("eval")
+    frames, returns, _ = curve.of_kind("episode", axis)
+    eval_frames, mean, std = curve.of_kind("eval", axis)
     evaluated = len(eval_frames) > 0
     axes.plot(
         frames,
