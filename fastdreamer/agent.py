@@ -88,7 +88,7 @@ class Dreamer(Policy):
         Args:
             batch: time-major [T, B, ...]: ``pixels`` uint8 and/or ``state`` float, ``action``
                 (the one that led to the observation), ``reward`` (received with it),
-                ``is_first`` bool.
+                ``is_first`` bool and, where ends are predicted, ``terminated`` bool.
             optimizers: of ``make_optimizers()``.
             generator: draws every noise of the update, on its own device.
             health: also measure what tells a healthy run from a dead one: ``prior_entropy``,
@@ -130,11 +130,14 @@ class Dreamer(Policy):
                 feat = seen.state.feat  # [T, B, F]
                 errors = self.model.decoder.squared_errors(feat, batch)
                 reward = self.model.predict_reward(feat)
+                goes_on = self.model.discount and self.model.predict_continuation(feat)
         kl, kl_nats = losses.kl_loss(
             seen.post, seen.prior, free_nats=loss.free_nats, balance=loss.kl_balance
         )
         parts = {"reward": losses.reward_loss(reward, batch["reward"]), "kl": kl}
         # Of unit-variance Normals: the squared error summed over an observation (report section 2).
+        if goes_on is not None:
+            parts["discount"] = losses.discount_loss(goes_on, batch["terminated"])
         parts |= {_PARTS[kind]: error / (T * B) for kind, error in errors.items()}
         model_loss = losses.model_loss(loss, parts)
         with nvtx.annotate("model backward"):
@@ -166,6 +169,9 @@ class Dreamer(Policy):
         weights = torch.ones(H, 1, device=self.device)
         if config.behavior.discount_weights:
             weights = gamma ** torch.arange(H, device=self.device, dtype=torch.float32)[:, None]
+        if dream.discount is not None:
+            ended = batch["terminated"].flatten()  # [T·B]
+            weights = weights * losses.survival_weights(dream.discount, ended, gamma)
         scale = self._return_scale(dream.returns)
         actor_loss = losses.actor_loss(dream.returns, weights, scale)
         behavior, more = {"actor": actor_loss}, {}
@@ -237,7 +243,9 @@ class Dreamer(Policy):
                 critic = (self.target_critic or self.critic).params().detach()
                 rssm = self.model.rssm.params().detach()
                 start, noise, weights, scale = imagination
-                before, returns = explorer.imagine(rssm, actor, start, noise, critic)
+                before, returns = explorer.imagine(
+                    rssm, actor, start, noise, critic, self._discount_params()
+                )
                 metrics["explore_return"] = returns.mean()
                 metrics["explore_spread"] = spread(returns.detach()).mean()
             if explorer.critics is not None:

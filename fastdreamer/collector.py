@@ -47,8 +47,9 @@ _log = logging.getLogger("fastdreamer")
 POLICY_PARTS = ("model.encoder.", "model.rssm.", "actor.")
 """Prefixes of the weights that the actor needs to act."""
 PLANNER_PARTS = ("model.encoder.", "model.rssm.", "model.reward.")
-"""Prefixes of the weights that planning needs; ranking by λ-return needs the critics as well."""
-CRITIC_PARTS = ("critic.", "target_critic.")
+"""Prefixes of the weights that planning needs; ranking by λ-return needs those as well, with which
+what comes later is valued."""
+CRITIC_PARTS = ("critic.", "target_critic.", "model.discount.")
 
 
 class CollectorError(RuntimeError):

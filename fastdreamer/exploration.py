@@ -130,6 +130,7 @@ class Explorer(nn.Module):
         start: State,
         noise: tuple[Tensor, Tensor],
         critic: MLPParams,
+        discount: MLPParams | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Imagine an actor's trajectories and value them as every member would.
 
@@ -137,6 +138,7 @@ class Explorer(nn.Module):
             rssm: frozen dynamics. actor: whose imagination; gradients reach it alone.
             start: [B, ...]. noise: of the states [H, B, S] and actions [H, B, A].
             critic: whose value the members share where there is no ensemble of critics.
+            discount: the continuation head, frozen, or None.
 
         Returns:
             Features of states 0..H−1, [H, B, F], and returns G_0..G_{H−1}, [M, H, B].
@@ -147,15 +149,18 @@ class Explorer(nn.Module):
         if self.critics is None:
             value = mlp(critic, ahead).squeeze(-1).to(ahead.dtype)
         before = torch.cat([start.feat[None], ahead[:-1]])
-        return before, self.member_returns(ahead, value)
+        return before, self.member_returns(ahead, value, discount)
 
-    def member_returns(self, feat: Tensor, next_value: Tensor | None) -> Tensor:
+    def member_returns(
+        self, feat: Tensor, next_value: Tensor | None, discount: MLPParams | None = None
+    ) -> Tensor:
         """The λ-returns G_0..G_{H−1} of every member, [M, H, B], with gradient to feat alone.
 
         Args:
             feat: [H, B, F] of states 1..H.
             next_value: [H, B], the values of these states that all members share; not needed
                 where there is an ensemble of critics.
+            discount: the continuation head, frozen, or None: γ alone.
         """
         M, (H, B) = self.rewards.members, feat.shape[:2]
         reward = self.rewards(feat, frozen=True).squeeze(-1).to(feat.dtype)  # [M, H, B]
@@ -166,18 +171,24 @@ class Explorer(nn.Module):
             value = next_value.expand(M, H, B)
         # λ-returns run along H and know one batch: lay the members side by side.
         wide = lambda x: x.transpose(0, 1).reshape(H, M * B)  # noqa: E731
-        discount = torch.full_like(wide(reward), self.behavior.gamma)
-        total = lambda_return(wide(reward), wide(value), discount, self.behavior.lam)
+        factor = torch.full_like(reward, self.behavior.gamma)
+        if discount is not None:
+            factor = factor * torch.sigmoid(mlp(discount, feat).squeeze(-1).to(feat.dtype))
+        total = lambda_return(wide(reward), wide(value), wide(factor), self.behavior.lam)
         return total.view(H, M, B).transpose(0, 1)
 
     def score(
-        self, critic: nn.Module | None, by: Literal["lambda_return", "reward"]
+        self,
+        critic: nn.Module | None,
+        by: Literal["lambda_return", "reward"],
+        discount: MLPParams | None = None,
     ) -> Callable[[Tensor], Tensor]:
         """A score for ``ops.cem``: feat [H, B, F] of trajectories -> their upper bounds [B].
 
         Args:
             critic: whose value the members share where there is no ensemble of critics.
             by: the bound of the λ-return G_0, or of the sum of the H rewards.
+            discount: the continuation head, frozen, or None: γ alone.
         """
         beta = self.beta
 
@@ -186,7 +197,7 @@ class Explorer(nn.Module):
                 total = self.rewards(feat).squeeze(-1).to(feat.dtype).sum(1)  # [M, B]
             else:
                 value = critic(feat).squeeze(-1).to(feat.dtype) if self.critics is None else None
-                total = self.member_returns(feat, value)[:, 0]
+                total = self.member_returns(feat, value, discount)[:, 0]
             return upper_bound(total, beta)
 
         return score

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastdreamer.config import LossConfig
@@ -12,6 +14,16 @@ from fastdreamer.ops.params import Normal
 def reward_loss(mean: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of the predicted reward, both [T, B]."""
     return (mean - target).square().mean()
+
+
+def discount_loss(log_odds: Tensor, terminated: Tensor) -> Tensor:
+    """Mean cross-entropy of the predicted continuation, in nats.
+
+    Args:
+        log_odds: that the episode goes on behind the state, [T, B].
+        terminated: bool [T, B], whether it ended there (a time limit is no end).
+    """
+    return F.binary_cross_entropy_with_logits(log_odds, (~terminated).to(log_odds.dtype))
 
 
 def kl_loss(
@@ -40,14 +52,30 @@ def kl_loss(
 
 
 def model_loss(config: LossConfig, parts: dict[str, Tensor]) -> Tensor:
-    """Σ scale · part over the parts present: image, state, reward, kl."""
+    """Σ scale · part over the parts present: image, state, reward, discount, kl."""
     scales = {
         "image": config.image_scale,
         "state": config.state_scale,
         "reward": config.reward_scale,
+        "discount": config.discount_scale,
         "kl": config.kl_scale,
     }
     return sum(scales[name] * part for name, part in parts.items())
+
+
+def survival_weights(discount: Tensor, terminated: Tensor, gamma: float) -> Tensor:
+    """The probability that imagination comes as far as each of its steps (DreamerV2, eq. 4 ff.).
+
+    Args:
+        discount: γ·p of states 1..H, [H, B]; no gradient flows into it.
+        terminated: bool [B], whether the start state is an end already: nothing follows it.
+        gamma: by which the discount is divided again; 1: the weights are discounted as well.
+
+    Returns:
+        [H, B], of the states 0..H−1 that the actions are chosen in.
+    """
+    alive = (~terminated).to(discount.dtype)[None]
+    return torch.cat([alive, discount.detach()[:-1] / gamma]).cumprod(0)
 
 
 def actor_loss(returns: Tensor, weights: Tensor, scale: Tensor | float = 1.0) -> Tensor:
@@ -55,7 +83,7 @@ def actor_loss(returns: Tensor, weights: Tensor, scale: Tensor | float = 1.0) ->
 
     Args:
         returns: G_0 .. G_{H−1}, [H, B], with gradient to the actor.
-        weights: [H, 1], no gradient.
+        weights: [H, 1] or [H, B], no gradient.
         scale: the returns are divided by it (return normalisation).
     """
     return -(weights * returns / scale).mean()
@@ -67,6 +95,6 @@ def critic_loss(value: Tensor, returns: Tensor, weights: Tensor) -> Tensor:
     Args:
         value: v of states 0 .. H−1, [H, B].
         returns: G_0 .. G_{H−1}, [H, B]; no gradient flows into them.
-        weights: [H, 1], no gradient.
+        weights: [H, 1] or [H, B], no gradient.
     """
     return (weights * (value - returns.detach()).square()).mean()

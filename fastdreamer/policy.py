@@ -24,7 +24,7 @@ from fastdreamer.ops.decide import decide
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.open_loop import open_loop
-from fastdreamer.ops.params import ReturnParams, State
+from fastdreamer.ops.params import MLPParams, ReturnParams, State
 from fastdreamer.planning import PlanInfo, plan
 from fastdreamer.safety import Guard, Shield
 
@@ -229,7 +229,8 @@ class Policy(nn.Module):
         actor, score = self.actor, "lambda_return" if mpc else "reward"
         if explore:
             actor = self.explorer.actor or actor
-            score = self.explorer.score(self.target_critic or self.critic, score)
+            critic = self.target_critic or self.critic
+            score = self.explorer.score(critic, score, self._discount_params())
         with self._autocast():
             return plan(
                 state,
@@ -380,7 +381,13 @@ class Policy(nn.Module):
         heads = (self.model.reward.params().detach(), critic, target)
         behavior = self.config.behavior
         departure = behavior.pairing == "departure"
-        return ReturnParams(*heads, behavior.gamma, behavior.lam, departure=departure)
+        return ReturnParams(
+            *heads, behavior.gamma, behavior.lam, self._discount_params(), departure=departure
+        )
+
+    def _discount_params(self) -> MLPParams | None:
+        head = self.model.discount
+        return None if head is None else head.params().detach()
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         enabled = self.precision == "bf16"

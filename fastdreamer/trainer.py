@@ -411,7 +411,7 @@ class Trainer:
             self.progress.update(phase="evaluating the final weights")
             self._submit(episode=None, evaluations=self.config.eval.episodes)
             self._enter(self.job)
-        self.progress.update(phase="done")
+        self.progress.update(phase="done", seconds_left=0.0)
 
     # ---------------------------------------------------------------- records
 

@@ -25,7 +25,7 @@ from fastdreamer.exploration import (
     upper_bound,
 )
 from fastdreamer.logger import read_metrics
-from fastdreamer.nn import Ensemble
+from fastdreamer.nn import MLP, Ensemble
 from fastdreamer.ops.backend import last_backend, use_backend
 from fastdreamer.ops.cem import cem
 from fastdreamer.ops.lambda_return import lambda_return
@@ -121,18 +121,22 @@ def test_each_head_learns_from_its_own_weighting():
     assert norms[2] == 0 and (norms[[0, 1, 3, 4]] > 0).all()
 
 
+@pytest.mark.parametrize("ends", [False, True])
 @pytest.mark.parametrize("critics", [False, True])
-def test_every_member_has_its_own_lambda_return(critics):
+def test_every_member_has_its_own_lambda_return(critics, ends):
     agent = make_agent(critics=critics)
+    head = MLP([20, 8, 1], "elu").params() if ends else None
     explorer, H = agent.explorer, 4
     feat = torch.randn(H, B, 20, generator=seeded())
     value = torch.randn(H, B, generator=seeded(1))
-    got = explorer.member_returns(feat, None if critics else value)
+    got = explorer.member_returns(feat, None if critics else value, head)
     behavior = agent.config.behavior
     for m in range(5):
         reward = explorer.rewards(feat)[m, ..., 0]
         own = explorer.critics(feat)[m, ..., 0] if critics else value
         discount = torch.full((H, B), behavior.gamma)
+        if ends:
+            discount = discount * torch.sigmoid(mlp(head, feat)[..., 0])
         want = lambda_return(reward, own, discount, behavior.lam, backend="eager")
         torch.testing.assert_close(got[m], want)
 
@@ -430,8 +434,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     assert straight["agent/explorer.rounds"] == 3  # two of five episodes were random
     lines = [read_metrics(run) for run in runs]
     for one, other in zip(*lines, strict=True):
-        assert {k: v for k, v in one.items() if k not in ("seconds", "updates_per_s")} == {
-            k: v for k, v in other.items() if k not in ("seconds", "updates_per_s")
+        clocks = ("seconds", "updates_per_s", "wait_collector_s")
+        assert {k: v for k, v in one.items() if k not in clocks} == {
+            k: v for k, v in other.items() if k not in clocks
         }
     collected = [line for line in lines[0] if line["kind"] == "episode"]
     assert all("violations" in line for line in collected)

@@ -68,7 +68,7 @@ THIRD_PARTY = {
     "triton": {"ops/triton", "testing", "envs"},  # envs: before Mesa loads its LLVM
     "tyro": {"cli", "config/sections"},
     "rich": {"cli", "compare", "doctor", "logger"},
-    "gymnasium": {"envs/gymnasium"},
+    "gymnasium": {"envs/gymnasium", "envs/foreign"},
     "stable_baselines3": {"compare/methods"},
 }
 

@@ -29,7 +29,7 @@ from fastdreamer.cli.eval import Eval, run_eval
 from fastdreamer.cli.export import Export, run_export
 from fastdreamer.cli.plot import Plot, run_plot
 from fastdreamer.cli.report import Report, run_report
-from fastdreamer.cli.run import config_of, playing_backend
+from fastdreamer.cli.run import allow_task, config_of, playing_backend
 from fastdreamer.cli.train import Train, run_train, train_defaults
 from fastdreamer.collector import CollectorError
 from fastdreamer.config import Config, ConfigError
@@ -84,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = _parse(argv, config_of(command.run))
         with contextlib.ExitStack() as stack:
             if isinstance(command, Eval | Dream | Report):
+                allow_task(config_of(command.run), command.run, command.task)
                 stack.enter_context(playing_backend(command.run, command.backend))
             return _COMMANDS[type(command)](command, say) or 0
     except Stopped:

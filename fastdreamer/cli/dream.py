@@ -38,6 +38,8 @@ class Dream:
     """Decisions dreamed."""
     seed: int = 0
     """Seeds the episode."""
+    task: str = ""
+    """Of a run whose task is a function of yours: module:function again, to have it imported."""
     backend: Backend = "run"
     """Who computes the recurrent loops; run: who did in training, collection included."""
 

@@ -52,6 +52,8 @@ class Eval:
     """Let the shield of a run trained with --safety filter the actions."""
     calibration: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Of a run trained with --explore ucb: also write calibration.csv and calibration.png."""
+    task: str = ""
+    """Of a run whose task is a function of yours: module:function again, to have it imported."""
     backend: Backend = "run"
     """Who computes the recurrent loops; run: who did in training, collection included."""
     plan: PlanConfig = field(default_factory=PlanConfig)

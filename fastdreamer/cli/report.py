@@ -34,6 +34,8 @@ class Report:
     """Snapshots used at most, spread evenly over the run; 0: all."""
     seed: int = 0
     """Seeds the episodes."""
+    task: str = ""
+    """Of a run whose task is a function of yours: module:function again, to have it imported."""
     backend: Backend = "run"
     """Who computes the recurrent loops; run: who did in training, collection included."""
     plan: PlanConfig = field(default_factory=PlanConfig)

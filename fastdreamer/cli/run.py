@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from fastdreamer.checkpoint import load_meta
-from fastdreamer.config import Config, from_dict
+from fastdreamer.config import Config, ConfigError, from_dict
+from fastdreamer.envs import names_code
 from fastdreamer.ops.backend import check_backend, use_backend
 from fastdreamer.play import on_cpu, run_backend
 from fastdreamer.pretrained import find_agent
@@ -28,6 +29,20 @@ def config_of(path: Path) -> Config:
     if path.is_file():
         return from_dict(load_meta(path)["config"])
     return Config()
+
+
+def allow_task(config: Config, run: Path | None, given: str) -> None:
+    """Refuse to import code because a file names it: of such a task the user names it as well.
+
+    Raises:
+        ConfigError: the task is a function, and what was given is not its name.
+    """
+    task = config.env.task
+    if names_code(task) and given != task:
+        raise ConfigError(
+            f"{run} was trained in an environment of its owner's code, which is not imported "
+            f"unasked; if you trust it, name it as well: {task}"
+        )
 
 
 def playing_backend(run: Path, backend: Backend) -> contextlib.AbstractContextManager[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,9 +17,10 @@ from tyro.conf import Positional
 
 from fastdreamer.agent import NonFiniteLoss
 from fastdreamer.checkpoint import list_checkpoints
+from fastdreamer.cli.run import allow_task
 from fastdreamer.config import PRESETS, Config, ConfigError, preset
 from fastdreamer.device import resolve_config
-from fastdreamer.envs import canonical_task
+from fastdreamer.envs import canonical_task, is_foreign
 from fastdreamer.ops.gpu import why_no_cuda
 from fastdreamer.trainer import Stopped, Trainer, create_run, read_config, write_config
 
@@ -34,7 +36,8 @@ class Train:
     """
 
     task: Annotated[Positional[str], tyro.conf.arg(metavar="TASK")] = ""
-    """DeepMind Control task, domain-task: walker-walk, cheetah-run, ...; walker is walker-walk."""
+    """DeepMind Control task, domain-task: walker-walk, cheetah-run, ...; walker is walker-walk. Or
+    gym:ID, a registered gymnasium environment, or module:function, which returns one."""
     preset: Annotated[str, tyro.conf.arg(metavar="|".join(PRESETS))] = "walker"
     """Where the settings start from; the options below change single ones."""
     run: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
@@ -86,9 +89,14 @@ def _new_run(command: Train) -> Path:
         raise ConfigError("train needs a TASK (for example: fastdreamer train walker) or --resume")
     task = canonical_task(command.task)
     config = command.config
-    config = dataclasses.replace(config, env=dataclasses.replace(config.env, task=task)).validate()
+    config = dataclasses.replace(config, env=dataclasses.replace(config.env, task=task))
+    if config.model.discount is None:
+        model = dataclasses.replace(config.model, discount=is_foreign(task))
+        config = dataclasses.replace(config, model=model)
+    config.validate()
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    run_dir = command.run or Path("runs") / f"{task}-{stamp}"
+    name = re.sub(r"[^\w.-]+", "-", task)
+    run_dir = command.run or Path("runs") / f"{name}-{stamp}"
     create_run(run_dir, config)
     return run_dir
 
@@ -99,6 +107,7 @@ def _resumed_run(command: Train, say: Callable[[str], None]) -> Path:
     if command.run is not None:
         raise ConfigError("--run makes a new run and --resume goes on with one: give one of them")
     old, new = read_config(run_dir), command.config.validate()
+    allow_task(old, run_dir, command.task)
     if new.device == old.device != "cpu" and (reason := why_no_cuda()):
         raise ConfigError(
             f"{run_dir} was trained on {old.device}, and here is {reason}; --device cpu goes on "

@@ -28,7 +28,7 @@ _POSITIVE = {
     "env": ("action_repeat",),
     "replay": ("capacity", "batch"),
     "model": ("deter", "stoch", "hidden", "units", "decoder_linear", "min_std"),
-    "loss": ("image_scale", "state_scale", "reward_scale"),
+    "loss": ("image_scale", "state_scale", "reward_scale", "discount_scale"),
     "behavior": ("imag_horizon", "mean_scale", "min_std", "value_scale"),
     "optim": ("model_lr", "actor_lr", "critic_lr", "eps", "clip"),
     "collect": ("prefill",),
@@ -99,6 +99,9 @@ class Config:
         for name in ("gamma", "lam"):
             value = getattr(self.behavior, name)
             require(0 <= value <= 1, f"behavior.{name}", "between 0 and 1", value)
+        if self.model.discount:
+            gamma = self.behavior.gamma
+            require(gamma > 0, "behavior.gamma", "> 0 with model.discount", gamma)
         keep = self.train.keep_snapshots
         require(keep >= 2, "train.keep_snapshots", ">= 2", keep)
         for name in ("num_elites", "proposals"):

@@ -24,7 +24,7 @@ class EnvConfig:
     """The task and what the agent sees of it."""
 
     task: Suppress[str] = "walker-walk"
-    """DeepMind Control task, domain-task; ``train`` takes it as its argument."""
+    """DeepMind Control task, gym:ID or module:function; ``train`` takes it as its argument."""
     obs: Annotated[Literal["pixels", "state", "both"], _short("--obs")] = "pixels"
     """Observation: camera pixels, the simulator's state vector, or both."""
     action_repeat: int = 2
@@ -76,7 +76,10 @@ class ModelConfig:
     units: int = 400
     """Units of every MLP: reward, actor, critic, and the state encoder and decoder."""
     reward_layers: int = 2
-    """Hidden layers of the reward head."""
+    """Hidden layers of the reward head, and of the continuation head."""
+    discount: bool | None = None
+    """Predict whether the episode goes on behind a state, and discount by it; none: a new run does
+    so on tasks from outside the suite, whose episodes may end early."""
     state_layers: int = 2
     """Hidden layers of the state encoder and of the state decoder."""
     activation: Activation = "elu"
@@ -93,6 +96,8 @@ class LossConfig:
     """Factor of the squared error summed over the state vector."""
     reward_scale: float = 1.0
     """Factor of the reward's squared error."""
+    discount_scale: float = 1.0
+    """Factor of the continuation's cross-entropy."""
     kl_scale: float = 1.0
     """Factor of the KL divergence."""
     free_nats: float = 3.0
@@ -129,7 +134,8 @@ class BehaviorConfig:
     value_scale: float = 1.0
     """Factor of the critic's squared error."""
     discount_weights: bool = False
-    """Weight imagined step t by γ^t in both losses."""
+    """Weight imagined step t by γ^t in both losses; where ends are predicted, the probability to
+    come so far weights it anyway."""
     target_every: int = 0
     """Copy the critic to a target network every so many updates; 0: no target network."""
     return_norm: bool = False

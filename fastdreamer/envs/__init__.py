@@ -1,11 +1,23 @@
-"""Environments: DeepMind Control suite tasks from pixels, state or both."""
+"""Environments: tasks of the DeepMind Control suite and of gymnasium, by pixels, state or both."""
 
 from __future__ import annotations
 
-from fastdreamer.envs.dmc import SuiteTask, canonical_task, list_tasks
+from fastdreamer.envs.dmc import SuiteTask, canonical_suite_task, list_tasks
+from fastdreamer.envs.foreign import GymTask, canonical_foreign, is_foreign, names_code
 from fastdreamer.envs.wrappers import Env
 
-__all__ = ["Env", "canonical_task", "list_tasks", "make_env"]
+__all__ = ["Env", "canonical_task", "is_foreign", "list_tasks", "make_env", "names_code"]
+
+
+def canonical_task(name: str) -> str:
+    """The full name of a task.
+
+    name: of the suite ("walker" and "walker_walk" both mean "walker-walk"), "gym:ID" of a
+    registered gymnasium environment, or "module:function" of a function that returns one.
+
+    Raises ValueError where there is none; for the suite with the valid tasks, the nearest first.
+    """
+    return canonical_foreign(name) if is_foreign(name) else canonical_suite_task(name)
 
 
 def make_env(
@@ -18,17 +30,21 @@ def make_env(
     image_size: int = 64,
     render_quality: str = "full",
 ) -> Env:
-    """Make an environment of decisions from a suite task.
+    """Make an environment of decisions.
 
-    task: a name that `canonical_task` understands ("walker", "cheetah-run").
+    task: a name that `canonical_task` understands ("walker", "cheetah-run", "gym:Pendulum-v1").
     obs: "pixels" (uint8 [image_size, image_size, 3]), "state" (float32 [S]) or "both".
     action_repeat: control steps (env frames) for which each action is applied.
     seed: starts the task's random generator, until `reset` is given a seed.
     time_limit: seconds of simulated time; None is the task's own.
-    render_quality: "full", or "fast" without multisampling (about twice as fast, jagged edges).
+    render_quality: of the suite's images: "full", or "fast" without multisampling (about twice as
+        fast, jagged edges).
 
     Raises ValueError for an unknown task, kind or quality. State needs no OpenGL; pixels find a
     backend at the first observation and raise `envs.gl.GLError` if there is none.
     """
-    suite_task = SuiteTask(task, seed=seed, time_limit=time_limit, render_quality=render_quality)
-    return Env(suite_task, obs=obs, action_repeat=action_repeat, image_size=image_size)
+    if is_foreign(task):
+        made = GymTask(task, seed=seed, time_limit=time_limit)
+    else:
+        made = SuiteTask(task, seed=seed, time_limit=time_limit, render_quality=render_quality)
+    return Env(made, obs=obs, action_repeat=action_repeat, image_size=image_size)

@@ -88,8 +88,8 @@ def list_tasks() -> tuple[str, ...]:
     return tuple(_tasks())
 
 
-def canonical_task(name: str) -> str:
-    """The full name of a task: "walker" and "walker_walk" both mean "walker-walk".
+def canonical_suite_task(name: str) -> str:
+    """The full name of a task of the suite: "walker" and "walker_walk" both mean "walker-walk".
 
     Raises ValueError, listing the valid tasks with the nearest first, if there is none.
     """
@@ -100,7 +100,10 @@ def canonical_task(name: str) -> str:
     near = [tasks[p] for p in difflib.get_close_matches(plain, tasks, n=5, cutoff=0.5)]
     rest = [task for task in list_tasks() if task not in near]
     hint = f" (did you mean {near[0]}?)" if near else ""
-    raise ValueError(f"unknown task {name!r}{hint}; valid tasks: {', '.join(near + rest)}")
+    raise ValueError(
+        f"unknown task {name!r}{hint}; valid tasks: gym:ID of a gymnasium environment, "
+        f"module:function, and of the suite: {', '.join(near + rest)}"
+    )
 
 
 def _plain(name: str) -> str:
@@ -127,7 +130,7 @@ class SuiteTask:
         time_limit: float | None = None,
         render_quality: str = "full",
     ):
-        self.name = canonical_task(name)
+        self.name = canonical_suite_task(name)
         if render_quality not in QUALITIES:
             raise ValueError(f"render_quality must be full or fast, got {render_quality!r}")
         self._gl = _load_gl() if self.name in _NEEDS_GL else None

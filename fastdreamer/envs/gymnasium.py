@@ -1,6 +1,7 @@
 """An environment with gymnasium's interface, for algorithms of other libraries.
 
-Needs gymnasium, which the extra ``compare`` installs; nothing else here imports it.
+Importing this registers every task of the suite: ``gymnasium.make("fastdreamer/walker-walk-v0")``.
+Needs gymnasium, which the extras ``gym`` and ``compare`` install.
 """
 
 from __future__ import annotations
@@ -11,7 +12,13 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from fastdreamer.envs import list_tasks, make_env
 from fastdreamer.envs.wrappers import Env
+
+
+def make(task: str, render_mode: str | None = None, **options: Any) -> GymnasiumEnv:
+    """What ``gymnasium.make("fastdreamer/TASK-v0", …)`` makes; options are those of `make_env`."""
+    return GymnasiumEnv(make_env(task, **options), render_mode)
 
 
 class GymnasiumEnv(gymnasium.Env):
@@ -23,9 +30,11 @@ class GymnasiumEnv(gymnasium.Env):
     """
 
     metadata = {"render_modes": ["rgb_array"]}
-    render_mode = "rgb_array"
 
-    def __init__(self, env: Env) -> None:
+    def __init__(self, env: Env, render_mode: str | None = "rgb_array") -> None:
+        if render_mode not in (None, "rgb_array"):
+            raise ValueError(f"render_mode must be rgb_array or None, got {render_mode!r}")
+        self.render_mode = render_mode
         self._env = env
         self.metadata = {**self.metadata, "render_fps": 1 / env.decision_seconds}
         by_kind = {kind: _space(kind, shape) for kind, shape in env.obs_shapes.items()}
@@ -43,9 +52,9 @@ class GymnasiumEnv(gymnasium.Env):
         obs, reward, terminated, truncated, env_frames = self._env.step(action)
         return self._seen(obs), reward, terminated, truncated, {"env_frames": env_frames}
 
-    def render(self) -> np.ndarray:
-        """The scene as it is now: uint8 [240, 320, 3]."""
-        return self._env.render()
+    def render(self) -> np.ndarray | None:
+        """The scene as it is now: uint8 [240, 320, 3]; None without a render mode."""
+        return self._env.render() if self.render_mode else None
 
     def close(self) -> None:
         """Free the simulation."""
@@ -59,3 +68,16 @@ def _space(kind: str, shape: tuple[int, ...]) -> spaces.Box:
     if kind == "pixels":
         return spaces.Box(0, 255, shape, np.uint8)
     return spaces.Box(-np.inf, np.inf, shape, np.float32)
+
+
+def _register() -> None:
+    for task in list_tasks():
+        gymnasium.register(
+            id=f"fastdreamer/{task}-v0",
+            entry_point=f"{__name__}:make",
+            kwargs={"task": task},
+            disable_env_checker=True,  # it would look at every step
+        )
+
+
+_register()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastdreamer.envs.dmc import SuiteTask
+from fastdreamer.envs.foreign import GymTask
 
 OBSERVATIONS = {"pixels": ("pixels",), "state": ("state",), "both": ("pixels", "state")}
 
@@ -17,24 +18,26 @@ class Env:
     of one decision).
     """
 
-    def __init__(self, suite_task: SuiteTask, *, obs: str, action_repeat: int, image_size: int):
+    def __init__(self, task: SuiteTask | GymTask, *, obs: str, action_repeat: int, image_size: int):
         if obs not in OBSERVATIONS:
             raise ValueError(f"obs must be one of {', '.join(OBSERVATIONS)}, got {obs!r}")
         if action_repeat < 1:
             raise ValueError(f"action_repeat must be at least 1, got {action_repeat}")
         if image_size < 1:
             raise ValueError(f"image_size must be at least 1, got {image_size}")
-        self._task = suite_task
-        self.task = suite_task.name
-        self.action_dim = len(suite_task.action_min)
+        if task.state_size is None and obs != "pixels":
+            raise ValueError(f"{task.name}: observations are images; obs must be pixels, not {obs}")
+        self._task = task
+        self.task = task.name
+        self.action_dim = len(task.action_min)
         self.action_repeat = action_repeat
         self._image_size = image_size
-        shapes = {"pixels": (image_size, image_size, 3), "state": (suite_task.state_size,)}
+        shapes = {"pixels": (image_size, image_size, 3), "state": (task.state_size,)}
         self.obs_shapes = {kind: shapes[kind] for kind in OBSERVATIONS[obs]}
-        self.max_decisions = -(-suite_task.max_steps // action_repeat)
-        self.decision_seconds = suite_task.control_step * action_repeat
-        self._scale = (suite_task.action_max - suite_task.action_min) / 2
-        self._centre = (suite_task.action_max + suite_task.action_min) / 2
+        self.max_decisions = -(-task.max_steps // action_repeat)
+        self.decision_seconds = task.control_step * action_repeat
+        self._scale = (task.action_max - task.action_min) / 2
+        self._centre = (task.action_max + task.action_min) / 2
         self._running = False
 
     def reset(self, seed: int | None = None) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Encoder, RSSM, decoder and reward head: everything that the evidence lower bound trains."""
+"""Encoder, RSSM, decoder and heads: everything that the evidence lower bound trains."""
 
 from __future__ import annotations
 
@@ -54,7 +54,14 @@ class WorldModel(nn.Module):
             activation=act,
         )
         self.reward = MLP([feat, *[units] * config.reward_layers, 1], act)
+        self.discount = None
+        if config.discount:
+            self.discount = MLP([feat, *[units] * config.reward_layers, 1], act)
 
     def predict_reward(self, feat: Tensor) -> Tensor:
         """Mean reward on arriving at a state, feat [..., F] -> [...]."""
         return self.reward(feat).squeeze(-1).to(feat.dtype)
+
+    def predict_continuation(self, feat: Tensor) -> Tensor:
+        """Log-odds that the episode goes on behind a state, feat [..., F] -> [...]."""
+        return self.discount(feat).squeeze(-1).to(feat.dtype)

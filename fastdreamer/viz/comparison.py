@@ -80,7 +80,8 @@ def comparison_figure(path: Path, out: Path, labels: dict[str, str]) -> Path:
                 axes.plot(points / scale, mean, color=colour, lw=2, marker="o", ms=3, label=label)
         for axes in panels:
             axes.set_xlim(left=0)
-            axes.set_ylim(bottom=0)
+            if axes.get_ylim()[0] > 0:
+                axes.set_ylim(bottom=0)
         panels[0].xaxis.set_major_formatter(FuncFormatter(lambda frames, _: thousands(frames)))
         panels[0].set_xlabel("env frames")
         panels[1].set_xlabel(f"{name} of training, evaluation not counted")

@@ -110,7 +110,8 @@ def plot_runs(
         for walker_task, dash in zip(walker, _DASHES, strict=False):
             tops.append(_draw_published(axes, walker_task, dash, end))
         axes.set_xlim(0, max(end, 1))
-        axes.set_ylim(0, 1.06 * max(*tops, 1))  # no reward of the suite is negative
+        low = min(0.0, *(row["return_mean"] for c in curves for row in c.rows if _seen(row)))
+        axes.set_ylim(1.06 * low, 1.06 * max(*tops, 1 if low == 0 else 0))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda frames, _: thousands(frames)))
         axes.set_xlabel(name)
         axes.set_ylabel(_return_label(curves))
@@ -252,6 +253,10 @@ def _joined(curves: list[_Curve], axis: Axis) -> list[_Curve]:
             raise ValueError(f"{task} from {obs}: the runs have no stretch of {axis} in common")
         joined.append(_Curve(f"{len(runs)} run{'s' * (len(runs) > 1)}", task, obs, rows))
     return joined
+
+
+def _seen(row: dict[str, Any]) -> bool:
+    return bool(np.isfinite(row["return_mean"]))
 
 
 def _draw_run(axes: Any, curve: _Curve, colour: str, axis: Axis) -> float:
