@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastdreamer.errors import FastdreamerError
 from fastdreamer.files import replacing
 
 FORMAT = "fastdreamer-checkpoint-1"
@@ -29,7 +30,7 @@ _SNAPSHOT = re.compile(r"snapshot-(\d{9})\.safetensors")
 _log = logging.getLogger("fastdreamer")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(FastdreamerError, RuntimeError):
     """A checkpoint is missing, damaged or foreign; the message names the file."""
 
 

@@ -27,6 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from safetensors.numpy import save
 
+from fastdreamer.errors import FastdreamerError
 from fastdreamer.files import replacing
 
 EPISODE_GLOB = "episode-*.safetensors"
@@ -54,7 +55,7 @@ _FIELDS = {  # name: dtype, number of dimensions
 _REQUIRED, _OBSERVED = ("action", "reward", "terminated"), ("pixels", "state")
 
 
-class EpisodeError(ValueError):
+class EpisodeError(FastdreamerError, ValueError):
     """An episode file, or what should become one, is damaged or foreign; names the file and why."""
 
 

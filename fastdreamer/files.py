@@ -4,16 +4,48 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastdreamer.errors import FastdreamerError
+
 _TMP = re.compile(r"\.tmp-(\d+)-.*")
 _TMP_MAX_AGE = 3600  # seconds; a write takes far less, so an older one belongs to a recycled pid
+
+
+class DiskFullError(FastdreamerError, OSError):
+    """There is no room for a file; what was there before is whole."""
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """Raise DiskFullError, naming file and free space, where the body finds the disk full.
+
+    Also where a library words the system's answer in an exception of its own.
+    """
+    try:
+        yield
+    except DiskFullError:
+        raise
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in _FULL
+        if not full and not any(f"(os error {number})" in str(error) for number in _FULL):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise DiskFullError(
+            f"{path}: cannot be written ({error}); {free >> 20} MiB are free there. Make room: all "
+            "that was written before is whole"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -23,15 +55,19 @@ def replacing(path: Path) -> Iterator[Path]:
     Then file and directory entry are on the disk. At any moment ``path`` is absent, the old file
     or the complete new one; after an exception the old one, and nothing else is left. A killed
     process leaves ``.tmp-PID-NAME``.
+
+    Raises:
+        DiskFullError: there is no room for it.
     """
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync(path.parent)
+    with room_for(path):
+        try:
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync(path.parent)
 
 
 def write_csv(

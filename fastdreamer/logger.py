@@ -18,6 +18,9 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from fastdreamer.errors import ArgumentError
+from fastdreamer.files import room_for
+
 METRICS_FILE = "metrics.jsonl"
 KINDS = ("train", "episode", "eval")
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -54,7 +57,7 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         except (ValueError, AttributeError) as error:
             if number == len(raw):
                 break
-            raise ValueError(f"{path}:{number}: not a metrics line: {error}") from error
+            raise ArgumentError(f"{path}:{number}: not a metrics line: {error}") from error
         parsed.append((line, record))
     return parsed
 
@@ -112,15 +115,16 @@ class Logger:
             "update": int(update),
             "seconds": round(self.seconds, 3),
         }
-        for name, value in values.items():
-            number = value if type(value) is int else float(value)
-            record[name] = number if math.isfinite(number) else str(number)
-            self._tensorboard.add_scalar(f"{kind}/{name}", number, record["env_frames"])
-        # One write of one whole line: a kill leaves at most the last line torn.
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
-        self.lines += 1
-        self._tensorboard.flush()
+        with room_for(self._path):
+            for name, value in values.items():
+                number = value if type(value) is int else float(value)
+                record[name] = number if math.isfinite(number) else str(number)
+                self._tensorboard.add_scalar(f"{kind}/{name}", number, record["env_frames"])
+            # One write of one whole line: a kill leaves at most the last line torn.
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+            self.lines += 1
+            self._tensorboard.flush()
 
     def log_video(self, name: str, frames: np.ndarray, *, fps: float, env_frames: int) -> None:
         """Show frames in TensorBoard, as an animation among its images; no line of metrics.
@@ -138,8 +142,9 @@ class Logger:
             height=height, width=width, colorspace=3, encoded_image_string=gif.getvalue()
         )
         summary = Summary(value=[Summary.Value(tag=name, image=image)])
-        self._tensorboard.file_writer.add_summary(summary, env_frames)
-        self._tensorboard.flush()
+        with room_for(self._path):
+            self._tensorboard.file_writer.add_summary(summary, env_frames)
+            self._tensorboard.flush()
 
     def sync(self) -> None:
         """Bring every line to the disk, so that a checkpoint may count on them."""
@@ -149,9 +154,10 @@ class Logger:
         """Bring everything to the disk and close the files; calling it again does nothing."""
         if self._file.closed:
             return
-        self.sync()
-        self._file.close()
-        self._tensorboard.close()
+        with room_for(self._path):
+            self.sync()
+            self._file.close()
+            self._tensorboard.close()
 
     def __enter__(self) -> Logger:
         return self

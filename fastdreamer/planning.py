@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastdreamer.config import PlanConfig
 from fastdreamer.config.sections import Greedy
+from fastdreamer.errors import FastdreamerError
 from fastdreamer.nn.dists import greedy_action
 from fastdreamer.noise import Source, normal
 from fastdreamer.ops.cem import Score, cem
@@ -24,7 +25,7 @@ from fastdreamer.ops.params import ActorParams, ReturnParams, RSSMParams, State,
 from fastdreamer.ops.rssm_step import rssm_step
 
 
-class PlanningError(RuntimeError):
+class PlanningError(FastdreamerError, RuntimeError):
     """No candidate of some environment has a score: the world model's predictions are NaN."""
 
 

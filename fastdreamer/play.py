@@ -18,6 +18,7 @@ import torch
 from fastdreamer.config import Config
 from fastdreamer.device import resolve_device
 from fastdreamer.envs import make_env
+from fastdreamer.errors import ArgumentError
 from fastdreamer.ops.backend import use_backend
 from fastdreamer.policy import Policy, PolicyState
 from fastdreamer.safety import Shield
@@ -84,6 +85,8 @@ def rollout_episode(
 
 def episode_seed(seed: int, purpose: str, index: int) -> int:
     """A seed for one episode, a function of the run's seed, the purpose and the index."""
+    if seed < 0:
+        raise ArgumentError(f"seed must be >= 0, got {seed}")
     kind = {"collect": 0, "evaluate": 1}[purpose]
     return int(np.random.SeedSequence([seed, kind, index]).generate_state(1)[0])
 

@@ -1,5 +1,6 @@
 """Metrics survive kills and resumes; the progress display suits where it is shown."""
 
+import contextlib
 import io
 import json
 import math
@@ -12,6 +13,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastdreamer import logger as logger_module
+from fastdreamer.files import DiskFullError
 from fastdreamer.logger import Logger, Progress, format_seconds, read_metrics
 
 
@@ -257,3 +259,17 @@ def test_a_video_is_an_animation_in_tensorboard_and_no_line(tmp_path):
     for index, frame in enumerate(frames):
         gif.seek(index)
         assert (np.asarray(gif.convert("RGB")) == frame).all()
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    logger = Logger(tmp_path)
+    logger.log("train", env_frames=1, update=1, loss=0.5)
+    logger._file.close()
+    with open("/dev/full", "a") as full:
+        logger._file = full
+        with pytest.raises(DiskFullError, match="metrics.jsonl: cannot be written .*No space left"):
+            logger.log("train", env_frames=2, update=2, loss=0.25)
+        with contextlib.suppress(OSError):
+            full.close()
+    logger.close()
+    assert [line["loss"] for line in read_metrics(tmp_path)] == [0.5]

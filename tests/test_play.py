@@ -10,6 +10,7 @@ from fastdreamer import play
 from fastdreamer.agent import Dreamer
 from fastdreamer.config import preset
 from fastdreamer.envs import make_env
+from fastdreamer.errors import ArgumentError
 from fastdreamer.ops.backend import use_backend
 from fastdreamer.play import (
     TOGETHER,
@@ -55,6 +56,8 @@ def test_seeds_differ_by_run_purpose_and_index():
     }
     assert len(seeds) == 300
     assert episode_seed(1, "collect", 2) == episode_seed(1, "collect", 2)
+    with pytest.raises(ArgumentError, match="seed must be >= 0, got -1"):
+        episode_seed(-1, "evaluate", 0)
     with pytest.raises(KeyError):
         episode_seed(0, "play", 0)
 

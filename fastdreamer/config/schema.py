@@ -7,8 +7,10 @@ import difflib
 import math
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from fastdreamer.errors import FastdreamerError
 
-class ConfigError(ValueError):
+
+class ConfigError(FastdreamerError, ValueError):
     """A setting that cannot run; the message names the field and the values it accepts."""
 
 

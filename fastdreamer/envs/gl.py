@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+from fastdreamer.errors import FastdreamerError
+
 BACKENDS = ("egl", "osmesa", "glfw")  # the order in which they are tried
 PROBE_TIMEOUT = 60.0  # seconds; a cold import of MuJoCo from a slow disk takes about ten
 _SELECTED = "FASTDREAMER_GL_SELECTED"  # marks a MUJOCO_GL set here, for child processes
@@ -95,7 +97,7 @@ os._exit(0)  # tearing down a half-made GL context may crash; the answer is alre
 """
 
 
-class GLError(RuntimeError):
+class GLError(FastdreamerError, RuntimeError):
     """No usable OpenGL: the message says what failed and which package to install."""
 
 

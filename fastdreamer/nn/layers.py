@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fastdreamer.errors import ArgumentError
 from fastdreamer.ops.params import ACTIVATIONS, GRUParams, MLPParams
 
 _MODULES = {nn.ELU: "elu", nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh"}
 _FIT = "Linear layers with bias and one of " + ", ".join(ACTIVATIONS) + " between them fit"
 
 
-class MisfitError(ValueError):
+class MisfitError(ArgumentError):
     """A module has no fast loop; the message names it, why, and what would fit."""
 
 

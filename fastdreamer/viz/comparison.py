@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from fastdreamer.errors import ArgumentError
 from fastdreamer.viz.figure import COLOURS, STYLE, save_figure, thousands
 
 
@@ -35,7 +36,7 @@ def read_comparison(path: Path) -> tuple[dict[str, Any], dict[str, list[dict[str
             for method, seeds in curves.items()
         }  # fmt: skip
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: not a comparison: {error}") from error
+        raise ArgumentError(f"{path}: not a comparison: {error}") from error
 
 
 def mean_and_std(

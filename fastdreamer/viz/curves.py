@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from fastdreamer.errors import ArgumentError
 from fastdreamer.files import write_csv
 from fastdreamer.logger import METRICS_FILE, read_metrics
 from fastdreamer.viz.comparison import mean_and_std
@@ -86,12 +87,12 @@ def plot_runs(
     out = Path(out)
     curves = [_read_curve(Path(run)) for run in runs]
     if not curves:
-        raise ValueError("plot_runs: no run given")
+        raise ArgumentError("plot_runs: no run given")
     if axis == "minutes":
         published = False
         for curve in curves:
             if not any(row["seconds"] for row in curve.rows):
-                raise ValueError(f"{curve.name}: its curve has no seconds to draw minutes from")
+                raise ArgumentError(f"{curve.name}: its curve has no seconds to draw minutes from")
     if band:
         curves = _joined(curves, axis)
     tasks = [task] if task else sorted({curve.task for curve in curves if curve.task})
@@ -167,17 +168,17 @@ def write_curve(out: Path, about: dict[str, Any], rows: list[dict[str, Any]]) ->
 
 
 def _read_curve(run: Path) -> _Curve:
-    """Read a run directory or a CSV file; ValueError names one that cannot be drawn."""
+    """Read a run directory or a CSV file; ArgumentError names one that cannot be drawn."""
     if not run.exists():
-        raise ValueError(f"{run}: no such run")
+        raise ArgumentError(f"{run}: no such run")
     try:
         curve = _read_run(run) if run.is_dir() else _read_csv(run)
     except KeyError as error:
-        raise ValueError(f"{run}: cannot read its curve: no value {error}") from error
+        raise ArgumentError(f"{run}: cannot read its curve: no value {error}") from error
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{run}: cannot read its curve: {error}") from error
+        raise ArgumentError(f"{run}: cannot read its curve: {error}") from error
     if not curve.rows:
-        raise ValueError(f"{run}: holds no finished episode or evaluation yet")
+        raise ArgumentError(f"{run}: holds no finished episode or evaluation yet")
     return curve
 
 
@@ -228,7 +229,7 @@ def _joined(curves: list[_Curve], axis: Axis) -> list[_Curve]:
     for curve in curves:
         rows = [row for row in curve.rows if row["kind"] == "eval"]
         if not rows:
-            raise ValueError(f"{curve.name}: holds no evaluation, of which a band is made")
+            raise ArgumentError(f"{curve.name}: holds no evaluation, of which a band is made")
         found = {c: np.array([row[c] for row in rows], np.float64) for c in (column, "return_mean")}
         groups.setdefault((curve.task, curve.obs), []).append((found, rows[0]["episodes"]))
     joined = []
@@ -250,7 +251,7 @@ def _joined(curves: list[_Curve], axis: Axis) -> list[_Curve]:
             if np.isfinite(m)
         ]
         if not rows:
-            raise ValueError(f"{task} from {obs}: the runs have no stretch of {axis} in common")
+            raise ArgumentError(f"{task} from {obs}: the runs have no stretch of {axis} in common")
         joined.append(_Curve(f"{len(runs)} run{'s' * (len(runs) > 1)}", task, obs, rows))
     return joined
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure  # not pyplot: a bare Figure knows no windows
 
+from fastdreamer.errors import ArgumentError
 from fastdreamer.files import replacing
 
 # Okabe and Ito's palette, told apart with every kind of colour blindness.
@@ -32,7 +33,7 @@ def thousands(frames: float) -> str:
 def save_figure(figure: Figure, out: Path) -> Path:
     """Save as .png, .svg or .pdf, the same bytes for the same figure; ValueError for others."""
     if out.suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"a figure's file name must end in .png, .svg or .pdf, got {out}")
+        raise ArgumentError(f"a figure's file name must end in .png, .svg or .pdf, got {out}")
     out.parent.mkdir(parents=True, exist_ok=True)
     metadata = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}[out.suffix]
     with replacing(out) as temporary:

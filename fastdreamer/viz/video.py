@@ -8,6 +8,7 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 
+from fastdreamer.errors import ArgumentError
 from fastdreamer.files import replacing
 
 
@@ -20,7 +21,7 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: float) -> Path:
     """
     path = Path(path)
     if path.suffix != ".mp4":
-        raise ValueError(f"write_video: the file name must end in .mp4, got {path}")
+        raise ArgumentError(f"write_video: the file name must end in .mp4, got {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     shape = None
     writer = None
