@@ -9,15 +9,17 @@ it logs each reason once per op on the logger ``fastdreamer``.
 than eager (see :func:`why_slow`), and triton for CUDA tensors. What each body accepts:
 
 - eager: any device and floating dtype (float64 is the reference; autocast works);
-- native: CPU tensors, triton: CUDA tensors; both want them contiguous and their floating dtypes
-  float32 (of ``observe`` the embedding may be bfloat16), so that auto takes eager for float64 and
-  bfloat16 and an explicit choice raises;
+- native: CPU tensors, triton: CUDA tensors; both want them contiguous (for others auto warns once
+  an op and takes eager; nothing is copied unasked) and their floating dtypes float32 (of
+  ``observe`` the embedding may be bfloat16), so that auto takes eager for float64 and bfloat16 and
+  an explicit choice raises;
 - both differentiate in reverse mode alone: inside ``torch.func``'s transforms and
   ``torch.autograd.forward_ad.dual_level`` auto takes eager and an explicit choice raises;
 - triton needs a GPU of compute capability 8.0 or newer, NVIDIA's driver and the extension built
   (:mod:`fastdreamer.ops.gpu`); on any other GPU auto takes eager;
 - triton takes CPU tensors where Triton's interpreter is on (``TRITON_INTERPRET=1``, set before
-  triton is imported; for tests, it is slow).
+  triton is imported; for tests, it is slow), but not under autocast to bfloat16, which it computes
+  wrongly.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastdreamer.errors import ArgumentError, FastdreamerError, how_to_install
 from fastdreamer.ops.gpu import why_no_cuda, why_no_kernels
 
 BACKENDS = ("eager", "native", "triton")
@@ -47,6 +50,7 @@ _AUTO = {"cpu": "native", "cuda": "triton"}  # by device type; every other devic
 OPS: dict[str, Op] = {}
 """Every op by name; an op appears when its module is imported."""
 
+_CONTIGUOUS = "needs it contiguous: keep it so, or pass its .contiguous()"
 _log = logging.getLogger("fastdreamer")
 _context: contextvars.ContextVar[str | None] = contextvars.ContextVar(
     "fastdreamer_backend", default=None
@@ -54,7 +58,7 @@ _context: contextvars.ContextVar[str | None] = contextvars.ContextVar(
 _ran = threading.local()
 
 
-class BackendError(RuntimeError):
+class BackendError(FastdreamerError, RuntimeError):
     """An explicitly chosen backend cannot run this op; the message says why."""
 
 
@@ -78,6 +82,21 @@ def use_backend(name: str) -> Iterator[None]:
 def last_backend(op: str) -> str | None:
     """Return the backend that the last call of ``op`` on this thread took, None before any."""
     return getattr(_ran, op, None)
+
+
+def chosen_backend(device: torch.device | str) -> str:
+    """Who computes on a device where a call names no backend, for a reader: what ``auto`` takes,
+    and why eager where that is eager for a reason."""
+    name = _resolve(None)
+    if name != "auto":
+        return name
+    taken = _AUTO.get(torch.device(device).type, "eager")
+    if taken == "eager":
+        return taken
+    reasons = {op.why_not(taken, device) for op in OPS.values()} - {None}
+    if taken == "native" and not reasons and (slow := why_slow()):
+        reasons = {slow}
+    return f"eager ({'; '.join(sorted(reasons))})" if reasons else taken
 
 
 def check_backend(name: str, device: torch.device | str) -> None:
@@ -139,13 +158,16 @@ def kernel_choice() -> dict[str, str] | None:
         under autocast to bfloat16 compute in: ``"fp32"`` where that is faster.
 
     Raises:
-        ValueError: a variable names what this CPU has not.
+        ArgumentError: a variable names what this CPU has not.
     """
     try:
         from fastdreamer import _native
     except ImportError:
         return None
-    return _native.choice()
+    try:
+        return _native.choice()
+    except ValueError as error:
+        raise ArgumentError(str(error)) from error
 
 
 def describe_kernels(choice: dict[str, str]) -> str:
@@ -297,10 +319,14 @@ class Op:
             reason = why_slow()
         if reason is None:
             return name
-        if reason not in self._logged:
-            self._logged.add(reason)
-            # A kernel that exists but cannot be loaded is worth a line on the terminal.
-            level = logging.WARNING if reason == self._loaded.get(name) else logging.INFO
+        # Once, however many shapes a caller lays out like this.
+        kind = _CONTIGUOUS if _CONTIGUOUS in reason else reason
+        if kind not in self._logged:
+            self._logged.add(kind)
+            # A kernel that cannot be loaded, and one that a word of the caller's would let run, are
+            # worth a line on the terminal.
+            loud = kind == _CONTIGUOUS or reason == self._loaded.get(name)
+            level = logging.WARNING if loud else logging.INFO
             _log.log(level, "%s: auto takes eager, not %s: %s", self.name, name, reason)
         return "eager"
 
@@ -325,6 +351,8 @@ class Op:
                 return f"tensors are on {device} and {tensor.device}"
         if reason := self.why_not(backend, device):
             return reason
+        if backend == "triton" and device.type == "cpu" and (reason := _why_not_interpreted()):
+            return reason
         for tensor in tensors:
             if tensor.is_floating_point() and tensor.dtype != torch.float32:
                 return f"tensor is {str(tensor.dtype)[6:]}, {backend} needs float32"
@@ -332,7 +360,10 @@ class Op:
             if not tensor.numel() and not any(tensor is noise for noise in constant):
                 return f"tensor is empty, {list(tensor.shape)}"
             if not tensor.is_contiguous():
-                return f"tensor has strides {tensor.stride()}, {backend} needs it contiguous"
+                return (
+                    f"tensor {list(tensor.shape)} has strides {tensor.stride()}, {backend} "
+                    f"{_CONTIGUOUS}"
+                )
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in constant):
             return f"noise requires a gradient, {backend} gives it none"
         if backend == "native" and depth > 1 and depth > (most := _most_layers()):
@@ -354,7 +385,7 @@ class Op:
                 elif backend == "native":  # of the package itself "cannot import name '_native'"
                     body = f"extension not built: {error}{how_to_build()}"
                 else:
-                    body = f"not installed: {error}"
+                    body = how_to_install(error) or f"not installed: {error}"
             self._loaded[backend] = body
         return body
 
@@ -383,6 +414,19 @@ def _most_layers() -> int:
     return _native.MAX_LAYERS
 
 
+def _why_not_interpreted() -> str | None:
+    """Why Triton's interpreter cannot compute here, None where it can."""
+    if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != torch.bfloat16:
+        return None
+    module = sys.modules.get("triton.runtime.interpreter")
+    if module is not None and module.InterpreterBuilder.create_dot.__module__ != module.__name__:
+        return None  # mended, as by tests/ops/interpreter.py
+    return (
+        "under autocast to bfloat16 Triton's interpreter (TRITON_INTERPRET=1) multiplies bit "
+        "patterns as if they were numbers: leave autocast, or unset it"
+    )
+
+
 def interpreting() -> bool:
     """Whether Triton's interpreter runs the kernels, on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -398,7 +442,7 @@ def _resolve(backend: str | None) -> str:
 
 def _valid(name: str, source: str) -> str:
     if name not in _NAMES:
-        raise ValueError(f"{source} must be one of {_list(_NAMES)}, got {name!r}")
+        raise ArgumentError(f"{source} must be one of {_list(_NAMES)}, got {name!r}")
     return name
 
 

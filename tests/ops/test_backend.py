@@ -18,6 +18,7 @@ from fastdreamer.ops.backend import (
     BackendError,
     Op,
     check_backend,
+    chosen_backend,
     last_backend,
     use_backend,
     why_slow,
@@ -145,6 +146,51 @@ def test_tensors_on_different_devices_are_refused(make):
 def test_integers_and_nones_are_no_obstacle(make):
     op = make(native=native)
     assert op.select("native", None, CPU, torch.zeros(2, dtype=torch.bool), None)() == "native"
+
+
+def test_auto_warns_once_of_a_layout_and_says_the_remedy(monkeypatch, caplog):
+    pytest.importorskip("fastdreamer._native")
+    monkeypatch.delenv("FASTDREAMER_BACKEND", raising=False)
+    caplog.set_level(logging.WARNING, logger="fastdreamer")
+    monkeypatch.setattr(LAMBDA_RETURN, "_logged", set())
+    H, B = 5, 7
+    first = torch.rand(B, H)  # batch first
+    expanded, transposed = torch.rand(1, B).expand(H, B), first.T
+    cut = first[:, :4].T
+    for reward, value in ((expanded, transposed), (transposed, transposed), (cut, cut)):
+        discount = torch.full(value.shape, 0.99)
+        got = lambda_return(reward, value, discount, 0.9)
+        assert last_backend("lambda_return") == "eager"
+        want = lambda_return(reward.contiguous(), value.contiguous(), discount, 0.9)
+        assert last_backend("lambda_return") == "native"
+        torch.testing.assert_close(got, want)
+        with pytest.raises(BackendError, match=r"strides \(.*needs it contiguous.*contiguous\(\)"):
+            lambda_return(reward, value, discount, 0.9, backend="native")
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1 and "auto takes eager, not native: tensor [5, 7] has strides" in said[0]
+    assert "keep it so, or pass its .contiguous()" in said[0]
+
+
+def test_the_interpreter_is_refused_in_bfloat16(make, monkeypatch):
+    op = make(triton=triton)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(BackendError, match="multiplies bit patterns as if they were numbers"):
+            op.select("triton", CPU)
+        with torch.autocast("cpu", enabled=False):
+            assert op.select("triton", CPU)() == "triton"
+    with torch.autocast("cpu", torch.float16):
+        assert op.select("triton", CPU)() == "triton"
+
+
+def test_what_auto_chooses_is_said(monkeypatch):
+    pytest.importorskip("fastdreamer._native")
+    monkeypatch.delenv("FASTDREAMER_BACKEND", raising=False)
+    assert (chosen_backend("cpu"), chosen_backend("meta")) == ("native", "eager")
+    with use_backend("eager"):
+        assert chosen_backend("cpu") == "eager"
+    monkeypatch.setattr(LAMBDA_RETURN, "_loaded", {"native": "extension not built: gone"})
+    assert chosen_backend("cpu") == "eager (extension not built: gone)"
 
 
 def test_triton_takes_cpu_tensors_under_the_interpreter(make, monkeypatch):
