@@ -10,12 +10,14 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from fastdreamer import ops
 from fastdreamer._version import __version__
+from fastdreamer.envs import EnvError, make_env
 from fastdreamer.envs.gl import GL, GLError, probe_all, select_gl
 from fastdreamer.ops.backend import BACKENDS, OPS, describe_kernels, last_backend, why_slow
 from fastdreamer.ops.cuda_graph import driver_state
@@ -26,7 +28,7 @@ _PACKAGES = ("torch", "triton", "numpy", "mujoco", "dm_control", "safetensors", 
 def report(console: Console) -> None:
     """Print everything; a part that fails is printed with its reason."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in (*_machine(), *_rendering(), *_versions()):
+    for name, value in (*_machine(), *_simulator(), *_rendering(), *_versions()):
         table.add_row(name, value)
     console.print(table)
     console.print()
@@ -111,6 +113,18 @@ def kernel_reasons(
     taken = choice["bf16"] if choice["for_bf16"] == "bf16" else "the kernels of fp32"
     yield "bf16 takes", f"{taken}, {arithmetic or isa or 'by these rates'}: {ratio}"
     yield "precision auto is", faster
+
+
+def _simulator() -> Iterator[tuple[str, str]]:
+    """Whether a task loads and steps: versions that do not fit each other show there."""
+    try:
+        env = make_env("walker-walk", obs="state")
+        env.reset(seed=0)
+        env.step(np.zeros(env.action_dim))
+        env.close()
+        yield "simulator", "walker-walk loads and steps"
+    except EnvError as error:
+        yield "simulator", f"no: {error}"
 
 
 def _rendering() -> Iterator[tuple[str, str]]:

@@ -22,6 +22,7 @@ from fastdreamer.compare import compare
 from fastdreamer.compare.records import Settings
 from fastdreamer.compare.results import comparison_table, write_results
 from fastdreamer.config import ConfigError
+from fastdreamer.envs import EnvError
 from fastdreamer.play import config_env, episode_seed, evaluate
 from fastdreamer.trainer import RunError, Stopped
 from fastdreamer.viz.comparison import comparison_figure
@@ -167,6 +168,24 @@ def test_methods_and_seeds_can_be_added(dreamer, tmp_path):
     assert [row["return_mean"] for row in rows[4:6]] != [row["return_mean"] for row in rows[6:]]
     assert plot.stat().st_size > 10_000
     assert "| Dreamer, actor | 1 |" in text.read_text() and "| SAC | 2 |" in text.read_text()
+
+
+@pytest.mark.filterwarnings("ignore:.*A Box observation space:UserWarning")  # no bounds: so it is
+@pytest.mark.filterwarnings("ignore:.*not having a spec:UserWarning")
+@pytest.mark.parametrize("obs", ["state", "pixels", "both"])
+@pytest.mark.parametrize(
+    "checker", ["gymnasium.utils.env_checker", "stable_baselines3.common.env_checker"]
+)
+def test_the_checkers_of_others_pass_rendering_included(checker, obs):
+    check_env = pytest.importorskip(checker).check_env
+    from fastdreamer.envs.gymnasium import GymnasiumEnv
+
+    env = GymnasiumEnv(make_env("walker-stand", obs=obs, time_limit=0.5))
+    check_env(env)
+    env.close()
+    for call in (env.reset, env.render):
+        with pytest.raises(EnvError, match=r"after close\(\)"):
+            call()
 
 
 @pytest.mark.filterwarnings("ignore:.*A Box observation space:UserWarning")  # no bounds: so it is

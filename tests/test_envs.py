@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from fastdreamer.envs import canonical_task, dmc, list_tasks, make_env
+from fastdreamer.envs import EnvError, canonical_task, dmc, list_tasks, make_env
 
 
 def play(env, seed, decisions=4):
@@ -455,8 +455,12 @@ def test_close_twice():
     env.reset(seed=0)
     env.close()
     env.close()
-    with pytest.raises(RuntimeError, match="call reset"):
-        env.step(np.zeros(6))
+    for call in (
+        env.reset, env.render, env.end_video, lambda: env.reset(seed=1),
+        lambda: env.step(np.zeros(6)),
+    ):  # fmt: skip
+        with pytest.raises(EnvError, match=r"^walker-walk: \w+\(\) after close\(\): make another"):
+            call()
 
 
 def test_triton_can_be_imported_after_rendering():

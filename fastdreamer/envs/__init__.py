@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from fastdreamer.envs.dmc import SuiteTask, canonical_suite_task, list_tasks
+from fastdreamer.envs.dmc import EnvError, SuiteTask, canonical_suite_task, list_tasks
 from fastdreamer.envs.foreign import GymTask, canonical_foreign, is_foreign, names_code
 from fastdreamer.envs.wrappers import Env
 
-__all__ = ["Env", "canonical_task", "is_foreign", "list_tasks", "make_env", "names_code"]
+__all__ = [
+    "Env",
+    "EnvError",
+    "canonical_task",
+    "is_foreign",
+    "list_tasks",
+    "make_env",
+    "names_code",
+]
 
 
 def canonical_task(name: str) -> str:

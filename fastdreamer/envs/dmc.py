@@ -12,10 +12,12 @@ import importlib
 import os
 import sys
 from functools import cache
+from importlib.metadata import version
 
 import numpy as np
 
 from fastdreamer.envs.gl import GL, GLError, forget, select_gl
+from fastdreamer.errors import ArgumentError, FastdreamerError, how_to_install
 
 DEFAULT_TASKS = {"walker": "walker-walk"}  # names that stand for a task
 QUALITIES = ("full", "fast")
@@ -24,6 +26,25 @@ MAX_STEPS = 1000  # control steps of a task that sets no time limit of its own (
 
 _CAMERAS = {"quadruped": 2}  # camera 0 looks from far away there; elsewhere it follows the body
 _NEEDS_GL = {"quadruped-escape"}  # uploads its terrain to the GL context at every reset
+
+
+class EnvError(FastdreamerError, RuntimeError):
+    """The simulator cannot be used as asked; the message says why and what would work."""
+
+
+@contextlib.contextmanager
+def _fitting_pair():
+    """What dm_control says that meets a MuJoCo it was not made for, in one line with both names."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise EnvError(how_to_install(error) or str(error)) from error
+    except (AttributeError, ImportError, TypeError) as error:
+        pair = " with ".join(f"{name} {version(name)}" for name in ("dm_control", "mujoco"))
+        raise EnvError(
+            f"{pair} cannot load a task ({type(error).__name__}: {error}): install versions that "
+            "fit each other, for example by `pip install --upgrade dm_control mujoco`"
+        ) from error
 
 
 @cache
@@ -41,7 +62,8 @@ def _suite():
     wanted = os.environ.get("MUJOCO_GL")
     os.environ["MUJOCO_GL"] = "disable"
     try:
-        from dm_control import suite
+        with _fitting_pair():
+            from dm_control import suite
     finally:
         if wanted is None:
             del os.environ["MUJOCO_GL"]
@@ -100,7 +122,7 @@ def canonical_suite_task(name: str) -> str:
     near = [tasks[p] for p in difflib.get_close_matches(plain, tasks, n=5, cutoff=0.5)]
     rest = [task for task in list_tasks() if task not in near]
     hint = f" (did you mean {near[0]}?)" if near else ""
-    raise ValueError(
+    raise ArgumentError(
         f"unknown task {name!r}{hint}; valid tasks: gym:ID of a gymnasium environment, "
         f"module:function, and of the suite: {', '.join(near + rest)}"
     )
@@ -137,13 +159,14 @@ class SuiteTask:
         domain, task = _tasks()[self.name]
         # The model itself may be drawn at random (lqr): always from the same generator, so that
         # an episode depends on nothing but the seed given to reset and the actions.
-        self._env = _suite().load(domain, task, task_kwargs={"random": 0})
+        with _fitting_pair():
+            self._env = _suite().load(domain, task, task_kwargs={"random": 0})
         self._env.task.random.seed(seed)
 
         self.control_step = control_step = self._env.control_timestep()
         if time_limit is not None:
             if not time_limit >= control_step:
-                raise ValueError(
+                raise ArgumentError(
                     f"time_limit must be at least one control step of {self.name} "
                     f"({control_step:g} s), got {time_limit}"
                 )

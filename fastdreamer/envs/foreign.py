@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from fastdreamer.errors import ArgumentError
+
 GYM = "gym:"
 MAX_STEPS = 1000  # control steps of a task that sets no limit of its own
 _FUNCTION = re.compile(r"[\w.]+:\w+")
@@ -63,12 +65,12 @@ class GymTask:
         gymnasium = importlib.import_module("gymnasium")
         space = self._env.action_space
         if not isinstance(space, gymnasium.spaces.Box):
-            raise ValueError(
+            raise ArgumentError(
                 f"{name}: actions are {space}; only continuous ones (a Box) can be learned here: "
                 "the actor is a tanh-Normal and its gradient goes through the action"
             )
         if not np.isfinite([space.low, space.high]).all():
-            raise ValueError(
+            raise ArgumentError(
                 f"{name}: the range of an action is unbounded ({space}); wrap the environment so "
                 "that its action_space has bounds, in a function given as module:function"
             )
@@ -81,7 +83,7 @@ class GymTask:
         limit = getattr(self._env.spec, "max_episode_steps", None) or MAX_STEPS
         if time_limit is not None:
             if not time_limit >= self.control_step:
-                raise ValueError(
+                raise ArgumentError(
                     f"time_limit must be at least one control step of {name} "
                     f"({self.control_step:g} s), got {time_limit}"
                 )
@@ -131,9 +133,9 @@ class GymTask:
         try:
             image = self._env.render()
         except ImportError as error:  # gymnasium says what to install; it derives from this
-            raise ValueError(f"{self.name} cannot draw: {error}") from error
+            raise ArgumentError(f"{self.name} cannot draw: {error}") from error
         if not isinstance(image, np.ndarray) or image.ndim != 3 or image.dtype != np.uint8:
-            raise ValueError(
+            raise ArgumentError(
                 f"{self.name} draws no images (render() returned {type(image).__name__}); it must "
                 'be made with render_mode="rgb_array", or be learned from state'
             )
@@ -151,7 +153,7 @@ def _gymnasium(name: str) -> Any:
     try:
         return importlib.import_module("gymnasium")
     except ImportError as error:
-        raise ValueError(
+        raise ArgumentError(
             f"{name} needs gymnasium: pip install gymnasium (extra `gym` of fastdreamer)"
         ) from error
 
@@ -159,29 +161,29 @@ def _gymnasium(name: str) -> Any:
 def _spec(name: str) -> Any:
     gymnasium, env_id = _gymnasium(name), name.removeprefix(GYM)
     if ":" in env_id:
-        raise ValueError(
+        raise ArgumentError(
             f"{name}: gymnasium would import a module for it; name a function of yours that "
             "returns the environment, module:function"
         )
     try:
         return gymnasium.spec(env_id)
     except gymnasium.error.Error as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise ArgumentError(f"{name}: {error}") from error
 
 
 def _function(name: str) -> Any:
     if not _FUNCTION.fullmatch(name):
-        raise ValueError(f"a task is domain-task, gym:ID or module:function, got {name!r}")
+        raise ArgumentError(f"a task is domain-task, gym:ID or module:function, got {name!r}")
     module, _, attribute = name.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"task {name!r} cannot be loaded: {error}") from error
+        raise ArgumentError(f"task {name!r} cannot be loaded: {error}") from error
     finally:
         sys.path.remove(os.getcwd())
     if not callable(function):
-        raise ValueError(f"task {name!r} is not a function, but {function!r}")
+        raise ArgumentError(f"task {name!r} is not a function, but {function!r}")
     return function
 
 
@@ -190,7 +192,7 @@ def _make(name: str) -> Any:
     if not name.startswith(GYM):
         env = _function(name)()
         if not isinstance(env, gymnasium.Env):
-            raise ValueError(f"{name}() must return a gymnasium environment, got {env!r}")
+            raise ArgumentError(f"{name}() must return a gymnasium environment, got {env!r}")
         return env
     spec = _spec(name)
     # What it asks of arguments and returns is its own business; it would be checked at every step.
@@ -198,7 +200,7 @@ def _make(name: str) -> Any:
     try:
         return gymnasium.make(spec, render_mode="rgb_array", **options)
     except (gymnasium.error.Error, ImportError) as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise ArgumentError(f"{name}: {error}") from error
     except TypeError:  # it draws nothing and takes no such argument
         return gymnasium.make(spec, **options)
 
@@ -209,7 +211,7 @@ def _state_size(name: str, space: Any, gymnasium: Any) -> int | None:
         if space.dtype == np.uint8 and len(space.shape) == 3 and space.shape[-1] in (1, 3):
             return None
         return int(np.prod(space.shape))
-    raise ValueError(
+    raise ArgumentError(
         f"{name}: observations are {space}; a Box is asked for, of numbers or of images (uint8 "
         "[h, w, 1 or 3]). Wrap the environment, for instance in "
         "gymnasium.wrappers.FlattenObservation, in a function given as module:function"

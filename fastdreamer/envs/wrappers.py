@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastdreamer.envs.dmc import SuiteTask
+from fastdreamer.envs.dmc import EnvError, SuiteTask
 from fastdreamer.envs.foreign import GymTask
+from fastdreamer.errors import ArgumentError
 
 OBSERVATIONS = {"pixels": ("pixels",), "state": ("state",), "both": ("pixels", "state")}
 
@@ -26,7 +27,9 @@ class Env:
         if image_size < 1:
             raise ValueError(f"image_size must be at least 1, got {image_size}")
         if task.state_size is None and obs != "pixels":
-            raise ValueError(f"{task.name}: observations are images; obs must be pixels, not {obs}")
+            raise ArgumentError(
+                f"{task.name}: observations are images; obs must be pixels, not {obs}"
+            )
         self._task = task
         self.task = task.name
         self.action_dim = len(task.action_min)
@@ -38,7 +41,7 @@ class Env:
         self.decision_seconds = task.control_step * action_repeat
         self._scale = (task.action_max - task.action_min) / 2
         self._centre = (task.action_max + task.action_min) / 2
-        self._running = False
+        self._running = self._closed = False
 
     def reset(self, seed: int | None = None) -> dict[str, np.ndarray]:
         """Start an episode and return its first observation.
@@ -46,6 +49,7 @@ class Env:
         With a seed, the episode is a function of the seed and the actions alone; without one,
         it goes on with the generator that `make_env` or the last seed started.
         """
+        self._refuse_closed("reset")
         self._task.reset(seed)
         self._running = True
         return self._observe()
@@ -58,8 +62,9 @@ class Env:
         "state" float32 [S]), the sum of the rewards, terminated (a true end: no value beyond
         it), truncated (the time limit), and the control steps really made (env frames).
         Raises ValueError for a wrong shape, values that are not finite or outside [-1, 1];
-        RuntimeError if the episode is over or was never started.
+        RuntimeError if the episode is over or was never started; EnvError, one too, after `close`.
         """
+        self._refuse_closed("step")
         if not self._running:
             raise RuntimeError(f"{self.task}: call reset() before step(): no episode is running")
         control = self._centre + self._scale * self._checked(action)
@@ -77,16 +82,23 @@ class Env:
         Call `end_video` after the last: until then observations are drawn in the larger
         framebuffer, too, which takes longer.
         """
+        self._refuse_closed("render")
         return self._task.render(height, width)
 
     def end_video(self) -> None:
         """Draw no images of other sizes than observations any more: give back their memory."""
+        self._refuse_closed("end_video")
         self._task.keep_only(self._image_size, self._image_size)
 
     def close(self) -> None:
-        """Free the simulation and its GL context."""
-        self._running = False
-        self._task.close()
+        """Free the simulation and its GL context; what is called afterwards, but this, raises."""
+        if not self._closed:
+            self._running, self._closed = False, True
+            self._task.close()
+
+    def _refuse_closed(self, name: str) -> None:
+        if self._closed:
+            raise EnvError(f"{self.task}: {name}() after close(): make another environment")
 
     def _observe(self) -> dict[str, np.ndarray]:
         make = {
