@@ -4,6 +4,7 @@
 line overrides single fields (``--model.deter 300``), and ``validate()`` refuses what cannot run.
 """
 
+from fastdreamer.config.architecture import architecture, differences
 from fastdreamer.config.config import Config, from_dict, to_dict
 from fastdreamer.config.presets import PRESETS, preset
 from fastdreamer.config.schema import ConfigError
@@ -38,6 +39,8 @@ __all__ = [
     "ReplayConfig",
     "SafetyConfig",
     "TrainConfig",
+    "architecture",
+    "differences",
     "from_dict",
     "preset",
     "to_dict",

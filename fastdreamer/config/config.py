@@ -96,6 +96,10 @@ class Config:
                 for name in fields:
                     value = getattr(getattr(self, section) if section else self, name)
                     require(holds(value, 0), f"{section}.{name}".lstrip("."), accepts, value)
+        require(self.seed < 1 << 32, "seed", "< 2**32, as simulators take it", self.seed)
+        if self.env.obs != "pixels":
+            layers = self.model.state_layers
+            require(layers > 0, "model.state_layers", "> 0 where the state is seen", layers)
         for name in ("gamma", "lam"):
             value = getattr(self.behavior, name)
             require(0 <= value <= 1, f"behavior.{name}", "between 0 and 1", value)

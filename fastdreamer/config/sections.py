@@ -8,7 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Suppress, arg
+try:
+    from tyro.conf import Suppress, arg
+except ModuleNotFoundError:  # no command line is installed, which alone looks at these
+    Suppress, arg = None, dict
 
 Activation = Literal["elu", "relu", "silu", "tanh"]
 Greedy = Literal["median", "mode"]
@@ -23,7 +26,7 @@ def _short(name: str) -> Any:
 class EnvConfig:
     """The task and what the agent sees of it."""
 
-    task: Suppress[str] = "walker-walk"
+    task: Annotated[str, Suppress] = "walker-walk"
     """DeepMind Control task, gym:ID or module:function; ``train`` takes it as its argument."""
     obs: Annotated[Literal["pixels", "state", "both"], _short("--obs")] = "pixels"
     """Observation: camera pixels, the simulator's state vector, or both."""
@@ -81,7 +84,7 @@ class ModelConfig:
     """Predict whether the episode goes on behind a state, and discount by it; none: a new run does
     so on tasks from outside the suite, whose episodes may end early."""
     state_layers: int = 2
-    """Hidden layers of the state encoder and of the state decoder."""
+    """Hidden layers of the state encoder and of the state decoder, at least 1."""
     activation: Activation = "elu"
     """Activation of the RSSM and of every MLP."""
 

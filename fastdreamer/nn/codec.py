@@ -46,7 +46,7 @@ class Encoder(nn.Module):
             self.embed_size += linear or flat
         if "state" in obs_shapes:
             (n,) = obs_shapes["state"]
-            self.state = MLP([n, *[units] * max(layers, 1)], activation)
+            self.state = MLP([n, *[units] * layers], activation)
             self.embed_size += units
 
     def forward(self, obs: dict[str, Tensor]) -> Tensor:
