@@ -7,14 +7,16 @@ the result at a fixed update. Timing changes nothing but the time.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import multiprocessing
 import os
 import signal
 import threading
+import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -28,8 +30,10 @@ from torch import Tensor
 
 from fastdreamer.config import Config, from_dict, to_dict
 from fastdreamer.episodes import write_episode
+from fastdreamer.errors import FastdreamerError
 from fastdreamer.ops.backend import kernel_choice, settle_kernels
 from fastdreamer.play import (
+    Watch,
     agent_policy,
     collect,
     config_env,
@@ -52,8 +56,15 @@ what comes later is valued."""
 CRITIC_PARTS = ("critic.", "target_critic.", "model.discount.")
 
 
-class CollectorError(RuntimeError):
-    """The worker process failed; the message holds its traceback or exit code."""
+QUIET, SILENT = 30.0, 300.0
+"""Seconds without a sign of the worker until that is said, and until another takes its place."""
+_GRACE = 2.0  # seconds that a killed process and who writes to it may take to be gone
+_SIGN = 1.0  # seconds between signs of a worker at work, where decisions are quicker
+_ALIVE = {"alive": True}
+
+
+class CollectorError(FastdreamerError, RuntimeError):
+    """The worker process failed; the message holds its traceback, its reason or exit code."""
 
 
 @dataclass(frozen=True)
@@ -80,23 +91,38 @@ class Result:
 class Collector:
     """The trainer's side of the worker process.
 
+    A worker that died (out of memory, killed), or that gives no sign for ``SILENT`` seconds
+    (stopped, or in a driver that hangs), is replaced once a job: a job is a pure function of its
+    inputs. At work it gives a sign at least with every decision.
+
     Args:
         config: of the run.
         episodes: directory that receives the episode files.
+        check: called several times a second while the worker starts; what it raises ends that.
 
     Raises:
         CollectorError: the worker could not start (no GL backend, for example).
     """
 
-    def __init__(self, config: Config, episodes: Path) -> None:
+    def __init__(
+        self, config: Config, episodes: Path, check: Callable[[], None] = lambda: None
+    ) -> None:
         self._config, self._episodes = config, episodes
         self._pending: tuple[Job, bytes] | None = None
-        header = self._start()
+        self._replaced = False  # at this job, or at the start
+        self._start()
+        try:
+            while not self.ready(0.2):
+                check()
+        except BaseException:
+            self.close()
+            raise
+        header = self._header
         self.obs_shapes = {kind: tuple(s) for kind, s in header["obs_shapes"].items()}
         self.action_dim: int = header["action_dim"]
 
-    def _start(self) -> dict[str, Any]:
-        """Start the worker; return what it says about the environment."""
+    def _start(self) -> None:
+        """Start a worker; the first that it says is what the environment is."""
         # spawn: a forked child would inherit OpenMP's and the GPU driver's threads half-dead.
         context = multiprocessing.get_context("spawn")
         self._connection, child = context.Pipe()
@@ -115,76 +141,119 @@ class Collector:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         child.close()
-        try:
-            return self._receive()
-        except EOFError:
-            raise self._died("while it started") from None
+        self._header: dict[str, Any] | None = None
+        self._answer: dict[str, Any] | None = None
+        self._sender: threading.Thread | None = None
+        self._silence, self._said = 0.0, False
 
     def submit(self, job: Job, weights: Mapping[str, Tensor]) -> None:
         """Start a job; ``wait()`` for it before the next."""
         if self._pending is not None:
             raise CollectorError("a job is already under way")
         self._pending = (job, save_bytes({k: v.cpu().contiguous() for k, v in weights.items()}))
+        self._replaced, self._silence, self._said = False, 0.0, False
         self._send()
 
     def ready(self, timeout: float) -> bool:
-        """Whether ``wait()`` would return at once; gives it up to so many seconds."""
-        return self._connection.poll(timeout)
+        """Whether ``wait()`` would return at once; gives it up to so many seconds.
+
+        Raises:
+            CollectorError: the job failed, or two workers at it.
+        """
+        end = time.monotonic() + timeout
+        try:
+            while not self._done():
+                start = time.monotonic()
+                left = max(0.0, end - start)
+                if not self._connection.poll(left):
+                    # No more than was meant to be waited: both may be stopped, as by Ctrl-Z.
+                    self._listen(min(time.monotonic() - start, left))
+                    break
+                self._silence, self._said = 0.0, False
+                said = json.loads(self._connection.recv_bytes())
+                if "error" in said:
+                    raise CollectorError(said["error"])
+                if self._header is None:
+                    self._header = said
+                elif said != _ALIVE:
+                    self._answer = said
+        except (EOFError, ConnectionError):
+            self._process.join(_GRACE)
+            self._replace("died", f"exit code {self._process.exitcode}")
+        return self._done()
+
+    def _done(self) -> bool:
+        return (self._header if self._pending is None else self._answer) is not None
+
+    def _listen(self, waited: float) -> None:
+        """Say that a worker is silent, and replace it where it stays so."""
+        self._silence += waited
+        if self._silence < QUIET:
+            return
+        if self._silence >= SILENT:
+            self._replace("gave no sign", f"in {SILENT:.0f} s")
+        elif not self._said:
+            self._said = True
+            _log.warning(
+                "the collector (process %d) has given no sign for %.0f s: it is stopped, or in a "
+                "driver that hangs; after %.0f s another takes its place",
+                self._process.pid,
+                self._silence,
+                SILENT,
+            )
+
+    def _replace(self, what: str, how: str) -> None:
+        """Start another worker, which does the job anew; not twice, nor where the first died."""
+        self._end()
+        if self._replaced or (self._pending is None and what == "died"):
+            when = "while it started" if self._pending is None else "twice at the same job"
+            raise CollectorError(f"the collector {what} {when} ({how})")
+        self._replaced = True
+        _log.warning("the collector %s (%s); starting it again", what, how)
+        self._start()
+        if self._pending is not None:
+            self._send()
 
     def wait(self) -> Result:
         """Block until the job is done.
 
-        A worker that died (out of memory, killed) is started once more: a job is a pure function
-        of its inputs.
-
         Raises:
-            CollectorError: the job failed, or the worker died twice.
+            CollectorError: the job failed, or two workers at it.
         """
         if self._pending is None:
             raise CollectorError("no job is under way")
-        try:
-            answer = self._receive()
-        except EOFError:
-            self._process.join()
-            _log.warning(
-                "the collector died (exit code %s); starting it again", self._process.exitcode
-            )
-            self._connection.close()
-            self._start()
-            self._send()
-            try:
-                answer = self._receive()
-            except EOFError:
-                raise self._died("twice at the same job") from None
-        self._pending = None
+        while not self.ready(1.0):
+            pass
+        answer, self._answer, self._pending = self._answer, None, None
         return Result(**answer)
 
     def close(self) -> None:
-        """End the worker; a job under way is dropped."""
+        """End the worker, whatever it does; a job under way is dropped."""
+        self._end()
+
+    def _end(self) -> None:
+        # Not terminate(): a stopped process does not get to that signal. All it leaves half-done
+        # are temporary files, which nobody reads.
+        self._process.kill()
+        self._process.join(_GRACE)
+        if self._sender is not None:
+            self._sender.join(_GRACE)
         self._connection.close()
-        self._process.terminate()
-        self._process.join()
 
     def _send(self) -> None:
+        # Beside, as a worker that is stopped takes nothing in and the trainer must hear a signal.
         job, weights = self._pending
-        try:
-            self._connection.send_bytes(json.dumps(asdict(job)).encode())
-            self._connection.send_bytes(weights)
-        except OSError:
-            pass  # the worker is dead: wait() finds out and starts it again
+        messages = json.dumps(asdict(job)).encode(), weights
+        self._sender = threading.Thread(
+            target=_send_all, args=(self._connection, messages), daemon=True
+        )
+        self._sender.start()
 
-    def _died(self, when: str) -> CollectorError:
-        self._process.join()
-        return CollectorError(f"the collector died {when} (exit code {self._process.exitcode})")
 
-    def _receive(self) -> dict[str, Any]:
-        try:
-            answer = json.loads(self._connection.recv_bytes())
-        except ConnectionError as error:
-            raise EOFError from error
-        if "error" in answer:
-            raise CollectorError(f"the collector failed:\n{answer['error']}")
-        return answer
+def _send_all(connection: Any, messages: Sequence[bytes]) -> None:
+    with contextlib.suppress(OSError):  # the worker is dead: ready() finds out
+        for message in messages:
+            connection.send_bytes(message)
 
 
 def policy_weights(agent: Policy) -> dict[str, Tensor]:
@@ -225,8 +294,16 @@ def _worker(
     config = from_dict(json.loads(config_json))
     own = on_cpu(config)
 
+    signed = time.monotonic()
+
     def send(answer: dict[str, Any]) -> None:
         connection.send_bytes(json.dumps(answer).encode())
+
+    def sign() -> None:
+        nonlocal signed
+        if time.monotonic() - signed >= _SIGN:
+            signed = time.monotonic()
+            send(_ALIVE)
 
     try:
         try:
@@ -238,17 +315,27 @@ def _worker(
                 weights = load_bytes(connection.recv_bytes())
                 if agent is None:
                     agent = Policy(own, env.obs_shapes, env.action_dim)
-                if weights:
-                    agent.load_state_dict(weights, strict=False)
+                if not job.random or job.evaluations:
+                    _load_weights(agent, weights)
                 with run_backend(own):
-                    result = _run_job(job, config, agent, envs, Path(episodes))
+                    result = _run_job(job, config, agent, envs, Path(episodes), sign)
                 send(asdict(result))
         except (EOFError, ConnectionError):
             return  # the trainer is gone
+        except FastdreamerError as error:
+            send({"error": str(error)})
         except Exception:
-            send({"error": traceback.format_exc()})
+            send({"error": f"the collector failed:\n{traceback.format_exc()}"})
     except (EOFError, OSError):
         return
+
+
+def _load_weights(agent: Policy, weights: dict[str, Tensor]) -> None:
+    """Load all that acting needs, and nothing else."""
+    agent.load_state_dict(weights, strict=False)
+    needed = {name for name in agent.state_dict() if name.startswith(policy_parts(agent.config))}
+    if wrong := sorted(needed ^ weights.keys()):
+        raise CollectorError(f"the weights to act with lack or do not need {', '.join(wrong)}")
 
 
 def _exit_with_trainer() -> None:
@@ -257,8 +344,16 @@ def _exit_with_trainer() -> None:
     os._exit(1)
 
 
-def _run_job(job: Job, config: Config, agent: Policy, envs: list, episodes: Path) -> Result:
-    """``envs``: at least one; more are made for evaluations, and kept."""
+def _run_job(
+    job: Job,
+    config: Config,
+    agent: Policy,
+    envs: list,
+    episodes: Path,
+    sign: Callable[[], None] = lambda: None,
+) -> Result:
+    """``envs``: at least one; more are made for evaluations, and kept. ``sign``: called at every
+    decision."""
     env, episode_return, episode_safety = envs[0], None, {}
     signal = agent.guard.signal if agent.guard is not None else None
     if job.episode is not None:
@@ -278,7 +373,7 @@ def _run_job(job: Job, config: Config, agent: Policy, envs: list, episodes: Path
             )
         )
         watch = Violations(signal) if signal is not None else None
-        arrays, frames = collect(env, policy, seed, watch)
+        arrays, frames = collect(env, policy, seed, _watching(watch, sign))
         episode_safety = safety_rates(watch, shield)
         episode_return = float(arrays["reward"].sum(dtype=np.float64))
         meta = {
@@ -286,6 +381,10 @@ def _run_job(job: Job, config: Config, agent: Policy, envs: list, episodes: Path
             "return": episode_return,
             "task": config.env.task,
             "action_repeat": config.env.action_repeat,
+            "time_limit": config.env.time_limit,
+            "image_size": config.env.image_size,
+            "render_quality": config.env.render_quality,
+            "seed": seed,
             "random": job.random,
         }
         write_episode(episodes, job.episode, arrays, meta)
@@ -298,6 +397,15 @@ def _run_job(job: Job, config: Config, agent: Policy, envs: list, episodes: Path
             [episode_seed(config.seed, "evaluate", i) for i in range(job.evaluations)],
             Path(job.video) if job.video else None,
             config.eval.controller,
-            watches=[watch] * job.evaluations if watch is not None else [],
+            watches=[_watching(watch, sign)] * job.evaluations,
         )
     return Result(episode_return, returns, episode_safety, safety_rates(watch, None))
+
+
+def _watching(watch: Watch | None, sign: Callable[[], None]) -> Watch:
+    def look(*step: Any) -> None:
+        sign()
+        if watch is not None:
+            watch(*step)
+
+    return look

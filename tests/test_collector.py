@@ -7,6 +7,8 @@ import multiprocessing.spawn
 import os
 import signal
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,6 +91,10 @@ def test_an_episode_depends_on_seed_index_and_weights_alone(collector, agent, en
             "return": result.episode_return,
             "task": "walker-walk",
             "action_repeat": 2,
+            "time_limit": 1.0,
+            "image_size": 64,
+            "render_quality": "full",
+            "seed": episode_seed(CONFIG.seed, "collect", index),
             "random": random,
         }
         assert len(arrays["reward"]) == DECISIONS + 1
@@ -251,8 +257,8 @@ def test_a_job_that_kills_the_worker_twice_is_an_error(tmp_path, agent, monkeypa
 
 def test_the_workers_error_arrives(tmp_path):
     config = dataclasses.replace(CONFIG, env=dataclasses.replace(CONFIG.env, task="walker-fly"))
-    with pytest.raises(CollectorError, match="(?s)Traceback.*unknown task 'walker-fly'.*-run"):
-        Collector(config, tmp_path)
+    with pytest.raises(CollectorError, match="^unknown task 'walker-fly'.*-run"):
+        Collector(config, tmp_path)  # one of ours: the reason alone
     assert list(tmp_path.iterdir()) == []
 
 
@@ -277,6 +283,130 @@ def test_pixels_are_the_same_in_every_process(tmp_path):
     recorded, _ = read_episode(episode_path(tmp_path, 1))
     assert recorded["pixels"].std() > 1  # something was drawn
     assert all(np.array_equal(played[k], recorded[k]) for k in recorded)
+    replay_by_the_page(episode_path(tmp_path, 1))
+
+
+@pytest.mark.parametrize("random", [False, True])
+def test_an_episode_file_alone_can_be_replayed(random, tmp_path, agent):
+    env = dataclasses.replace(CONFIG.env, time_limit=0.7, action_repeat=3, task="cartpole-swingup")
+    collector = Collector(dataclasses.replace(CONFIG, env=env, seed=5), tmp_path)
+    agent = Dreamer(CONFIG, collector.obs_shapes, collector.action_dim)
+    try:
+        collector.submit(job(2, random=random), {} if random else policy_weights(agent))
+        collector.wait()
+    finally:
+        collector.close()
+    replay_by_the_page(episode_path(tmp_path, 2))
+
+
+def replay_by_the_page(path):
+    """Run docs/replay.md's recipe; it asserts that all is the same, bit for bit."""
+    page = (Path(__file__).parents[1] / "docs" / "replay.md").read_text()
+    recipe = page.split("## Replaying one")[1].split("```python\n")[1].split("```")[0]
+    steps: dict = {}
+    exec(recipe.replace("RUN/episodes/episode-000000.safetensors", str(path)), steps)
+    assert steps["t"] == len(steps["arrays"]["reward"]) - 1
+
+
+def test_a_fault_in_the_worker_arrives_with_its_traceback(tmp_path, agent):
+    collector = Collector(CONFIG, tmp_path)
+    try:
+        collector.submit(job(0), {k: v[:1] for k, v in policy_weights(agent).items()})
+        with pytest.raises(CollectorError, match="(?s)failed:\nTraceback.*size mismatch"):
+            collector.wait()
+    finally:
+        collector.close()
+
+
+def test_weights_that_acting_lacks_are_an_error_and_not_random_ones(tmp_path, agent):
+    collector = Collector(CONFIG, tmp_path)
+    weights = policy_weights(agent)
+    lost = sorted(weights)[0]
+    del weights[lost]
+    try:
+        collector.submit(job(0), weights)
+        with pytest.raises(CollectorError, match=f"lack or do not need {lost}$"):
+            collector.wait()
+    finally:
+        collector.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def gone(pid):
+    return not os.path.exists(f"/proc/{pid}")
+
+
+def test_a_stopped_worker_is_named_replaced_and_gone(tmp_path, agent, monkeypatch, caplog):
+    made = Collector(CONFIG, tmp_path)
+    pid = made._process.pid
+    try:
+        made.submit(job(None, evaluations=2000), policy_weights(agent))
+        made._silence = 20.0
+        while made._silence >= 20:  # at work, it gives signs
+            assert made.ready(1.0) is False
+        os.kill(pid, signal.SIGSTOP)
+        while made.ready(0.5) or made._silence < 2:  # what it had said is heard
+            pass
+        monkeypatch.setattr(collector_module, "QUIET", 2.0)
+        for _ in range(3):
+            assert made.ready(0.1) is False
+        said = f"the collector (process {pid}) has given no sign for 2 s: it is stopped"
+        assert [said in r.getMessage() for r in caplog.records] == [True], "once"
+        made._pending = (job(0), made._pending[1])
+        monkeypatch.setattr(collector_module, "SILENT", 0.0)
+        assert made.ready(0) is False
+        monkeypatch.setattr(collector_module, "SILENT", 60.0)
+        assert "the collector gave no sign (in 0 s); starting it again" in caplog.text
+        assert isinstance(made.wait().episode_return, float)
+        assert gone(pid)
+
+        made.submit(job(1), policy_weights(agent))
+        pid = made._process.pid
+        os.kill(pid, signal.SIGSTOP)
+    finally:
+        start = time.monotonic()
+        made.close()
+    assert time.monotonic() - start < 3 and gone(pid), "it does not wait for a stopped one"
+
+
+def test_more_than_a_pipe_holds_is_sent_to_a_stopped_worker_without_waiting(tmp_path, agent):
+    made = Collector(CONFIG, tmp_path)
+    os.kill(made._process.pid, signal.SIGSTOP)
+    try:
+        start = time.monotonic()
+        made.submit(job(0), policy_weights(agent) | {"much": torch.zeros(1 << 22)})
+        assert made.ready(0.1) is False and time.monotonic() - start < 5
+    finally:
+        made.close()
+
+
+def test_a_worker_that_never_starts_can_be_left(tmp_path, monkeypatch):
+    """What `check` raises ends the wait, and a second silent worker is an error."""
+
+    class Asked(Exception):
+        pass
+
+    stopped = []
+
+    def stop_it():
+        worker = max(multiprocessing.active_children(), key=lambda child: child.pid)
+        if worker.pid not in stopped:
+            stopped.append(worker.pid)
+            os.kill(worker.pid, signal.SIGSTOP)
+
+    def leave():
+        stop_it()
+        if len(stopped) == 1:
+            raise Asked
+
+    with pytest.raises(Asked):
+        Collector(CONFIG, tmp_path, leave)
+    assert gone(stopped[0])
+    monkeypatch.setattr(collector_module, "QUIET", 0.3)
+    monkeypatch.setattr(collector_module, "SILENT", 0.5)
+    with pytest.raises(CollectorError, match=r"gave no sign while it started \(in 0 s\)"):
+        Collector(CONFIG, tmp_path, stop_it)
+    assert all(gone(pid) for pid in stopped)
 
 
 # -------------------------------------------------------------- without a worker
