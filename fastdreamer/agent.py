@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from fastdreamer import losses
 from fastdreamer.checkpoint import CheckpointError, load_checkpoint, load_newest
-from fastdreamer.config import Config, PlanConfig, SafetyConfig, from_dict
+from fastdreamer.config import (
+    Config,
+    PlanConfig,
+    SafetyConfig,
+    architecture,
+    differences,
+    from_dict,
+)
+from fastdreamer.errors import FastdreamerError
 from fastdreamer.exploration import spread, upper_bound
 from fastdreamer.nn.dists import entropy, squashed_entropy
 from fastdreamer.ops.backend import release_memory
@@ -31,7 +39,7 @@ SATURATED = 0.99
 """An action beyond ± this counts as saturated."""
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(FastdreamerError, RuntimeError):
     """A loss or its gradient became NaN or infinite; ``name`` says which."""
 
     def __init__(self, name: str, value: float) -> None:
@@ -324,23 +332,29 @@ def load(
             the name of an agent that comes with the package ("walker-walk").
         plan: settings of the planner in place of the run's own.
         safety: settings of the shield and the safety signal in place of the run's own; the barrier
-            stays the run's.
+            stays the run's. A module that only the file names as signal is never imported.
 
     Returns:
         The agent on the CPU, ready for ``act(obs, state)``.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it is damaged or foreign.
+        CheckpointError: there is no checkpoint, or it is damaged or foreign, or of another agent
+            than its settings.
     """
     path = find_agent(run_or_file)
     if path.is_dir():
         found = load_newest(path / "checkpoints")
         if found is None:
             raise CheckpointError(f"{path} holds no checkpoint yet")
-        _, tensors, meta = found
+        path, tensors, meta = found
     else:
         tensors, meta = load_checkpoint(path)
     config = dataclasses.replace(from_dict(meta["config"]), device="cpu")
+    # A checkpoint of before the architecture was written down says nothing.
+    if wrong := differences(meta.get("architecture", {}), architecture(config)):
+        raise CheckpointError(
+            f"{path}: not the agent that its settings describe: {'; '.join(wrong)}"
+        )
     if plan is not None:
         config = dataclasses.replace(config, plan=plan)
     agent = Dreamer(config, meta["obs_shapes"], meta["action_dim"])
@@ -348,4 +362,6 @@ def load(
     agent.load_state_dict(weights)
     if safety is not None:
         agent.config = dataclasses.replace(config, safety=safety).validate()
+    if agent.guard is not None:
+        agent.guard.signal_of(agent.config, asked=safety is not None)
     return agent.eval()

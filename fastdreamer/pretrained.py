@@ -10,7 +10,7 @@ import torch
 from fastdreamer.checkpoint import CheckpointError, load_checkpoint, load_newest, save_checkpoint
 
 _SHIPPED = Path(__file__).parent / "data"
-_KEPT = ("version", "config", "obs_shapes", "action_dim", "cursor")
+_KEPT = ("version", "config", "architecture", "obs_shapes", "action_dim", "cursor")
 """Of a checkpoint's document, what is said of an agent; of its cursor, how long it has learned."""
 
 
@@ -62,7 +62,7 @@ def export_agent(run_or_file: str | os.PathLike, out: Path, *, half: bool = True
             weights[name] = value.half()
             if not torch.isfinite(weights[name]).all():
                 raise CheckpointError(f"{path}: {name} does not fit float16; export it in float32")
-    about = {name: meta[name] for name in _KEPT}
+    about = {name: meta[name] for name in _KEPT if name in meta}
     about["cursor"] = {name: about["cursor"][name] for name in ("update", "env_frames")}
     save_checkpoint(out, weights, about)
     return out

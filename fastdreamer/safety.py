@@ -13,11 +13,12 @@ time a shield replaces an action that breaks the condition by the nearest one th
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -56,6 +57,19 @@ def walker_signal(min_height: float, max_joint_speed: float) -> Signal:
     return signal
 
 
+def own_signal(safety: SafetyConfig) -> bool:
+    """Whether the signal is a function of the user's, ``module:function``."""
+    return ":" in safety.signal
+
+
+def refuse_signal(safety: SafetyConfig, how: str) -> NoReturn:
+    """Raise ConfigError: a file names a module, and files import nothing by themselves."""
+    raise ConfigError(
+        f"safety.signal {safety.signal!r} is named by a file alone, which imports nothing: "
+        f"name it again by {how} if you trust it"
+    )
+
+
 def load_signal(config: Config, state_size: int) -> Signal:
     """The safety signal that a configuration names.
 
@@ -68,6 +82,8 @@ def load_signal(config: Config, state_size: int) -> Signal:
         ConfigError: there is no such function, or it does not map [..., n] to finite [...].
     """
     safety = config.safety
+    if safety.signal == "none":
+        raise ConfigError("there is no safety.signal; name one, walker or module:function")
     if safety.signal == "walker":
         if state_size != _WALKER_STATE:
             raise ConfigError(
@@ -127,10 +143,24 @@ class Guard(nn.Module):
     def __init__(self, config: Config, feat_size: int, state_size: int) -> None:
         super().__init__()
         self.config, model = config.safety, config.model
-        self.signal = load_signal(config, state_size)
+        self._state_size = state_size
+        self.signal_of(config, asked=True)
         sizes = [feat_size, *[model.units] * config.safety.layers, 1]
         self.barrier = MLP(sizes, model.activation)
         self.register_buffer("multiplier", torch.zeros(()))
+
+    def signal_of(self, config: Config, *, asked: bool) -> None:
+        """Take the signal that a configuration names; a module of one's own is imported at its
+        first use, and not at all where nobody ``asked`` for it, but a file alone names it."""
+        self.__dict__.pop("signal", None)
+        self._load = lambda: load_signal(config, self._state_size)
+        if own_signal(config.safety) and not asked:
+            self._load = lambda: refuse_signal(config.safety, "load(..., safety=...)")
+
+    @functools.cached_property
+    def signal(self) -> Signal:
+        """Margins of states; ConfigError where it cannot be had."""
+        return self._load()
 
     def sign_loss(self, feat: Tensor, margin: Tensor) -> Tensor:
         """Positive on safe states, negative on unsafe ones, each by a hinge and a mean of its own.

@@ -1,12 +1,14 @@
 """Safety: signals, the barrier's losses, the multiplier, the shield on a double integrator."""
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from fastdreamer.agent import Dreamer
+from fastdreamer.agent import Dreamer, load
+from fastdreamer.cli import main
 from fastdreamer.config import ConfigError, ExploreConfig, SafetyConfig, preset
 from fastdreamer.ops.backend import last_backend, use_backend
 from fastdreamer.ops.params import GRUParams, MLPParams, RSSMParams, State, StdTransform
@@ -20,6 +22,7 @@ from fastdreamer.safety import (
     shortfall,
     walker_signal,
 )
+from fastdreamer.trainer import Trainer, read_config
 
 A, STATE, T, B = 6, 24, 6, 4
 
@@ -119,6 +122,52 @@ def test_a_signal_of_one_s_own(tmp_path, monkeypatch):
     ):
         with pytest.raises(ConfigError, match=says):
             load_signal(named(name), 4)
+
+
+def test_nothing_that_a_file_names_is_imported_unasked(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    module = tmp_path / "margins_that_tell.py"
+    tells = "import pathlib\npathlib.Path(__file__).with_name('imported').touch()\n"
+    module.write_text(tells + SIGNALS)
+    own = ["--safety", "margins_that_tell:upright"]
+    tiny = ["--preset", "tiny", "--train.frames", "120", "--safety.shield", "--run", "run"]
+    assert main(["train", "walker", *tiny, *own]) == 0
+    run, imported = tmp_path / "run", tmp_path / "imported"
+    assert imported.exists()
+
+    def forget():
+        imported.unlink(missing_ok=True)
+        sys.modules.pop("margins_that_tell", None)
+
+    forget()
+    agent = load(run)
+    agent.act(np.zeros(STATE, np.float32), shield=agent.make_shield())
+    with pytest.raises(ConfigError, match="is named by a file alone, which imports nothing"):
+        agent.guard.signal(np.zeros(STATE, np.float32))
+    (newest,) = sorted((run / "checkpoints").iterdir())[-1:]
+    for path in ("run", str(newest)):
+        capsys.readouterr()
+        assert main(["eval", path, "--episodes", "1", "--shield"]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert "with --safety margins_that_tell:upright it is imported" in said
+        assert "violations:" not in said
+    before = (run / "config.json").read_bytes()
+    assert main(["train", "--resume", "run", "--train.frames", "160"]) == 1
+    assert "name it again by --safety margins_that_tell:upright" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"name it again by Trainer\(run_dir, config\)"):
+        Trainer(run).train()
+    assert (run / "config.json").read_bytes() == before
+    assert not imported.exists()
+
+    assert main(["eval", "run", "--episodes", "1", *own]) == 0
+    assert "violations: " in capsys.readouterr().out and imported.exists()
+    forget()
+    assert main(["train", "--resume", "run", "--train.frames", "160", *own]) == 0
+    assert imported.exists() and read_config(run).safety.shield
+    forget()
+    agent = load(run, safety=SafetyConfig(own[1]))
+    assert not imported.exists() and agent.guard.signal(np.ones(STATE, np.float32)) == 0.5
+    forget()
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ import tyro
 from tyro.conf import Positional
 
 from fastdreamer.agent import Dreamer, load
-from fastdreamer.cli.run import Backend
+from fastdreamer.cli.run import Backend, config_of
 from fastdreamer.config import ConfigError, PlanConfig, SafetyConfig
 from fastdreamer.exploration import calibrate_episodes
 from fastdreamer.play import Recorder, episode_seed, evaluate_together, more_envs
-from fastdreamer.safety import Violations, load_signal, safety_rates
+from fastdreamer.safety import Violations, load_signal, own_signal, safety_rates
 from fastdreamer.viz.calibration import calibration_figure, write_calibration
 
 _CONTROLLERS = {
@@ -67,6 +67,12 @@ def run_eval(command: Eval, say: Callable[[str], None]) -> None:
     controller = agent.controller(command.controller)
     shield = agent.make_shield() if command.shield else None
     violations, recorders = None, []
+    own = config_of(command.run).safety
+    if own_signal(own) and command.safety.signal == "none":
+        say(
+            f"{command.run} names {own.signal} as its safety signal: with --safety {own.signal} it "
+            "is imported, and violations are counted"
+        )
     if command.safety.signal != "none":
         violations = Violations(load_signal(agent.config, agent.obs_shapes["state"][0]))
     if command.calibration:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from fastdreamer.checkpoint import load_meta
-from fastdreamer.config import Config, ConfigError, from_dict
+from fastdreamer.config import Config, ConfigError, SafetyConfig, from_dict
 from fastdreamer.envs import names_code
 from fastdreamer.ops.backend import check_backend, use_backend
 from fastdreamer.play import on_cpu, run_backend
 from fastdreamer.pretrained import find_agent
+from fastdreamer.safety import own_signal
 from fastdreamer.trainer import read_config
 
 Backend = Literal["run", "auto", "eager", "native", "triton"]
@@ -43,6 +45,11 @@ def allow_task(config: Config, run: Path | None, given: str) -> None:
             f"{run} was trained in an environment of its owner's code, which is not imported "
             f"unasked; if you trust it, name it as well: {task}"
         )
+
+
+def named_by_file(safety: SafetyConfig) -> SafetyConfig:
+    """A run's settings as what options start from: a module has to be named again."""
+    return replace(safety, signal="none") if own_signal(safety) else safety
 
 
 def playing_backend(run: Path, backend: Backend) -> contextlib.AbstractContextManager[None]:
