@@ -11,8 +11,11 @@ from fastdreamer.config import Config, ConfigError
 from fastdreamer.cores import learner_threads
 from fastdreamer.ops.backend import (
     check_backend,
+    chosen_backend,
+    describe_kernels,
     faster_precision,
     interpreting,
+    kernel_choice,
     why_slow,
 )
 from fastdreamer.ops.codec import DECODE
@@ -77,6 +80,27 @@ def resolve_config(config: Config) -> Config:
     precision = resolve_precision(config.precision, device, backend)
     threads = resolve_threads(config, device)
     return dataclasses.replace(config, device=device, precision=precision, threads=threads)
+
+
+def describe_choice(config: Config) -> dict[str, str | int | None]:
+    """What every ``auto`` of a configuration means here, for a reader.
+
+    Returns:
+        ``device``, ``precision``, ``threads`` and ``backend``, each with the reason where it is
+        not the fast one, and the native core's ``kernels``, None where another backend computes.
+    """
+    config = resolve_config(config)
+    backend = config.backend
+    if backend == "auto":
+        backend = chosen_backend(config.device)
+    choice = kernel_choice() if backend == "native" else None
+    return {
+        "device": describe_device(config.device),
+        "precision": config.precision,
+        "threads": config.threads,
+        "backend": backend,
+        "kernels": describe_kernels(choice) if choice else None,
+    }
 
 
 def describe_device(device: str) -> str:

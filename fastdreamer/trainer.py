@@ -16,7 +16,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,20 +29,31 @@ from fastdreamer import checkpoint
 from fastdreamer._version import __version__
 from fastdreamer.agent import Dreamer
 from fastdreamer.collector import Collector, Job, Result, policy_weights
-from fastdreamer.config import Config, ConfigError, from_dict, to_dict
-from fastdreamer.device import describe_device, resolve_config
+from fastdreamer.config import (
+    Config,
+    ConfigError,
+    architecture,
+    differences,
+    from_dict,
+    to_dict,
+)
+from fastdreamer.device import describe_choice, resolve_config
 from fastdreamer.episodes import episode_fields
+from fastdreamer.errors import FastdreamerError
 from fastdreamer.files import replacing
-from fastdreamer.logger import Logger, Progress
+from fastdreamer.logger import METRICS_FILE, Logger, Progress, read_metrics
 from fastdreamer.ops.backend import describe_kernels, kernel_choice
 from fastdreamer.play import run_backend
 from fastdreamer.replay import Replay
+from fastdreamer.safety import own_signal, refuse_signal
 
 _log = logging.getLogger("fastdreamer")
 
 
 _SHOWN, _WATCHED = 3, 5
 """Of an open-loop prediction in TensorBoard: sequences, and steps watched before it."""
+_CHOSEN = "chosen"
+"""The part of ``config.json`` that sets nothing."""
 _CURSOR = (
     "update",
     "episodes",
@@ -54,12 +65,24 @@ _CURSOR = (
 )
 
 
-class RunError(RuntimeError):
+Loaded = tuple[Path, dict[str, Tensor], dict[str, Any]]
+"""A checkpoint: its file, tensors and JSON document."""
+
+
+class RunError(FastdreamerError, RuntimeError):
     """A run directory cannot be used as asked; the message says why and what would work."""
 
 
 class Stopped(Exception):
-    """Ctrl-C or SIGTERM: the run was saved and can be resumed."""
+    """Ctrl-C or SIGTERM: the run can be resumed.
+
+    saved: it goes on where it was; asked a second time, it left at once, and goes on at the newest
+    checkpoint.
+    """
+
+    def __init__(self, *, saved: bool = True) -> None:
+        super().__init__()
+        self.saved = saved
 
 
 def create_run(run_dir: Path, config: Config) -> None:
@@ -70,19 +93,26 @@ def create_run(run_dir: Path, config: Config) -> None:
         ConfigError: they contradict each other.
     """
     config = resolve_config(config)  # a resumed run computes where this one does
+    _refuse_used(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with lock_run(run_dir):
+        _refuse_used(run_dir)  # again: another process may have been quicker
+        write_config(run_dir, config)
+
+
+def _refuse_used(run_dir: Path) -> None:
     if (run_dir / "config.json").exists():
         raise RunError(
             f"{run_dir} holds a run already; resume it with `fastdreamer train --resume {run_dir}`,"
             " or choose another --run"
         )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_config(run_dir, config)
 
 
 def write_config(run_dir: Path, config: Config) -> None:
-    """Write ``config.json`` atomically."""
+    """Write ``config.json`` atomically, with what ``auto`` means here for whoever reads it."""
+    told = {**to_dict(config), _CHOSEN: describe_choice(config)}
     with replacing(run_dir / "config.json") as temporary:
-        temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        temporary.write_text(json.dumps(told, indent=2) + "\n")
 
 
 def read_config(run_dir: Path) -> Config:
@@ -95,7 +125,10 @@ def read_config(run_dir: Path) -> Config:
     if not path.is_file():
         raise RunError(f"{run_dir} is not a run directory (no config.json)")
     try:
-        return from_dict(json.loads(path.read_text()))
+        told = json.loads(path.read_text())
+        if isinstance(told, dict):
+            told.pop(_CHOSEN, None)
+        return from_dict(told)
     except (ConfigError, ValueError, TypeError) as error:
         raise RunError(f"{path}: {error}") from error
 
@@ -116,14 +149,17 @@ class Trainer:
 
     Args:
         run_dir: made by ``create_run``.
+        config: settings to go on with in place of the run's own; they become its own when training
+            starts, if they fit.
 
     Raises:
-        RunError: not a run, or another process is training it.
+        RunError: not a run.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, config: Config | None = None) -> None:
         self.run_dir = run_dir
         self.config = read_config(run_dir)
+        self._asked = config
 
     def train(self, until: int | None = None) -> None:
         """Train to the end of the schedule.
@@ -133,40 +169,80 @@ class Trainer:
                 equals training in one go.
 
         Raises:
+            RunError: another process is training this run, its checkpoints are gone, or settings
+                do not fit what it has learned; everything is as it was.
             BackendError: the backend or device cannot run here.
             ConfigError: they contradict each other.
-            Stopped: a signal asked to stop; everything is saved.
+            Stopped: a signal asked to stop; everything is saved. A second one leaves at once.
             NonFiniteLoss: a loss or gradient became NaN or infinite; the newest checkpoint stands.
         """
-        config = self.config = resolve_config(self.config)
-        self._until = config.train.frames if until is None else min(until, config.train.frames)
-        torch.set_num_threads(config.threads)
         with contextlib.ExitStack() as stack:
             stack.enter_context(lock_run(self.run_dir))
+            config, loaded = self._settle()
+            self.config = config
+            self._until = config.train.frames if until is None else min(until, config.train.frames)
+            torch.set_num_threads(config.threads)
             stack.enter_context(run_backend(config))
             self._stop = stack.enter_context(stop_signals())
-            self._open(stack)
+            self._open(stack, loaded)
+            del loaded  # as large as all that learns
             self._run()
 
     # ----------------------------------------------------------------- set-up
 
-    def _open(self, stack: contextlib.ExitStack) -> None:
+    def _settle(self) -> tuple[Config, Loaded | None]:
+        """The settings to go on with and the newest checkpoint; they fit each other and are kept.
+
+        To be called under the lock: nothing is written before all is known to fit.
+        """
+        run_dir, own = self.run_dir, read_config(self.run_dir)
+        config = resolve_config(self._asked or own)
+        if self._asked is None and own_signal(own.safety):
+            refuse_signal(own.safety, "Trainer(run_dir, config)")
+        loaded = checkpoint.load_newest(run_dir / "checkpoints")
+        _refuse_lost(run_dir, own, loaded)
+        learned = architecture(own)
+        if loaded is not None:
+            _, _, meta = loaded
+            # One of before it was written down has that of its own settings.
+            learned = meta.get("architecture") or architecture(from_dict(meta["config"]))
+            frames = meta["cursor"]["env_frames"]
+            if config.train.frames < min(own.train.frames, frames):
+                raise RunError(
+                    f"{run_dir} has {frames} env frames already: there is nothing to do up to "
+                    f"train.frames = {config.train.frames} (its own: {own.train.frames})"
+                )
+        wrong = differences(
+            {"seed": own.seed, **learned}, {"seed": config.seed, **architecture(config)}
+        )
+        if wrong:
+            raise RunError(
+                f"{run_dir}: {'; '.join(wrong)}. What decides the networks, what they see and the "
+                "random numbers is fixed when a run starts; make a new run to change it"
+            )
+        if config != own:
+            write_config(run_dir, config)
+        return config, loaded
+
+    def _open(self, stack: contextlib.ExitStack, loaded: Loaded | None) -> None:
         """Build everything and put it where the newest checkpoint left it."""
         config, run_dir = self.config, self.run_dir
-        loaded = checkpoint.load_newest(run_dir / "checkpoints")
         kind = "pixels and state" if config.env.obs == "both" else config.env.obs
         self.progress = stack.enter_context(
             Progress(config.train.frames, title=f"{config.env.task} from {kind}")
         )
-        where = describe_device(config.device)
-        self.progress.message(f"computing on {where} in {config.precision}")
+        chosen = describe_choice(config)
+        by = f"{chosen['backend']}, {chosen['kernels']}" if chosen["kernels"] else chosen["backend"]
+        self.progress.message(f"computing on {chosen['device']} in {config.precision} by {by}")
         plural = "s" if config.threads > 1 else ""
         self.progress.message(f"learning on {config.threads} CPU thread{plural}")
         self.progress.update(phase="starting the collector")
-        self.collector = Collector(config, run_dir / "episodes")
+        self.collector = Collector(config, run_dir / "episodes", self._stop.check)
         stack.callback(self.collector.close)
         shapes, action_dim = self.collector.obs_shapes, self.collector.action_dim
         self.agent = Dreamer(config, shapes, action_dim)
+        if self.agent.guard is not None:
+            _ = self.agent.guard.signal  # one that cannot be loaded is refused before anything else
         self.optimizers = self.agent.make_optimizers()
         self.generator = torch.Generator().manual_seed(config.seed)
         self.sample_rng = np.random.default_rng(config.seed)
@@ -190,6 +266,8 @@ class Trainer:
         if loaded is not None:
             lines = self._restore(*loaded)
             self.progress.update(env_frames=self.env_frames, updates=self.update)
+        elif (run_dir / METRICS_FILE).exists():
+            self.progress.message("stopped before its first checkpoint: begins again at update 0")
         self.logger = stack.enter_context(Logger(run_dir, resume_lines=lines))
         if self.job is not None:
             self.collector.submit(self.job, self.job_weights)
@@ -212,6 +290,11 @@ class Trainer:
             setattr(self, name, cursor[name])
         self.job = Job(**cursor["job"]) if cursor["job"] else None
         self.job_weights = groups.get("job_weights", {})
+        if self.job is not None and not self.job.random:
+            needed = policy_weights(self.agent)
+            if needed.keys() != self.job_weights.keys():
+                # Others act than when it was begun, and they need more: all of one update.
+                self.job_weights, self.job = needed, replace(self.job, update=self.update)
         missing = self.replay.load(cursor["replay"])
         for warning in missing:
             self.progress.message(f"skipped: {warning}")
@@ -436,6 +519,7 @@ class Trainer:
         return {
             "version": __version__,
             "config": to_dict(self.config),
+            "architecture": architecture(self.config),
             "obs_shapes": self.agent.obs_shapes,
             "action_dim": self.agent.action_dim,
             "kernels": kernel_choice(),
@@ -484,19 +568,54 @@ def _oldest_episode(checkpoints: list[Path]) -> int:
     return min(held, default=0)
 
 
+def _refuse_lost(run_dir: Path, config: Config, loaded: Loaded | None) -> None:
+    """Raise RunError where a run had checkpoints and has none any more.
+
+    A kill before the first one leaves metrics of no more updates than there are between two; those
+    come again.
+    """
+    if loaded is not None:
+        return
+    updates = [0]
+    if (run_dir / METRICS_FILE).exists():
+        updates += [line["update"] for line in read_metrics(run_dir)]
+    for path in checkpoint.list_snapshots(run_dir / "snapshots").values():
+        with contextlib.suppress(checkpoint.CheckpointError):
+            updates.append(checkpoint.load_meta(path)["cursor"]["update"])
+    if max(updates) > config.train.checkpoint_every:
+        raise RunError(
+            f"{run_dir} has made {max(updates)} updates, but {run_dir / 'checkpoints'} holds no "
+            "checkpoint to go on from: put them back, or start afresh with `fastdreamer train "
+            f"{config.env.task}`, which makes a new run and leaves this one as it is"
+        )
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM, noted in ``asked``; see :func:`stop_signals`."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def note(self, *_: object) -> None:
+        """The signals' handler."""
+        if self.asked:
+            raise Stopped(saved=False)
+        self.asked = True
+
+    def check(self) -> None:
+        """Raise Stopped if asked to: where there is nothing to save."""
+        if self.asked:
+            raise Stopped
+
+
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Any]:
-    """Note Ctrl-C and SIGTERM in ``.asked`` instead of raising in the middle of an update."""
+def stop_signals() -> Iterator[StopSignals]:
+    """Note the first Ctrl-C or SIGTERM instead of raising in the middle of an update.
 
-    class Asked:
-        asked = False
-
-    state = Asked()
-
-    def note(*_: object) -> None:
-        state.asked = True
-
-    old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    The second one raises Stopped wherever it arrives.
+    """
+    state = StopSignals()
+    old = {s: signal.signal(s, state.note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield state
     finally:

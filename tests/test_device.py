@@ -10,11 +10,16 @@ from fastdreamer import _native
 from fastdreamer.checkpoint import list_checkpoints, list_snapshots, load_meta
 from fastdreamer.cli import main
 from fastdreamer.config import PRESETS, ConfigError
-from fastdreamer.device import describe_device, resolve_config, resolve_device
+from fastdreamer.device import (
+    describe_device,
+    resolve_config,
+    resolve_device,
+    resolve_threads,
+)
 from fastdreamer.ops import gpu
 from fastdreamer.ops.backend import OPS, BackendError, describe_kernels, kernel_choice
 from fastdreamer.ops.cuda_graph import driver_state
-from fastdreamer.trainer import create_run, read_config, write_config
+from fastdreamer.trainer import create_run, read_config
 
 TINY = PRESETS["tiny"]
 
@@ -150,12 +155,37 @@ def test_a_run_keeps_the_device_that_it_starts_on(tmp_path, with_gpu, monkeypatc
     assert read_config(tmp_path / "cpu").device == "cpu"
 
 
+def test_what_auto_chose_is_in_the_output_and_in_config_json(
+    tmp_path, capsys, monkeypatch, without_gpu
+):
+    monkeypatch.delenv("FASTDREAMER_BACKEND", raising=False)
+    run, auto = tmp_path / "run", ["--precision", "auto", "--threads", "0"]
+    assert main(["train", "walker", "--preset", "tiny", *auto, "--run", str(run)]) == 0
+    chosen = json.loads((run / "config.json").read_text())["chosen"]
+    assert chosen == {
+        "device": "cpu",
+        "precision": _native.faster(),
+        "threads": resolve_threads(dataclasses.replace(TINY, threads=0), "cpu"),
+        "backend": "native",
+        "kernels": describe_kernels(kernel_choice()),
+    }
+    said = f"computing on cpu in {chosen['precision']} by native, {chosen['kernels']}"
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert read_config(run).backend == "auto", "which goes on meaning what is fast"
+    monkeypatch.setenv("FASTDREAMER_BACKEND", "eager")
+    assert main(["train", "--resume", str(run), "--train.frames", "440"]) == 0
+    assert f"in {chosen['precision']} by eager" in " ".join(capsys.readouterr().out.split())
+    chosen = json.loads((run / "config.json").read_text())["chosen"]
+    assert (chosen["backend"], chosen["kernels"]) == ("eager", None)
+
+
 def test_a_run_of_a_gpu_goes_on_without_one_when_told_to(tmp_path, capsys, without_gpu):
     run = tmp_path / "run"
     assert main(["train", "walker", "--preset", "tiny", "--run", str(run)]) == 0
     assert "computing on cpu" in capsys.readouterr().out
-    write_config(run, dataclasses.replace(read_config(run), device="cuda"))
-    more = ["--train.frames", "160"]
+    settings = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(settings | {"device": "cuda"}))
+    more = ["--train.frames", "440"]
     assert main(["train", "--resume", str(run), *more]) == 1
     text = " ".join(capsys.readouterr().err.split())
     assert "was trained on cuda, and here is no usable NVIDIA GPU" in text
@@ -183,11 +213,11 @@ def test_a_resume_says_that_the_kernels_are_others(tmp_path, capsys, monkeypatch
     ):
         assert load_meta(path)["kernels"] == kernel_choice()
     resume = lambda frames: main(["train", "--resume", str(run), "--train.frames", str(frames)])  # noqa: E731
-    assert resume(160) == 0
+    assert resume(440) == 0
     assert "other kernels" not in capsys.readouterr().out
     other = {"fp32": "avx2", "bf16": "avx2", "for_bf16": "fp32"}
     monkeypatch.setattr("fastdreamer.trainer.kernel_choice", lambda: other)
-    assert resume(200) == 0
+    assert resume(480) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert f"({describe_kernels(kernel_choice())}; now fp32 by avx2, bf16 in fp32 arith" in text
     assert load_meta(list_checkpoints(run / "checkpoints")[-1])["kernels"] == other

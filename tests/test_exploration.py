@@ -482,9 +482,13 @@ def test_a_run_may_be_given_an_explorer_and_a_guard_once(plain_run, tmp_path, ca
     assert agent.explorer.rounds == 1 and agent.make_shield().decisions == 0
     assert before.keys() < agent.state_dict().keys()
     capsys.readouterr()
-    for change in (["--explore.beta", "3"], ["--safety.alpha", "0.5"], ["--safety", "none"]):
+    kept = (run / "config.json").read_bytes()
+    for change in (["--explore.heads", "3"], ["--safety.layers", "1"], ["--safety", "none"]):
         assert main(["train", "--resume", str(run), *change]) == 1
         assert "fixed when a run starts" in " ".join(capsys.readouterr().err.split())
+    assert (run / "config.json").read_bytes() == kept
+    changed = ["--explore.beta", "3", "--safety.alpha", "0.5", "--collect.noise", "0.1"]
+    assert main(["train", "--resume", str(run), *changed, "--train.frames", "200"]) == 0
 
 
 @pytest.fixture(scope="module")

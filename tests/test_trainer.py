@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import select
 import shutil
 import signal
@@ -30,15 +31,23 @@ from fastdreamer.checkpoint import (
     list_checkpoints,
     list_snapshots,
     load_checkpoint,
+    save_checkpoint,
 )
 from fastdreamer.collector import POLICY_PARTS, Collector
-from fastdreamer.config import preset
+from fastdreamer.config import preset, to_dict
 from fastdreamer.envs import make_env
 from fastdreamer.envs.gl import GLError, select_gl
 from fastdreamer.episodes import episode_path, read_episode
 from fastdreamer.logger import Logger, Progress
 from fastdreamer.play import agent_policy, collect, episode_seed, random_policy
-from fastdreamer.trainer import RunError, Trainer, create_run, lock_run, read_config
+from fastdreamer.trainer import (
+    RunError,
+    Trainer,
+    create_run,
+    lock_run,
+    read_config,
+    write_config,
+)
 
 TINY = preset("tiny")
 # 10 episodes of 20 decisions; 5 + 8 · 20 updates. Every 7 updates a checkpoint, so that they fall
@@ -156,7 +165,7 @@ SIGNAL_WHILE_WAITING = """
 import os, signal
 ready, calls = trainer.Collector.ready, []
 def signalled(self, timeout):
-    if self._pending[0].episode == {episode} and not calls:
+    if self._pending and self._pending[0].episode == {episode} and not calls:
         calls.append(timeout)
         os.killpg(os.getpid(), signal.SIGINT)  # a terminal's Ctrl-C: the collector gets it too
         return False
@@ -175,6 +184,42 @@ def killing(self, *args):
     if len(calls) == 4:  # at work
         os.kill(self._process.pid, signal.SIGKILL)
 trainer.Collector.submit = killing
+"""
+STOP_WORKER = """
+import os, signal
+start, submit, jobs = trainer.Collector._start, trainer.Collector.submit, []
+def stopped(self):
+    start(self)
+    if {job} == 0:
+        os.kill(self._process.pid, signal.SIGSTOP)
+def stopping(self, job, weights):
+    submit(self, job, weights)
+    jobs.append(job)
+    if len(jobs) == {job}:
+        os.kill(self._process.pid, signal.SIGSTOP)
+        (self._episodes.parent / "stopped").touch()
+trainer.Collector._start, trainer.Collector.submit = stopped, stopping
+"""
+LIMITED_FILES = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, resource.RLIM_INFINITY))
+train = trainer.Trainer.train
+def told(self):
+    try:
+        train(self)
+    except Exception as error:
+        (self.run_dir / "said").write_text(type(error).__name__ + ": " + str(error))
+        raise
+trainer.Trainer.train = told
+"""
+ENDLESS_UPDATE = """
+import time
+def endless(self, *args, **kwargs):
+    (self_dir / "updating").touch()
+    while True:
+        time.sleep(0.01)
+self_dir = trainer.Path({run_dir!r})
+trainer.Dreamer.update = endless
 """
 IN_STAGES = """
 train = trainer.Trainer.train
@@ -195,7 +240,8 @@ ENDLESS_JOB = """
 import dataclasses
 submit = trainer.Collector.submit
 def endless(self, job, weights):
-    submit(self, dataclasses.replace(job, episode=None, evaluations=10**6), weights)
+    many = dataclasses.replace(job, episode=None, evaluations=2000)
+    submit(self, job if job.random else many, weights)
 trainer.Collector.submit = endless
 """
 
@@ -611,6 +657,58 @@ def test_signals_stop_cleanly_wherever_they_arrive(kind, tmp_path, undisturbed, 
     assert_equals(run_dir, want)
 
 
+def test_ctrl_c_ends_a_run_whose_collector_is_stopped(tmp_path, reference, launcher):
+    run_dir = new_run(tmp_path / "run")
+    pid = launcher.start(run_dir, STOP_WORKER.format(job=0))  # while it starts
+    assert eventually(lambda: len(session(pid)) > 1, TIMEOUT)
+    os.killpg(pid, signal.SIGINT)
+    assert launcher.ended(20) and launcher.wait() == STOPPED
+    assert eventually(lambda: not session(pid), 5)
+
+    pid = launcher.start(run_dir, STOP_WORKER.format(job=5))  # at work: everything is saved
+    assert eventually((run_dir / "stopped").exists, TIMEOUT)
+    os.killpg(pid, signal.SIGINT)
+    assert launcher.ended(20) and launcher.wait() == STOPPED
+    assert eventually(lambda: not session(pid), 5)
+    assert newest(run_dir)[1]["cursor"]["update"] > 0
+    assert launcher.run(run_dir) == 0
+    assert_equals(run_dir, reference[0])
+
+
+def test_a_second_signal_leaves_at_once(tmp_path, launcher):
+    run_dir = new_run(tmp_path / "run")
+    pid = launcher.start(run_dir, ENDLESS_UPDATE.format(run_dir=str(run_dir)))
+    assert eventually((run_dir / "updating").exists, TIMEOUT)
+    os.kill(pid, signal.SIGINT)
+    assert not launcher.ended(1), "the first waits for the update"
+    os.kill(pid, signal.SIGTERM)
+    assert launcher.ended(20) and launcher.wait() == STOPPED
+    assert eventually(lambda: not session(pid), 5)
+    assert list_checkpoints(run_dir / "checkpoints") == []
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path, reference, launcher):
+    """A limit on a file's size: the system's own refusal, as of a disk that has no more room."""
+    run_dir = new_run(tmp_path / "run")
+    checkpoint = list_checkpoints(reference[0] / "checkpoints")[-1]
+    sizes = {
+        "checkpoint": checkpoint.stat().st_size - 1,
+        "episode": episode_path(reference[0] / "episodes", 9).stat().st_size - 1,
+    }
+    for what, size in sizes.items():
+        (run_dir / "log.txt").unlink(missing_ok=True)
+        assert launcher.run(run_dir, LIMITED_FILES.format(size=size)) == 1
+        last = (run_dir / "said").read_text()
+        assert re.search(
+            rf"(DiskFull|Collector)Error: {run_dir}/.*{what}.*: cannot be written", last
+        )
+        assert "MiB are free there. Make room: all that was written before is whole" in last
+        assert not list(run_dir.rglob(".tmp-*"))
+    (run_dir / "log.txt").unlink()
+    assert launcher.run(run_dir) == 0
+    assert_equals(run_dir, reference[0])
+
+
 def test_a_killed_collector_changes_nothing(tmp_path, reference, launcher):
     run_dir = new_run(tmp_path / "run")
     assert launcher.run(run_dir, KILL_COLLECTOR) == 0
@@ -700,6 +798,109 @@ def test_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
 
 
 # ------------------------------------------------------------------------ refusals
+
+
+def change(section, **values):
+    return dataclasses.replace(
+        CONFIG, **{section: dataclasses.replace(getattr(CONFIG, section), **values)}
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (change("behavior", actor_layers=3), "behavior.actor_layers, 2 here, 3 asked for"),
+        (change("behavior", critic_layers=1), "behavior.critic_layers, 2 here, 1 asked for"),
+        (change("behavior", target_every=0), "behavior.target_every > 0, True here, False asked"),
+        (change("model", deter=17), "model.deter, 16 here, 17 asked for"),
+        (change("env", action_repeat=4), "env.action_repeat, 2 here, 4 asked for"),
+        (dataclasses.replace(CONFIG, seed=4), "seed, 3 here, 4 asked for"),
+        (dataclasses.replace(CONFIG, agent="planet"), "agent, 'dreamer' here, 'planet' asked for"),
+        (change("train", frames=200), "has 400 env frames already.*nothing to do up to"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("age", ["new", "old"])
+def test_what_a_run_cannot_go_on_with_is_refused_and_nothing_changed(
+    asked, says, age, tmp_path, reference, launcher
+):
+    run_dir = copy_of(reference, tmp_path / "run")
+    if age == "old":  # of before the architecture was written into checkpoints
+        for path in list_checkpoints(run_dir / "checkpoints"):
+            tensors, meta = load_checkpoint(path)
+            del meta["architecture"]
+            save_checkpoint(path, tensors, meta)
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    with pytest.raises(RunError, match=says):
+        Trainer(run_dir, asked).train()
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+    assert load(run_dir).config == dataclasses.replace(CONFIG, device="cpu")
+
+
+def test_a_run_goes_on_after_refusals_and_takes_what_may_change(tmp_path, reference, launcher):
+    run_dir = copy_of(reference, tmp_path / "run")
+    with pytest.raises(RunError):
+        Trainer(run_dir, change("behavior", actor_layers=3)).train()
+    assert launcher.run(run_dir) == 0
+    assert_equals(run_dir, reference[0])
+    # Settings that no longer fit, as an older version left them: named, and mended by options.
+    write_config(run_dir, change("behavior", actor_layers=3))
+    with pytest.raises(RunError, match="behavior.actor_layers, 2 here, 3 asked for"):
+        Trainer(run_dir).train()
+    write_config(run_dir, CONFIG)
+    more = dataclasses.replace(
+        change("train", frames=440),
+        collect=dataclasses.replace(CONFIG.collect, noise=0.1, controller="mpc"),
+        behavior=dataclasses.replace(CONFIG.behavior, target_every=7),
+    )
+    hook = f"from fastdreamer.config import from_dict\nasked = from_dict({to_dict(more)!r})\n"
+    hook += "trainer.Trainer.__init__.__defaults__ = (asked,)"
+    assert launcher.run(run_dir, hook) == 0, (run_dir / "log.txt").read_text()
+    assert read_config(run_dir) == dataclasses.replace(more, device="cpu")
+    assert newest(run_dir)[1]["cursor"]["env_frames"] == 440
+
+
+def test_a_job_under_way_is_played_with_all_that_its_new_controller_needs(
+    tmp_path, reference, launcher
+):
+    run_dir = new_run(tmp_path / "run")
+    assert launcher.run(run_dir, SIGNAL_AT_UPDATE.format(count=49, name="SIGTERM")) == STOPPED
+    assert newest(run_dir)[1]["cursor"]["job"]["episode"] == 4
+    write_config(run_dir, change("collect", controller="mpc"))
+    assert launcher.run(run_dir) == 0, (run_dir / "log.txt").read_text()
+    assert newest(run_dir)[1]["cursor"]["env_frames"] == 400
+
+
+def test_settings_are_written_under_the_lock_alone(tmp_path):
+    run_dir = new_run(tmp_path / "run")
+    before = (run_dir / "config.json").read_bytes()
+    with lock_run(run_dir), pytest.raises(RunError, match="is being trained by another process"):
+        Trainer(run_dir, change("optim", model_lr=1e-3)).train()
+    assert (run_dir / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("metrics", [True, False], ids=["", "metrics gone too"])
+def test_lost_checkpoints_are_not_a_new_run(metrics, tmp_path, reference):
+    run_dir = copy_of(reference, tmp_path / "run")
+    shutil.rmtree(run_dir / "checkpoints")
+    if not metrics:
+        (run_dir / "metrics.jsonl").unlink()
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    says = "has made 165 updates, but .*checkpoints holds no checkpoint.*start afresh with"
+    with pytest.raises(RunError, match=says):
+        Trainer(run_dir).train()
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_of_another_agent_than_its_settings_is_refused(tmp_path, reference):
+    path = list_checkpoints(reference[0] / "checkpoints")[-1]
+    tensors, meta = load_checkpoint(path)
+    assert meta["architecture"]["behavior.actor_layers"] == 2
+    meta["config"]["behavior"]["actor_layers"] = 3
+    other = tmp_path / path.name
+    save_checkpoint(other, tensors, meta)
+    with pytest.raises(CheckpointError, match=f"{other.name}: .*actor_layers, 2 here, 3 asked for"):
+        load(other)
 
 
 def test_a_second_trainer_of_a_run_is_refused(tmp_path):
