@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +19,16 @@ import pytest
 import torch
 
 import fastdreamer
-from fastdreamer import _native
+from fastdreamer import _native, doctor
 from fastdreamer.cli import main
 from fastdreamer.doctor import kernel_reasons
+from fastdreamer.envs import gl
 from fastdreamer.ops.backend import describe_kernels, last_backend
 from fastdreamer.ops.cuda_graph import driver_state
+from fastdreamer.trainer import Trainer, read_config
 
 PIXELS = ["--preset", "tiny", "--obs", "pixels", "--render-quality", "fast"]
+STATE = ["train", "walker", "--obs", "state"]
 SHORT = ["--env.time-limit", "0.5", "--train.frames", "120", "--eval.every", "60"]
 
 
@@ -143,6 +148,19 @@ def test_resume_a_finished_run_and_extend_it(run, capsys):
             ["train", "walker", "--device", "cuda", "--backend", "native"],
             "backend 'native' runs on the CPU and device is 'cuda'",
         ),
+        (["train", "walker", "--seed", "4294967296"], "seed must be < 2**32"),
+        ([*STATE, "--train.frames", "1"], "leave nothing of train.frames = 1 to learn in"),
+        (
+            [*STATE, "--collect.prefill", "50", "--train.frames", "400", "--env.time-limit", "1"],
+            "collect.prefill = 50 random episodes of up to 40 env frames leave nothing of",
+        ),
+        ([*STATE, "--env.time-limit", "1e-9"], "time_limit must be at least one control step"),
+        ([*STATE, "--model.state-layers", "0"], "model.state_layers must be > 0"),
+        ([*STATE, "--model.deter", "1000000000"], "sizes take more than 8,388,608 TiB"),
+        ([*STATE, "--model.deter", "1000000"], "TiB for 3,002,"),
+        ([*STATE, "--replay.batch", "1000000000"], "for one batch (replay.batch"),
+        ([*STATE, "--plan.num-samples", "1000000000"], "for a plan's candidates"),
+        ([*STATE, "--threads", "100000"], "got 100000, whose stacks alone are 781 GiB"),
         (["train", "--resume", "nowhere"], "nowhere is not a run directory"),
         (["eval", "nowhere"], "nowhere: no such run or checkpoint"),
         (["eval", ".", "--episodes", "2"], "holds no checkpoint yet"),
@@ -156,6 +174,107 @@ def test_mistakes_are_explained(argv, says, capsys, monkeypatch, tmp_path):
     text = output(capsys)
     assert says in text and "Traceback" not in text, text
     assert not list(tmp_path.iterdir())  # a refused command leaves nothing behind
+
+
+def test_without_a_renderer_the_reason_alone_is_said(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gl, "_selected", {})
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    monkeypatch.delenv(gl._SELECTED, raising=False)
+    monkeypatch.setenv("__EGL_VENDOR_LIBRARY_FILENAMES", "/dev/null")
+    assert main(["train", "walker", *PIXELS]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("fastdreamer: MUJOCO_GL=egl is set, but this backend cannot")
+    assert len(captured.err.splitlines()) == 3 and captured.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dm_control_that_does_not_fit_its_mujoco_is_named(capsys, monkeypatch, tmp_path):
+    from dm_control import suite
+
+    def misfit(*args, **kwargs):
+        raise AttributeError("'mujoco._structs.MjModel' object has no attribute 'flex_bandwidth'")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(suite, "load", misfit)
+    assert main(["train", "walker", "--preset", "tiny"]) == 1
+    pair = " with ".join(f"{name} {version(name)}" for name in ("dm_control", "mujoco"))
+    text = output(capsys)
+    assert text.startswith(f"fastdreamer: {pair} cannot load a task (AttributeError: 'mujoco._st")
+    assert not list(tmp_path.iterdir())
+    assert dict(doctor._simulator())["simulator"].startswith(f"no: {pair} cannot load a task")
+    monkeypatch.undo()
+    assert dict(doctor._simulator())["simulator"] == "walker-walk loads and steps"
+
+
+def test_names_of_runs_hold_the_seed_and_do_not_collide(capsys, monkeypatch, tmp_path):
+    class Noon(datetime.datetime):
+        @classmethod
+        def now(cls):
+            return cls(2026, 1, 1, 12)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datetime.datetime", Noon)
+    monkeypatch.setattr(Trainer, "train", lambda self: None)
+    for seed in ("7", "7", "8", "7"):
+        assert main([*STATE, "--preset", "tiny", "--seed", seed]) == 0
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    stem = "walker-walk-20260101-120000-seed"
+    assert names == [f"{stem}7", f"{stem}7-2", f"{stem}7-3", f"{stem}8"]
+    seeds = [read_config(tmp_path / "runs" / name).seed for name in names]
+    assert seeds == [7, 7, 7, 8]
+
+
+def test_a_full_disk_is_looked_at_before_a_run(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Trainer, "train", lambda self: None)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
+    assert main(STATE) == 1
+    assert "1 MiB are free, the checkpoints alone take" in output(capsys)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 30))
+    assert main(["train", "walker"]) == 0
+    assert "note: 1 GiB are free at" in output(capsys)
+
+
+def test_fewer_frames_than_there_are_leave_nothing_to_do(run, capsys):
+    before = (run / "config.json").read_bytes()
+    assert main(["train", "--resume", str(run), "--train.frames", "20"]) == 1
+    assert "env frames already: there is nothing to do up to train.frames = 20" in output(capsys)
+    assert (run / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("preset", ["tiny", "nosuch"])
+def test_a_preset_is_no_setting_of_a_run_that_goes_on(preset, run, capsys):
+    before = (run / "config.json").read_bytes()
+    assert main(["train", "--resume", str(run), "--preset", preset]) == 1
+    assert "--preset is where a new run starts from" in output(capsys)
+    assert (run / "config.json").read_bytes() == before
+
+
+def test_a_fault_of_ours_keeps_its_traceback_and_a_user_s_is_one_line(
+    capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "walkr"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    with pytest.raises(ValueError, match="unknown task 'walkr'"):
+        main(["--debug", "train", "walkr"])
+    for fault in (ValueError("shapes do not fit"), OSError("no such device")):
+
+        def fails(*args, fault=fault):
+            raise fault
+
+        monkeypatch.setattr("fastdreamer.cli.train.canonical_task", fails)
+        with pytest.raises(type(fault), match=str(fault)):
+            main(["train", "walker"])
+
+
+def test_help_into_a_pipe_that_closes_is_quiet():
+    shell = f"{sys.executable} -m fastdreamer train --help | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("141\n", "")
 
 
 @pytest.mark.parametrize(
@@ -259,7 +378,7 @@ def test_ctrl_c_saves_and_prints_how_to_go_on(tmp_path):
     assert process.returncode == 130, text
     assert f"fastdreamer train --resume {run_dir}" in text and "Traceback" not in text
     done = subprocess.run(
-        [*argv[:4], "--resume", str(run_dir), "--train.frames", "40"],
+        [*argv[:4], "--resume", str(run_dir), "--train.frames", "400"],
         capture_output=True,
         text=True,
         timeout=120,

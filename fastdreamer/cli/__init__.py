@@ -8,8 +8,11 @@ type, and nothing is declared twice.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
+import os
+import select
 import shlex
 import sys
 from collections.abc import Sequence
@@ -20,7 +23,6 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from fastdreamer._version import __version__
-from fastdreamer.checkpoint import CheckpointError
 from fastdreamer.cli.bench import Bench, run_bench
 from fastdreamer.cli.compare import Compare, run_compare
 from fastdreamer.cli.doctor import Doctor, run_doctor
@@ -29,15 +31,11 @@ from fastdreamer.cli.eval import Eval, run_eval
 from fastdreamer.cli.export import Export, run_export
 from fastdreamer.cli.plot import Plot, run_plot
 from fastdreamer.cli.report import Report, run_report
-from fastdreamer.cli.run import allow_task, config_of, playing_backend
+from fastdreamer.cli.run import allow_task, config_of, named_by_file, playing_backend
 from fastdreamer.cli.train import Train, run_train, train_defaults
-from fastdreamer.collector import CollectorError
-from fastdreamer.config import Config, ConfigError
-from fastdreamer.envs.gl import GLError
-from fastdreamer.episodes import EpisodeError
-from fastdreamer.ops.backend import BackendError
-from fastdreamer.planning import PlanningError
-from fastdreamer.trainer import RunError, Stopped
+from fastdreamer.config import Config
+from fastdreamer.errors import ArgumentError, FastdreamerError
+from fastdreamer.trainer import Stopped
 
 _COMMANDS = {
     Train: run_train,
@@ -50,22 +48,32 @@ _COMMANDS = {
     Compare: run_compare,
     Doctor: run_doctor,
 }
-_EXPECTED = (
-    BackendError,
-    CheckpointError,
-    CollectorError,
-    ConfigError,
-    EpisodeError,
-    GLError,
-    PlanningError,
-    RunError,
-)
-"""Errors whose message is all that a user needs."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status (0 done, 1 failed, 2 misused, 130 stopped)."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    """Run the command line; return the exit status (0 done, 1 failed, 2 misused, 130 stopped, 141
+    nobody reads what it says any more, as behind ``| head``).
+
+    What a user can mend (:mod:`fastdreamer.errors`) is said in one line, with ``--debug`` by its
+    traceback; every other exception is a fault of ours and leaves with its traceback.
+    """
+    try:
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        pipe = select.poll()
+        pipe.register(sys.stdout.fileno(), 0)
+        if not pipe.poll(0):  # some other pipe's
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to say
+        return 141
+
+
+def _run(argv: list[str]) -> int:
+    debug = "--debug" in argv
+    argv = [word for word in argv if word != "--debug"]
     errors = Console(stderr=True)
     logging.basicConfig(
         level=logging.WARNING,
@@ -90,20 +98,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped:
         say(f"stopped; go on with: {shlex.join(['fastdreamer', *argv])}")
         return 130
-    except _EXPECTED as error:
+    except KeyboardInterrupt:
+        return 130
+    except FastdreamerError as error:
+        if debug:
+            raise
         fail(f"fastdreamer: {error}")
-        return 1
-    except ValueError as error:  # an argument that only its user could judge, such as a task
-        fail(f"fastdreamer: {error}")
-        return 2
+        return 2 if isinstance(error, ArgumentError) else 1
 
 
 def _parse(argv: list[str], config: Config | None = None) -> Any:
     subcommand, config = tyro.conf.subcommand, config or Config()
     planned = {"run": tyro.MISSING, "plan": config.plan}
+    safety = dataclasses.replace(named_by_file(config.safety), shield=False)
     commands = (
         Annotated[Train, subcommand("train", default=train_defaults(argv))]
-        | Annotated[Eval, subcommand("eval", default=Eval(**planned, safety=config.safety))]
+        | Annotated[Eval, subcommand("eval", default=Eval(**planned, safety=safety))]
         | Annotated[Dream, subcommand("dream")]
         | Annotated[Report, subcommand("report", default=Report(**planned))]
         | Annotated[Plot, subcommand("plot")]
@@ -115,6 +125,7 @@ def _parse(argv: list[str], config: Config | None = None) -> Any:
     return tyro.cli(
         commands,
         prog="fastdreamer",
-        description="Dreamer with every recurrent loop compiled: train, evaluate, watch.",
+        description="Dreamer with every recurrent loop compiled: train, evaluate, watch. "
+        "--debug shows the traceback of what is otherwise said in one line.",
         args=argv,
     )

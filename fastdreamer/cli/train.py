@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
+import itertools
 import re
 import shlex
 from collections.abc import Callable
@@ -15,14 +17,20 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
+from fastdreamer import preflight
 from fastdreamer.agent import NonFiniteLoss
 from fastdreamer.checkpoint import list_checkpoints
-from fastdreamer.cli.run import allow_task
+from fastdreamer.cli.run import allow_task, named_by_file
+from fastdreamer.collector import CollectorError
 from fastdreamer.config import PRESETS, Config, ConfigError, preset
 from fastdreamer.device import resolve_config
-from fastdreamer.envs import canonical_task, is_foreign
+from fastdreamer.envs import canonical_task, is_foreign, names_code
+from fastdreamer.files import DiskFullError
 from fastdreamer.ops.gpu import why_no_cuda
-from fastdreamer.trainer import Stopped, Trainer, create_run, read_config, write_config
+from fastdreamer.safety import own_signal, refuse_signal
+from fastdreamer.trainer import Stopped, Trainer, create_run, read_config
+
+_PRESET = "walker"
 
 
 @dataclass
@@ -38,36 +46,44 @@ class Train:
     task: Annotated[Positional[str], tyro.conf.arg(metavar="TASK")] = ""
     """DeepMind Control task, domain-task: walker-walk, cheetah-run, ...; walker is walker-walk. Or
     gym:ID, a registered gymnasium environment, or module:function, which returns one."""
-    preset: Annotated[str, tyro.conf.arg(metavar="|".join(PRESETS))] = "walker"
-    """Where the settings start from; the options below change single ones."""
+    preset: Annotated[str | None, tyro.conf.arg(metavar="|".join(PRESETS))] = None
+    """Where the settings of a new run start from, walker by default; the options below change
+    single ones."""
     run: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Run directory to make; default: runs/TASK-DATE-TIME."""
+    """Run directory to make; default: runs/TASK-DATE-TIME-seedSEED."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
-    """Go on with this run; options given here replace its settings, except task and sizes."""
+    """Go on with this run; options given here replace its settings, except those that decide its
+    networks, what they see and the random numbers."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
 def train_defaults(argv: list[str]) -> Train:
     """What ``train``'s options start from: a preset, or the settings of the run to resume."""
     if not argv or argv[0] != "train":
-        return Train(config=PRESETS["walker"])
+        return Train(config=PRESETS[_PRESET])
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--preset", default="walker")
+    early.add_argument("--preset", default=_PRESET)
     early.add_argument("--resume", type=Path)
     known, _ = early.parse_known_args(argv[1:])
     if known.resume is not None:
-        return Train(config=read_config(known.resume))
+        config = read_config(known.resume)
+        return Train(config=dataclasses.replace(config, safety=named_by_file(config.safety)))
     return Train(config=preset(known.preset))
 
 
 def run_train(command: Train, say: Callable[[str], None]) -> int:
-    run_dir = _resumed_run(command, say) if command.resume else _new_run(command)
+    make = _resumed_run if command.resume else _new_run
+    run_dir, config = make(command, say)
     say(f"run directory: {run_dir}")
-    again = f"fastdreamer train --resume {shlex.quote(str(run_dir))}"
+    named = f" {config.env.task}" if names_code(config.env.task) else ""
+    again = f"fastdreamer train{named} --resume {shlex.quote(str(run_dir))}"
+    if own_signal(config.safety):
+        again += f" --safety {config.safety.signal}"
     try:
-        Trainer(run_dir).train()
-    except Stopped:
-        say(f"stopped, nothing is lost; go on with: {again}")
+        Trainer(run_dir, config).train()
+    except Stopped as stopped:
+        how = "nothing is lost" if stopped.saved else "at once: the newest checkpoint stands"
+        say(f"stopped, {how}; go on with: {again}")
         return 130
     except NonFiniteLoss as error:
         kept = list_checkpoints(run_dir / "checkpoints")
@@ -77,6 +93,8 @@ def run_train(command: Train, say: Callable[[str], None]) -> int:
             f"{again} --precision fp32 --optim.model-lr 3e-4"
         )
         return 1
+    except (CollectorError, DiskFullError) as error:
+        raise type(error)(f"{error}\nGo on with: {again}") from error
     videos = sorted((run_dir / "videos").glob("eval-*.mp4"))
     if videos:
         say(f"video of the final evaluation's first episode: {videos[-1]}")
@@ -84,7 +102,7 @@ def run_train(command: Train, say: Callable[[str], None]) -> int:
     return 0
 
 
-def _new_run(command: Train) -> Path:
+def _new_run(command: Train, say: Callable[[str], None]) -> tuple[Path, Config]:
     if not command.task:
         raise ConfigError("train needs a TASK (for example: fastdreamer train walker) or --resume")
     task = canonical_task(command.task)
@@ -93,40 +111,52 @@ def _new_run(command: Train) -> Path:
     if config.model.discount is None:
         model = dataclasses.replace(config.model, discount=is_foreign(task))
         config = dataclasses.replace(config, model=model)
-    config.validate()
+    config = resolve_config(config.validate())
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     name = re.sub(r"[^\w.-]+", "-", task)
-    run_dir = command.run or Path("runs") / f"{name}-{stamp}"
+    run_dir = command.run or Path("runs") / f"{name}-{stamp}-seed{config.seed}"
+    preflight.check(config, run_dir, say)
+    if command.run is None:
+        run_dir = _claim(run_dir)
     create_run(run_dir, config)
-    return run_dir
+    return run_dir, config
 
 
-def _resumed_run(command: Train, say: Callable[[str], None]) -> Path:
-    """Take new settings into a run; refuse those that its weights or episodes don't fit."""
+def _claim(path: Path) -> Path:
+    """Make a directory of that name or, where another run was quicker, with a number behind it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        claimed = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            claimed.mkdir()
+            return claimed
+    raise AssertionError
+
+
+def _resumed_run(command: Train, say: Callable[[str], None]) -> tuple[Path, Config]:
+    """The run to go on with and the settings for it; the trainer refuses those that don't fit."""
     run_dir = command.resume
     if command.run is not None:
         raise ConfigError("--run makes a new run and --resume goes on with one: give one of them")
-    old, new = read_config(run_dir), command.config.validate()
+    if command.preset is not None:
+        raise ConfigError(
+            f"--preset is where a new run starts from, and --resume goes on with the settings of "
+            f"{run_dir}: leave it out, and change single ones by their own options"
+        )
+    old, new = read_config(run_dir), command.config
     allow_task(old, run_dir, command.task)
+    if own_signal(old.safety) and new.safety.signal == "none":
+        refuse_signal(old.safety, f"--safety {old.safety.signal}")
+    new.validate()
     if new.device == old.device != "cpu" and (reason := why_no_cuda()):
         raise ConfigError(
             f"{run_dir} was trained on {old.device}, and here is {reason}; --device cpu goes on "
             "without it, with the same random numbers but not bit for bit"
         )
-    new = resolve_config(new)
-    if new.device != old.device:
+    device = resolve_config(new).device
+    if device != old.device:
         say(f"trained on {old.device} so far: from here on not bit for bit as it would have been")
     if command.task and canonical_task(command.task) != old.env.task:
         raise ConfigError(f"{run_dir} is a run of {old.env.task}, not of {command.task}")
-    fixed = ("agent", "seed", "env", "model", "collect", "explore", "safety")
-    # A trained agent may be given an explorer or a guard later; they start with what it knows.
-    later = {"explore": old.explore.method == "none", "safety": old.safety.signal == "none"}
-    for name in fixed:
-        if getattr(old, name) != getattr(new, name) and not later.get(name):
-            raise ConfigError(
-                f"{name} is fixed when a run starts; make a new run to change it "
-                f"(fixed: {', '.join(fixed)})"
-            )
-    if old != new:
-        write_config(run_dir, new)
-    return run_dir
+    preflight.check(new, run_dir, say)
+    return run_dir, new
