@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fastdreamer._version import __version__
+from fastdreamer.errors import how_to_install
 
 if TYPE_CHECKING:
     from fastdreamer.agent import Dreamer, NonFiniteLoss, load
@@ -55,7 +56,13 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     for home, names in _HOMES.items():
         if name in names:
-            value = getattr(import_module(f"{__name__}.{home}"), name)
+            try:
+                value = getattr(import_module(f"{__name__}.{home}"), name)
+            except ModuleNotFoundError as error:
+                if (remedy := how_to_install(error)) is None:
+                    raise
+                message = f"{__name__}.{name} needs a package: {remedy}"
+                raise ModuleNotFoundError(message, name=error.name) from None
             globals()[name] = value  # the next time it is found without asking
             return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

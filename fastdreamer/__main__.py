@@ -3,14 +3,20 @@
 import sys
 
 from fastdreamer.cores import bound_spinning
+from fastdreamer.errors import how_to_install
 
 
 def main() -> int:
     """Run the command line in a process that is its own; return the exit status."""
     if sys.argv[1:2] != ["bench"]:  # which times other people's loops, as they run by themselves
         bound_spinning()  # before anything imports torch
-    from fastdreamer.cli import main as run
-
+    try:
+        from fastdreamer.cli import main as run
+    except ModuleNotFoundError as error:
+        if (remedy := how_to_install(error)) is None:
+            raise
+        print(f"fastdreamer: {remedy}", file=sys.stderr)
+        return 1
     return run()
 
 

@@ -37,7 +37,11 @@ def check(config: Config, run_dir: Path, say: Callable[[str], None]) -> None:
     """
     task = config.env
     env = make_env(
-        task.task, obs=task.obs, action_repeat=task.action_repeat, time_limit=task.time_limit
+        task.task,
+        obs=task.obs,
+        action_repeat=task.action_repeat,
+        time_limit=task.time_limit,
+        image_size=task.image_size,
     )
     env.close()
     seen = env.obs_shapes

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from fastdreamer import errors
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fastdreamer"
 
-MODEL = {"config", "ops", "nn"}
+MODEL = {"config", "errors", "ops", "nn"}
 PUBLIC = MODEL | {"_version", "losses", "planning", "exploration", "safety", "agent"}
 PUBLIC |= {"checkpoint", "collector", "envs", "logger", "replay", "report", "rollout", "trainer"}
 PUBLIC |= {"episodes", "files", "play", "policy", "pretrained", "viz"}
@@ -22,27 +24,29 @@ PUBLIC |= {"episodes", "files", "play", "policy", "pretrained", "viz"}
 # agent → trainer → cli.
 ALLOWED = {
     "_version": set(),
-    "config": set(),
+    "errors": set(),
+    "config": {"errors"},
     "cores": set(),
-    "files": set(),
-    "ops": {"_native"},
-    "nn": {"config", "ops"},
+    "files": {"errors"},
+    "ops": {"_native", "errors"},
+    "nn": {"config", "errors", "ops"},
     "noise": set(),
     "losses": MODEL,
     "planning": MODEL | {"noise"},
     "exploration": MODEL,
     "safety": MODEL | {"noise"},
-    "checkpoint": {"config", "_version", "files"},
-    "envs": {"config", "_version"},
-    "episodes": {"files"},
+    "checkpoint": {"config", "_version", "errors", "files"},
+    "envs": {"config", "_version", "errors"},
+    "episodes": {"errors", "files"},
     "replay": {"episodes", "files"},
-    "logger": {"config", "_version"},
-    "viz": {"files", "logger"},
+    "logger": {"config", "_version", "errors", "files"},
+    "viz": {"errors", "files", "logger"},
     "device": {"config", "cores", "ops"},
     "policy": MODEL | {"device", "noise", "planning", "exploration", "safety"},
     "agent": MODEL | {"losses", "exploration", "checkpoint", "policy", "pretrained"},
-    "play": {"config", "device", "ops", "policy", "envs", "safety", "viz"},
-    "collector": {"config", "device", "ops", "policy", "play", "episodes", "safety"},
+    "play": {"config", "device", "errors", "ops", "policy", "envs", "safety", "viz"},
+    "collector": {"config", "device", "errors", "ops", "policy", "play", "episodes", "safety"},
+    "preflight": MODEL | {"device", "envs", "files"},
     "trainer": PUBLIC - {"trainer", "report", "rollout", "viz"} | {"device"},
     "pretrained": {"checkpoint"},
     "report": {"config", "files", "agent", "checkpoint", "logger", "play", "trainer", "viz"},
@@ -52,8 +56,8 @@ ALLOWED = {
     "testing": {"ops", "nn"},
     "doctor": {"_version", "_native", "config", "envs", "ops"},
     "compare": PUBLIC - {"rollout"} | {"device", "doctor"},
-    "cli": PUBLIC | {"adapters", "compare", "device", "doctor"},
-    "__main__": {"cli", "cores"},
+    "cli": PUBLIC | {"adapters", "compare", "device", "doctor", "preflight"},
+    "__main__": {"cli", "cores", "errors"},
     "__init__": PUBLIC,
 }
 
@@ -62,7 +66,6 @@ THIRD_PARTY = {
     "dm_control": {"envs"},
     "mujoco": {"envs"},
     "matplotlib": {"viz"},
-    "imageio": {"viz"},
     "imageio_ffmpeg": {"viz/video"},
     "tensorboard": {"logger"},
     "triton": {"ops/triton", "testing", "envs"},  # envs: before Mesa loads its LLVM
@@ -174,7 +177,7 @@ def test_the_parser_sees_every_form(tmp_path, monkeypatch):
 
 def test_import_is_light():
     """No simulator, plotting, logging or kernel compiler is loaded before it is asked for."""
-    heavy = ["dm_control", "mujoco", "matplotlib", "tensorboard", "triton", "imageio"]
+    heavy = ["dm_control", "mujoco", "matplotlib", "tensorboard", "triton"]
     code = (
         "import json, sys, fastdreamer\n"
         "assert 'torch' not in sys.modules\n"
@@ -186,6 +189,75 @@ def test_import_is_light():
     )
     assert json.loads(out.stdout) == []
     assert out.stderr == ""
+
+
+WITHOUT = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {absent}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def without(modules, code):
+    """What code prints where packages are not installed, and its exit status."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT.format(absent=sorted(modules)) + code],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_drop_in_needs_pytorch_and_numpy_alone():
+    extras = {module for modules in errors._EXTRAS.values() for module in modules}
+    code = (
+        "sys.path.insert(0, 'examples')\n"
+        "import rollout\n"
+        "assert rollout.make().verify(repeats=1).ok\n"
+        "import fastdreamer, fastdreamer.adapters\n"
+        "from fastdreamer.ops.lambda_return import OP\n"
+        "print(OP.why_not('triton', 'cpu') or OP._load('triton'))\n"
+        "for name in ('load', 'make_env'):\n"
+        "    try:\n        getattr(fastdreamer, name)('walker')\n"
+        "    except (ImportError, RuntimeError) as error:\n        print(error)\n"
+    )
+    status, out, err = without(extras, code)
+    assert status == 0, err
+    needs = "is not installed: pip install 'fastdreamer[train]'"
+    assert re.search(rf"^fastdreamer.load needs a package: \w+ {re.escape(needs)}$", out, re.M), out
+    assert needs in out.splitlines()[-1]
+
+
+def test_the_command_line_says_once_what_to_install():
+    code = "from fastdreamer.__main__ import main\nsys.argv[1:] = ['--version']\nsys.exit(main())"
+    told = without({"tyro"}, code)
+    says = "fastdreamer: tyro is not installed: pip install 'fastdreamer[train]'\n"
+    assert told == (1, "", says)
+
+
+def test_extras_bring_what_is_named():
+    """Every third-party import of the package is a dependency or of an extra, and no more is."""
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = lambda words: {re.match(r"[\w.-]+", word)[0].lower() for word in words}  # noqa: E731
+    renamed = {"PIL": "pillow", "imageio_ffmpeg": "imageio-ffmpeg"}
+    for extra, modules in errors._EXTRAS.items():
+        found = named(project["optional-dependencies"][extra])
+        assert found == {renamed.get(module, module) for module in modules}
+    base = named(project["dependencies"])
+    assert base == {"torch", "numpy"}
+    third = {name.partition(".")[0] for path in FILES for _, name in imports(path)}
+    third -= {*sys.stdlib_module_names, "fastdreamer", "gymnasium", "stable_baselines3"}
+    third -= {"torchrl", "tensordict", *base}
+    # OpenGL and its like come with dm_control.
+    assert third <= {m for modules in errors._EXTRAS.values() for m in modules}
+    assert {m for modules in errors._EXTRAS.values() for m in modules} - third <= {
+        "mujoco", "tensorboard",  # dm_control's and torch's needs
+    }  # fmt: skip
 
 
 def test_every_public_name_exists_and_nothing_else_is_promised():
