@@ -263,6 +263,6 @@ def test_a_function_s_task_from_the_shell(module, capsys):
 
 
 def test_the_suite_learns_no_ends_unless_asked(tmp_path):
-    short = ["--preset", "tiny", "--train.frames", "40", "--run", str(tmp_path / "run")]
+    short = ["--preset", "tiny", "--train.frames", "120", "--run", str(tmp_path / "run")]
     assert main(["train", "walker", *short]) == 0
     assert json.loads((tmp_path / "run/config.json").read_text())["model"]["discount"] is False
