@@ -466,12 +466,14 @@ class Trainer:
         """What a job brought, and the seconds waited for it, which the display expects of later
         ones."""
         start = time.monotonic()
-        if not self.collector.ready(timeout=0) and job.episode is not None and not job.random:
+        ready = self.collector.ready(timeout=0)
+        if not ready and job.episode is not None and not job.random:
             also = " and its evaluation" if job.evaluations else ""
             self.progress.update(phase=f"waiting for episode {job.episode + 1}{also}")
-        while not self.collector.ready(timeout=0.2):
+        while not ready:
             if self._stop.asked:
                 self._halt()
+            ready = self.collector.ready(timeout=0.2)
         waited = time.monotonic() - start
         if job.episode is not None and not job.random:
             self._waited.append(waited)
