@@ -14,7 +14,7 @@ from benchmarks.variants import VARIANTS
 from fastdreamer import testing
 from fastdreamer.ops.lambda_return import OP, lambda_return
 
-SHAPES = [(15, 400), (15, 800), (12, 1000), (50, 16)]  # H, B: presets report and walker; planning
+SHAPES = [(15, 400), (10, 256), (12, 1000), (50, 16)]  # H, B: presets report and walker; planning
 
 
 def _leaves(inputs: dict[str, Any]) -> list[list[Tensor]]:

@@ -157,7 +157,7 @@ def test_resume_a_finished_run_and_extend_it(run, capsys):
         ([*STATE, "--env.time-limit", "1e-9"], "time_limit must be at least one control step"),
         ([*STATE, "--model.state-layers", "0"], "model.state_layers must be > 0"),
         ([*STATE, "--model.deter", "1000000000"], "sizes take more than 8,388,608 TiB"),
-        ([*STATE, "--model.deter", "1000000"], "TiB for 3,002,"),
+        ([*STATE, "--model.deter", "1000000"], "TiB for 3,001,"),
         ([*STATE, "--replay.batch", "1000000000"], "for one batch (replay.batch"),
         ([*STATE, "--plan.num-samples", "1000000000"], "for a plan's candidates"),
         ([*STATE, "--threads", "100000"], "got 100000, whose stacks alone are 781 GiB"),

@@ -71,19 +71,23 @@ def test_report_is_the_report_s_experiment():
     assert c.train.frames / 1000 * 100 == 100_000 and c.train.pretrain == 0
 
 
-def test_walker_has_the_original_s_networks_and_losses():
+def test_walker_has_the_original_s_actor_and_losses_on_a_small_scale():
     c = preset("walker")
     assert (c.model.stoch, c.model.deter) == (30, 200)
     assert (c.model.input_hidden, c.model.hidden) == (None, 200)
-    assert c.model.encoder_channels == (32, 64, 128, 256) and c.model.encoder_linear is None
-    assert c.model.decoder_linear == 1024 and not c.model.decoder_linear_relu
-    assert c.model.decoder_channels == (128, 64, 32)
+    assert c.model.encoder_channels == (16, 32, 64, 128) and c.model.encoder_linear is None
+    assert c.model.decoder_linear == 512 and not c.model.decoder_linear_relu
+    assert c.model.decoder_channels == (64, 32, 16) and c.model.units == 200
     assert (c.loss.image_scale, c.loss.reward_scale, c.behavior.value_scale) == (0.5, 0.5, 0.5)
     b = c.behavior
     assert (b.mean_scale, b.min_std, b.greedy) == (5.0, 1e-4, "median") and b.discount_weights
     assert math.log1p(math.exp(b.std_offset)) == pytest.approx(5.0, rel=1e-12)
-    assert c.optim == Config().optim
-    assert b.gamma == 0.99 and b.lam == 0.95 and b.imag_horizon == 15
+    o = c.optim
+    assert (o.model_lr, o.actor_lr, o.critic_lr, o.clip) == (6e-4, 3e-4, 3e-4, 100.0)
+    assert b.gamma == 0.99 and b.lam == 0.95 and b.imag_horizon == 10
+    # 125 updates of 16·16 for each episode of 500 decisions; it ends by itself
+    assert c.train.replay_ratio * 500 / (c.replay.batch * c.replay.length) == 125
+    assert c.train.frames == 300_000
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ def test_planet_from_the_command_line(tmp_path, capsys):
     assert [f.name for f in files] == ["episodes.csv", "planet.csv", "figure-3.png", "figure-4.png"]
     argv = ["train", "--resume", str(run_dir), "--agent", "dreamer"]
     assert main(argv) == 1
-    assert "agent is fixed when a run starts" in capsys.readouterr().err.replace("\n", " ")
+    assert "is fixed when a run starts" in capsys.readouterr().err.replace("\n", " ")
     argv = ["train", "walker", "--preset", "tiny", "--agent", "planet", "--collect", "mpc"]
     assert main([*argv, "--run", str(tmp_path / "no")]) == 1
     assert "collect.controller must be 'auto' for planet" in capsys.readouterr().err

@@ -22,21 +22,28 @@ from fastdreamer.config.sections import (
 
 
 def _walker() -> Config:
-    """The original's networks, actor and losses with a cheaper economy."""
+    """From pixels on two CPU cores: the original's actor and losses on a small scale, which learn
+    most in an hour of what was tried (docs/recipe.md)."""
     return Config(
-        replay=ReplayConfig(batch=16, length=50),
+        env=EnvConfig(render_quality="fast"),
+        replay=ReplayConfig(batch=16, length=16),
         model=ModelConfig(
             hidden=200,
             input_hidden=None,
-            encoder_channels=(32, 64, 128, 256),
+            units=200,
+            encoder_channels=(16, 32, 64, 128),
             encoder_linear=None,
-            decoder_channels=(128, 64, 32),
+            decoder_channels=(64, 32, 16),
+            decoder_linear=512,
             decoder_linear_relu=False,
         ),
         loss=LossConfig(
             image_scale=0.5, state_scale=0.5, reward_scale=0.5, free_nats=1.0, kl_balance=0.8
         ),
         behavior=BehaviorConfig(
+            imag_horizon=10,
+            actor_layers=2,
+            critic_layers=2,
             mean_scale=5.0,
             std_offset=math.log(math.expm1(5.0)),
             min_std=1e-4,
@@ -45,26 +52,23 @@ def _walker() -> Config:
             discount_weights=True,
             target_every=100,
         ),
+        optim=OptimConfig(actor_lr=3e-4, critic_lr=3e-4),
         collect=CollectConfig(prefill=5),
         plan=PlanConfig(plan_horizon=15, init_std=0.5, common_noise=True),
-        train=TrainConfig(replay_ratio=160.0, pretrain=100),
+        train=TrainConfig(frames=300_000, replay_ratio=64.0, pretrain=100),
+        eval=EvalConfig(every=20_000),
     )
 
 
 def _state() -> Config:
-    """From the simulator's state on a small CPU: the walker preset with smaller networks."""
+    """From the simulator's state on a small CPU: the walker preset with fewer updates."""
     walker = _walker()
     return dataclasses.replace(
         walker,
         env=EnvConfig(task="walker-stand", obs="state"),
-        replay=ReplayConfig(batch=16, length=16),
-        model=dataclasses.replace(walker.model, units=200),
-        behavior=dataclasses.replace(
-            walker.behavior, imag_horizon=10, actor_layers=2, critic_layers=2
-        ),
-        optim=OptimConfig(actor_lr=3e-4, critic_lr=3e-4),
         plan=dataclasses.replace(walker.plan, plan_horizon=10),
-        train=TrainConfig(frames=300_000, replay_ratio=50.0, pretrain=100),
+        train=dataclasses.replace(walker.train, replay_ratio=50.0),
+        eval=EvalConfig(),
     )
 
 
