@@ -10,6 +10,7 @@
 #include "bindings/weights.h"
 #include "cpu/codec.h"
 #include "cpu/parallel.h"
+#include "cpu/task.h"
 
 namespace fastdreamer {
 namespace {
@@ -157,11 +158,11 @@ std::unique_ptr<EncodeRun> encode_forward(py::object pack, py::handle pixels, py
   const PackedEncoder& encoder = pack.cast<const PackedEncoder&>();
   if (keep && !encoder.gradients()) fail("encode: the weights were not packed for gradients");
   const std::vector<Conv>& convs = encoder.convs().convs();
-  const Kernels& k = kernels(encoder.precision());
   const Array shape(op, "pixels", pixels);
   if (shape.ndim() != 4 || shape.size(0) < 1) {
     fail("encode: pixels must be [N, height, width, channels], N not 0");
   }
+  const Kernels& k = kernels_for(kernels(encoder.precision()), shape.size(0));
   EncodeArgs x{};
   x.kernels = &k;
   x.convs = convs.data();
@@ -316,7 +317,6 @@ py::tuple decode_forward(py::object pack, py::handle feat, py::object pixels, py
   const PackedDecoder& decoder = pack.cast<const PackedDecoder&>();
   if (keep && !decoder.gradients()) fail("decode: the weights were not packed for gradients");
   DecodeArgs x{};
-  x.kernels = &kernels(decoder.precision());
   x.linear = decoder.linear();
   x.linear_relu = decoder.linear_relu();
   x.first = decoder.first();
@@ -326,6 +326,7 @@ py::tuple decode_forward(py::object pack, py::handle feat, py::object pixels, py
   const Array shape("decode", "feat", feat);
   if (shape.ndim() != 2 || shape.size(0) < 1) fail("decode: feat must be [N, F], N not 0");
   x.N = shape.size(0);
+  x.kernels = &kernels_for(kernels(decoder.precision()), x.N);
   x.feat = run->arrays.in("feat", feat, {x.N, x.linear->in});
   const ImageSize image = grown(x.first_image, x.convs, x.depth);
   x.pixels =

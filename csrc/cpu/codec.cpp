@@ -8,19 +8,16 @@
 namespace fastdreamer {
 namespace {
 
-// Images of a tile: the rows of a product (conv-inl.h).
-constexpr Index kImages = 10;
-
 // Chunks of a batch at most, each with weight gradients of its own.
 constexpr Index kChunks = 20;
 
-// A batch cut into chunks of whole tiles; a function of the batch alone.
+// A batch cut into chunks of whole tiles; a function of the batch and the kernels alone.
 struct Chunks {
-  Index images, size, count;
+  Index images, tile, size, count;
 
-  explicit Chunks(Index images) : images(images) {
-    const Index tiles = (images + kImages - 1) / kImages;
-    size = (tiles + kChunks - 1) / kChunks * kImages;
+  Chunks(const Kernels& k, Index images) : images(images), tile(k.conv_images) {
+    const Index tiles = (images + tile - 1) / tile;
+    size = (tiles + kChunks - 1) / kChunks * tile;
     count = (images + size - 1) / size;
   }
 
@@ -28,13 +25,13 @@ struct Chunks {
   template <class Body>
   void tiles(Index chunk, const Body& body) const {
     const Index begin = chunk * size, end = std::min(images, begin + size);
-    for (Index i = begin; i < end; i += kImages) body(i, std::min(kImages, end - i), i == begin);
+    for (Index i = begin; i < end; i += tile) body(i, std::min(tile, end - i), i == begin);
   }
 };
 
 // The threads that a loop over the chunks uses at most.
-int threads_of(Index N, int threads) {
-  return static_cast<int>(std::clamp<Index>(Chunks(N).count, 1, usable_threads(threads)));
+int threads_of(const Kernels& k, Index N, int threads) {
+  return static_cast<int>(std::clamp<Index>(Chunks(k, N).count, 1, usable_threads(threads)));
 }
 
 // Room for images, an odd number of cache lines apart: the rows of a product are all at the same
@@ -134,12 +131,12 @@ void sum_parts(const Kernels& k, const Conv* convs, int depth, float* const* par
 Encode::Encode(const EncodeArgs& args, EncodeTape* tape, Arena& scratch, int threads)
     : tape_(tape != nullptr ? tape : &own_),
       taped_(tape != nullptr),
-      threads_(threads_of(args.N, threads)) {
+      threads_(threads_of(*args.kernels, args.N, threads)) {
   const Kernels& k = *args.kernels;
   EncodeTape& t = *tape_;
   t.args = args;
   Arena& arena = taped_ ? tape->arena : scratch;
-  const Index tiles = threads_ * kImages;
+  const Index tiles = threads_ * k.conv_images;
   pixels_ = take_images(scratch, k, tiles, args.image);
   ImageSize size = args.image;
   for (int i = 0; i < args.depth; ++i) {
@@ -151,7 +148,7 @@ Encode::Encode(const EncodeArgs& args, EncodeTape* tape, Arena& scratch, int thr
 
 void Encode::run() const {
   const EncodeArgs& x = tape_->args;
-  const Chunks chunks(x.N);
+  const Chunks chunks(*x.kernels, x.N);
   parallel_tasks(chunks.count, threads_, [&](Index chunk, int thread) {
     chunks.tiles(chunk, [&](Index begin, Index images, bool) { tile(begin, images, thread); });
   });
@@ -167,7 +164,7 @@ void Encode::tile(Index begin, Index images, int thread) const {
   const EncodeTape& t = *tape_;
   const EncodeArgs& x = t.args;
   const Kernels& k = *x.kernels;
-  const Index scratch = thread * kImages;
+  const Index scratch = thread * k.conv_images;
   ImageSize size = x.image;
   Rows in = pixels_.at(scratch);
   k.conv_pixels(x.pixels + begin * size.count(), size.count(), images, in);
@@ -189,11 +186,11 @@ EncodeBackward::EncodeBackward(const EncodeTape& tape, const EncodeGrads& grads,
                                int threads)
     : tape_(tape),
       grads_(grads),
-      threads_(threads_of(tape.args.N, threads)),
+      threads_(threads_of(*tape.args.kernels, tape.args.N, threads)),
       weights_(*tape.args.kernels) {
   const EncodeArgs& x = tape.args;
   const Kernels& k = *x.kernels;
-  const Index tiles = threads_ * kImages, chunks = Chunks(x.N).count;
+  const Index tiles = threads_ * k.conv_images, chunks = Chunks(k, x.N).count;
   pixels_ = take_images(scratch, k, tiles, x.image);
   ImageSize size = x.image;
   Index need = 1, widest = 1;
@@ -201,7 +198,7 @@ EncodeBackward::EncodeBackward(const EncodeTape& tape, const EncodeGrads& grads,
     const ImageSize next = shrunk(size, x.convs[i].weights);
     deltas_[i] = take_images(scratch, k, tiles, next);
     take_parts(scratch, k, x.convs[i], chunks, next.channels, parts_[i], sums_[i]);
-    need = std::max(need, k.conv_gradient_scratch(sizes(x.convs[i], size, next, kImages)));
+    need = std::max(need, k.conv_gradient_scratch(sizes(x.convs[i], size, next, k.conv_images)));
     widest = std::max(widest, next.width * next.channels);
     size = next;
   }
@@ -227,7 +224,7 @@ void EncodeBackward::run() const {
                            Activation::none, kNoRows, flat_.at(begin), kNoFloats, kNoRows});
     });
   }
-  const Chunks chunks(x.N);
+  const Chunks chunks(k, x.N);
   parallel_tasks(chunks.count, threads_, [&](Index chunk, int thread) {
     chunks.tiles(chunk, [&](Index begin, Index images, bool first) {
       tile(begin, images, chunk, !first, thread);
@@ -243,7 +240,7 @@ void EncodeBackward::run() const {
 void EncodeBackward::tile(Index begin, Index images, Index chunk, bool add, int thread) const {
   const EncodeArgs& x = tape_.args;
   const Kernels& k = *x.kernels;
-  const Index scratch = thread * kImages;
+  const Index scratch = thread * k.conv_images;
   ImageSize fine[kMaxLayers + 1] = {x.image};
   for (int i = 0; i < x.depth; ++i) fine[i + 1] = shrunk(fine[i], x.convs[i].weights);
   const int last = x.depth - 1;
@@ -285,7 +282,7 @@ DecodeTiles::DecodeTiles(DecodeTape& tape, bool kept, bool gradients, Arena& scr
       gradients_(gradients) {
   const DecodeArgs& x = tape.args;
   const Kernels& k = *x.kernels;
-  const Index tiles = threads * kImages;
+  const Index tiles = threads * k.conv_images;
   ImageSize size = x.first_image;
   Index need = 1, widest = size.width * size.channels;
   for (int i = 0; i < x.depth; ++i) {
@@ -293,7 +290,7 @@ DecodeTiles::DecodeTiles(DecodeTape& tape, bool kept, bool gradients, Arena& scr
     if (i < x.depth - 1 && !kept) hidden_[i] = take_images(scratch, k, tiles, next);
     if (gradients) {
       deltas_[i] = take_images(scratch, k, tiles, next);
-      need = std::max(need, k.conv_gradient_scratch(sizes(x.convs[i], next, size, kImages)));
+      need = std::max(need, k.conv_gradient_scratch(sizes(x.convs[i], next, size, k.conv_images)));
       widest = std::max(widest, next.width * next.channels);
     }
     size = next;
@@ -307,11 +304,12 @@ DecodeTiles::DecodeTiles(DecodeTape& tape, bool kept, bool gradients, Arena& scr
 
 Rows DecodeTiles::hidden(int i, Index begin, int thread) const {
   if (i < 0) return tape_.first.at(begin);
-  return kept_ ? tape_.hidden[i].at(begin) : hidden_[i].at(thread * kImages);
+  return kept_ ? tape_.hidden[i].at(begin)
+               : hidden_[i].at(thread * tape_.args.kernels->conv_images);
 }
 
 Rows DecodeTiles::last_delta(int thread) const {
-  return deltas_[tape_.args.depth - 1].at(thread * kImages);
+  return deltas_[tape_.args.depth - 1].at(thread * tape_.args.kernels->conv_images);
 }
 
 void DecodeTiles::forward(Index begin, Index images, int thread, double* error) const {
@@ -333,7 +331,7 @@ void DecodeTiles::forward(Index begin, Index images, int thread, double* error) 
       if (x.target != nullptr) {
         conv.target = x.target + begin * count;
         conv.target_stride = count;
-        conv.error = error_.at(thread * kImages).data;
+        conv.error = error_.at(thread * k.conv_images).data;
         std::fill_n(conv.error, images * kErrorSums, 0.0f);
         if (gradients_) conv.out = last_delta(thread);
       }
@@ -359,7 +357,7 @@ void DecodeTiles::backward(Index begin, Index images, Index chunk, bool add, int
   };
   for (int i = x.depth - 1; i >= 0; --i) {
     const Conv& conv = x.convs[i];
-    const Rows delta = deltas_[i].at(thread * kImages), in = hidden(i - 1, begin, thread);
+    const Rows delta = deltas_[i].at(thread * k.conv_images), in = hidden(i - 1, begin, thread);
     sum(coarse[i + 1], delta, tape_.sums[i]);
     ConvArgs args = sizes(conv, coarse[i + 1], coarse[i], images);
     k.conv_gradient(args, delta, in, tape_.parts[i] + chunk * k.conv_gradient_size(conv.weights),
@@ -367,7 +365,7 @@ void DecodeTiles::backward(Index begin, Index images, Index chunk, bool add, int
     args.panels = conv.shrink;
     args.in = delta;
     args.slope_of = in;
-    args.out = i == 0 ? tape_.first_delta.at(begin) : deltas_[i - 1].at(thread * kImages);
+    args.out = i == 0 ? tape_.first_delta.at(begin) : deltas_[i - 1].at(thread * k.conv_images);
     k.conv_shrink(args);
   }
   sum(x.first_image, tape_.first_delta.at(begin), tape_.sums[x.depth]);
@@ -386,7 +384,7 @@ DecodeTape& take_tape(const DecodeArgs& x, DecodeTape* taped, DecodeTape& own, A
   t.first = take_images(arena, k, x.N, x.first_image);
   if (taped == nullptr) return t;
   t.first_delta = take_images(arena, k, x.N, x.first_image);
-  const Index chunks = Chunks(x.N).count;
+  const Index chunks = Chunks(k, x.N).count;
   ImageSize size = x.first_image;
   t.sums[x.depth] = arena.take<double>(chunks * size.channels);
   for (int i = 0; i < x.depth; ++i) {
@@ -402,10 +400,10 @@ DecodeTape& take_tape(const DecodeArgs& x, DecodeTape* taped, DecodeTape& own, A
 Decode::Decode(const DecodeArgs& args, DecodeTape* tape, Arena& scratch, int threads)
     : tape_(&take_tape(args, tape, own_, scratch)),
       taped_(tape != nullptr),
-      threads_(threads_of(args.N, threads)),
+      threads_(threads_of(*args.kernels, args.N, threads)),
       tiles_(*tape_, taped_ && args.target == nullptr, taped_ && args.target != nullptr, scratch,
              threads_),
-      errors_(scratch.take<double>(Chunks(args.N).count)) {}
+      errors_(scratch.take<double>(Chunks(*args.kernels, args.N).count)) {}
 
 void Decode::run() const {
   const DecodeTape& t = *tape_;
@@ -421,7 +419,7 @@ void Decode::run() const {
     task.kernels.linear({x.first->forward, t.linear.at(begin), rows, x.first->bias, kNoFloats,
                          Activation::relu, kNoRows, t.first.at(begin), kNoFloats, kNoRows});
   });
-  const Chunks chunks(x.N);
+  const Chunks chunks(k, x.N);
   parallel_tasks(chunks.count, threads_, [&](Index chunk, int thread) {
     errors_[chunk] = 0;
     chunks.tiles(chunk, [&](Index begin, Index images, bool first) {
@@ -438,7 +436,7 @@ DecodeBackward::DecodeBackward(DecodeTape& tape, const DecodeGrads& grads, Arena
                                int threads)
     : tape_(tape),
       grads_(grads),
-      threads_(threads_of(tape.args.N, threads)),
+      threads_(threads_of(*tape.args.kernels, tape.args.N, threads)),
       tiles_(tape, true, tape.args.target == nullptr, scratch, threads_),
       linear_delta_(take_rows(scratch, *tape.args.kernels, tape.args.N, tape.args.linear->out)),
       scale_(nullptr),
@@ -460,7 +458,7 @@ DecodeBackward::DecodeBackward(DecodeTape& tape, const DecodeGrads& grads, Arena
 void DecodeBackward::run() const {
   const DecodeArgs& x = tape_.args;
   const Kernels& k = *x.kernels;
-  const Chunks chunks(x.N);
+  const Chunks chunks(k, x.N);
   if (x.target == nullptr) {
     const ImageSize size = grown(x.first_image, x.convs, x.depth);
     parallel_tasks(chunks.count, threads_, [&](Index chunk, int thread) {

@@ -31,7 +31,7 @@ struct ConvGrad {
 // ---------------------------------
 
 struct EncodeArgs {
-  const Kernels* kernels;
+  const Kernels* kernels;  // for a call of N rows
   const Conv* convs;
   int depth;
   const Layer* linear;  // or null
@@ -97,7 +97,7 @@ class EncodeBackward {
 ImageSize grown(ImageSize first, const Conv* convs, int depth);
 
 struct DecodeArgs {
-  const Kernels* kernels;
+  const Kernels* kernels;  // for a call of N rows
   const Layer* linear;
   bool linear_relu;
   const Layer* first;  // the first transposed convolution, of one pixel: a matrix product

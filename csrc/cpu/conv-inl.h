@@ -218,6 +218,17 @@ FD_INLINE void conv_finish(const ConvArgs& x, Index image, Index place, Vec y, G
   if (x.out32.data != nullptr) put(at(x.out32, image) + place, y);
 }
 
+// The sums of one image's pixel, columns from `column` to `end`.
+template <class P>
+FD_INLINE void shrink_finish(const ConvArgs& x, Index image, Index pixel, Index column, Index end,
+                             const float* sums) {
+  by_vectors(column, end, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
+    Vec y = load(sums + (c - column));
+    if (x.bias != nullptr) y = y + get(x.bias + c);
+    conv_finish<P>(x, image, pixel * x.weights.coarse + c, y, get, put);
+  });
+}
+
 template <class P>
 void conv_shrink(const ConvArgs& x) {
   using Elem = typename P::Elem;
@@ -239,14 +250,8 @@ void conv_shrink(const ConvArgs& x) {
           [&](Index r, int R, int V, const float* sums) __attribute__((always_inline)) {
             const Index column = first * kLanes, end = least(column + V * kLanes, w.coarse);
             for (Index i = r; i < r + R; ++i, sums += V * kLanes) {
-              const Index at_image = by_pixel ? image : i;
-              const Index at_pixel = by_pixel ? pixel + i : pixel;
-              by_vectors(column, end,
-                         [&](Index c, auto get, auto put) __attribute__((always_inline)) {
-                           Vec y = load(sums + (c - column));
-                           if (x.bias != nullptr) y = y + get(x.bias + c);
-                           conv_finish<P>(x, at_image, at_pixel * w.coarse + c, y, get, put);
-                         });
+              shrink_finish<P>(x, by_pixel ? image : i, by_pixel ? pixel + i : pixel, column, end,
+                               sums);
             }
           });
       panel += vectors * kLanes * P::pair * w.kernel * run_steps;
@@ -268,6 +273,69 @@ void conv_shrink(const ConvArgs& x) {
 
 // --- coarse to fine ------------------------------------------------------------------------------
 
+// The taps of a group's pixel (i, j) that lie in the coarse image, at rows i - m and columns j - n.
+struct Taps {
+  Index m_begin, m_end, n_begin, n_end;
+};
+FD_INLINE Taps taps_of(const ConvArgs& x, const Parities& p, Index i, Index j) {
+  return {i < x.coarse_height ? 0 : i - x.coarse_height + 1, least(p.taps_y, i + 1),
+          j < x.coarse_width ? 0 : j - x.coarse_width + 1, least(p.taps_x, j + 1)};
+}
+
+// Their runs, those of a row together or, unless `whole`, apart; returns how many.
+FD_INLINE int grow_runs(const ConvArgs& x, const Parities& p, Index i, Index j, Index tap_steps,
+                        bool whole, Run* runs) {
+  const Index coarse = x.weights.coarse;
+  const Taps t = taps_of(x, p, i, j);
+  const Index taps = t.n_end - t.n_begin;
+  int count = 0;
+  for (Index m = t.m_begin; m < t.m_end && taps > 0; ++m) {
+    const Index from = ((i - m) * x.coarse_width + j - t.n_end + 1) * coarse;
+    const Index step = (m * p.taps_x + p.taps_x - t.n_end) * tap_steps;
+    if (whole) {
+      runs[count++] = {from, step, taps * coarse};
+    } else {
+      for (Index n = 0; n < taps; ++n) {
+        runs[count++] = {from + n * coarse, step + n * tap_steps, coarse};
+      }
+    }
+  }
+  return count;
+}
+
+// Sums of images [r, r + R) at a group's pixel (i, j), V vectors from `first`; `ones` is what it
+// says.
+template <class P>
+FD_INLINE void grow_finish(const ConvArgs& x, const Parities& p, const float* ones, Index i,
+                           Index j, Index r, int R, Index first, int V, const float* sums) {
+  const ConvWeights& w = x.weights;
+  const Index side = p.columns * w.fine;  // elements side by side in an image row
+  const Index columns = least(p.columns, x.fine_width - 2 * j - p.column) * w.fine;
+  const Index begin = first * kLanes, end = least(begin + V * kLanes, grow_columns(p, w.fine));
+  for (int a = 0; a < p.rows && 2 * i + p.row + a < x.fine_height; ++a) {
+    const Index from = begin > a * side ? begin : a * side;
+    const Index to = least(end, a * side + columns);
+    const Index pixel = (2 * i + p.row + a) * x.fine_width + 2 * j + p.column;
+    const Index place = pixel * w.fine - a * side;
+    for (Index image = r; image < r + R; ++image) {
+      const float* s = sums + (image - r) * V * kLanes - begin;
+      by_vectors(from, to, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
+        Vec y = get(s + c);
+        if (x.bias != nullptr) y = y + get(x.bias + c);
+        if (x.target != nullptr) {
+          // mean - target, what of it is squared, and its gradient
+          const unsigned char* t = x.target + image * x.target_stride + place + c;
+          y = (y - pixel_value<P::fast>(get(t))) * get(ones);
+          float* error = x.error + image * kErrorSums + i * kLanes % kErrorSums;
+          store(error, fma(y, y, load(error)));
+          y = y + y;
+        }
+        conv_finish<P>(x, image, place + c, y, get, put);
+      });
+    }
+  }
+}
+
 template <class P>
 void conv_grow(const ConvArgs& x) {
   using Elem = typename P::Elem;
@@ -281,58 +349,16 @@ void conv_grow(const ConvArgs& x) {
   for (int g = 0; g < parity_groups(w.kernel); ++g) {
     const Parities p = parities(w.kernel, g);
     const Index N = grow_columns(p, w.fine), group_steps = grow_steps(p, w.coarse, P::pair);
-    const Index side = p.columns * w.fine;  // elements side by side in an image row
     for (Index i = 0; 2 * i + p.row < x.fine_height; ++i) {
       for (Index j = 0; 2 * j + p.column < x.fine_width; ++j) {
-        // the taps that lie in the coarse image: rows i - m, columns j - n
-        const Index m_begin = i < x.coarse_height ? 0 : i - x.coarse_height + 1;
-        const Index m_end = least(p.taps_y, i + 1);
-        const Index n_begin = j < x.coarse_width ? 0 : j - x.coarse_width + 1;
-        const Index n_end = least(p.taps_x, j + 1), taps = n_end - n_begin;
-        int count = 0;
-        for (Index m = m_begin; m < m_end && taps > 0; ++m) {
-          const Index from = ((i - m) * x.coarse_width + j - n_end + 1) * w.coarse;
-          const Index step = (m * p.taps_x + p.taps_x - n_end) * tap_steps;
-          if (whole) {
-            runs[count++] = {from, step, taps * w.coarse};
-          } else {
-            for (Index n = 0; n < taps; ++n) {
-              runs[count++] = {from + n * w.coarse, step + n * tap_steps, w.coarse};
-            }
-          }
-        }
-        const Index columns = least(p.columns, x.fine_width - 2 * j - p.column) * w.fine;
+        const int count = grow_runs(x, p, i, j, tap_steps, whole, runs);
         const Elem* panel = panels;
         by_conv_panels(N, [&](Index first, int vectors) __attribute__((always_inline)) {
-          const auto epilogue = [&](Index r, int R, int V,
-                                    const float* sums) __attribute__((always_inline)) {
-            const Index begin = first * kLanes, end = least(begin + V * kLanes, N);
-            for (int a = 0; a < p.rows && 2 * i + p.row + a < x.fine_height; ++a) {
-              const Index from = begin > a * side ? begin : a * side;
-              const Index to = least(end, a * side + columns);
-              const Index pixel = (2 * i + p.row + a) * x.fine_width + 2 * j + p.column;
-              const Index place = pixel * w.fine - a * side;
-              for (Index image = r; image < r + R; ++image) {
-                const float* s = sums + (image - r) * V * kLanes - begin;
-                by_vectors(
-                    from, to, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
-                      Vec y = get(s + c);
-                      if (x.bias != nullptr) y = y + get(x.bias + c);
-                      if (x.target != nullptr) {
-                        // mean - target, what of it is squared, and its gradient
-                        const unsigned char* t = x.target + image * x.target_stride + place + c;
-                        y = (y - pixel_value<P::fast>(get(t))) * get(ones);
-                        float* error = x.error + image * kErrorSums + i * kLanes % kErrorSums;
-                        store(error, fma(y, y, load(error)));
-                        y = y + y;
-                      }
-                      conv_finish<P>(x, image, place + c, y, get, put);
-                    });
-              }
-            }
-          };
-          multiply_panel<P>(vectors, at<const Elem>(x.in, 0), x.in.stride, x.images, runs, count,
-                            panel, epilogue);
+          multiply_panel<P>(
+              vectors, at<const Elem>(x.in, 0), x.in.stride, x.images, runs, count, panel,
+              [&](Index r, int R, int V, const float* sums) __attribute__((always_inline)) {
+                grow_finish<P>(x, p, ones, i, j, r, R, first, V, sums);
+              });
           panel += vectors * kLanes * P::pair * group_steps;
         });
       }

@@ -149,14 +149,13 @@ struct Meanwhile {
 template <class Epilogue>
 struct Parts {
   Epilogue epilogue;
-  Index blocks;  // of k in a part
   alignas(64) float sums[4 * amx::kRows * kLanes];
   // the part that waits: its rows that are left, how many at a time, and their sums
   Index row = 0, column = 0;
   int rows = 0, vectors = 0, some = 0;
   const float* from = nullptr;
 
-  FD_METHOD Parts(Epilogue epilogue, Index blocks) : epilogue(epilogue), blocks(blocks) {}
+  explicit FD_METHOD Parts(Epilogue epilogue) : epilogue(epilogue) {}
 
   static void go_on(void* parts) {
     Parts& x = *static_cast<Parts*>(parts);
@@ -167,10 +166,14 @@ struct Parts {
   }
   FD_METHOD Meanwhile meanwhile() { return {go_on, this}; }
 
+  // The part that is multiplied next has so many blocks of k.
+  FD_METHOD void spread(Index blocks) {
+    if (blocks == 0) return finish();
+    some = static_cast<int>((rows + blocks - 1) / blocks);
+  }
   // The sums are now those of R rows; `again` others come before them.
   FD_METHOD void wait(Index first, int R, Index first_column, int V, int again) {
     row = first, rows = R, column = first_column, vectors = V;
-    some = static_cast<int>((R + blocks - 1) / blocks);
     from = sums + again * V * kLanes;
   }
   FD_METHOD void finish() {
@@ -241,7 +244,7 @@ template <class Epilogue, class Prologue>
 FD_INLINE void tile_product(Operand<Bfloat16> a, Index rows, const Panels& w, Epilogue epilogue,
                             Prologue prologue) {
   const Index next = vector_size<Amx>(w.K), all = vectors(w.N);
-  Parts<Epilogue> parts(epilogue, steps(w.K, Amx::block));
+  Parts<Epilogue> parts(epilogue);
   const Meanwhile meanwhile = parts.meanwhile();
   by_tiles(rows, 2 * amx::kRows,
            [&](Index row, int R, int height, int again) __attribute__((always_inline)) {
@@ -252,6 +255,7 @@ FD_INLINE void tile_product(Operand<Bfloat16> a, Index rows, const Panels& w, Ep
                const int V = static_cast<int>(least(most, all - vector));
                const Bfloat16* panel = static_cast<const Bfloat16*>(w.data) + vector * next;
                prologue(row, R, vector * kLanes, V);
+               parts.spread(steps(w.K, Amx::block));
                switch (two ? 4 + V : V) {
                  case 1:
                    multiply_tiles<1, 1>(in, panel, next, parts.sums, meanwhile);
@@ -523,7 +527,7 @@ FD_INLINE void gru_tile_products(const GruArgs& x, Cell cell) {
   const Index D = x.w.D, K = x.w.K, per_vector = 3 * (vector_size<Amx>(K) + vector_size<Amx>(D));
   const auto epilogue = [&](Index row, int R, Index unit, int, const float* sums)
                             __attribute__((always_inline)) { cell(row, R, unit, sums); };
-  Parts<decltype(epilogue)> parts(epilogue, steps(K, Amx::block) + steps(D, Amx::block));
+  Parts<decltype(epilogue)> parts(epilogue);
   by_tiles(x.rows, amx::kRows,
            [&](Index row, int R, int height, int again) __attribute__((always_inline)) {
              const TileRows in(at<const Bfloat16>(x.x, row - again), x.x.stride, K, height, height);
@@ -531,6 +535,7 @@ FD_INLINE void gru_tile_products(const GruArgs& x, Cell cell) {
                                   height);
              const Bfloat16* w = static_cast<const Bfloat16*>(x.w.data);
              for (Index unit = 0; unit < D; unit += kLanes, w += per_vector) {
+               parts.spread(steps(K, Amx::block) + steps(D, Amx::block));
                multiply_gru_tiles(in, state, w, parts.sums, parts.meanwhile());
                parts.wait(row, R, unit, 4, again);
              }

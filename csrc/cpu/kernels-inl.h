@@ -4,6 +4,7 @@
 
 #include "cpu/cells-inl.h"
 #include "cpu/conv-inl.h"
+#include "cpu/conv-tiles-inl.h"
 #include "cpu/gemm-inl.h"
 #include "cpu/scan-inl.h"
 
@@ -80,6 +81,18 @@ constexpr Kernels table(const Kernels* few = nullptr) {
   k.conv_gradient_scratch = conv_gradient_scratch<Cells>;
   k.conv_gradient = conv_gradient<Cells>;
   k.conv_sum = conv_sum;
+  k.conv_images = 10;
+#if FD_AMX
+  if constexpr (P::tiles) {
+    k.conv_shrink = conv_shrink_tiles;
+    k.conv_grow = conv_grow_tiles;
+    k.conv_gradient_size = conv_gradient_size_tiles;
+    k.conv_gradient_scratch = conv_gradient_scratch_tiles;
+    k.conv_gradient = conv_gradient_tiles;
+    k.conv_sum = conv_sum_tiles;
+    k.conv_images = amx::kRows;
+  }
+#endif
   k.conv_pixels = conv_pixels<Cells>;
   k.conv_channel_sums = conv_channel_sums<Cells>;
   k.conv_relu_backward = conv_relu_backward<Cells>;

@@ -310,6 +310,9 @@ struct Kernels {
   void (*copy)(const CopyArgs& args);
   Index (*weight_gradient_scratch)(Index in, Index out);
   void (*weight_gradient)(const WeightGradientArgs& args);
+  // Images that a call of the convolutions takes at most: the rows of their products. They give
+  // tiles their shapes themselves, so that none is called between enter() and leave().
+  Index conv_images;
   Index (*conv_shrink_size)(const ConvWeights& weights);  // bytes of the panels
   Index (*conv_grow_size)(const ConvWeights& weights);
   void (*conv_pack_shrink)(const ConvPackArgs& args);

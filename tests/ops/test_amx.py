@@ -7,10 +7,11 @@ instruction set is chosen by the environment, so those checks run this file as a
 """
 
 import gc
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from fastdreamer import _native
 from fastdreamer.ops.cem import cem
+from fastdreamer.ops.codec import decode, decode_error, encode
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.native import packs
 from fastdreamer.ops.observe import observe
@@ -28,9 +30,12 @@ from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.params import MLPParams
 from fastdreamer.ops.rssm_step import rssm_step
 from fastdreamer.testing import (
+    REPORT_CODEC,
+    CodecSizes,
     Sizes,
     assert_accurate,
     cem_inputs,
+    codec_inputs,
     evaluate,
     imagine_inputs,
     observe_inputs,
@@ -39,6 +44,7 @@ from fastdreamer.testing import (
 )  # fmt: skip
 
 OPS = {"imagine": imagine, "observe": observe, "open_loop": open_loop, "rssm_step": rssm_step}
+CODEC = {"encode": encode, "decode": decode, "decode_error": decode_error}
 
 # A CPU with AMX under Linux: Emerald Rapids, as its CPUID reads.
 FACTS = {
@@ -159,6 +165,22 @@ AROUND = [
 ]
 
 
+# Images of a tile are 16. Runs of 32 elements, of fewer, of several blocks and a rest, and odd
+# ones; channels around 16 and 32; rows of pixels shorter than the pairs of images, and longer.
+NARROW = CodecSizes(3, (4, 4, 4, 4), 16, 20, 16, True, (4, 4, 4))
+IMAGES = [
+    (REPORT_CODEC, 16),
+    (CodecSizes(2, (6, 10, 34, 18), None, 13, 33, False, (24, 40, 8)), 47),
+    (CodecSizes(4, (20, 40, 72, 5), 7, 1, 3, True, (70, 48, 18)), 18),
+    (CodecSizes(2, (17, 16, 33, 3), None, 13, 33, False, (9, 7, 5)), 33),
+    (CodecSizes(1, (5, 7, 9, 11), None, 13, 33, False, (16, 31, 2)), 31),
+    (NARROW, 323),  # two tiles of each chunk of the batch, whose gradients are added
+    (NARROW, 17),
+    (NARROW, 15),
+    (NARROW, 1),
+]
+
+
 def inputs_of(op: str, sizes: Sizes, H: int, B: int, seed: int = 0) -> dict[str, Any]:
     if op == "rssm_step":
         return rssm_step_inputs(sizes, B, seed=seed)
@@ -167,8 +189,12 @@ def inputs_of(op: str, sizes: Sizes, H: int, B: int, seed: int = 0) -> dict[str,
     return {"observe": observe_inputs, "open_loop": open_loop_inputs}[op](sizes, H, B, seed=seed)
 
 
-def run(op: str, inputs: dict[str, Any], backend: str = "native") -> dict[str, Tensor]:
-    return evaluate(OPS[op], inputs, backend=backend, dtype=torch.float32, autocast=True)
+def run(
+    op: str, inputs: dict[str, Any], backend: str = "native", wrt: Collection[str] | None = None
+) -> dict[str, Tensor]:
+    body = {**OPS, **CODEC}[op]
+    got = evaluate(body, inputs, backend=backend, dtype=torch.float32, autocast=True, wrt=wrt)
+    return {name: t.float() for name, t in got.items()}  # an embedding is bfloat16
 
 
 def check_sizes() -> None:
@@ -178,6 +204,18 @@ def check_sizes() -> None:
             inputs = inputs_of(op, Sizes(*widths, 2, 1, 1, "elu"), H, B)
             truth = evaluate(OPS[op], inputs, backend="eager", dtype=torch.float64)
             assert_accurate(op, run(op, inputs), run(op, inputs, "eager"), truth, bf16=True)
+
+
+def check_images() -> None:
+    """The codec's outputs and all gradients, likewise; without gradients the same outputs."""
+    for sizes, N in IMAGES:
+        for op, inputs in codec_inputs(sizes, N, smooth=True).items():
+            truth = evaluate(CODEC[op], inputs, backend="eager", dtype=torch.float64)
+            got = run(op, inputs)
+            assert_accurate(op, got, run(op, inputs, "eager"), truth, bf16=True, native=True)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                lean = CODEC[op](**inputs, backend="native").float()
+            assert torch.equal(lean, got["out"]), (op, sizes, N)
 
 
 def check_threads() -> None:
@@ -191,6 +229,14 @@ def check_threads() -> None:
                 torch.set_num_threads(threads)
                 got = run(op, inputs)
                 assert all(torch.equal(got[name], want[name]) for name in want), (op, B, threads)
+    for N in (16, 17, 70):
+        for op, inputs in codec_inputs(IMAGES[1][0], N).items():
+            want = run(op, inputs)
+            for threads in (2, 3, 5):
+                torch.set_num_threads(threads)
+                got = run(op, inputs)
+                assert all(torch.equal(got[name], want[name]) for name in want), (op, N, threads)
+            torch.set_num_threads(1)
     given = cem_inputs(Sizes(3, 33, 5, 17, 31, 33, 1, 1, 1, "silu"), 2, 3, 19, 2)
     plans = []
     for threads in (1, 2, 3):
@@ -276,6 +322,38 @@ def check_nan() -> None:
                 assert any(not torch.equal(got[key][3], want[3]) for key, want in clean.items())
 
 
+BACKENDS = ("native", "eager")
+OF_NAN = ("params.weights[3]", "params.biases[3]", "feat")
+
+
+def check_nan_images() -> None:
+    """An image's stay its own, forward and backward; of a weight they go where eager's do; and
+    nothing of them is left in memory that is used again."""
+    for sizes, N in (IMAGES[1], (NARROW, 21)):
+        inputs = codec_inputs(sizes, N)
+        clean = {op: run(op, given) for op, given in inputs.items()}
+        others = torch.arange(N) != 3
+        for value in (float("nan"), float("inf")):
+            feat = inputs["decode"]["feat"].clone()
+            feat[3, 0] = value
+            got = run("decode", inputs["decode"] | {"feat": feat})
+            for key in ("out", "grad_feat"):
+                assert torch.equal(got[key][others], clean["decode"][key][others]), (value, key)
+                assert not torch.equal(got[key][3], clean["decode"][key][3])
+            for op, given in inputs.items():
+                # no infinite weights: outside the image eager adds 0 · w
+                for name in ("biases", "weights")[: 1 + math.isnan(value)]:
+                    spoiled = [t.clone() for t in getattr(given["params"], name)]
+                    spoiled[1][0] = value
+                    given = given | {"params": given["params"]._replace(**{name: tuple(spoiled)})}
+                    got, eager = (run(op, given, backend, OF_NAN) for backend in BACKENDS)
+                    for key, want in eager.items():
+                        assert torch.equal(got[key].isnan(), want.isnan()), (op, name, value, key)
+        for op, given in inputs.items():
+            again = run(op, given)
+            assert all(torch.equal(again[key], clean[op][key]) for key in again), op
+
+
 def by_row(op: str, inputs: dict[str, Any], B: int) -> dict[str, Tensor]:
     """Outputs and gradients of the inputs, the batch first."""
     wrt = [name for name in ("start", "state", "action", "embed") if name in inputs]
@@ -310,10 +388,21 @@ def results() -> list[Tensor]:
     return [t for op in OPS for t in run(op, inputs_of(op, SIZES, 2, 40)).values()]
 
 
+def images(inputs: dict[str, dict[str, Any]]) -> list[Tensor]:
+    return [t for op, given in inputs.items() for t in run(op, given).values()]
+
+
+def embeddings(inputs: dict[str, dict[str, Any]]) -> Tensor:
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        return encode(**inputs["encode"], backend="native")
+
+
 def check_company() -> None:
     """torch's own products between ours, two threads at once, forks: nothing changes."""
     torch.set_num_threads(2)
     want = results()
+    given = codec_inputs(NARROW, 20)
+    seen, embed = images(given), embeddings(given)
     a = torch.randn(256, 256)
     with torch.autocast("cpu", torch.bfloat16):
         product = a @ a
@@ -321,29 +410,37 @@ def check_company() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(a @ a, product)
         assert all(map(torch.equal, results(), want))
+        assert all(map(torch.equal, images(given), seen))
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(a @ a, product)
 
     def work(_: int) -> bool:
         torch.set_num_threads(2)
-        return all(all(map(torch.equal, results(), want)) for _ in range(2))
+        return all(
+            all(map(torch.equal, results(), want)) and all(map(torch.equal, images(given), seen))
+            for _ in range(2)
+        )
 
     with ThreadPoolExecutor(2) as pool:
         assert all(pool.map(work, range(4)))
     if hasattr(os, "fork"):
         child = os.fork()
         if child == 0:
-            os._exit(0 if all(map(torch.equal, results(), want)) else 3)
+            # all else of images is long enough for threads of torch's, which a child has not
+            same = torch.equal(embeddings(given), embed)
+            os._exit(0 if same and all(map(torch.equal, results(), want)) else 3)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert all(map(torch.equal, results(), want))
 
 
 CHECKS: dict[str, Callable[[], None]] = {
     "sizes": check_sizes,
+    "images": check_images,
     "threads": check_threads,
     "order": check_order,
     "denormals": check_denormals,
     "nan": check_nan,
+    "nan images": check_nan_images,
     "stale": check_stale,
     "fork and company": check_company,
 }
