@@ -22,8 +22,8 @@ from fastdreamer.ops.observe import observe
 from fastdreamer.ops.params import State
 from fastdreamer.ops.rssm_step import rssm_step
 from fastdreamer.rollout import Rollout
+from fastdreamer.rollout.verify import _imagine_loop, _observe_loop
 from fastdreamer.testing import REPORT
-from fastdreamer.verify import _imagine_loop, _observe_loop
 
 CALLS = {"rssm_step, B 1": 1000, "observe, T 50, B 50": 60, "imagine, H 15, B 400": 24}
 """Repeats of each."""

@@ -1,17 +1,22 @@
-"""Adapters of known peers: torchrl's own classes, and minimal modules shaped like the others."""
+"""Adapters of known peers: torchrl's and sheeprl's own classes, and likenesses of the others."""
 
-from typing import NamedTuple
+import copy
+import io
+import math
+from functools import partial
 
+import peers
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from peers import A, D, E, H, S, stack
+from torch import nn
 
-from fastdreamer.adapters import adapt
 from fastdreamer.ops.backend import last_backend
-from fastdreamer.rollout import MisfitError, StdTransform
+from fastdreamer.rollout import MisfitError, StdTransform, adapt
+from fastdreamer.rollout.draws import with_noise
 
-A, D, S, E, H, T, B = 2, 12, 3, 5, 12, 6, 4
+T, B = 6, 4
 
 
 @pytest.fixture(autouse=True)
@@ -19,29 +24,25 @@ def seed():
     torch.manual_seed(0)
 
 
-def stack(*widths, act=nn.ELU):
-    layers = []
-    for a, b in zip(widths[:-1], widths[1:], strict=True):
-        layers += [nn.Linear(a, b), act()]
-    return nn.Sequential(*layers[:-1])
-
-
-class Queue:
-    """Hands out the noise of a peer's random draws, step by step."""
-
-    def __init__(self, monkeypatch, noise):
-        self.left = list(noise)
-        monkeypatch.setattr(torch, "randn_like", lambda like: self.left.pop(0).to(like))
+def tensors(result):
+    """All floating tensors that a loop returns, distributions by mean and std."""
+    if isinstance(result, torch.Tensor):
+        return [result] if result.requires_grad else []
+    if isinstance(result, torch.distributions.Distribution):
+        return [result.mean, result.stddev]
+    parts = result.values() if isinstance(result, dict) else result
+    return [x for part in parts for x in tensors(part)]
 
 
 def same(got, want, model):
     """Values, and the gradients of the model's parameters for the same weighting."""
-    grads = []
+    got, want, grads = tensors(got), tensors(want), []
     for outputs in (got, want):
         model.zero_grad()
         torch.manual_seed(3)
         sum((torch.randn(x.shape) * x).sum() for x in outputs).backward()
         grads.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
+    assert len(got) == len(want) > 1
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     for a, b in zip(*grads, strict=True):
@@ -51,272 +52,304 @@ def same(got, want, model):
     assert any(g is not None and g.abs().sum() > 0 for g in grads[0])
 
 
+def nonterminals():
+    goes_on = torch.ones(T, B, 1)
+    goes_on[0, 0] = goes_on[2, 1] = goes_on[4, 1] = 0
+    return goes_on
+
+
 # ---------------------------------------------------------------- time-major, lists of beliefs
 
 
-class TransitionModel(nn.Module):
-    def __init__(self, act_fn=F.relu):
-        super().__init__()
-        self.act_fn, self.min_std_dev = act_fn, 0.1
-        self.fc_embed_state_action = nn.Linear(S + A, D)
-        self.rnn = nn.GRUCell(D, D)
-        self.fc_embed_belief_prior, self.fc_state_prior = nn.Linear(D, H), nn.Linear(H, 2 * S)
-        self.fc_embed_belief_posterior = nn.Linear(D + E, H)
-        self.fc_state_posterior = nn.Linear(H, 2 * S)
-
-    def dist(self, x):
-        mean, std = x.chunk(2, 1)
-        std = F.softplus(std) + self.min_std_dev
-        return mean, std
-
-    def forward(self, prev_state, actions, prev_belief, observations, nonterminals, noise):
-        act, out, state, belief = self.act_fn, [], prev_state, prev_belief
-        for t in range(len(actions)):
-            state = state if nonterminals is None else state * nonterminals[t]
-            hidden = act(self.fc_embed_state_action(torch.cat([state, actions[t]], 1)))
-            belief = self.rnn(hidden, belief)
-            prior = self.dist(self.fc_state_prior(act(self.fc_embed_belief_prior(belief))))
-            dist = prior
-            if observations is not None:
-                seen = act(self.fc_embed_belief_posterior(torch.cat([belief, observations[t]], 1)))
-                dist = self.dist(self.fc_state_posterior(seen))
-            state = dist[0] + dist[1] * noise[t]
-            out.append((belief, *prior, state, *dist))
-        return [torch.stack(x) for x in zip(*out, strict=True)]
-
-
-class ActorModel(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.act_fn = F.elu
-        self._mean_scale, self._init_std, self._min_std = 5, 5, 1e-4
-        self.fc1, self.fc2, self.fc3 = nn.Linear(D + S, H), nn.Linear(H, H), nn.Linear(H, 2 * A)
-
-    def forward(self, belief, state):
-        raw_init_std = torch.log(torch.exp(torch.tensor(float(self._init_std))) - 1)
-        x = self.act_fn(self.fc2(self.act_fn(self.fc1(torch.cat([belief, state], 1)))))
-        mean, std = self.fc3(x).chunk(2, 1)
-        mean = self._mean_scale * torch.tanh(mean / self._mean_scale)
-        return mean, F.softplus(std + raw_init_std) + self._min_std
-
-
-@pytest.mark.parametrize("act", [F.relu, F.elu])
-def test_transition_model(act):
-    model, noise = TransitionModel(act), torch.randn(T, B, S)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: peers.TransitionModel(),
+        lambda: peers.TransitionModel(F.elu),
+        lambda: peers.TransitionModel(lag=True),
+        lambda: peers.ScriptedTransition(),
+        lambda: torch.compile(peers.TransitionModel(), backend="eager"),
+    ],
+    ids=["relu", "elu", "lag", "scripted", "compiled"],
+)
+def test_transition_model(make):
+    model, noise = make(), torch.randn(T, B, S)
     loop, action, embed = adapt(model), torch.randn(T, B, A).tanh(), torch.randn(T, B, E)
+    model = getattr(model, "_orig_mod", model)
     belief, state = torch.randn(B, D).tanh(), torch.randn(B, S)
-    ends = torch.ones(T, B, 1)
-    ends[2, 1] = 0
-    for nonterminals in (None, ends):
-        given = (state, action, belief, embed, nonterminals)
-        want = model(*given, noise)
-        beliefs, _, *prior, states, mean, std = loop(*given, noise=noise)
-        same([beliefs, *prior, states, mean, std], want, model)
-    want = model(state, action, belief, None, None, noise)
-    beliefs, states, *prior = loop(state, action, belief, noise=noise)
-    same([beliefs, *prior, states], want[:4], model)
+    for ends in (None, nonterminals()):
+        given = (state, action, belief, embed, ends)
+        results = (with_noise(partial(run, *given), noise) for run in (loop, model))
+        same(*results, model)
+    want = with_noise(lambda: model(state, action, belief), noise)
+    same(loop(state, action, belief, noise=noise), want, model)
     assert last_backend("observe") == last_backend("open_loop") == "native"
-    assert len(loop(state, action, belief, embed)) == 7 and len(loop(state, action, belief)) == 4
     with pytest.raises(MisfitError, match="nonterminals without observations"):
-        loop(state, action, belief, None, ends)
+        loop(state, action, belief, None, nonterminals())
 
 
-def test_imagination_with_a_peer_s_actor():
-    model, actor = TransitionModel(F.elu), ActorModel()
-    both = nn.ModuleList([model, actor])
-    rollout = adapt(model, actor=actor).rollout
-    noise, action_noise = torch.randn(T, B, S), torch.randn(T, B, A)
-    belief, state = start = torch.randn(B, D).tanh(), torch.randn(B, S)
-    dream = rollout.imagine(start, state_noise=noise, action_noise=action_noise)
-    beliefs, states = [], []
-    for t in range(T):
-        mean, std = actor(belief.detach(), state.detach())
-        action = torch.tanh(mean + std * action_noise[t])
-        out = model(state, action[None], belief, None, None, noise[t : t + 1])
-        belief, state = out[0][0], out[3][0]
-        beliefs.append(belief)
-        states.append(state)
-    same(dream[:2], [torch.stack(beliefs), torch.stack(states)], both)
+def test_a_scripted_model_trains():
+    """The optimiser holds the script's parameters; the loop sees its steps."""
+    model = peers.ScriptedTransition()
+    loop, optimizer = adapt(model), torch.optim.Adam(model.parameters(), 0.01)
+    given = torch.randn(B, S), torch.randn(T, B, A), torch.randn(B, D).tanh(), torch.randn(T, B, E)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = sum(x.square().mean() for x in loop(*given, noise=torch.zeros(T, B, S))[2:])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
 
 
-# ---------------------------------------------------------------- action before state
+class UnlikeTransition(peers.TransitionModel):
+    def forward(self, prev_state, actions, prev_belief, observations=None, nonterminals=None):
+        if nonterminals is not None:
+            prev_belief = prev_belief * nonterminals[0]
+        given = (prev_state, actions, prev_belief, observations, nonterminals)
+        return super().forward(*given)
 
 
-class RSSMState(NamedTuple):
-    mean: Tensor
-    std: Tensor
-    stoch: Tensor
-    deter: Tensor
+def test_what_computes_something_else_is_refused():
+    """Whatever differs, a mask, a constant or a signature, shows in what the peer itself gives."""
+    with pytest.raises(MisfitError, match="UnlikeTransition computes something else.*off by"):
+        adapt(UnlikeTransition())
+    with pytest.raises(MisfitError, match="GrusaRSSM computes something else"):
+        adapt(peers.GrusaRSSM())  # its least std is 0.3
+    with pytest.raises(MisfitError, match="SheepRSSM computes something else"):
+        adapt(peers.SheepRSSM(), std=StdTransform(min=0.1))
+    model = peers.TransitionModel()
+    model.forward = lambda state, actions: None
+    with pytest.raises(MisfitError, match="not called as the one known here: TypeError"):
+        adapt(model)
+    model.forward = lambda *given: [torch.zeros(1)]
+    with pytest.raises(MisfitError, match="returns something else than the one known here"):
+        adapt(model)
 
 
-class RSSMTransition(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self._rnn_input_model = nn.Sequential(nn.Linear(A + S, H), nn.ELU())
-        self._cell = nn.GRUCell(H, D)
-        self._stochastic_prior_model = stack(D, H, 2 * S)
-
-    def forward(self, prev_action, prev_state):
-        x = self._rnn_input_model(torch.cat([prev_action, prev_state.stoch], -1))
-        deter = self._cell(x, prev_state.deter)
-        return draw(self._stochastic_prior_model(deter), deter)
+def test_asking_draws_no_numbers_of_the_caller_s():
+    torch.manual_seed(5)
+    adapt(peers.TransitionModel())
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    peers.TransitionModel()
+    assert torch.equal(drawn, torch.rand(1))
 
 
-def draw(raw, deter):
-    mean, std = raw.chunk(2, -1)
-    std = F.softplus(std) + 0.1
-    return RSSMState(mean, std, mean + std * torch.randn_like(std), deter)
+# ---------------------------------------------------------------- actors and heads
 
 
-class RSSMRepresentation(nn.Module):
-    def __init__(self, transition):
-        super().__init__()
-        self._transition_model = transition
-        self._stochastic_posterior_model = stack(D + E, H, 2 * S)
-
-    def forward(self, obs_embed, prev_action, prev_state):
-        prior = self._transition_model(prev_action, prev_state)
-        raw = self._stochastic_posterior_model(torch.cat([prior.deter, obs_embed], -1))
-        return prior, draw(raw, prior.deter)
-
-
-class RSSMRollout(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.transition_model = RSSMTransition()
-        self.representation_model = RSSMRepresentation(self.transition_model)
+def dream(model, actor, start, two=True):
+    """The imagination of a TransitionModel's repository."""
+    (belief, state), out = start, []
+    for _ in range(T):
+        feat = belief.detach(), state.detach()
+        found = actor(*feat)
+        action = found[0]
+        if found[1] is not None:
+            action = torch.tanh(torch.distributions.Normal(*found).rsample())
+        step = model(state, action[None], belief)
+        belief, state = step[0][0], step[1][0]
+        out.append((belief, state, action))
+    return [torch.stack(x) for x in zip(*out, strict=True)]
 
 
-def test_representation_and_transition(monkeypatch):
-    model, noise = RSSMRollout(), torch.randn(T, B, S)
+@pytest.mark.parametrize("options", [{}, {"samples": True, "underscore": ""}, {"mean_scale": 1.0}])
+def test_imagination_with_a_peer_s_actor_and_heads(options):
+    model, actor = peers.TransitionModel(F.elu), peers.ActorModel(**options)
+    heads = {"reward": peers.ScalarModel(), "critic": peers.ScalarModel()}
+    rollout = adapt(model, actor=actor, **heads).rollout
+    noises = torch.randn(T, B, A), torch.randn(T, B, S)
+    start = torch.randn(B, D).tanh(), torch.randn(B, S)
+    got = rollout.imagine(start, action_noise=noises[0], state_noise=noises[1])
+    want = with_noise(lambda: dream(model, actor, start), *noises)
+    same(got[:3], want, nn.ModuleList([model, actor]))
+    reward = heads["reward"](want[0].flatten(0, 1), want[1].flatten(0, 1)).view(T, B)
+    torch.testing.assert_close(got.reward, reward)
+    assert rollout.verify(repeats=1).ok
+
+
+def test_constants_of_an_actor_are_read_or_demanded():
+    model, layers = peers.TransitionModel(), stack(D + S, H, 2 * A)
+    with pytest.raises(MisfitError, match="actor: its layers do not say mean_scale and action_std"):
+        adapt(model, actor=layers)
+    constants = {
+        "mean_scale": 2.0,
+        "action_std": StdTransform(offset=math.log(math.expm1(3.0)), min=0.01),
+    }
+    assert adapt(model, actor=layers, **constants).rollout.options.mean_scale == 2.0
+    nonterms, said = peers.NontermsRSSM(), {"_mean_scale": 2, "_init_std": 3.0, "_min_std": 0.01}
+    read = adapt(nonterms, actor=peers.ActionDecoder(**said)).rollout.options
+    assert read.mean_scale == 2 and read.action_std == constants["action_std"]
+    with pytest.raises(MisfitError, match="do not say action_std"):
+        adapt(nonterms, actor=peers.ActionDecoder(mean_scale=2))
+    assert adapt(nonterms, actor=peers.ActionDecoder(), **constants).rollout.policy.stoch_first
+    wrong = "actor: ActionDecoder gives something else than its layers"
+    for name in said:
+        with pytest.raises(MisfitError, match=wrong):
+            adapt(nonterms, actor=peers.ActionDecoder(**said | {name: said[name] * 1.1}))
+    with pytest.raises(MisfitError, match=wrong):
+        adapt(nonterms, actor=peers.ActionDecoder(), **constants | {"mean_scale": 5.0})
+    simple = adapt(peers.SimpleRSSM(), actor=peers.SimpleActor()).rollout.options
+    assert simple.action_std == StdTransform(offset=3.0, min=0.01) and simple.mean_scale == 4
+    one_hot = peers.SimpleActor()
+    one_hot.discrete_action_bool = True
+    with pytest.raises(MisfitError, match="actor: a tanh-Normal policy fits, not one-hot"):
+        adapt(peers.SimpleRSSM(), actor=one_hot)
+
+
+def test_heads_that_do_more_than_their_layers_are_refused():
+    model = peers.TransitionModel()
+    with pytest.raises(MisfitError, match="reward: ScalarModel gives something else"):
+        adapt(model, reward=peers.ScalarModel(factor=2.0))
+
+    class OfPixels(peers.ScalarModel):
+        def forward(self, image):
+            raise ValueError("no image")
+
+    with pytest.raises(MisfitError, match="critic: OfPixels.* takes neither deter and stoch"):
+        adapt(model, critic=OfPixels())
+
+
+# ---------------------------------------------------------------- nonterms, states, batch-first
+
+
+def test_nonterms():
+    model, noise = peers.NontermsRSSM(), torch.randn(T, B, S)
     loop = adapt(model)
-    start = RSSMState(*torch.randn(3, B, S), torch.randn(B, D).tanh())
+    start = {"stoch": torch.randn(B, S), "deter": torch.randn(B, D).tanh()}
+    given = torch.randn(T, B, E), torch.randn(T, B, A).tanh(), nonterminals(), start, T - 1
+    want = with_noise(lambda: model.observe_rollout(*given), noise[:-1])
+    got = with_noise(lambda: loop.observe_rollout(*given), noise[:-1])
+    assert list(got[1]) == list(want[1])[:2] + ["deter", "stoch"]
+    same([{k: x[k] for k in want[0]} for x in got], want, model)
+
+
+def test_representation_and_transition():
+    model, noise = peers.RSSMRollout(), torch.randn(T, B, S)
+    loop = adapt(model)
+    start = peers.RSSMState(*torch.randn(3, B, S), torch.randn(B, D).tanh())
     embed, action = torch.randn(T, B, E), torch.randn(T, B, A).tanh()
-    stacked = lambda states: RSSMState(*map(torch.stack, zip(*states, strict=True)))  # noqa: E731
-    with monkeypatch.context() as patch:
-        Queue(patch, [x for n in noise for x in (torch.zeros(B, S), n)])
-        priors, posts, state = [], [], start
-        for t in range(T):
-            prior, state = model.representation_model(embed[t], action[t], state)
-            priors.append(prior)
-            posts.append(state)
-    prior, post = loop(T, embed, action, start, noise=noise)
-    assert isinstance(prior, RSSMState)
-    want_prior, want_post = stacked(priors), stacked(posts)
-    same([*post, *prior[:2]], [*want_post, *want_prior[:2]], model)
-    with monkeypatch.context() as patch:
-        Queue(patch, noise)
-        states, state = [], start
-        for t in range(T):
-            state = model.transition_model(action[t], state)
-            states.append(state)
-    got = loop.rollout_transition(T, action, start, noise=noise)
-    same(got, stacked(states), model)
+    want = with_noise(lambda: model(T, embed, action, start), noise)
+    got = with_noise(lambda: loop.rollout_representation(T, embed, action, start), noise)
+    assert isinstance(got[0], peers.RSSMState)
+    same(got, want, model)
+    want = with_noise(lambda: model.rollout_transition(T, action, start), noise)
+    same(loop.rollout_transition(T, action, start, noise=noise), want, model)
 
 
-# ---------------------------------------------------------------- batch-first
-
-
-class GrusaRSSM(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.grusa = nn.Sequential(nn.Linear(S + A, H), nn.ELU())
-        self.gru = nn.GRUCell(H, D)
-        self.prior, self.posterior = stack(D, H, 2 * S), stack(D + E, H, 2 * S)
-        self.reward = stack(D + S, H, 1)
-
-    def rollout_obs(self, e, a, noise):
-        dist = lambda x: (x.chunk(2, -1)[0], F.softplus(x.chunk(2, -1)[1]) + 0.3)  # noqa: E731
-        h, s, out = a.new_zeros(len(a), D), a.new_zeros(len(a), S), []
-        for t in range(a.shape[1] + 1):
-            previous = a[:, t - 1] if t else torch.zeros_like(a[:, 0])
-            h = self.gru(self.grusa(torch.cat([s, previous], -1)), h)
-            post = dist(self.posterior(torch.cat([h, e[:, t]], -1)))
-            s = post[0] + post[1] * noise[:, t]
-            out.append((h, s, *dist(self.prior(h)), *post))
-        return [torch.stack(x, 1) for x in zip(*out[1:], strict=True)]
+def test_a_loop_stands_in_the_place_of_its_model():
+    """Assigned where the model was: the same parameters by the same names, saved and copied."""
+    agent = nn.Module()
+    agent.rollout = peers.RSSMRollout()
+    agent.rollout.note = "kept"
+    before = {name: id(p) for name, p in agent.named_parameters()}
+    names = list(agent.state_dict())
+    agent.rollout = adapt(agent.rollout)
+    assert {name: id(p) for name, p in agent.named_parameters()} == before
+    assert list(agent.state_dict()) == names and agent.rollout.note == "kept"
+    torch.save(agent.state_dict(), io.BytesIO())
+    twin = copy.deepcopy(agent)
+    assert twin.rollout.rollout.nets["gru"].module is twin.rollout.transition_model._cell
+    with pytest.raises(AttributeError, match="nothing"):
+        agent.rollout.nothing  # noqa: B018
+    listed = peers.TransitionModel()
+    assert adapt(listed).modules is listed.modules
 
 
 def test_grusa():
-    model, noise = GrusaRSSM(), torch.randn(B, T + 1, S)
+    model, noise = peers.GrusaRSSM(), torch.randn(T + 1, B, S)
     loop = adapt(model, std=StdTransform(min=0.3))
-    e, a = torch.randn(B, T + 1, E), torch.randn(B, T, A).tanh()
-    hs, states, priors, posts = loop(e, a, noise=noise)
-    want = model.rollout_obs(e, a, noise)
-    parts = [
-        torch.stack([getattr(d, name) for d in dists], 1)
-        for dists in (priors, posts) for name in ("mean", "stddev")
-    ]  # fmt: skip
-    same([hs, states, *parts], want, model)
+    given = torch.randn(B, T + 1, E), torch.randn(B, T, A).tanh()
+    want = with_noise(lambda: model.rollout_obs(*given), noise)
+    same(loop.rollout_obs(*given, noise=noise.transpose(0, 1)), want, model)
     assert "reward" in loop.rollout.nets
 
 
-# ---------------------------------------------------------------- sheeprl's Dreamer V1
+def test_simple_dreamer():
+    model, noise = peers.SimpleRSSM(), torch.randn(T - 1, B, S)
+    loop = adapt(model)
+    given = torch.randn(B, T, E), torch.randn(B, T, A).tanh()
+    want = with_noise(lambda: loop.own(*given), noise)
+    same(with_noise(lambda: loop(*given), noise), want, model)
+    assert loop.rollout.options.through_feat and loop.rollout.options.embed_first
 
 
-class SheepMLP(nn.Module):
-    def __init__(self, *widths):
-        super().__init__()
-        self._model = stack(*widths)
-
-    def forward(self, x):
-        return self._model(x)
+# ---------------------------------------------------------------- sheeprl
 
 
-class RecurrentModel(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(S + A, D), nn.ELU())
-        self.rnn = nn.GRU(D, D)
-
-    def forward(self, x, h):
-        return self.rnn(self.mlp(x), h)
+def sheep_batch(resets):
+    first = torch.zeros(T, B, 1)
+    first[2, 1] = first[0, 0] = 1
+    sequences = torch.randn(T, B, A).tanh(), torch.randn(T, B, E), *([first] if resets else [])
+    return torch.randn(1, B, S), torch.randn(1, B, D).tanh(), *sequences
 
 
-class SheepRSSM(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.recurrent_model, self.min_std = RecurrentModel(), 0.2
-        self.representation_model = SheepMLP(D + E, H, 2 * S)
-        self.transition_model = SheepMLP(D, H, 2 * S)
+def same_as_dynamic(model, loop, given):
+    noise, steps = torch.randn(T, B, S), []
 
-    def dynamic(self, posterior, h, action, embed, noise):
-        out, h = self.recurrent_model(torch.cat((posterior, action), -1), h)
-        raws = self.transition_model(out), self.representation_model(torch.cat((h, embed), -1))
-        (prior_mean, prior_std), (mean, std) = (
-            (x.chunk(2, -1)[0], F.softplus(x.chunk(2, -1)[1]) + self.min_std) for x in raws
-        )
-        return h, mean + std * noise, mean, std, prior_mean, prior_std
+    def own():
+        steps.clear()
+        state = given[:2]
+        for t in range(T):
+            steps.append(model.dynamic(*state, *(x[t : t + 1] for x in given[2:])))
+            state = steps[-1][1], steps[-1][0]
+        h, z, prior, *dists = zip(*steps, strict=True)
+        pairs = (zip(*dist, strict=True) for dist in dists)
+        return *map(torch.cat, (h, z, prior)), *(tuple(map(torch.cat, pair)) for pair in pairs)
 
-
-class SheepActor(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.model = SheepMLP(S + D, H, H)
-        self.model._model.append(nn.ELU())
-        self.mlp_heads = nn.ModuleList([nn.Linear(H, 2 * A)])
-        self.init_std, self.min_std, self.distribution = 5.0, 1e-4, "tanh_normal"
+    same(with_noise(lambda: loop(*given), noise), with_noise(own, noise), model)
 
 
-def test_sheeprl():
-    model, noise = SheepRSSM(), torch.randn(T, B, S)
-    loop, action, embed = adapt(model), torch.randn(T, B, A).tanh(), torch.randn(T, B, E)
-    h, s = torch.randn(1, B, D).tanh(), torch.randn(1, B, S)
-    out, state = [], (s, h)
-    for t in range(T):
-        step = model.dynamic(*state, action[t][None], embed[t][None], noise[t][None])
-        out.append(step)
-        state = step[1], step[0]
-    want = [torch.cat(x) for x in zip(*out, strict=True)]
-    deter, stoch, _, post, prior = loop(s, h, action, embed, noise=noise)
-    same([deter, stoch, *post, *prior], want, model)
-    rollout = adapt(model, actor=SheepActor(), critic=SheepMLP(S + D, H, 1)).rollout
+@pytest.mark.parametrize("kind", [peers.SheepRSSM, peers.SheepRSSMOfToday])
+def test_sheeprl_s_first_dreamer(kind):
+    model, today = kind(), kind is peers.SheepRSSMOfToday
+    loop, given = adapt(model), sheep_batch(today)
+    same_as_dynamic(model, loop, given)
+    with pytest.raises(TypeError, match="takes is_first" if today else "takes no is_first"):
+        loop(*(given[:4] if today else (*given, torch.zeros(T, B, 1))))
+    rollout = adapt(model, actor=peers.SheepActor(), critic=peers.SheepMLP(S + D, H, 1)).rollout
     assert rollout.options.action_std == StdTransform(offset=5.0, min=1e-4)
     assert rollout.policy.stoch_first and rollout.verify(repeats=1).ok
-    discrete = SheepActor()
+    discrete = peers.SheepActor()
     discrete.distribution = "discrete"
     with pytest.raises(MisfitError, match="one tanh_normal head fits"):
         adapt(model, actor=discrete)
+
+
+def sheeprl():
+    return pytest.importorskip("sheeprl.models.models", reason="sheeprl is not installed")
+
+
+def test_sheeprl_itself():
+    models = sheeprl()
+    from sheeprl.algos.dreamer_v1 import agent
+
+    linears = lambda widths, n: models.MLP(n, 2 * S, [widths], activation=nn.ELU)  # noqa: E731
+    recurrent = agent.RecurrentModel(S + A, D)
+    model = agent.RSSM(recurrent, linears(H, D + E), linears(H, D), {"validate_args": False})
+    actor = agent.Actor(S + D, [A], True, {"type": "auto"}, dense_units=H, mlp_layers=2)
+    loop = adapt(model, actor=actor)
+    same_as_dynamic(model, loop, sheep_batch(True))
+    assert loop.rollout.options.action_std.offset == pytest.approx(math.log(math.expm1(5)))
+
+
+def test_sheeprl_s_later_dreamers_are_refused_for_all_their_reasons():
+    models = sheeprl()
+    from sheeprl.algos.dreamer_v2 import agent as v2
+    from sheeprl.algos.dreamer_v3 import agent as v3
+
+    Z = 4 * 5
+    for agent, options in [(v2, {}), (v3, {})]:
+        recurrent = agent.RecurrentModel(Z + A, D, H, **options)
+        mlps = (models.MLP(n, Z, [H], activation=nn.SiLU) for n in (D + E, D))
+        model = agent.RSSM(recurrent, *mlps, {"validate_args": False}, discrete=5)
+        with pytest.raises(MisfitError) as raised:
+            adapt(model)
+        assert "categorical latents of 5 classes" in str(raised.value)
+        assert "gru: LayerNormGRUCell" in str(raised.value)
+        assert "LayerNorm" in str(raised.value).split("gru: LayerNormGRUCell")[1]
 
 
 # ---------------------------------------------------------------- torchrl itself
@@ -412,27 +445,61 @@ def test_torchrl_draws_its_noise_without_a_key():
     assert not torch.equal(fast(data)["next", "state"], one["next", "state"])
 
 
-def test_torchrl_actor():
+@pytest.mark.parametrize("bounded", [True, False])
+def test_torchrl_actor(bounded):
     """DreamerActor under TanhNormal: the same actions, and gradients through what it sees."""
     model = torchrl_model()
-    from torchrl.modules import DreamerActor
+    from tensordict.nn import TensorDictModule
+    from torchrl.modules import DreamerActor, ProbabilisticActor
     from torchrl.modules.distributions import TanhNormal
 
     actor = DreamerActor(out_features=A, depth=2, num_cells=H)
     actor(torch.zeros(1, S), torch.zeros(1, D))  # its layers are lazy
-    rollout = adapt(model, actor=actor).rollout
+    with torch.no_grad():
+        actor.backbone[-2].weight.mul_(20)  # means that the bound reaches
+    policy = ProbabilisticActor(
+        TensorDictModule(actor, ["state", "belief"], ["loc", "scale"]),
+        in_keys=["loc", "scale"],
+        distribution_class=TanhNormal,
+        distribution_kwargs={"tanh_loc": bounded},
+    )
+    rollout = adapt(model, actor=policy).rollout
     both, noise = nn.ModuleList([model, actor]), torch.randn(T, B, S)
     action_noise = torch.randn(T, B, A)
     belief, state = start = torch.randn(B, D).tanh(), torch.randn(B, S)
     dream = rollout.imagine(start, state_noise=noise, action_noise=action_noise)
     actions, beliefs = [], []
     for t in range(T):
-        dist = TanhNormal(*actor(state, belief), tanh_loc=True)
+        dist = TanhNormal(*actor(state, belief), tanh_loc=bounded)
         action = torch.tanh(dist.loc + dist.scale * action_noise[t])
         _, _, state, belief = model.rssm_prior.module(state, belief, action, noise[t])
         actions.append(action)
         beliefs.append(belief)
     same([dream.action, dream.deter], [torch.stack(actions), torch.stack(beliefs)], both)
+    with pytest.raises(MisfitError, match="do not say mean_scale"):
+        adapt(model, actor=actor)
+    assert adapt(model, actor=actor, mean_scale=5.0).rollout.options.mean_scale == 5.0
+    policy[-1].distribution_kwargs = {"low": -2.0}
+    with pytest.raises(MisfitError, match=r"TanhNormal in \[-1, 1\] fits"):
+        adapt(model, actor=policy)
+
+
+def test_torchrl_s_face_of_a_module():
+    """Selecting keys, naming inputs and outputs, and standing in a sequence are the original's."""
+    from tensordict.nn import TensorDictSequential
+
+    model, data = torchrl_model(noise=True), torchrl_batch(B)
+    fast = adapt(copy.deepcopy(model))
+    chosen = ("next", "belief"), ("next", "posterior_mean")
+    results = [m.select_out_keys(*chosen)(data.clone()) for m in (fast, model)]
+    assert fast.out_keys == model.out_keys == list(chosen)
+    assert set(results[0].keys(True, True)) == set(results[1].keys(True, True))
+    for key in chosen:
+        torch.testing.assert_close(results[0][key], results[1][key], rtol=1e-4, atol=1e-5)
+    fast.reset_out_keys()
+    assert ("next", "state") in TensorDictSequential(fast)(data.clone()).keys(True, True)
+    with pytest.raises(MisfitError, match="RSSMRollout.*has forward hooks"):
+        adapt(model)  # whose selection is a hook that would be lost
 
 
 def test_torchrl_refusals():
@@ -450,4 +517,4 @@ def test_unknown_models_are_refused():
     with pytest.raises(MisfitError, match="Linear is no peer known here.*from_modules"):
         adapt(nn.Linear(2, 2))
     with pytest.raises(MisfitError, match="act_fn: gelu has no fast loop"):
-        adapt(TransitionModel(F.gelu))
+        adapt(peers.TransitionModel(F.gelu))

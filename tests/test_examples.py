@@ -47,9 +47,10 @@ def test_bench_refuses(monkeypatch, capsys, argv, message):
 
 def test_bench_says_what_disagrees(monkeypatch, capsys, tmp_path):
     (tmp_path / "wrong_model.py").write_text(
-        "import sys\nsys.path.insert(0, r'" + str(EXAMPLES) + "')\nimport rollout, torch.nn as nn\n"
-        "def make():\n    made = rollout.make()\n"
-        "    made.nets['prior'].given = nn.Sequential(nn.Linear(200, 60))\n    return made\n"
+        "import sys\nsys.path.insert(0, r'" + str(EXAMPLES) + "')\nimport copy, rollout\n"
+        "def make():\n    made = rollout.make()\n    prior = made.nets['prior']\n"
+        "    prior.given = copy.deepcopy(prior.given)\n    prior.given[0].reset_parameters()\n"
+        "    return made\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))

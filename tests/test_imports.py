@@ -50,13 +50,12 @@ ALLOWED = {
     "trainer": PUBLIC - {"trainer", "report", "rollout", "viz"} | {"device"},
     "pretrained": {"checkpoint"},
     "report": {"config", "files", "agent", "checkpoint", "logger", "play", "trainer", "viz"},
-    "verify": {"ops", "nn"},
-    "rollout": {"ops", "nn", "verify"},
-    "adapters": {"ops", "nn", "rollout"},
+    "rollout": {"errors", "ops"},
+    "adapters": {"rollout"},
     "testing": {"ops", "nn"},
     "doctor": {"_version", "_native", "config", "envs", "ops"},
     "compare": PUBLIC - {"rollout"} | {"device", "doctor"},
-    "cli": PUBLIC | {"adapters", "compare", "device", "doctor", "preflight"},
+    "cli": PUBLIC | {"compare", "device", "doctor", "preflight"},
     "__main__": {"cli", "cores", "errors"},
     "__init__": PUBLIC,
 }
@@ -72,6 +71,7 @@ THIRD_PARTY = {
     "tyro": {"cli", "config/sections"},
     "rich": {"cli", "compare", "doctor", "logger"},
     "gymnasium": {"envs/gymnasium", "envs/foreign"},
+    "tensordict": {"rollout/adapters/torchrl"},
     "stable_baselines3": {"compare/methods"},
 }
 

@@ -6,10 +6,13 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules import module as module_hooks
 
 from fastdreamer.ops.backend import BackendError, last_backend
+from fastdreamer.ops.lambda_return import lambda_return
 from fastdreamer.ops.params import State
 from fastdreamer.rollout import MisfitError, Rollout, StdTransform
+from fastdreamer.rollout.draws import with_noise
 
 A, D, S, E, H = 2, 12, 3, 5, 10
 
@@ -68,6 +71,7 @@ def test_agrees_with_the_own_loop(act, gru):
         {"std": StdTransform("sigmoid", scale=2, slope=0.5, min=0.1), "reset": "stoch"},
         {"std": StdTransform(floor=0.1), "reset": "deter", "batch_first": True},
         {"reset": "state", "gamma": 0.9, "lam": 0.5, "batch_first": True},
+        {"pairing": "departure", "stoch_first": True},
     ],
 )
 def test_variants_agree(model, options):
@@ -266,6 +270,11 @@ class OwnGRU(nn.Module):
     pass
 
 
+class OwnLinear(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
 class OwnSequential(nn.Sequential):
     def forward(self, x):
         return super().forward(x) + 1
@@ -290,7 +299,8 @@ class OwnSequential(nn.Sequential):
         ({"inp": nn.Linear(S + A, H)}, "inp: no activation follows its layers; name it"),
         ({"inp": nn.Sequential(nn.LazyLinear(H), nn.ELU())}, "LazyLinear has no weights yet"),
         ({"prior": nn.Linear(D, 2 * S, bias=False)}, "prior: Linear has no bias"),
-        ({"prior": nn.Linear(D, 32 * 32)}, "inp: takes 5 inputs.*are the latents categorical"),
+        ({"prior": nn.Linear(D, 32 * 32), "post": None, "actor": None, "reward": None,
+          "critic": None, "discount": None}, "inp: takes 5 inputs.*are the latents categorical"),
         ({"prior": nn.Linear(D, 5)}, "prior: has 5 outputs.*categorical"),
         ({"actor": stack(D + S, H, A)}, "actor: must map 15 to 4 .*, got 15 to 2"),
         ({"reward": stack(D + S, H, 255)}, "reward: must map 15 to 1"),
@@ -300,6 +310,9 @@ class OwnSequential(nn.Sequential):
         ({"std": StdTransform("abs")}, "std: kind must be one of softplus, sigmoid, exp"),
         ({"mean_scale": 0.0}, "mean_scale must be positive"),
         ({"reset": "belief"}, "reset must be one of all, state, stoch, deter"),
+        ({"pairing": "state"}, "pairing must be one of arrival, departure"),
+        ({"action_dim": 3}, r"a state of 3 \(half of the prior's outputs\) and an action of 3 do"),
+        ({"post": nn.Sequential(OwnLinear(H, 6))}, r"OwnLinear.*has a forward\(\) of its own"),
     ],
 )  # fmt: skip
 def test_refusals_name_the_module_and_the_reason(model, changes, message):
@@ -307,7 +320,7 @@ def test_refusals_name_the_module_and_the_reason(model, changes, message):
         Rollout.from_modules(**model.parts() | changes)
 
 
-def test_missing_parts_and_hooks(model):
+def test_missing_parts(model):
     parts = model.parts()
     bare = Rollout.from_modules(**{k: parts[k] for k in ("inp", "gru", "prior")})
     start = (torch.zeros(1, D), torch.zeros(1, S))
@@ -319,6 +332,283 @@ def test_missing_parts_and_hooks(model):
         with pytest.raises(MisfitError, match=name):
             call()
     assert bare.verify(repeats=1).ok
-    model.prior[0].register_forward_hook(lambda *_: None)
-    with pytest.raises(MisfitError, match=r"prior\[0\]: Linear.* has forward hooks"):
-        make(model)
+    for given in ({"own": len}, {"own_dream": len}):
+        with pytest.raises(
+            ValueError, match="made without the layers that (observe|imagine) needs"
+        ):
+            bare.verify(repeats=1, **given)
+
+
+def test_all_that_does_not_fit_is_named_at_once(model):
+    changes = {
+        "gru": nn.Sequential(nn.Linear(2 * H, 3 * D, bias=False), nn.LayerNorm(3 * D)),
+        "prior": nn.Sequential(nn.Linear(D, H, bias=False), nn.LayerNorm(H), nn.GELU(),
+                               nn.Linear(H, 6)),
+        "reset": "belief",
+    }  # fmt: skip
+    with pytest.raises(MisfitError) as raised:
+        Rollout.from_modules(**model.parts() | changes)
+    lines = str(raised.value).split("\n")
+    for line, start in zip(
+        lines,
+        ["gru: Sequential of Linear(in_features=20, out_features=36, bias=False), LayerNorm",
+         "prior[0]: Linear has no bias", "prior[1]: LayerNorm", "prior[2]: GELU", "reset must be"],
+        strict=True,
+    ):  # fmt: skip
+        assert line.startswith(start)
+
+
+@pytest.mark.parametrize("name", ["actor", "reward", "discount", None])
+def test_categorical_latents_never_pass_for_gaussian(name):
+    """C·K logits, and a GRU of torch: halves of them would make a mean and a std."""
+    Z = 16
+    parts = {"inp": stack(Z + A, H, last=True), "gru": nn.GRUCell(H, D), "prior": stack(D, H, Z),
+             "post": stack(D + E, H, Z)}  # fmt: skip
+    if name is None:
+        both = "latents of 8 with actions of 10 and categorical latents of 16 classes in all with"
+        with pytest.raises(MisfitError, match=f"{both} actions of 2; say action_dim="):
+            Rollout.from_modules(**parts)
+        with pytest.raises(MisfitError, match="its 16 outputs are the logits of categorical"):
+            Rollout.from_modules(**parts, action_dim=A)
+        gaussian = Rollout.from_modules(**parts, action_dim=10)
+        assert gaussian.dims == {"D": D, "S": 8, "A": 10, "E": E} and gaussian.verify(repeats=1).ok
+        return
+    head = stack(D + Z, H, 2 * A if name == "actor" else 1)
+    with pytest.raises(
+        MisfitError, match=f"16 outputs are the logits of categorical.*{name} takes"
+    ):
+        Rollout.from_modules(**parts, **{name: head})
+
+
+def nothing(*_):
+    pass
+
+
+HOOKS = {
+    "forward hooks": lambda m: m.register_forward_hook(nothing),
+    "forward pre-hooks": lambda m: m.register_forward_pre_hook(nothing),
+    "backward hooks": lambda m: m.register_full_backward_hook(nothing),
+    "backward pre-hooks": lambda m: m.register_full_backward_pre_hook(nothing),
+    "global forward hooks": lambda _: module_hooks.register_module_forward_hook(nothing),
+    "global forward pre-hooks": lambda _: module_hooks.register_module_forward_pre_hook(nothing),
+    "global backward hooks": lambda _: module_hooks.register_module_full_backward_hook(nothing),
+    "global backward pre-hooks": lambda _: module_hooks.register_module_full_backward_pre_hook(
+        nothing
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_are_refused(model, kind):
+    """Before the modules are read, and after; of layers, activations, containers and cells."""
+    rollout, given = make(model), batch()
+    for module in (model.prior[0], model.inp[1], model.post, model.gru):
+        handle = HOOKS[kind](module)
+        for call in (lambda: make(model), lambda: rollout.observe(*given)):
+            with pytest.raises(MisfitError, match=f"has {kind}, which would not run"):
+                call()
+        handle.remove()
+        rollout.observe(*given)
+
+
+def test_compiled_modules_are_read_through(model):
+    given, want = batch(), make(model)
+    parts = {name: torch.compile(part, backend="eager") for name, part in model.parts().items()}
+    rollout = Rollout.from_modules(**parts, backend="native")
+    assert torch.equal(rollout.observe(*given).state.stoch, want.observe(*given).state.stoch)
+    found = rollout.verify(repeats=1)
+    assert found.ok, str(found)
+    parts["prior"].register_forward_hook(nothing)
+    with pytest.raises(MisfitError, match="prior: OptimizedModule.*has forward hooks"):
+        rollout.observe(*given)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("gru", [nn.GRUCell, nn.GRU])
+def test_scripted_modules_are_read_through(gru):
+    """Parameters are the scripts': of whole stacks, and of layers with functions between them."""
+    model, given = Model(gru=gru), batch()
+    scripted = {name: torch.jit.script(part) for name, part in model.parts().items()}
+    rollout = Rollout.from_modules(**scripted, backend="native")
+    assert torch.equal(rollout.observe(*given).state.stoch, make(model).observe(*given).state.stoch)
+    found = rollout.verify(repeats=1)
+    assert found.ok, str(found)
+    loss_of(rollout, given).backward()
+    weight = dict(scripted["gru"].named_parameters())
+    assert weight["weight_hh" if gru is nn.GRUCell else "weight_hh_l0"].grad.abs().sum() > 0
+    layers = [torch.jit.script(layer) for layer in model.prior if isinstance(layer, nn.Linear)]
+    by_layer = Rollout.from_modules(**scripted | {"prior": layers}, activation="elu")
+    assert by_layer.verify(repeats=1).ok
+    with pytest.raises(MisfitError, match="prior: .*Scripted.* has no fast loop"):
+        Rollout.from_modules(**scripted | {"prior": torch.jit.script(Scripted())})
+
+
+class Scripted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(6, D)), nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight, self.bias).abs()
+
+
+def test_pairing_of_rewards(model):
+    """r(s_{t+1}) + γ v(s_{t+1}), or r(s_t) + γ v(s_{t+1}), in imagination and in plans."""
+    start, noises = (
+        (torch.randn(4, D).tanh(), torch.randn(4, S)),
+        (torch.randn(6, 4, S), torch.randn(6, 4, A)),
+    )
+    del model.discount
+    found = {}
+    for pairing in ("arrival", "departure"):
+        rollout = Rollout.from_modules(**model.parts(), pairing=pairing)
+        dream = rollout.imagine(start, state_noise=noises[0], action_noise=noises[1])
+        assert last_backend("imagine") == "native"
+        states = [torch.cat([x[None], y]) for x, y in zip(start, dream[:2], strict=True)]
+        feat = torch.cat(states, -1)
+        reward, value = (net(feat).squeeze(-1) for net in (model.reward, model.critic))
+        paid = reward[1:] if pairing == "arrival" else reward[:-1]
+        want = lambda_return(paid, value[1:], torch.full_like(paid, 0.99), 0.95, backend="eager")
+        torch.testing.assert_close(dream.returns, want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(dream.reward, paid, rtol=1e-4, atol=1e-5)
+        plan = rollout.plan(start, 3, num_samples=20, num_elites=4, iterations=2,
+                            generator=torch.Generator().manual_seed(0))  # fmt: skip
+        found[pairing] = plan.scores[0]
+    assert not torch.allclose(*found.values(), rtol=1e-2)
+
+
+def test_plans_from_a_given_mean_within_given_bounds(model):
+    rollout, start = make(model, batch_first=True), (torch.zeros(2, D), torch.zeros(2, S))
+    mean = torch.linspace(-2, 2, 2 * 4 * A).view(2, 4, A)
+    given = {"num_samples": 8, "num_elites": 8, "iterations": 1}
+    plan = rollout.plan(start, mean=mean, init_std=1e-6, clip=1.5, **given)
+    torch.testing.assert_close(plan.mean, mean.clamp(-1.5, 1.5), atol=1e-4, rtol=0)
+    assert torch.equal(rollout.plan(start, 4, mean=mean, iterations=0).mean, mean)
+    with pytest.raises(ValueError, match="horizon or mean must be given"):
+        rollout.plan(start)
+    with pytest.raises(ValueError, match="horizon is 3, mean has 4 steps"):
+        rollout.plan(start, 3, mean=mean)
+
+
+# ---------------------------------------------------------------- the caller's own function
+
+
+def own_filter(model, turned=False, least=0.1):
+    """As the caller's code has it: prior and posterior drawn at each step."""
+
+    def sample(raw):
+        mean, std = raw.chunk(2, -1)
+        return torch.distributions.Normal(mean, torch.nn.functional.softplus(std) + least)
+
+    def run(embed, action, is_first, start):
+        (deter, stoch), out = start, []
+        for t in range(len(action)):
+            keep = (~is_first[t, :, None]).float()
+            x = torch.cat([stoch * keep, action[t] * keep], -1)
+            deter = model.gru(model.inp(x), deter * keep)
+            prior = sample(model.prior(deter))
+            prior.rsample()
+            parts = (embed[t], deter) if turned else (deter, embed[t])
+            post = sample(model.post(torch.cat(parts, -1)))
+            stoch = post.rsample()
+            out.append((deter, stoch, post.mean, post.stddev, prior.mean))
+        names = ("deter", "stoch", "post_mean", "post_std", "prior_mean")
+        return dict(zip(names, map(torch.stack, zip(*out, strict=True)), strict=True))
+
+    return run
+
+
+def own_dream(model, scale=5.0):
+    def run(start, horizon):
+        (deter, stoch), out = start, []
+        for _ in range(horizon):
+            mean, std = model.actor(torch.cat([deter, stoch], -1).detach()).chunk(2, -1)
+            std = torch.nn.functional.softplus(std + 5.0) + 1e-4
+            action = scale * torch.tanh(mean / scale) + std * torch.randn(std.shape)
+            deter = model.gru(model.inp(torch.cat([stoch, action.tanh()], -1)), deter)
+            mean, std = model.prior(deter).chunk(2, -1)
+            std = torch.nn.functional.softplus(std) + 0.1
+            stoch = torch.normal(torch.zeros_like(mean), 1.0) * std + mean
+            out.append((deter, stoch, action.tanh()))
+        return dict(zip(("deter", "stoch", "action"), map(torch.stack, zip(*out, strict=True)),
+                        strict=True))  # fmt: skip
+
+    return run
+
+
+def test_verify_runs_the_caller_s_own_function(model):
+    torch.manual_seed(7)
+    found = make(model).verify(own=own_filter(model), own_dream=own_dream(model), repeats=1)
+    assert found.ok, str(found)
+    names = {line.name for line in found.lines}
+    assert (
+        "your observe: post_mean" in names and "your imagine: gradient of actor.0.weight" in names
+    )
+    assert torch.equal(torch.rand(1), torch.manual_seed(7) and torch.rand(1))  # none was drawn
+
+
+def test_verify_sees_the_mistakes_that_its_own_loop_cannot(model):
+    """Order, lag, reset and constants: the loops agree, the caller's function does not."""
+    with torch.no_grad():
+        model.actor[-1].weight.mul_(20)  # means that the bound reaches
+    same_size = Rollout.from_modules(
+        **model.parts() | {"post": stack(2 * D, H, 2 * S)}, embed_first=True
+    )
+    wrong = [
+        (
+            same_size,
+            {"own": own_filter(same_size_model(model, same_size))},
+            "your observe: post_mean",
+        ),
+        (
+            make(model, std=StdTransform(min=0.2)),
+            {"own": own_filter(model)},
+            "your observe: post_std",
+        ),
+        (make(model, reset="stoch"), {"own": own_filter(model)}, "your observe: deter"),
+        (make(model, mean_scale=1.0), {"own_dream": own_dream(model)}, "your imagine: action"),
+    ]
+    for rollout, given, name in wrong:
+        assert rollout.verify(repeats=1).ok
+        found = rollout.verify(repeats=1, **given)
+        assert not found.ok
+        assert name in [line.name for line in found.lines if not line.ok]
+
+
+def same_size_model(model, rollout):
+    """The model with the Rollout's posterior."""
+    twin = copy.copy(model)
+    twin._modules = dict(model._modules, post=rollout.nets["post"].given)
+    return twin
+
+
+def test_verify_says_what_is_wrong_with_the_function(model):
+    rollout = make(model)
+    with pytest.raises(ValueError, match="the own observe returned belief"):
+        rollout.verify(own=lambda *_: {"belief": torch.zeros(20, 8, S)}, repeats=1)
+    for draw, message in [
+        (lambda: torch.rand(8, S), "drew by aten.rand, which gives no normal noise"),
+        (lambda: torch.randn(8, 7), r"drew \[8, 7\] numbers, but has noise for \[20, 8, 3\]"),
+        (lambda: [torch.randn(8, S) for _ in range(3)], "drew 3 times 3 numbers.*multiple of 20"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            rollout.verify(own=lambda *_, draw=draw: {"stoch": draw()}, repeats=1)
+
+
+def test_noise_by_every_name():
+    """Served alike to single steps, to several draws a step and to the whole at once."""
+    noise = torch.randn(4, 3, 2)
+    normal = torch.distributions.Normal(torch.ones(3, 2), 2.0)
+    for draw in (
+        lambda: [torch.randn(3, 2) for _ in range(4)],
+        lambda: [torch.randn_like(torch.ones(1, 3, 2))[0] for _ in range(4)],
+        lambda: [torch.empty(3, 2).normal_() for _ in range(4)],
+        lambda: [(torch.randn(3, 2), torch.normal(torch.zeros(3, 2), 1.0))[1] for _ in range(4)],
+        lambda: [(normal.rsample() - 1) / 2 for _ in range(4)],
+        lambda: torch.randn(4, 3, 2).unbind(0),
+        lambda: torch.randn(3, 4, 2).unbind(1),
+    ):
+        torch.testing.assert_close(torch.stack(list(with_noise(draw, noise))), noise)
+    both = noise, torch.randn(4, 3, 2)  # of one size they take turns
+    drawn = with_noise(lambda: [torch.randn(3, 2) for _ in range(8)], *both)
+    assert torch.equal(torch.stack(drawn), torch.stack(both, 1).flatten(0, 1))

@@ -11,9 +11,8 @@ from typing import Annotated
 
 import tyro
 
-from fastdreamer.adapters import adapt
 from fastdreamer.config import ConfigError
-from fastdreamer.rollout import Rollout
+from fastdreamer.rollout import Rollout, adapt
 
 
 @dataclass
@@ -21,7 +20,7 @@ class Bench:
     """Check the fast rollout over your own world model: errors against float64, and its speed.
 
     For example: fastdreamer bench --module mypkg.mymodel:make, where make() returns a Rollout or
-    a model that fastdreamer.adapters knows. Exits with 1 where a value or gradient disagrees.
+    a model that fastdreamer.rollout.adapt knows. Exits with 1 where a value or gradient disagrees.
     """
 
     module: Annotated[str, tyro.conf.arg(metavar="PACKAGE.MODULE:FUNCTION")]

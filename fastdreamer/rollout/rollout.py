@@ -3,19 +3,18 @@
 :meth:`Rollout.from_modules` reads the layers of a world model written with ``torch.nn`` and runs
 its recurrent loops with :mod:`fastdreamer.ops`. Parameters are used in place and read anew at every
 call, so that optimisers, ``state_dict``, ``load_state_dict`` and ``.to()`` go on working and
-gradients arrive in ``.grad`` of the caller's own parameters. :func:`fastdreamer.adapters.adapt`
-does the reading for known peers.
+gradients arrive in ``.grad`` of the caller's own parameters. :func:`fastdreamer.rollout.adapt` does
+the reading for known peers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastdreamer.nn.layers import MisfitError, Net, read_gru, read_net
 from fastdreamer.ops.cem import Plan, cem
 from fastdreamer.ops.imagine import Imagination, imagine
 from fastdreamer.ops.observe import RESETS, Observation, observe
@@ -32,11 +31,12 @@ from fastdreamer.ops.params import (
     mlp,
 )
 from fastdreamer.ops.rssm_step import rssm_step
-from fastdreamer.verify import Verification, verify
-
-__all__ = ["MisfitError", "Rollout", "StdTransform"]
+from fastdreamer.rollout.layers import MisfitError, Net, Reader, refuse_hooks
+from fastdreamer.rollout.verify import Verification, verify
 
 Layers = nn.Module | Sequence[nn.Module]
+HEADS = ("reward", "critic", "target", "discount")
+PAIRINGS = ("arrival", "departure")
 
 
 class _Options(NamedTuple):
@@ -49,6 +49,7 @@ class _Options(NamedTuple):
     embed_first: bool
     stoch_first: bool
     through_feat: bool
+    pairing: str
 
 
 class Rollout:
@@ -59,12 +60,19 @@ class Rollout:
     not time-major in memory. Time-major, nothing is copied.
     """
 
-    def __init__(self, nets: dict[str, Any], options: _Options, **call: Any) -> None:
-        self.nets, self.options = nets, options
+    def __init__(
+        self,
+        nets: dict[str, Any],
+        options: _Options,
+        dims: dict[str, int],
+        watched: list[tuple[str, nn.Module]],
+        **call: Any,
+    ) -> None:
+        self.nets, self.options, self.dims, self.watched = nets, options, dims, watched
         self.batch_first: bool = call["batch_first"]
         self.reset: str = call["reset"]
         self.backend: str | None = call["backend"]
-        self.dims = self._check()
+        refuse_hooks(watched)
 
     @classmethod
     def from_modules(
@@ -89,6 +97,8 @@ class Rollout:
         embed_first: bool = False,
         stoch_first: bool = False,
         through_feat: bool = False,
+        pairing: Literal["arrival", "departure"] = "arrival",
+        action_dim: int | None = None,
         batch_first: bool = False,
         reset: str = "all",
         backend: str | None = None,
@@ -114,38 +124,56 @@ class Rollout:
                 and for actor and heads [stoch, deter].
             through_feat: whether imagined gradients pass through the features that the actor sees;
                 by default they are detached, as in the original Dreamer.
+            pairing: which reward the λ-return adds to the discounted value of state t + 1: that of
+                arriving there, r(s_{t+1}), as DreamerV3 and torchrl do, or ``"departure"``, that of
+                the state before, r(s_t), as most code of Dreamer V1 and V2 does.
+            action_dim: A. To be said where neither actor nor heads fix S = F - D and the layers
+                would fit categorical latents as well.
             batch_first: [B, T, ...] instead of [T, B, ...].
             reset: what ``is_first`` zeroes, see :func:`fastdreamer.ops.observe.observe`.
             backend: see :mod:`fastdreamer.ops.backend`.
 
         Raises:
-            MisfitError: a module does not fit; names it, why, and what would.
+            MisfitError: something does not fit; names all of it, why, and what would.
         """
         given = {
             "inp": inp, "prior": prior, "post": post, "actor": actor, "reward": reward,
             "critic": critic, "target": target, "discount": discount,
         }  # fmt: skip
-        nets: dict[str, Any] = {"gru": read_gru("gru", gru)}
+        reader = Reader()
+        read = {"gru": reader.gru("gru", gru)}
         for name, module in given.items():
             if module is not None:
-                nets[name] = read_net(name, module, activation, act_last=name == "inp")
+                read[name] = reader.net(name, module, activation, act_last=name == "inp")
+        nets = {name: net for name, net in read.items() if net is not None}
+        dims, misfits = _fit(nets, action_dim)
+        misfits = reader.misfits + misfits
         for name, transform in {"std": std, "action_std": action_std}.items():
             if transform.kind not in STDS:
                 kinds = ", ".join(STDS)
-                raise MisfitError(f"{name}: kind must be one of {kinds}, got {transform.kind!r}")
+                misfits.append(f"{name}: kind must be one of {kinds}, got {transform.kind!r}")
         if not mean_scale > 0:
-            raise MisfitError(f"mean_scale must be positive (inf: no bound), got {mean_scale}")
-        if reset not in RESETS:
-            raise MisfitError(f"reset must be one of {', '.join(RESETS)}, got {reset!r}")
-        flags = (action_first, embed_first, stoch_first, through_feat)
+            misfits.append(f"mean_scale must be positive (inf: no bound), got {mean_scale}")
+        for name, value, known in [("reset", reset, RESETS), ("pairing", pairing, PAIRINGS)]:
+            if value not in known:
+                misfits.append(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if misfits:
+            raise MisfitError("\n".join(dict.fromkeys(misfits)))
+        flags = (action_first, embed_first, stoch_first, through_feat, pairing)
         options = _Options(std, action_std, mean_scale, gamma, lam, *flags)
-        return cls(nets, options, batch_first=batch_first, reset=reset, backend=backend)
+        call = {"batch_first": batch_first, "reset": reset, "backend": backend}
+        return cls(nets, options, dims, reader.watched, **call)
 
     # ---------------------------------------------------------------- parameters
 
     @property
     def rssm(self) -> RSSMParams:
-        """The dynamics as the ops take them; tensors in place."""
+        """The dynamics as the ops take them; tensors in place.
+
+        Raises:
+            MisfitError: a module has got a hook since, which would not run.
+        """
+        refuse_hooks(self.watched)
         nets, o = self.nets, self.options
         post = nets["post"].params() if "post" in nets else None
         parts = nets["inp"].params(), nets["gru"].params(), nets["prior"].params(), post
@@ -162,11 +190,11 @@ class Rollout:
         """Reward, critic, target and discount likewise."""
         reward, o = self._need("reward", "returns and plans"), self.options
         critic, target, discount = (
-            self.nets[name].params() if name in self.nets else None
-            for name in ("critic", "target", "discount")
+            self.nets[name].params() if name in self.nets else None for name in HEADS[1:]
         )
+        departs = o.pairing == "departure"
         return ReturnParams(
-            reward.params(), critic, target, o.gamma, o.lam, discount, o.stoch_first
+            reward.params(), critic, target, o.gamma, o.lam, discount, o.stoch_first, departs
         )
 
     def parameters(self) -> list[nn.Parameter]:
@@ -275,30 +303,48 @@ class Rollout:
     def plan(
         self,
         start: State | tuple[Tensor, Tensor],
-        horizon: int,
+        horizon: int | None = None,
         *,
+        mean: Tensor | None = None,
         num_samples: int = 1000,
         num_elites: int = 100,
         iterations: int = 10,
         init_std: float = 1.0,
         min_std: float = 0.0,
+        clip: float = 0.9999,
         score: str | None = None,
         generator: torch.Generator | None = None,
     ) -> Plan:
         """Plan with the cross-entropy method; ``mean[0]`` is the action (see ``ops.cem``).
 
-        ``score`` is ``"reward"`` or, by default where there is a critic, ``"lambda_return"``.
+        Args:
+            start: deter [B, D] and stoch [B, S].
+            horizon: H; may be left out where ``mean`` is given.
+            mean: [H, B, A] to start from, for instance the last plan moved by one step; zeros if
+                not given.
+            num_samples, num_elites, iterations: N, K and I.
+            init_std, min_std: of the Normal to start from, and the least of a fitted one.
+            clip: bound on the candidates' |a|; the original PlaNet's is the environment's, 1.
+            score: ``"reward"`` or, by default where there is a critic, ``"lambda_return"``.
+            generator: where the noise comes from.
         """
         start = State(*start)
-        batch, A = len(start.deter), self.dims["A"]
-        mean = start.deter.new_zeros(horizon, batch, A)
-        lead = (iterations, horizon, batch, num_samples)
-        noise = [self._noise(None, (*lead, n), generator, lead=0) for n in (A, self.dims["S"])]
+        if mean is None:
+            if horizon is None:
+                raise ValueError("plan: horizon or mean must be given")
+            mean = start.deter.new_zeros(horizon, len(start.deter), self.dims["A"])
+        else:
+            mean = self._inward(mean)
+            if horizon not in (None, len(mean)):
+                raise ValueError(f"plan: horizon is {horizon}, mean has {len(mean)} steps")
+        lead = (iterations, *mean.shape[:2], num_samples)
+        noise = [self._noise(None, (*lead, self.dims[n]), generator, lead=0) for n in "AS"]
         bootstraps = "critic" in self.nets or "target" in self.nets
         found = cem(
             *(self.rssm, self.heads, start, mean, torch.full_like(mean, init_std), *noise),
             num_elites=num_elites,
             min_std=min_std,
+            clip=clip,
             score=score or ("lambda_return" if bootstraps else "reward"),
             backend=self.backend,
         )
@@ -310,60 +356,41 @@ class Rollout:
         return latent_dist(mlp(params.prior, deter), params.std, deter.dtype)
 
     def verify(
-        self, batch: Mapping[str, Tensor] | None = None, *, seed: int = 0, repeats: int = 5
+        self,
+        batch: Mapping[str, Tensor] | None = None,
+        *,
+        own: Callable[..., Mapping[str, Tensor]] | None = None,
+        own_dream: Callable[..., Mapping[str, Tensor]] | None = None,
+        seed: int = 0,
+        repeats: int = 5,
     ) -> Verification:
         """Compare with a loop over the caller's own modules, values and gradients; and its speed.
 
-        The loop calls the modules themselves, in float32 and (copies of them) in float64.
+        The loop calls the modules themselves, in float32 and (copies of them) in float64, in the
+        orders and with the constants that the Rollout was told. Whether these are right, only the
+        caller's own code can say: ``own`` and ``own_dream`` run it, on the same inputs and with the
+        same noise. Every standard normal that they draw comes from that noise, step by step (of
+        several draws of one size in a step all are equal).
 
         Args:
             batch: ``embed``, ``action`` and ``is_first`` as ``observe`` takes them; what is
                 missing is drawn, 20 steps of 8 rows.
+            own: called as ``own(embed, action, is_first, start)``, filters the sequence from the
+                State ``start`` and returns any of ``deter``, ``stoch``, ``post_mean``,
+                ``post_std``, ``prior_mean`` and ``prior_std``, [T, B, ...] (batch-first as the
+                Rollout is).
+            own_dream: called as ``own_dream(start, horizon)``, returns any of ``deter`` and
+                ``stoch`` of states 1..H, ``action``, and what else ``imagine`` gives.
             seed: of everything drawn.
             repeats: of each timing.
 
         Returns:
             A Verification: ``print`` it; ``.ok`` says whether every error is in the order of the
-            loop's own.
+            loop's own, and the caller's functions agree.
         """
-        return verify(self, batch, seed, repeats)
+        return verify(self, batch, own, own_dream, seed, repeats)
 
     # ---------------------------------------------------------------- inside
-
-    def _check(self) -> dict[str, int]:
-        """Sizes by letter; refuses what does not fit together."""
-        nets, gru = self.nets, self.nets["gru"]
-        D, hidden = gru.deter, gru.inputs
-        out = nets["prior"].out
-        if out % 2:
-            raise MisfitError(
-                f"prior: has {out} outputs, but mean and std of a Gaussian latent are an even "
-                "number; categorical latents have no fast loop"
-            )
-        S = out // 2
-        dims = {"D": D, "S": S, "A": nets["inp"].inputs - S}
-        if dims["A"] < 1:
-            raise MisfitError(
-                f"inp: takes {nets['inp'].inputs} inputs, too few for a state of {S} (half of the "
-                "prior's outputs) and an action; are the latents categorical?"
-            )
-        if "post" in nets:
-            dims["E"] = nets["post"].inputs - D
-        feat, wanted = D + S, {"inp": (None, hidden), "prior": (D, 2 * S)}
-        wanted |= {"post": (None, 2 * S), "actor": (feat, 2 * dims["A"])}
-        wanted |= dict.fromkeys(("reward", "critic", "target", "discount"), (feat, 1))
-        for name, (inputs, outputs) in wanted.items():
-            net = nets.get(name)
-            if net is None:
-                continue
-            got = net.inputs, net.out
-            want = (got[0] if inputs is None else inputs, outputs)
-            if got != want or (name == "post" and dims["E"] < 1):
-                raise MisfitError(
-                    f"{name}: must map {want[0]} to {want[1]} (D={D}, S={S}, A={dims['A']}), "
-                    f"got {got[0]} to {got[1]}"
-                )
-        return dims
 
     def _need(self, name: str, what: str) -> Net:
         if name not in self.nets:
@@ -390,3 +417,64 @@ class Rollout:
         if not self.batch_first or x is None:
             return x
         return x.transpose(0, 1) if isinstance(x, Tensor) else type(x)(*map(self._outward, x))
+
+
+def _fit(nets: dict[str, Any], action_dim: int | None) -> tuple[dict[str, int], list[str]]:
+    """Sizes by letter, and what does not fit together of the parts that could be read."""
+    if "gru" not in nets or "prior" not in nets:
+        return {}, []
+    D, hidden, out = nets["gru"].deter, nets["gru"].inputs, nets["prior"].out
+    categorical = "categorical latents have no fast loop"
+    if out % 2:
+        return {}, [
+            f"prior: has {out} outputs, but mean and std of a Gaussian latent are an even number; "
+            f"{categorical}"
+        ]
+    S = out // 2
+    dims, misfits = {"D": D, "S": S}, []
+    for name in ("actor", *HEADS):
+        # S Gaussians have 2S outputs, but as many classes as outputs make the features of
+        # categorical latents.
+        if name in nets and nets[name].inputs - D == out:
+            return {}, [
+                f"prior: its {out} outputs are the logits of categorical latents ({name} takes "
+                f"{nets[name].inputs} features, deter and one input for each of them); "
+                f"{categorical}"
+            ]
+    if "inp" in nets:
+        inputs = nets["inp"].inputs
+        dims["A"] = inputs - S
+        fixed = [name for name in ("actor", *HEADS) if name in nets]
+        if action_dim is not None and inputs - action_dim == out:
+            return {}, [
+                f"prior: its {out} outputs are the logits of categorical latents (inp takes as "
+                f"many and {action_dim} of the action); {categorical}"
+            ]
+        if dims["A"] < 1 or action_dim not in (None, dims["A"]):
+            action = "an action" if action_dim is None else f"an action of {action_dim}"
+            return {}, [
+                f"inp: takes {inputs} inputs, which a state of {S} (half of the prior's outputs) "
+                f"and {action} do not make; are the latents categorical?"
+            ]
+        if action_dim is None and inputs > out and not fixed:
+            return {}, [
+                f"inp: its {inputs} inputs and the prior's {out} outputs fit Gaussian latents of "
+                f"{S} with actions of {dims['A']} and categorical latents of {out} classes in all "
+                f"with actions of {inputs - out}; say action_dim= ({categorical})"
+            ]
+    A = dims.get("A", 0)
+    if "post" in nets:
+        dims["E"] = nets["post"].inputs - D
+    wanted = {"inp": (None, hidden), "prior": (D, 2 * S), "post": (None, 2 * S)}
+    wanted |= {"actor": (D + S, 2 * A if A else None)} | dict.fromkeys(HEADS, (D + S, 1))
+    for name, (inputs, outputs) in wanted.items():
+        if name not in nets:
+            continue
+        got = nets[name].inputs, nets[name].out
+        want = (got[0] if inputs is None else inputs, got[1] if outputs is None else outputs)
+        if got != want or (name == "post" and dims["E"] < 1):
+            sizes = ", ".join(f"{letter}={dims[letter]}" for letter in "DSA" if letter in dims)
+            misfits.append(
+                f"{name}: must map {want[0]} to {want[1]} ({sizes}), got {got[0]} to {got[1]}"
+            )
+    return dims, misfits

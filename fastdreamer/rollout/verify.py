@@ -6,12 +6,15 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastdreamer.ops.observe import RESETS
 from fastdreamer.ops.params import Normal, State, std_of
+from fastdreamer.rollout.draws import with_noise
 
 _TOLERANCE = 32  # eps, beside twice the loop's own error: sums in another order
 
@@ -20,8 +23,8 @@ class Line(NamedTuple):
     """One output or gradient: relative errors against float64, and whether that is well."""
 
     name: str
-    fast: float
-    loop: float
+    error: float  # of the fast loop, or of the caller's function
+    loop: float  # of the loop over the caller's modules
     ok: bool
 
 
@@ -33,15 +36,15 @@ class Verification(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        """Whether every error is in the order of the own loop's."""
+        """Whether every error is in the order of the loop's, the caller's functions' too."""
         return all(line.ok for line in self.lines)
 
     def __str__(self) -> str:
         width = max(len(line.name) for line in self.lines)
-        rows = [f"{'':{width}}  {'fast':>9}  {'own loop':>9}   (relative errors against float64)"]
+        rows = [f"{'':{width}}  {'error':>9}  {'own loop':>9}   (relative, against float64)"]
         for line in self.lines:
             mark = "" if line.ok else "   <- does not agree"
-            rows.append(f"{line.name:{width}}  {line.fast:9.1e}  {line.loop:9.1e}{mark}")
+            rows.append(f"{line.name:{width}}  {line.error:9.1e}  {line.loop:9.1e}{mark}")
         for name, (fast, loop) in self.seconds.items():
             rows.append(
                 f"{name}, forward and backward: {fast * 1e3:.2f} ms, own loop {loop * 1e3:.2f} ms: "
@@ -52,16 +55,18 @@ class Verification(NamedTuple):
 
 
 def verify(
-    rollout: Any, batch: Mapping[str, Tensor] | None, seed: int, repeats: int
+    rollout: Any,
+    batch: Mapping[str, Tensor] | None,
+    own: Callable | None,
+    own_dream: Callable | None,
+    seed: int,
+    repeats: int,
 ) -> Verification:
     """See :meth:`fastdreamer.rollout.Rollout.verify`."""
     time_major = copy.copy(rollout)
     time_major.batch_first = False
-    wide = copy.deepcopy(rollout)
-    for net in wide.nets.values():
-        for module in {id(m): m for m in (*net.modules, getattr(net, "given", None))}.values():
-            if isinstance(module, torch.nn.Module):
-                module.double()
+    wide = copy.copy(rollout)
+    wide.nets, wide.watched = _double(rollout.nets), []
     given = _inputs(rollout, dict(batch or {}), seed)
     cases: dict[str, tuple[Callable, Callable]] = {}
     if "post" in rollout.nets:
@@ -70,26 +75,67 @@ def verify(
         cases["open_loop"] = _open_loop_fast, _open_loop_loop
     if "actor" in rollout.nets:
         cases["imagine"] = _imagine_fast, _imagine_loop
+    functions = {"observe": own and partial(_own, own)}
+    functions["imagine"] = own_dream and partial(_own_dream, own_dream)
+    functions = {name: function for name, function in functions.items() if function}
+    for name in functions.keys() - cases.keys():
+        raise ValueError(f"verify: this Rollout was made without the layers that {name} needs")
     lines, seconds = [], {}
     double = {
         k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
         for k, v in given.items()
     }
     for name, (fast, loop) in cases.items():
-        truth = _results(loop, wide, double)
-        got, own = _results(fast, time_major, given), _results(loop, time_major, given)
-        eps = torch.finfo(given["noise"].dtype).eps
-        for key, exact in truth.items():
-            norm = max(float(exact.norm()), 1e-30)
-            errors = [float((r[key].double() - exact).norm()) / norm for r in (got, own)]
-            ok = errors[0] <= 2 * errors[1] + _TOLERANCE * eps
-            lines.append(Line(f"{name}: {key}", *errors, ok))
+        sides = (loop, wide, double), (loop, time_major, given)
+        truth, read = (_results(*side) for side in sides)
+        lines += _lines(name, _results(fast, time_major, given), truth, read)
+        if name in functions:
+            outputs = functions[name](rollout, given)
+            values = {key for key in truth if not key.startswith("gradient")}
+            if not outputs or outputs.keys() - values:
+                got = ", ".join(sorted(outputs.keys() - values)) or "nothing"
+                raise ValueError(
+                    f"verify: of {', '.join(sorted(values))} the own {name} returned {got}"
+                )
+            truth, read = (_results(*side, tuple(outputs)) for side in sides)
+            their = _results(lambda *_, found=outputs: found, rollout, given)
+            if not any(out.requires_grad for out in outputs.values()):
+                their = {key: their[key] for key in outputs}
+            lines += _lines(f"your {name}", their, truth, read)
         seconds[name] = _race(
             lambda fast=fast: _results(fast, time_major, given),
             lambda loop=loop: _results(loop, time_major, given),
             repeats,
         )
     return Verification(lines, seconds)
+
+
+def _lines(
+    case: str, got: dict[str, Tensor], truth: dict[str, Tensor], loop: dict[str, Tensor]
+) -> list[Line]:
+    """The errors of what was got beside those of the loop."""
+    lines = []
+    for name, x in got.items():
+        norm, eps = max(float(truth[name].norm()), 1e-30), torch.finfo(x.dtype).eps
+        of_got, of_loop = (
+            float((y[name].double() - truth[name]).norm()) / norm for y in (got, loop)
+        )
+        ok = of_got <= 2 * of_loop + _TOLERANCE * eps
+        lines.append(Line(f"{case}: {name}", of_got, of_loop, ok))
+    return lines
+
+
+def _double(nets: dict[str, Any]) -> dict[str, Any]:
+    """Copies in float64; what is shared stays so."""
+    with torch.no_grad():  # a script's parameters are cloned, and have to stay leaves
+        given = copy.deepcopy({name: net.given for name, net in nets.items()})
+    copies = {name: net.again(given[name]) for name, net in nets.items()}
+    for name, net in copies.items():
+        for module, original in zip(net.modules, nets[name].modules, strict=True):
+            module.double()
+            for p, q in zip(module.parameters(), original.parameters(), strict=True):
+                p.requires_grad_(q.requires_grad)
+    return copies
 
 
 def _inputs(rollout: Any, batch: dict[str, Tensor], seed: int) -> dict[str, Any]:
@@ -118,14 +164,17 @@ def _inputs(rollout: Any, batch: dict[str, Tensor], seed: int) -> dict[str, Any]
     return given
 
 
-def _results(run: Callable, rollout: Any, given: dict[str, Any]) -> dict[str, Tensor]:
-    """Outputs, and gradients of all parameters for a fixed weighting of the outputs."""
+def _results(
+    run: Callable, rollout: Any, given: dict[str, Any], chosen: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
+    """Outputs (the chosen), and all parameters' gradients for a fixed weighting of them."""
     outputs = run(rollout, given)
+    outputs = {name: outputs[name] for name in chosen or outputs}
     generator = torch.Generator().manual_seed(1)
-    loss, weights = 0, {}
-    for name, out in outputs.items():
-        weights[name] = torch.randn(out.shape, generator=generator).to(out)
-        loss = loss + (weights[name] * out).sum()
+    loss = sum(
+        (torch.randn(out.shape, generator=generator).to(out) * out).sum()
+        for out in outputs.values()
+    )
     tensors = {
         f"{name}.{i}.{label}": p
         for name, net in rollout.nets.items()
@@ -161,9 +210,22 @@ def _imagine_fast(r: Any, x: dict[str, Any]) -> dict[str, Tensor]:
     return {name: out for name, out in dream._asdict().items() if out is not None}
 
 
-def _observe_loop(r: Any, x: dict[str, Any]) -> dict[str, Tensor]:
-    from fastdreamer.ops.observe import RESETS
+def _own(function: Callable, r: Any, x: dict[str, Any]) -> dict[str, Tensor]:
+    """The caller's filter with the batch's noise, time-major."""
+    inputs = [r._outward(x[name]) for name in ("embed", "action", "is_first")]
+    start = State(x["deter"], x["stoch"])
+    seen = with_noise(lambda: function(*inputs, start), x["noise"])
+    return {name: r._inward(out) for name, out in seen.items()}
 
+
+def _own_dream(function: Callable, r: Any, x: dict[str, Any]) -> dict[str, Tensor]:
+    """The caller's imagination likewise."""
+    noises, start = (x["action_noise"], x["state_noise"]), State(x["deter"], x["stoch"])
+    dream = with_noise(lambda: function(start, len(noises[0])), *noises)
+    return {name: r._inward(out) for name, out in dream.items()}
+
+
+def _observe_loop(r: Any, x: dict[str, Any]) -> dict[str, Tensor]:
     deter, stoch = x["deter"], x["stoch"]
     keep = (~x["is_first"]).unsqueeze(-1).to(deter)
     states, posts, priors = [], [], []
@@ -207,9 +269,10 @@ def _imagine_loop(r: Any, x: dict[str, Any]) -> dict[str, Tensor]:
         return outputs
     feat = State(deter, stoch).concat(o.stoch_first)
     first = State(x["deter"], x["stoch"]).concat(o.stoch_first)
-    outputs["reward"] = reward = r.nets["reward"](feat)[..., 0]
-    critic = r.nets["critic"]
-    outputs["value"] = critic(torch.cat([first[None], feat[:-1]]).detach())[..., 0]
+    before, critic = torch.cat([first[None], feat[:-1]]), r.nets["critic"]
+    paid = before if o.pairing == "departure" else feat
+    outputs["reward"] = reward = r.nets["reward"](paid)[..., 0]
+    outputs["value"] = critic(before.detach())[..., 0]
     bootstrap = r.nets.get("target", critic)
     frozen = [p for m in bootstrap.modules for p in m.parameters() if p.requires_grad]
     for p in frozen:  # its parameters get no gradient from the returns
@@ -230,7 +293,7 @@ def _imagine_loop(r: Any, x: dict[str, Any]) -> dict[str, Tensor]:
 
 def _next(r: Any, deter: Tensor, stoch: Tensor, action: Tensor) -> Tensor:
     parts = (action, stoch) if r.options.action_first else (stoch, action)
-    return r.nets["gru"](r.nets["inp"](torch.cat(parts, -1), act_last=True), deter)
+    return r.nets["gru"](r.nets["inp"](torch.cat(parts, -1)), deter)
 
 
 def _dist(r: Any, raw: Tensor) -> Normal:
@@ -239,7 +302,7 @@ def _dist(r: Any, raw: Tensor) -> Normal:
 
 
 def _named(state: State, post: Normal, prior: Normal) -> dict[str, Tensor]:
-    names = ("deter", "stoch", "posterior mean", "posterior std", "prior mean", "prior std")
+    names = ("deter", "stoch", "post_mean", "post_std", "prior_mean", "prior_std")
     return dict(zip(names, (*state, *post, *prior), strict=True))
 
 

@@ -1,0 +1,101 @@
+"""Known Dreamers in PyTorch, recognised from the object itself: :func:`adapt`.
+
+Each peer gets back a loop with the signature of its own, over a :class:`Rollout` (``.rollout``)
+that uses its parameters in place. Nothing of a peer is imported; ``torchrl`` and ``tensordict``
+are there already where their objects are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from fastdreamer.rollout.adapters.grusa import GrusaLoop
+from fastdreamer.rollout.adapters.loop import check_loop
+from fastdreamer.rollout.adapters.nonterms import NontermsLoop
+from fastdreamer.rollout.adapters.representation import RepresentationLoop
+from fastdreamer.rollout.adapters.sheeprl import DynamicLoop
+from fastdreamer.rollout.adapters.simple import SimpleLoop
+from fastdreamer.rollout.adapters.transition import TransitionLoop
+from fastdreamer.rollout.layers import MisfitError, as_given, is_compiled, refuse_hooks
+
+__all__ = ["adapt"]
+
+
+def adapt(model: nn.Module, **options: Any) -> nn.Module:
+    """Return the fast loop in the place of a known peer's own: a module over the same parameters.
+
+    The peer itself is run once on a few numbers, and its loop with the same noise: what differs
+    is refused.
+
+    Args:
+        model: torchrl's ``RSSMRollout``; a ``TransitionModel`` with ``fc_embed_state_action``,
+            ``rnn``, ``fc_embed_belief_prior``, ...; an ``RSSMRollout`` with
+            ``representation_model`` and ``transition_model``; an RSSM with ``grusa``, ``gru``,
+            ``prior`` and ``posterior``, or with ``fc_state_action`` and ``observe_rollout``;
+            sheeprl's Dreamer-V1 ``RSSM``; SimpleDreamer's ``RSSM``. Compiled by ``torch.compile``
+            or ``torch.jit.script``, or not.
+        options: of :meth:`Rollout.from_modules`, instead of what is read off the model; ``actor``
+            and the heads may be the peer's own. A policy's constants that its object does not keep
+            are asked for.
+
+    Raises:
+        MisfitError: the model is none of these, has parts without a fast loop, or computes
+            something else than the peer known here.
+    """
+    if is_compiled(model):
+        refuse_hooks([(type(model).__name__, model)])
+        model = as_given(model)
+    for fits, loop in _PEERS:
+        if fits(model):
+            made = loop(model, **options)
+            check_loop(made)
+            return made
+    raise MisfitError(
+        f"adapt: {type(model).__name__} is no peer known here: torchrl's RSSMRollout, a "
+        "TransitionModel (fc_embed_state_action, rnn, ...), an RSSMRollout "
+        "(representation_model, transition_model), an RSSM with grusa, gru, prior and posterior, "
+        "or with fc_state_action and observe_rollout, sheeprl's RSSM (recurrent_model.mlp and "
+        ".rnn, representation_model, transition_model) or SimpleDreamer's (recurrent_model.linear "
+        "and .recurrent); where the layers fit, Rollout.from_modules() takes those of any other"
+    )
+
+
+def _has(*names: str) -> Callable[[Any], bool]:
+    """Whether a model has all of these attributes, dots within them followed."""
+
+    def has(model: Any) -> bool:
+        for name in names:
+            part = model
+            for step in name.split("."):
+                if not hasattr(part, step):
+                    return False
+                part = getattr(part, step)
+        return True
+
+    return has
+
+
+def _is_torchrl(model: Any) -> bool:
+    kind = type(model)
+    return kind.__name__ == "RSSMRollout" and kind.__module__.startswith("torchrl.")
+
+
+def _torchrl(model: Any, **options: Any) -> nn.Module:
+    from fastdreamer.rollout.adapters.torchrl import TorchrlRollout  # there, as its model is
+
+    return TorchrlRollout(model, **options)
+
+
+_PARTS = ("representation_model", "transition_model")
+_PEERS: list[tuple[Callable[[Any], bool], Callable[..., nn.Module]]] = [
+    (_is_torchrl, _torchrl),
+    (_has("fc_embed_state_action", "fc_embed_belief_prior", "rnn"), TransitionLoop),
+    (_has("fc_state_action", "rnn", "observe_rollout"), NontermsLoop),
+    (_has("grusa", "gru", "prior", "posterior"), GrusaLoop),
+    (_has("recurrent_model.mlp", "recurrent_model.rnn", *_PARTS), DynamicLoop),
+    (_has("recurrent_model.linear", "recurrent_model.recurrent", *_PARTS), SimpleLoop),
+    (_has("representation_model._transition_model", *_PARTS), RepresentationLoop),
+]

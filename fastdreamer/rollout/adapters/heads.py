@@ -1,0 +1,272 @@
+"""Peers' actors and heads: layers and constants, checked against what the peer's module gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastdreamer.ops.params import State, StdTransform, actor_dist
+from fastdreamer.rollout.draws import relative_difference, tolerance, with_noise
+from fastdreamer.rollout.layers import MisfitError, describe, is_compiled, kind_of, refuse_hooks
+from fastdreamer.rollout.rollout import HEADS, Rollout
+
+_FUNCTIONS = {F.elu: nn.ELU, F.relu: nn.ReLU, F.silu: nn.SiLU, F.tanh: nn.Tanh}
+_FUNCTIONS |= {torch.relu: nn.ReLU, torch.tanh: nn.Tanh}
+_HOLDERS = ("_model", "model", "network", "feedforward_model", "action_model")
+_PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
+
+Watched = list[tuple[str, nn.Module]]
+
+
+def read_with_heads(options: dict[str, Any]) -> Rollout:
+    """:meth:`Rollout.from_modules` of options whose actor and heads may be peers' modules.
+
+    Raises:
+        MisfitError: a module does not fit, a policy's constants are not known, or a module gives
+            something else than its layers and constants say.
+    """
+    options, bypassed, asked = dict(options), [], {}
+    policies: list[dict[str, Any]] = [{}]
+    for name in ("actor", *HEADS):
+        if options.get(name) is None:
+            continue
+        module = bare(name, options[name], bypassed)
+        if name == "actor":
+            options[name], policies = _read_actor(module, bypassed)
+            policies = [known | _policy(options) for known in policies]
+        else:
+            options[name] = layers_of(name, module, bypassed)
+        if options[name] is not module and not _of_torchrl(module):
+            asked[name] = module
+    if options.get("actor") is not None:
+        lacking = [what for what in ("mean_scale", "action_std") if what not in policies[0]]
+        if lacking:
+            raise MisfitError(
+                f"actor: its layers do not say {' and '.join(lacking)}; give them: the policy is "
+                "tanh(c·tanh(x/c) + std(y)·noise)"
+            )
+    for policy in policies:
+        rollout = Rollout.from_modules(**options | policy)
+        wrong = [name for name in asked if not _as_asked(rollout, name, asked[name])]
+        if "actor" not in wrong:
+            break
+    for name in wrong:
+        said = f" with {policy}" if name == "actor" else ""
+        raise MisfitError(
+            f"{name}: {type(asked[name]).__name__} gives something else than its layers{said}; "
+            "give the layers themselves and what belongs to them"
+        )
+    refuse_hooks(bypassed)
+    rollout.watched += bypassed
+    return rollout
+
+
+def bare(name: str, module: Any, bypassed: Watched) -> Any:
+    """A module out of what wraps it: torch.compile, TensorDictModule, Lightning Fabric.
+
+    Raises:
+        MisfitError: it is wrapped for data-parallel training, which gradients would bypass.
+    """
+    while isinstance(module, nn.Module):
+        for wrapper in (module, getattr(module, "_forward_module", None)):
+            if type(wrapper).__name__ in _PARALLEL:
+                raise MisfitError(
+                    f"{name}: {type(wrapper).__name__} would be bypassed and its gradients never "
+                    "be averaged"
+                )
+        inner = getattr(module, "_orig_mod" if is_compiled(module) else "module", None)
+        if isinstance(inner, nn.ModuleList) and len(inner):
+            inner = inner[0]  # of a TensorDictSequential, what is sampled from comes behind
+        if not isinstance(inner, nn.Module):
+            break
+        bypassed.append((name, module))
+        module = inner
+    return module
+
+
+def layers_of(name: str, module: Any, bypassed: Watched) -> Any:
+    """The layers of a module that holds them, as Sequential or as ``fc1`` to ``fcN``."""
+    if not isinstance(module, nn.Module) or kind_of(module) in (nn.Sequential, nn.Linear):
+        return module
+    if hasattr(module, "fc1"):
+        bypassed.append((name, module))
+        count = next(i for i in range(1, 100) if not hasattr(module, f"fc{i + 1}"))
+        layers = [getattr(module, f"fc{i}") for i in range(1, count + 1)]
+        act = function_of(module)
+        return [x for layer in layers[:-1] for x in (layer, act)] + layers[-1:]
+    for holder in _HOLDERS:
+        inner = getattr(module, holder, None)
+        if isinstance(inner, nn.Module):
+            bypassed.append((name, module))
+            return layers_of(name, bare(name, inner, bypassed), bypassed)
+    return module
+
+
+def function_of(module: nn.Module) -> nn.Module:
+    """The activation that a module keeps as ``act_fn``, a function or a module."""
+    function = module.act_fn
+    if isinstance(function, nn.Module):
+        return function
+    if function not in _FUNCTIONS:
+        name = getattr(function, "__name__", repr(function))
+        raise MisfitError(f"act_fn: {name} has no fast loop; elu, relu, silu and tanh fit")
+    return _FUNCTIONS[function]()
+
+
+def split_extractor(name: str, layers: nn.Sequential) -> tuple[nn.Sequential, StdTransform]:
+    """Layers, and the transform of the NormalParamExtractor behind them."""
+    last = layers[-1]
+    if type(last).__name__ != "NormalParamExtractor":
+        raise MisfitError(f"{name}: must end with NormalParamExtractor, got {last!r}")
+    mapping, floor = last.scale_mapping, float(last.scale_lb)
+    if mapping in (F.softplus, torch.nn.functional.softplus):
+        std = StdTransform(floor=floor)
+    elif mapping is torch.exp:
+        std = StdTransform("exp", floor=floor)
+    elif type(mapping).__name__ == "biased_softplus":
+        std = StdTransform(offset=float(mapping.bias), min=float(mapping.min_val), floor=floor)
+    else:
+        raise MisfitError(
+            f"{name}: scale mapping {mapping!r} has no fast loop; softplus, exp and "
+            "biased_softplus fit"
+        )
+    return nn.Sequential(*list(layers)[:-1]), std
+
+
+def _policy(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in ("mean_scale", "action_std") if name in options}
+
+
+def _read_actor(module: Any, bypassed: Watched) -> tuple[Any, list[dict[str, Any]]]:
+    """Layers, and what the policy's constants are (or may be: ``init_std`` has two readings)."""
+    if hasattr(module, "backbone"):  # torchrl's DreamerActor
+        layers, std = split_extractor("backbone", module.backbone)
+        bypassed.append(("actor", module))
+        return layers, [{"action_std": std} | _mean_scale_of_torchrl(bypassed)]
+    if hasattr(module, "mlp_heads"):  # sheeprl: the offset is init_std itself
+        if len(module.mlp_heads) != 1 or getattr(module, "distribution", "") != "tanh_normal":
+            raise MisfitError("actor: one tanh_normal head fits, not discrete or other actions")
+        bypassed.append(("actor", module))
+        hidden = bare("actor", module.model, bypassed)
+        layers = [layers_of("actor", hidden, bypassed), module.mlp_heads[0]]
+        std = StdTransform(offset=float(module.init_std), min=float(module.min_std))
+        return layers, [{"action_std": std, "mean_scale": 5.0}]
+    kind = getattr(module, "dist", None)
+    discrete = any(getattr(module, n, None) is True for n in ("discrete", "discrete_action_bool"))
+    if discrete or kind not in (None, "tanh_normal"):
+        raise MisfitError("actor: a tanh-Normal policy fits, not one-hot or other actions")
+    scale, init, least = (_constant(module, n) for n in ("mean_scale", "init_std", "min_std"))
+    known = {} if scale is None else {"mean_scale": scale}
+    layers = layers_of("actor", module, bypassed)
+    if init is None or least is None:
+        return layers, [known]
+    # init_std is the std at y = 0, or what is added to y
+    offsets = math.log(math.expm1(init)), init
+    return layers, [known | {"action_std": StdTransform(offset=x, min=least)} for x in offsets]
+
+
+def _constant(module: Any, name: str) -> float | None:
+    """A number that an actor or its configuration keeps."""
+    for owner, attribute in [(module, name), (module, f"_{name}"),
+                             (getattr(module, "config", None), name)]:  # fmt: skip
+        value = getattr(owner, attribute, None)
+        if isinstance(value, int | float | Tensor):
+            return float(value)
+    return None
+
+
+def _mean_scale_of_torchrl(bypassed: Watched) -> dict[str, float]:
+    """How the TanhNormal behind the actor bounds its mean, where it is among what was given."""
+    for _, wrapper in bypassed:
+        for part in wrapper.modules():
+            kind = getattr(part, "distribution_class", None)
+            if kind is None:
+                continue
+            said = dict(part.distribution_kwargs or {})
+            low, high = (float(said.get(n, x)) for n, x in (("low", -1), ("high", 1)))
+            if kind.__name__ != "TanhNormal" or (low, high) != (-1.0, 1.0):
+                raise MisfitError(
+                    f"actor: TanhNormal in [-1, 1] fits, got {kind.__name__} in [{low}, {high}]"
+                )
+            bounded = bool(said.get("tanh_loc", False))
+            return {"mean_scale": float(said.get("upscale", 5.0)) if bounded else math.inf}
+    return {}
+
+
+def _of_torchrl(module: Any) -> bool:
+    return type(module).__module__.startswith("torchrl.")
+
+
+# ---------------------------------------------------------------- asking the modules
+
+
+def _as_asked(rollout: Rollout, name: str, module: nn.Module) -> bool:
+    """Whether a peer's actor or head gives what its layers and constants say, on a few features.
+
+    Large ones show a bound on the mean; with small ones the tanh hides no standard deviation.
+
+    Raises:
+        MisfitError: it takes none of (deter, stoch), (stoch, deter) and the two joined.
+    """
+    return all(_gives(rollout, name, module, scale) for scale in (10.0, 0.1))
+
+
+def _gives(rollout: Rollout, name: str, module: nn.Module, scale: float) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    like, dims = rollout.nets["gru"].params().weight_hh, rollout.dims
+    deter, stoch, noise = (torch.randn(2, dims[n], generator=generator).to(like) for n in "DSA")
+    state, noise = State(scale * deter, scale * stoch), 0.3 * noise
+    feat, reasons = state.concat(rollout.options.stoch_first), []
+    with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+        wanted = [[rollout.nets[name](feat)]]
+        if name == "actor":
+            dist = actor_dist(rollout.policy, feat)
+            wanted = [[torch.tanh(dist.sample(noise))], [*dist]]
+        for given in ((state.deter, state.stoch), (state.stoch, state.deter), (feat,)):
+            try:
+                answers = with_noise(_asking(module, *given), noise[None])
+            except Exception as error:  # whatever somebody's code raises
+                reasons.append(f"{type(error).__name__}: {error}")
+                continue
+            if any(all(any(map(_near(x), answers)) for x in parts) for parts in wanted):
+                return True
+    if len(reasons) == 3:
+        raise MisfitError(
+            f"{name}: {describe(module)} takes neither deter and stoch nor the two joined "
+            f"({reasons[-1]}); give its layers and what belongs to them"
+        )
+    return False
+
+
+def _asking(module: nn.Module, *given: Tensor) -> Callable[[], list[Tensor]]:
+    return lambda: list(_answers(module(*given)))
+
+
+def _answers(result: Any) -> Iterator[Tensor]:
+    """What a head may mean: its tensors, or its distribution's sample, mean and logits."""
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, tuple | list):
+        for part in result:
+            yield from _answers(part)
+    else:
+        if getattr(result, "has_rsample", False):
+            yield result.rsample()
+        while hasattr(result, "base_dist"):
+            result = result.base_dist
+        yield from (x for x in (getattr(result, n, None) for n in ("mean", "logits"))
+                    if isinstance(x, Tensor))  # fmt: skip
+
+
+def _near(want: Tensor) -> Callable[[Tensor], bool]:
+    def near(got: Tensor) -> bool:
+        if got.numel() != want.numel():
+            return False
+        return relative_difference(got.reshape_as(want), want) <= tolerance(want)
+
+    return near

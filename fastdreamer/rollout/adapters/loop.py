@@ -1,0 +1,153 @@
+"""What every adapter is: a module in a peer's place, checked against the peer itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdreamer.rollout.adapters.heads import read_with_heads
+from fastdreamer.rollout.draws import relative_difference, tolerance, with_noise
+from fastdreamer.rollout.layers import MisfitError, refuse_hooks
+from fastdreamer.rollout.rollout import Rollout
+
+
+def make_rollout(
+    given: dict[str, Any], options: dict[str, Any], bypassed: list[tuple[str, nn.Module]]
+) -> Rollout:
+    """The Rollout of a peer's layers, and of the actor and heads among the options.
+
+    Args:
+        given: what was read off the peer, in the words of :meth:`Rollout.from_modules`.
+        options: the caller's, which come first.
+        bypassed: modules around those layers that are not called any more, by name.
+    """
+    rollout = read_with_heads(given | options)
+    rollout.watched += bypassed
+    refuse_hooks(bypassed)
+    return rollout
+
+
+class Loop(nn.Module):
+    """In a peer's place: its parts under their names, its attributes, and the fast ``rollout``.
+
+    ``state_dict`` and ``parameters`` are the peer's. A subclass says how the loop is called
+    (``forward``) and makes an ``example`` of its arguments.
+    """
+
+    rollout: Rollout
+
+    def __init__(
+        self,
+        model: nn.Module,
+        given: dict[str, Any],
+        options: dict[str, Any],
+        *parts: str,
+    ) -> None:
+        """Read ``given``; ``parts`` names the children that are not called any more."""
+        super().__init__()
+        for name, child in model.named_children():
+            self.add_module(name, child)
+        for name, parameter in model.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        self.__dict__["model"] = model  # not a child: its parts are
+        kind = type(model).__name__
+        bypassed = [(kind, model), *((f"{kind}.{name}", getattr(model, name)) for name in parts)]
+        self.rollout = make_rollout(given, options, bypassed)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            model = self.__dict__.get("model")
+            if model is None or name.startswith("__"):
+                raise
+            return getattr(model, name)
+
+    def own(self, *inputs: Any) -> Any:
+        """What the peer itself returns."""
+        return self.model(*inputs)
+
+    def example(self, draw: Callable[..., Tensor]) -> tuple[tuple[Any, ...], Tensor]:
+        """Arguments of the loop, some steps of two rows, and the noise [T, 2, S] of its samples.
+
+        Args:
+            draw: gives standard normals of the sizes named, numbers or letters of ``dims``.
+        """
+        raise NotImplementedError
+
+
+def check_loop(loop: Any) -> None:
+    """Run the peer itself and its loop on a small example, with the same noise.
+
+    Raises:
+        MisfitError: they differ (the peer computes something else than its layers say), or the
+            peer cannot be called so.
+    """
+    worst = largest_difference(loop)
+    if worst[0] > _tolerance(loop):
+        raise MisfitError(
+            f"adapt: {type(loop.model).__name__} computes something else than its layers and "
+            f"constants say: its {worst[1]} is off by {worst[0]:.0%}, with the same noise; give "
+            "what differs as an option, or the layers to Rollout.from_modules(), and see "
+            "Rollout.verify(own=)"
+        )
+
+
+def agrees(loop: Any) -> bool:
+    """Whether the peer and its loop give the same."""
+    return largest_difference(loop)[0] <= _tolerance(loop)
+
+
+def largest_difference(loop: Any) -> tuple[float, str]:
+    """The largest relative difference, and of what."""
+    rollout, generator = loop.rollout, torch.Generator().manual_seed(0)
+    like = rollout.nets["gru"].params().weight_hh
+
+    def draw(*sizes: int | str) -> Tensor:
+        shape = [rollout.dims[n] if isinstance(n, str) else n for n in sizes]
+        return torch.randn(shape, generator=generator).to(like)
+
+    inputs, noise = loop.example(draw)
+    with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+        try:
+            want = dict(_tensors(with_noise(lambda: loop.own(*inputs), noise)))
+        except Exception as error:  # whatever somebody's code raises
+            raise MisfitError(
+                f"adapt: {type(loop.model).__name__} is not called as the one known here: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        got = dict(_tensors(with_noise(lambda: loop(*inputs), noise)))
+    if want.keys() != got.keys() or any(want[k].shape != got[k].shape for k in want):
+        raise MisfitError(
+            f"adapt: {type(loop.model).__name__} returns something else than the one known here: "
+            f"{_shapes(want)}, not {_shapes(got)}"
+        )
+    return max((relative_difference(got[name], x), name) for name, x in want.items())
+
+
+def _tolerance(loop: Any) -> float:
+    return tolerance(loop.rollout.nets["gru"].params().weight_hh)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{name} {list(x.shape)}" for name, x in tensors.items())
+
+
+def _tensors(result: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
+    """The floating tensors in what a loop returns, by name."""
+    if isinstance(result, Tensor):
+        if result.is_floating_point():
+            yield name, result
+    elif isinstance(result, torch.distributions.Distribution):
+        yield f"{name}.mean", result.mean
+        yield f"{name}.stddev", result.stddev
+    elif hasattr(result, "items"):
+        for key, value in result.items():
+            yield from _tensors(value, f"{name}[{key!r}]")
+    elif isinstance(result, list | tuple):
+        names = getattr(result, "_fields", range(len(result)))
+        for key, value in zip(names, result, strict=True):
+            yield from _tensors(value, f"{name}[{key!r}]")
