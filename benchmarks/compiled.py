@@ -188,12 +188,12 @@ def _filter(
     state = State(*(part.masked_fill(first, 0) for part in state))
     deter = deter_step(params, state, action.masked_fill(first, 0))
     raw = mlp(params.post, torch.cat([deter, embed.to(deter.dtype)], -1))
-    post = latent_dist(raw, params.std, noise.dtype)
+    post = latent_dist(raw, params.latent, noise.dtype)
     return State(deter, post.sample(noise)), post
 
 
 def _prior(params: RSSMParams, deter: Tensor, dtype: torch.dtype) -> Normal:
-    return latent_dist(mlp(params.prior, deter), params.std, dtype)
+    return latent_dist(mlp(params.prior, deter), params.latent, dtype)
 
 
 def cem(*args: Any, **kwargs: Any) -> cem_module.Plan:

@@ -74,7 +74,7 @@ def cases() -> dict[str, dict[str, Callable[[], Any]]]:
 
     def step_loop() -> Any:
         nets, pair = rollout.nets, torch.cat([one.stoch, action], -1)
-        deter = nets["gru"](nets["inp"](pair, act_last=True), one.deter)
+        deter = nets["gru"](nets["inp"](pair), one.deter)
         mean, y = nets["prior"](deter).chunk(2, -1)
         return deter, mean + (nn.functional.softplus(y) + 0.1) * noise
 

@@ -164,7 +164,7 @@ def make_params(
         gru=GRUParams(*(uniform(D, *shape) for shape in shapes)),
         prior=mlp(D, hidden, 2 * S),
         post=mlp(D + E, hidden, 2 * S),
-        std=StdTransform(min=0.1),
+        latent=StdTransform(min=0.1),
     )
     reward, critic, actor = ([units] * n for n in layers)
     std = StdTransform(offset=5.0, min=1e-4)

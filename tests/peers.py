@@ -131,6 +131,24 @@ class ActorModel(nn.Module):
         return torch.distributions.TransformedDistribution(normal, [tanh]).rsample(), None
 
 
+class ScriptedActor(torch.jit.ScriptModule):
+    """yusukeurakami's, scripted as the rest of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.act_fn = F.elu
+        self._mean_scale, self._init_std, self._min_std = 5, 5, 1e-4
+        self.fc1, self.fc2, self.fc3 = nn.Linear(D + S, H), nn.Linear(H, H), nn.Linear(H, 2 * A)
+
+    @torch.jit.script_method
+    def forward(self, belief: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        raw_init_std = torch.log(torch.exp(self._init_std) - 1)
+        x = self.act_fn(self.fc1(torch.cat([belief, state], dim=1)))
+        mean, std = torch.chunk(self.fc3(self.act_fn(self.fc2(x))), 2, dim=1)
+        mean = self._mean_scale * torch.tanh(mean / self._mean_scale)
+        return mean, F.softplus(std + raw_init_std) + self._min_std
+
+
 class ScalarModel(nn.Module):
     """A reward or value model of the same repositories."""
 

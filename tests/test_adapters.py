@@ -155,9 +155,19 @@ def dream(model, actor, start, two=True):
     return [torch.stack(x) for x in zip(*out, strict=True)]
 
 
-@pytest.mark.parametrize("options", [{}, {"samples": True, "underscore": ""}, {"mean_scale": 1.0}])
-def test_imagination_with_a_peer_s_actor_and_heads(options):
-    model, actor = peers.TransitionModel(F.elu), peers.ActorModel(**options)
+@pytest.mark.parametrize(
+    "make",
+    [
+        peers.ActorModel,
+        partial(peers.ActorModel, samples=True, underscore=""),
+        partial(peers.ActorModel, mean_scale=1.0),
+        peers.ScriptedActor,
+        lambda: torch.compile(peers.ActorModel(), backend="eager"),
+    ],
+    ids=["mean and std", "actions", "another scale", "scripted", "compiled"],
+)
+def test_imagination_with_a_peer_s_actor_and_heads(make):
+    model, actor = peers.TransitionModel(F.elu), make()
     heads = {"reward": peers.ScalarModel(), "critic": peers.ScalarModel()}
     rollout = adapt(model, actor=actor, **heads).rollout
     noises = torch.randn(T, B, A), torch.randn(T, B, S)
@@ -511,6 +521,109 @@ def test_torchrl_refusals():
     model.rssm_prior.module.rnn_to_prior_projector[-1] = NormalParamExtractor("relu")
     with pytest.raises(MisfitError, match="rnn_to_prior_projector: scale mapping"):
         adapt(model)
+
+
+# ---------------------------------------------------------------- torchrl's DreamerV3
+
+C, K = 3, 4
+
+
+def torchrl_v3(unimix=0.01, standard=True, **options):
+    pytest.importorskip("torchrl", reason="the extra torchrl is not installed")
+    from tensordict.nn import TensorDictModule
+    from torchrl.modules.models.model_based import RSSMPosteriorV3, RSSMPriorV3, RSSMRolloutV3
+
+    sizes = {"rnn_hidden_dim": D, "num_categoricals": C, "num_classes": K, "unimix": unimix}
+    prior = RSSMPriorV3(action_shape=(A,), hidden_dim=H, action_dim=A, **sizes, **options)
+    post = RSSMPosteriorV3(hidden_dim=H, obs_embed_dim=E, **sizes)
+    n = lambda *names: [("next", name) for name in names]  # noqa: E731
+    logits = "posterior_logits" if standard else "logits"  # another name: TensorDicts step by step
+    return RSSMRolloutV3(
+        TensorDictModule(
+            prior, ["state", "belief", "action"], n("prior_logits", "state", "belief")
+        ),
+        TensorDictModule(post, n("belief", "encoded_latents"), n(logits, "state")),
+    )
+
+
+def v3_batch(*batch, resets=True):
+    from tensordict import TensorDict
+
+    start = nn.functional.one_hot(torch.randint(K, (*batch, T, C)), K).flatten(-2).float()
+    first = torch.rand(*batch, T, 1) < 0.3
+    data = {
+        "state": start,
+        "belief": torch.randn(*batch, T, D).tanh(),
+        "action": torch.randn(*batch, T, A).tanh(),
+        ("next", "encoded_latents"): torch.randn(*batch, T, E),
+        "reward": torch.randn(*batch, T, 1),
+    }
+    return TensorDict(data | ({"is_init": first} if resets else {}), [*batch, T])
+
+
+@pytest.mark.parametrize("standard", [True, False])
+@pytest.mark.parametrize("resets", [True, False])
+@pytest.mark.parametrize("unimix", [0.0, 0.01])
+def test_torchrl_v3_rollout(standard, resets, unimix, monkeypatch):
+    """Its tensor path and its TensorDict path, which draw the same numbers in another order."""
+    model, data = torchrl_v3(unimix, standard), v3_batch(B, resets=resets)
+    for p in (model.rssm_prior.module, model.rssm_posterior.module):
+        torch.nn.init.normal_(p.parameters().__next__())
+    fast, uniform = adapt(model), torch.rand(T, B, C)
+    before = data.clone()
+    got = with_noise(lambda: fast(data), uniform=uniform)
+    assert (data == before).all() and last_backend("observe") == "eager"
+    if standard:  # all numbers of prior and posterior at once
+        both = torch.stack([torch.rand(T, B, C), uniform], 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "rand", lambda *_, **__: both)
+            want = model(data.clone())
+    else:
+        want = with_noise(lambda: model(data.clone()), uniform=uniform)
+    keys = lambda td: sorted(map(str, td.keys(True, True)))  # noqa: E731
+    assert keys(got) == keys(want) and got.batch_size == want.batch_size
+    for key in want.keys(True, True):
+        assert got[key].shape == want[key].shape
+        torch.testing.assert_close(got[key], want[key], rtol=1e-4, atol=1e-5)
+    names = [k for k in want.keys(True, True) if want[k].requires_grad]
+    assert len(names) >= 6
+    same([got[k] for k in names], [want[k] for k in names], model)
+    chosen = ("next", "belief"), ("next", "state")
+    assert set(fast.select_out_keys(*chosen)(data).keys(True, True)) >= set(chosen)
+
+
+def test_torchrl_v3_dreams_and_is_verified():
+    model = torchrl_v3()
+    actor = stack(C * K + D, H, 2 * A)
+    policy = {"mean_scale": math.inf, "action_std": StdTransform("sigmoid", 0.9, 1, 2, 0.1)}
+    rollout = adapt(model, actor=actor, **policy).rollout
+    prior = model.rssm_prior.module
+
+    def dream(start, horizon):
+        (belief, state), out = start, []
+        for _ in range(horizon):
+            mean, y = actor(torch.cat([state, belief], -1)).chunk(2, -1)
+            std = 0.9 * torch.sigmoid(y + 2) + 0.1
+            action = torch.tanh(mean + std * torch.randn_like(std))
+            _, state, belief = prior(state, belief, action)
+            out.append((belief, state, action))
+        values = map(torch.stack, zip(*out, strict=True))
+        return dict(zip(("deter", "stoch", "action"), values, strict=True))
+
+    found = rollout.verify(own_dream=dream, repeats=1)
+    assert found.ok, str(found)
+    assert "your imagine: gradient of actor.0.weight" in [line.name for line in found.lines]
+
+
+def test_torchrl_v3_refusals():
+    with pytest.raises(MisfitError, match="recurrent_model='block_gru' is a block-diagonal GRU"):
+        adapt(torchrl_v3(recurrent_model="block_gru", num_blocks=2))
+    model = torchrl_v3()
+    model.rssm_posterior.module.unimix = 0.1
+    with pytest.raises(MisfitError, match="its unimix is 0.1, the prior's is 0.01"):
+        adapt(model)
+    with pytest.raises(MisfitError, match="RSSMRolloutV3 computes something else"):
+        adapt(torchrl_v3(), embed_first=True, post=stack(D + E, H, C * K, act=nn.SiLU))
 
 
 def test_unknown_models_are_refused():

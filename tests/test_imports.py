@@ -71,7 +71,7 @@ THIRD_PARTY = {
     "tyro": {"cli", "config/sections"},
     "rich": {"cli", "compare", "doctor", "logger"},
     "gymnasium": {"envs/gymnasium", "envs/foreign"},
-    "tensordict": {"rollout/adapters/torchrl"},
+    "tensordict": {"rollout/adapters/torchrl", "rollout/adapters/torchrl_v3"},
     "stable_baselines3": {"compare/methods"},
 }
 

@@ -11,7 +11,7 @@ from torch.nn.modules import module as module_hooks
 from fastdreamer.ops.backend import BackendError, last_backend
 from fastdreamer.ops.lambda_return import lambda_return
 from fastdreamer.ops.params import State
-from fastdreamer.rollout import MisfitError, Rollout, StdTransform
+from fastdreamer.rollout import Categorical, MisfitError, Rollout, StdTransform
 from fastdreamer.rollout.draws import with_noise
 
 A, D, S, E, H = 2, 12, 3, 5, 10
@@ -380,6 +380,80 @@ def test_categorical_latents_never_pass_for_gaussian(name):
         Rollout.from_modules(**parts, **{name: head})
 
 
+class Categoricals(nn.Module):
+    """C categoricals of K classes after tanh layers, 1 % uniform, drawn by their distribution."""
+
+    C, K = 3, 4
+
+    def __init__(self):
+        super().__init__()
+        Z = self.C * self.K
+        self.inp, self.gru = stack(Z + A, H, act=nn.Tanh, last=True), nn.GRUCell(H, D)
+        self.prior = stack(D, H, H, Z, act=nn.Tanh)
+        self.post = stack(D + E, H, H, Z, act=nn.Tanh)
+        self.actor = stack(D + Z, H, 2 * A, act=nn.Tanh)
+        self.reward, self.critic = stack(D + Z, H, 1, act=nn.Tanh), stack(D + Z, H, 1, act=nn.Tanh)
+
+    def sample(self, logits):
+        logits = logits.unflatten(-1, (self.C, self.K))
+        probs = 0.99 * logits.softmax(-1) + 0.01 / self.K
+        drawn = torch.distributions.OneHotCategoricalStraightThrough(probs=probs).rsample()
+        return drawn.flatten(-2), logits
+
+    def filter(self, embed, action, is_first, start):
+        (deter, stoch), out = start, []
+        for t in range(embed.shape[1]):
+            keep = 1 - is_first[:, t, None].float()
+            x = torch.cat([stoch * keep, action[:, t] * keep], -1)
+            deter = self.gru(self.inp(x), deter * keep)
+            _, prior = self.sample(self.prior(deter))
+            stoch, post = self.sample(self.post(torch.cat([deter, embed[:, t]], -1)))
+            out.append((deter, stoch, post, prior))
+        names = ("deter", "stoch", "post_logits", "prior_logits")
+        return dict(zip(names, (torch.stack(x, 1) for x in zip(*out, strict=True)), strict=True))
+
+
+def test_categorical_latents():
+    """All loops, against a filter that draws its classes itself."""
+    torch.manual_seed(0)
+    model = Categoricals()
+    C, K = model.C, model.K
+    parts = dict(model.named_children())
+    rollout = Rollout.from_modules(**parts, latent=Categorical(K, 0.01), batch_first=True)
+    assert rollout.dims == {"D": D, "S": C * K, "C": C, "A": A, "E": E}
+    found = rollout.verify(own=model.filter, repeats=1)
+    assert found.ok, str(found)
+    assert "your observe: gradient of post.2.weight" in [line.name for line in found.lines]
+    start = rollout.initial(2)
+    seen = rollout.observe(torch.randn(2, 5, E), torch.randn(2, 5, A))
+    assert seen.post.logits.shape == seen.prior.probs.shape == (2, 5, C, K)
+    assert torch.equal(seen.state.stoch.detach().unflatten(-1, (C, K)).sum(-1), torch.ones(2, 5, C))
+    assert rollout.imagine(start, 6).returns.shape == (2, 6)
+    state, prior = rollout.step(start, torch.zeros(2, A))
+    torch.testing.assert_close(prior.logits, rollout.prior(state.deter).logits)
+    assert rollout.open_loop(start, torch.zeros(2, 4, A)).stoch.shape == (2, 4, C * K)
+    assert rollout.plan(start, 3, num_samples=8, num_elites=2, iterations=1).mean.shape == (2, 3, A)
+    given = torch.ones(2, 5, E), torch.ones(2, 5, A)
+    seeded = lambda: torch.Generator().manual_seed(4)  # noqa: E731
+    same = [rollout.observe(*given, generator=seeded()).state.stoch for _ in range(2)]
+    assert torch.equal(*same)
+    wrong = Rollout.from_modules(**parts, latent=Categorical(K), batch_first=True)
+    assert wrong.verify(repeats=1).ok and not wrong.verify(own=model.filter, repeats=1).ok
+    native = Rollout.from_modules(**parts, latent=Categorical(K, 0.01), backend="native")
+    with pytest.raises(BackendError, match="native.* it has Gaussian latents alone"):
+        native.step(start, torch.zeros(2, A))
+    for latent, message in [
+        (Categorical(5), "12 outputs make no categoricals of 5 classes"),
+        (Categorical(K, 1.0), "1.0 of them uniform"),
+    ]:
+        with pytest.raises(MisfitError, match=message):
+            Rollout.from_modules(**parts, latent=latent)
+    with pytest.raises(MisfitError, match="actor: must map 24 to 4 .D=12, S=12, A=2., got 15 to 4"):
+        Rollout.from_modules(**parts | {"actor": stack(D + S, H, 2 * A)}, latent=Categorical(K))
+    with pytest.raises(MisfitError, match="actor takes 24 features.*say latent=Categorical"):
+        Rollout.from_modules(**parts)
+
+
 def nothing(*_):
     pass
 
@@ -587,7 +661,7 @@ def test_verify_says_what_is_wrong_with_the_function(model):
     with pytest.raises(ValueError, match="the own observe returned belief"):
         rollout.verify(own=lambda *_: {"belief": torch.zeros(20, 8, S)}, repeats=1)
     for draw, message in [
-        (lambda: torch.rand(8, S), "drew by aten.rand, which gives no normal noise"),
+        (lambda: torch.rand(8, S), "drew by aten.rand, which has no noise here"),
         (lambda: torch.randn(8, 7), r"drew \[8, 7\] numbers, but has noise for \[20, 8, 3\]"),
         (lambda: [torch.randn(8, S) for _ in range(3)], "drew 3 times 3 numbers.*multiple of 20"),
     ]:

@@ -12,12 +12,13 @@ B     batch: independent rows
 H     imagination or planning horizon, in decisions
 N     candidate action sequences of a planner
 P     those of them that are given, not drawn
-K     elites kept out of N
 I     iterations of a planner
 M     members of an ensemble
 A     action size
 D     deterministic state size (``deter``, h)
 S     stochastic state size (``stoch``, s)
+C     categorical latents, each of K classes, S = C·K
+K     those; or elites that a planner keeps out of N
 E     embedding size of an observation
 F     feature size, F = D + S (``feat`` = deter ⊕ stoch)
 ====  ==========================================================

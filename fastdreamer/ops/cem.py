@@ -64,7 +64,8 @@ def cem(
         start: state 0, deter [B, D] and stoch [B, S].
         mean, std: [H, B, A], the Normal to start from.
         action_noise: [I, H, B, N, A] standard normal; with I = 0 the Normal is returned as given.
-        state_noise: [I, H, B, N, S] standard normal.
+        state_noise: [I, H, B, N, S] standard normal; [I, H, B, N, C] uniform in [0, 1) where the
+            latents are categorical.
         num_elites: K in 1..N.
         min_std: the least standard deviation of a fitted Normal.
         sample_std: fit √(Σ(a − mean)²/(K − 1)), the sample's (0 of a single elite), as the report's
@@ -96,7 +97,8 @@ def cem(
     check_tensor("cem", "mean", mean, ("H", "B", "A"), dims, like=like)
     check_tensor("cem", "std", std, ("H", "B", "A"), dims, like=like)
     check_tensor("cem", "action_noise", action_noise, ("I", "H", "B", "N", "A"), dims, like=like)
-    check_tensor("cem", "state_noise", state_noise, ("I", "H", "B", "N", "S"), dims, like=like)
+    drawn = ("I", "H", "B", "N", params.noise)
+    check_tensor("cem", "state_noise", state_noise, drawn, dims, like=like)
     if proposals is not None:
         check_tensor("cem", "proposals", proposals, ("H", "B", "P", "A"), dims, like=like)
         if dims["P"] > dims["N"]:
@@ -122,7 +124,8 @@ def cem(
     depth = deepest(params.inp, params.prior)
     given = (*start, mean, std)
     if callable(score):
-        roll = OPEN_LOOP.select(backend, *given, constant=noise, depth=depth)
+        lacking = params.lacking()
+        roll = OPEN_LOOP.select(backend, *given, constant=noise, depth=depth, lacking=lacking)
         body = partial(eager, roll=roll)
     else:
         heads = (returns.reward,) if score == "reward" else returns.heads()
@@ -130,6 +133,7 @@ def cem(
         given += (proposals,) if proposals is not None and proposals.numel() else ()
         departs = returns.departure and score == "lambda_return"
         lacking = dict.fromkeys(("native", "triton"), NO_DEPARTURE) if departs else {}
+        lacking |= params.lacking()
         body = OP.select(backend, *given, constant=noise, depth=depth, lacking=lacking)
     return body(
         params, returns, start, mean, std, action_noise, state_noise,

@@ -55,7 +55,8 @@ def decide(
         state: of the decision before, deter [B, D] and stoch [B, S].
         action: [B, A], the one that led to this observation.
         embed: [B, E] of the observation, in any floating dtype; None where ``vector`` is all of it.
-        state_noise: [B, S] standard normal.
+        state_noise: [B, S] standard normal; [B, C] uniform in [0, 1) where the latents are
+            categorical.
         action_noise: [B, A] standard normal; None takes the mode, tanh(mean).
         encoder, vector: layers, and what they embed, [B, n]: act(mlp(symlog(vector))) goes behind
             ``embed``, which has so many columns fewer.
@@ -79,7 +80,7 @@ def decide(
     check_tensor("decide", "state.deter", state.deter, ("B", "D"), dims, like=like)
     check_tensor("decide", "state.stoch", state.stoch, ("B", "S"), dims, like=like)
     check_tensor("decide", "action", action, ("B", "A"), dims, like=like)
-    check_tensor("decide", "state_noise", state_noise, ("B", "S"), dims, like=like)
+    check_tensor("decide", "state_noise", state_noise, ("B", params.noise), dims, like=like)
     given, depth = [*state, action, state_noise], deepest(params.inp, params.post, encoder)
     columns = dims["E"]
     if vector is not None:
@@ -99,7 +100,7 @@ def decide(
         depth = max(depth, len(actor.mlp.weights))
     if not dims["B"]:
         raise ValueError("decide: there is no row")
-    body = OP.select(backend, *given, depth=depth)
+    body = OP.select(backend, *given, depth=depth, lacking=params.lacking())
     noises = (state_noise, action_noise)
     return Decision(*body(params, actor, state, action, embed, *noises, encoder, vector))
 

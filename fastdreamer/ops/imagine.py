@@ -65,7 +65,8 @@ def imagine(
             ``params.detach()`` for frozen dynamics.
         actor: the policy's tensors.
         start: state 0, deter [B, D] and stoch [B, S].
-        state_noise: [H, B, S] standard normal.
+        state_noise: [H, B, S] standard normal; [H, B, C] uniform in [0, 1) where the latents are
+            categorical.
         action_noise: [H, B, A] standard normal.
         returns: heads to evaluate on the way, critic included; its target, where given,
             bootstraps in the critic's place. A discount head is asked in the states 1..H, those
@@ -85,7 +86,7 @@ def imagine(
     dims, like = params.dims(), params.gru.weight_hh
     check_tensor("imagine", "start.deter", start.deter, ("B", "D"), dims, like=like)
     check_tensor("imagine", "start.stoch", start.stoch, ("B", "S"), dims, like=like)
-    check_tensor("imagine", "state_noise", state_noise, ("H", "B", "S"), dims, like=like)
+    check_tensor("imagine", "state_noise", state_noise, ("H", "B", params.noise), dims, like=like)
     check_tensor("imagine", "action_noise", action_noise, ("H", "B", "A"), dims, like=like)
     if not len(state_noise):
         raise ValueError(f"imagine: state_noise is empty, {list(state_noise.shape)}")
@@ -96,6 +97,7 @@ def imagine(
     depth = deepest(params.inp, params.prior, actor.mlp, *(returns.heads() if returns else ()))
     noise = (state_noise, action_noise)
     lacking = {"triton": NO_DEPARTURE} if returns is not None and returns.departure else {}
+    lacking |= params.lacking()
     body = OP.select(
         backend, start.deter, start.stoch, constant=noise, depth=depth, lacking=lacking
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdreamer.ops.backend import Op
 from fastdreamer.ops.checks import check_tensor
-from fastdreamer.ops.params import Normal, RSSMParams, State, deepest, latent_dist, mlp
+from fastdreamer.ops.params import Latent, RSSMParams, State, deepest, latent_dist, mlp, stack
 from fastdreamer.ops.rssm_step import deter_step
 
 RESETS = {
@@ -26,8 +26,8 @@ class Observation(NamedTuple):
     """A filtered sequence."""
 
     state: State  # deter [T, B, D], stoch [T, B, S] drawn from the posterior
-    post: Normal  # mean and std, [T, B, S]
-    prior: Normal  # mean and std, [T, B, S]
+    post: Latent  # mean and std, [T, B, S], or logits, [T, B, C, K]
+    prior: Latent  # likewise
 
 
 def observe(
@@ -51,7 +51,8 @@ def observe(
             hands over bfloat16, which every backend takes.
         action: [T, B, A]; action[t] is the one that led to observation t.
         is_first: [T, B] bool; where true an episode begins.
-        noise: [T, B, S] standard normal.
+        noise: [T, B, S] standard normal; [T, B, C] uniform in [0, 1) where the latents are
+            categorical.
         reset: what is zeroed there before the step: ``"all"``, both halves of the state and the
             action; ``"state"``, both halves; ``"stoch"`` or ``"deter"``, that half.
         backend: see ``fastdreamer.ops.backend``.
@@ -73,7 +74,7 @@ def observe(
     check_tensor("observe", "embed", embed, ("T", "B", "E"), dims)
     check_tensor("observe", "action", action, ("T", "B", "A"), dims, like=like)
     check_tensor("observe", "is_first", is_first, ("T", "B"), dims, dtype=torch.bool)
-    check_tensor("observe", "noise", noise, ("T", "B", "S"), dims, like=like)
+    check_tensor("observe", "noise", noise, ("T", "B", params.noise), dims, like=like)
     if reset not in RESETS:
         raise ValueError(f"observe: reset must be one of {', '.join(RESETS)}, got {reset!r}")
     if not len(embed):
@@ -82,7 +83,8 @@ def observe(
     bits = embed.view(torch.int16) if embed.dtype == torch.bfloat16 else embed
     given = (start.deter, start.stoch, bits, action, is_first)
     depth = deepest(params.inp, params.prior, params.post)
-    body = OP.select(backend, *given, constant=(noise,), depth=depth)
+    lacking = params.lacking()
+    body = OP.select(backend, *given, constant=(noise,), depth=depth, lacking=lacking)
     return Observation(*body(params, start, embed, action, is_first, noise, RESETS[reset]))
 
 
@@ -94,7 +96,7 @@ def eager(
     is_first: Tensor,
     noise: Tensor,
     resets: tuple[bool, bool, bool],
-) -> tuple[State, Normal, Normal]:
+) -> tuple[State, Latent, Latent]:
     first = is_first.unsqueeze(-1)  # [T, B, 1]
     *halves, of_action = resets
     action = action.masked_fill(first, 0) if of_action else action
@@ -110,20 +112,19 @@ def eager(
         states.append(state)
         posts.append(post)
     states = State(*(torch.stack(parts) for parts in zip(*states, strict=True)))
-    post = Normal(*(torch.stack(parts) for parts in zip(*posts, strict=True)))
     # No step waits for its prior, so all of them are one matrix product.
-    prior = latent_dist(mlp(params.prior, states.deter), params.std, noise.dtype)
-    return states, post, prior
+    prior = latent_dist(mlp(params.prior, states.deter), params.latent, noise.dtype)
+    return states, stack(posts), prior
 
 
 def obs_step(
     params: RSSMParams, state: State, action: Tensor, embed: Tensor, noise: Tensor
-) -> tuple[State, Normal]:
+) -> tuple[State, Latent]:
     """The state after one observation [B, E] and the posterior it was drawn from."""
     deter = deter_step(params, state, action)
     seen = embed.to(deter.dtype)
     parts = (seen, deter) if params.embed_first else (deter, seen)
-    post = latent_dist(mlp(params.post, torch.cat(parts, -1)), params.std, noise.dtype)
+    post = latent_dist(mlp(params.post, torch.cat(parts, -1)), params.latent, noise.dtype)
     return State(deter, post.sample(noise)), post
 
 

@@ -22,7 +22,8 @@ def open_loop(
         params: the RSSM's tensors, of one floating dtype and device; so is all below.
         start: deter [B, D] and stoch [B, S].
         action: [H, B, A]; action[t] leads from state t to state t + 1 (the start is state 0).
-        noise: [H, B, S] standard normal.
+        noise: [H, B, S] standard normal; [H, B, C] uniform in [0, 1) where the latents are
+            categorical.
         backend: see ``fastdreamer.ops.backend``.
 
     Returns:
@@ -38,11 +39,12 @@ def open_loop(
     check_tensor("open_loop", "start.deter", start.deter, ("B", "D"), dims, like=like)
     check_tensor("open_loop", "start.stoch", start.stoch, ("B", "S"), dims, like=like)
     check_tensor("open_loop", "action", action, ("H", "B", "A"), dims, like=like)
-    check_tensor("open_loop", "noise", noise, ("H", "B", "S"), dims, like=like)
+    check_tensor("open_loop", "noise", noise, ("H", "B", params.noise), dims, like=like)
     if not len(action):
         raise ValueError(f"open_loop: action is empty, {list(action.shape)}")
     depth = deepest(params.inp, params.prior)
-    body = OP.select(backend, start.deter, start.stoch, action, constant=(noise,), depth=depth)
+    given, lacking = (start.deter, start.stoch, action), params.lacking()
+    body = OP.select(backend, *given, constant=(noise,), depth=depth, lacking=lacking)
     return body(params, start, action, noise)
 
 

@@ -7,6 +7,7 @@ drive the same ops. Weights are laid out as in ``torch.nn.Linear`` and ``torch.n
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,43 @@ class Normal(NamedTuple):
     def sample(self, noise: Tensor) -> Tensor:
         """mean + std · noise, reparameterised; noise is standard normal."""
         return self.mean + self.std * noise
+
+
+class OneHot(NamedTuple):
+    """Parameters of C independent categorical distributions over one-hot vectors of K."""
+
+    logits: Tensor  # [..., C, K], raw
+    unimix: float = 0.0
+
+    @property
+    def probs(self) -> Tensor:
+        """p = (1 − u)·softmax(logits) + u/K, [..., C, K]."""
+        probs = torch.softmax(self.logits, -1)
+        return (1 - self.unimix) * probs + self.unimix / probs.shape[-1] if self.unimix else probs
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """One-hot vectors, straight-through, [..., C·K]; noise [..., C] is uniform in [0, 1).
+
+        The class drawn is the one whose part of the cumulative sums of p holds the noise: class k
+        from Σ_{j<k} p_j on and below Σ_{j≤k} p_j, the last one wherever rounding leaves a gap. The
+        gradient is that of p (Bengio et al. 2013; DreamerV2).
+        """
+        probs = self.probs
+        below = (probs.detach().cumsum(-1) <= noise.unsqueeze(-1)).sum(-1, keepdim=True)
+        drawn = below.clamp(max=probs.shape[-1] - 1)
+        hard = torch.zeros_like(probs).scatter(-1, drawn, 1.0)
+        return (hard + (probs - probs.detach())).flatten(-2)
+
+
+Latent = Normal | OneHot
+"""What prior and posterior are."""
+
+
+def stack(dists: Sequence[Latent]) -> Latent:
+    """Distributions of successive steps as one, [T, ...]."""
+    if isinstance(dists[0], Normal):
+        return Normal(*(torch.stack(parts) for parts in zip(*dists, strict=True)))
+    return dists[0]._replace(logits=torch.stack([dist.logits for dist in dists]))
 
 
 class MLPParams(NamedTuple):
@@ -82,6 +120,16 @@ class StdTransform(NamedTuple):
     floor: float = 0.0  # below it the gradient is zero; 0 bounds nothing
 
 
+class Categorical(NamedTuple):
+    """How raw outputs become C = S / K categorical latents of K classes, see :class:`OneHot`.
+
+    The outputs are the logits, one class after another; the latents of DreamerV2 and V3.
+    """
+
+    classes: int  # K
+    unimix: float = 0.0  # u, the part of the uniform distribution that is mixed in
+
+
 class GRUParams(NamedTuple):
     """The layout of ``torch.nn.GRUCell``: rows in the order reset, update, new."""
 
@@ -99,17 +147,38 @@ class RSSMParams(NamedTuple):
 
     inp: MLPParams  # [stoch, action] -> hidden, the activation follows the last layer, too
     gru: GRUParams
-    prior: MLPParams  # deter -> hidden -> 2S
-    post: MLPParams | None  # [deter, embed] -> hidden -> 2S
-    std: StdTransform  # of prior and posterior
+    prior: MLPParams  # deter -> hidden -> 2S, or S of categorical latents
+    post: MLPParams | None  # [deter, embed] -> the same
+    latent: StdTransform | Categorical  # what prior and posterior make of it
     action_first: bool = False  # inp takes [action, stoch]
     embed_first: bool = False  # post takes [embed, deter]
 
     def dims(self) -> dict[str, int]:
-        """Sizes that the weights fix: A, D, S and, with a posterior, E."""
-        deter, stoch = self.gru.weight_hh.shape[1], len(self.prior.biases[-1]) // 2
-        dims = {"A": self.inp.weights[0].shape[1] - stoch, "D": deter, "S": stoch}
+        """Sizes that the weights fix: A, D, S; C of categorical latents; with a posterior E."""
+        deter, stoch = self.gru.weight_hh.shape[1], len(self.prior.biases[-1])
+        dims = {"D": deter}
+        if isinstance(self.latent, Categorical):
+            dims["C"], rest = divmod(stoch, self.latent.classes)
+            if rest:
+                classes = self.latent.classes
+                raise ValueError(
+                    f"latent: {stoch} logits make no categoricals of {classes} classes"
+                )
+        else:
+            stoch //= 2
+        dims |= {"A": self.inp.weights[0].shape[1] - stoch, "S": stoch}
         return dims if self.post is None else dims | {"E": self.post.weights[0].shape[1] - deter}
+
+    @property
+    def noise(self) -> str:
+        """The letter of a step's noise: S standard normals, or C uniforms in [0, 1)."""
+        return "C" if isinstance(self.latent, Categorical) else "S"
+
+    def lacking(self) -> dict[str, str]:
+        """Backends without a body for these latents, and why."""
+        if not isinstance(self.latent, Categorical):
+            return {}
+        return dict.fromkeys(("native", "triton"), "it has Gaussian latents alone")
 
     def detach(self) -> RSSMParams:
         """The same parameters, receiving no gradient: frozen dynamics."""
@@ -211,13 +280,16 @@ def std_of(transform: StdTransform, y: Tensor) -> Tensor:
     return std.clamp(min=floor) if floor > 0 else std
 
 
-def latent_dist(raw: Tensor, std: StdTransform, dtype: torch.dtype) -> Normal:
-    """Normal(mean, std(y)) of raw = [mean, y], [..., 2S].
+def latent_dist(raw: Tensor, latent: StdTransform | Categorical, dtype: torch.dtype) -> Latent:
+    """Normal(mean, std(y)) of raw = [mean, y], [..., 2S]; or categoricals of the logits [..., S].
 
     Cast first: under autocast raw is bfloat16, too coarse for a KL divergence.
     """
-    mean, y = raw.to(dtype).chunk(2, -1)
-    return Normal(mean, std_of(std, y))
+    raw = raw.to(dtype)
+    if isinstance(latent, Categorical):
+        return OneHot(raw.unflatten(-1, (-1, latent.classes)), latent.unimix)
+    mean, y = raw.chunk(2, -1)
+    return Normal(mean, std_of(latent, y))
 
 
 def actor_dist(params: ActorParams, feat: Tensor) -> Normal:

@@ -11,7 +11,7 @@ from fastdreamer.ops.backend import Op
 from fastdreamer.ops.checks import check_tensor
 from fastdreamer.ops.params import (
     ACTIVATIONS,
-    Normal,
+    Latent,
     RSSMParams,
     State,
     gru_cell,
@@ -22,19 +22,19 @@ from fastdreamer.ops.params import (
 
 def rssm_step(
     params: RSSMParams, state: State, action: Tensor, noise: Tensor, *, backend: str | None = None
-) -> tuple[State, Normal]:
+) -> tuple[State, Latent]:
     """Advance the latent state by one decision without an observation.
 
     Args:
         params: the RSSM's tensors, of one floating dtype and device; so is all below.
         state: deter [B, D] and stoch [B, S].
         action: [B, A] in [-1, 1].
-        noise: [B, S] standard normal.
+        noise: [B, S] standard normal; [B, C] uniform in [0, 1) where the latents are categorical.
         backend: see ``fastdreamer.ops.backend``.
 
     Returns:
-        The next State and the prior Normal ([B, S] mean and std) that its stoch was drawn from, in
-        the parameters' dtype, under autocast too.
+        The next State and the prior that its stoch was drawn from (Normal: mean and std [B, S];
+        OneHot: logits [B, C, K]), in the parameters' dtype, under autocast too.
 
     Raises:
         TypeError: not a tensor. ValueError: a shape, dtype or device does not fit. BackendError: an
@@ -46,9 +46,11 @@ def rssm_step(
     check_tensor("rssm_step", "state.deter", state.deter, ("B", "D"), dims, like=like)
     check_tensor("rssm_step", "state.stoch", state.stoch, ("B", "S"), dims, like=like)
     check_tensor("rssm_step", "action", action, ("B", "A"), dims, like=like)
-    check_tensor("rssm_step", "noise", noise, ("B", "S"), dims, like=like)
+    check_tensor("rssm_step", "noise", noise, ("B", params.noise), dims, like=like)
     depth = max(len(params.inp.weights), len(params.prior.weights))
-    body = OP.select(backend, state.deter, state.stoch, action, constant=(noise,), depth=depth)
+    given = (state.deter, state.stoch, action)
+    lacking = params.lacking()
+    body = OP.select(backend, *given, constant=(noise,), depth=depth, lacking=lacking)
     return body(params, state, action, noise)
 
 
@@ -59,9 +61,9 @@ def deter_step(params: RSSMParams, state: State, action: Tensor) -> Tensor:
     return gru_cell(params.gru, ACTIVATIONS[params.inp.activation](x), state.deter)
 
 
-def eager(params: RSSMParams, state: State, action: Tensor, noise: Tensor) -> tuple[State, Normal]:
+def eager(params: RSSMParams, state: State, action: Tensor, noise: Tensor) -> tuple[State, Latent]:
     deter = deter_step(params, state, action)
-    prior = latent_dist(mlp(params.prior, deter), params.std, noise.dtype)
+    prior = latent_dist(mlp(params.prior, deter), params.latent, noise.dtype)
     return State(deter, prior.sample(noise)), prior
 
 

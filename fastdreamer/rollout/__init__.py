@@ -3,10 +3,10 @@
 Needs torch and numpy alone.
 """
 
-from fastdreamer.ops.params import StdTransform
+from fastdreamer.ops.params import Categorical, StdTransform
 from fastdreamer.rollout.adapters import adapt
 from fastdreamer.rollout.layers import MisfitError
 from fastdreamer.rollout.rollout import Rollout
 from fastdreamer.rollout.verify import Verification
 
-__all__ = ["MisfitError", "Rollout", "StdTransform", "Verification", "adapt"]
+__all__ = ["Categorical", "MisfitError", "Rollout", "StdTransform", "Verification", "adapt"]

@@ -12,12 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _aten = torch.ops.aten
 _STANDARD = {_aten.randn, _aten.randn_like}
 _SCALED = {_aten.normal, _aten.normal_, _aten.normal_functional}
+_UNIFORM = {_aten.rand, _aten.rand_like}
 
 Result = TypeVar("Result")
 
 
-def with_noise(function: Callable[[], Result], *noises: Tensor) -> Result:
-    """Call a function with given noise in the place of what it draws from Normals.
+def with_noise(
+    function: Callable[[], Result], *noises: Tensor, uniform: Tensor | None = None
+) -> Result:
+    """Call a function with given noise in the place of what it draws.
 
     A draw's last size n says which noise [T, B, n] it belongs to. One of B·n numbers is a step's
     (with k such draws a step each gets that step's numbers), one of T·B·n is the whole
@@ -30,6 +33,8 @@ def with_noise(function: Callable[[], Result], *noises: Tensor) -> Result:
             served, in scripts and in ``torch.distributions``, too; means and standard deviations
             are applied.
         noises: [T, B, n] standard normal each.
+        uniform: [T, B, C] in [0, 1) for ``torch.rand``, ``rand_like`` and the classes that
+            ``torch.multinomial`` (and ``torch.distributions`` by it) draws one of a row.
 
     Returns:
         What its second call returned.
@@ -37,11 +42,11 @@ def with_noise(function: Callable[[], Result], *noises: Tensor) -> Result:
     Raises:
         ValueError: it draws something else, or in a number that does not fit T steps.
     """
-    cuda = [noises[0].device] if noises[0].is_cuda else []
-    with torch.random.fork_rng(cuda):
-        with torch.no_grad(), _Draws(noises) as counted:
+    drawn = (*noises, *(() if uniform is None else (uniform,)))
+    with torch.random.fork_rng([drawn[0].device] if drawn[0].is_cuda else []):
+        with torch.no_grad(), _Draws(noises, uniform) as counted:
             function()
-        with _Draws(noises, counted.made):
+        with _Draws(noises, uniform, counted.made):
             return function()
 
 
@@ -56,20 +61,27 @@ def tolerance(like: Tensor) -> float:
 
 
 class _Draws(TorchDispatchMode):
-    """Counts the draws of single steps by n, or serves them where their number is known."""
+    """Counts the draws of single steps by kind, or serves them where their number is known.
 
-    def __init__(self, noises: tuple[Tensor, ...], total: dict[int, int] | None = None) -> None:
+    A kind is n of normal noise, 0 of uniform noise.
+    """
+
+    def __init__(
+        self,
+        noises: tuple[Tensor, ...],
+        uniform: Tensor | None,
+        total: dict[int, int] | None = None,
+    ) -> None:
         super().__init__()
         self.total, self.made = total, {}
-        self.noises: dict[int, list[Tensor]] = {}
+        self.noises: dict[int, list[Tensor]] = {} if uniform is None else {0: [uniform]}
         for noise in noises:
             self.noises.setdefault(noise.shape[-1], []).append(noise)
         for n, count in (total or {}).items():
             wanted = sum(map(len, self.noises[n]))
             if count % wanted:
-                raise ValueError(
-                    f"it drew {count} times {n} numbers a row, no multiple of {wanted}"
-                )
+                what = f"{n} numbers a row" if n else "uniform noise"
+                raise ValueError(f"it drew {count} times {what}, no multiple of {wanted}")
 
     def __torch_dispatch__(
         self, op: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -79,18 +91,23 @@ class _Draws(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded not in op.tags:
             return drawn
         packet = op.overloadpacket
+        if packet is _aten.multinomial and drawn.shape[-1] == 1 and 0 in self.noises:
+            cumulative = (args[0] / args[0].sum(-1, keepdim=True)).cumsum(-1)
+            below = (cumulative <= self._of(drawn.to(cumulative.dtype), 0)).sum(-1, keepdim=True)
+            return below.clamp(max=cumulative.shape[-1] - 1)
+        if packet in _UNIFORM and 0 in self.noises:
+            return drawn.copy_(self._of(drawn, 0))
         if packet not in _STANDARD | _SCALED:
-            raise ValueError(f"it drew by {packet}, which gives no normal noise")
-        noise = self._of(drawn)
+            raise ValueError(f"it drew by {packet}, which has no noise here")
+        noise = self._of(drawn, drawn.shape[-1] if drawn.ndim else 0)
         if packet in _SCALED:
             names = [argument.name for argument in op._schema.arguments]
             given = {"mean": 0.0, "std": 1.0} | dict(zip(names, args, strict=False)) | kwargs
             noise = given["mean"] + given["std"] * noise
         return drawn.copy_(noise)
 
-    def _of(self, drawn: Tensor) -> Tensor:
-        """The noise of a draw, in its shape."""
-        n = drawn.shape[-1] if drawn.ndim else 0
+    def _of(self, drawn: Tensor, n: int) -> Tensor:
+        """The noise of a draw of this kind, in its shape."""
         noises = self.noises.get(n, [])
         whole = [noise for noise in noises if noise.numel() == drawn.numel() and len(noise) > 1]
         if whole:

@@ -22,7 +22,8 @@ from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.params import (
     STDS,
     ActorParams,
-    Normal,
+    Categorical,
+    Latent,
     ReturnParams,
     RSSMParams,
     State,
@@ -40,7 +41,7 @@ PAIRINGS = ("arrival", "departure")
 
 
 class _Options(NamedTuple):
-    std: StdTransform
+    latent: StdTransform | Categorical
     action_std: StdTransform
     mean_scale: float
     gamma: float
@@ -89,6 +90,7 @@ class Rollout:
         discount: Layers | None = None,
         activation: str | None = None,
         std: StdTransform = StdTransform(min=0.1),  # noqa: B008 immutable
+        latent: Categorical | None = None,
         action_std: StdTransform = StdTransform(offset=5.0, min=1e-4),  # noqa: B008
         mean_scale: float = 5.0,
         gamma: float = 0.99,
@@ -109,14 +111,16 @@ class Rollout:
             inp: [stoch, action] -> the GRU's input, its activation last: ``nn.Sequential``, an
                 ``nn.Linear``, or a list of these.
             gru: ``nn.GRUCell`` or a one-layer ``nn.GRU``.
-            prior: deter -> 2S raw outputs [mean, y].
-            post: [deter, embed] -> 2S; ``observe`` needs it.
+            prior: deter -> 2S raw outputs [mean, y], or S = C·K logits.
+            post: [deter, embed] -> the same; ``observe`` needs it.
             actor: [deter, stoch] -> 2A; ``imagine`` needs it.
             reward, critic, target, discount: [deter, stoch] -> 1; for rewards, values and
                 λ-returns of ``imagine`` and the scores of ``plan``. ``discount`` gives a logit.
             activation: elu, relu, silu or tanh between the layers of lists without activation
                 modules, and behind the last of such an ``inp``.
             std: of prior and posterior, see :class:`StdTransform`.
+            latent: categorical latents in the place of Gaussian: their classes K and the uniform
+                part of their probabilities, see :class:`Categorical`.
             action_std, mean_scale: of the policy a = tanh(c·tanh(x/c) + std(y)·ε); an infinite
                 scale c leaves the mean x as it is.
             gamma, lam: γ and λ.
@@ -146,7 +150,7 @@ class Rollout:
             if module is not None:
                 read[name] = reader.net(name, module, activation, act_last=name == "inp")
         nets = {name: net for name, net in read.items() if net is not None}
-        dims, misfits = _fit(nets, action_dim)
+        dims, misfits = _fit(nets, action_dim, latent)
         misfits = reader.misfits + misfits
         for name, transform in {"std": std, "action_std": action_std}.items():
             if transform.kind not in STDS:
@@ -160,7 +164,7 @@ class Rollout:
         if misfits:
             raise MisfitError("\n".join(dict.fromkeys(misfits)))
         flags = (action_first, embed_first, stoch_first, through_feat, pairing)
-        options = _Options(std, action_std, mean_scale, gamma, lam, *flags)
+        options = _Options(latent or std, action_std, mean_scale, gamma, lam, *flags)
         call = {"batch_first": batch_first, "reset": reset, "backend": backend}
         return cls(nets, options, dims, reader.watched, **call)
 
@@ -177,7 +181,7 @@ class Rollout:
         nets, o = self.nets, self.options
         post = nets["post"].params() if "post" in nets else None
         parts = nets["inp"].params(), nets["gru"].params(), nets["prior"].params(), post
-        return RSSMParams(*parts, o.std, o.action_first, o.embed_first)
+        return RSSMParams(*parts, o.latent, o.action_first, o.embed_first)
 
     @property
     def policy(self) -> ActorParams:
@@ -216,9 +220,9 @@ class Rollout:
         noise: Tensor | None = None,
         *,
         generator: torch.Generator | None = None,
-    ) -> tuple[State, Normal]:
+    ) -> tuple[State, Latent]:
         """One step without an observation: the next State and its prior; see ``ops.rssm_step``."""
-        noise = self._noise(noise, (len(action), self.dims["S"]), generator, lead=1)
+        noise = self._state_noise(noise, (len(action),), generator)
         return rssm_step(self.rssm, State(*state), action, noise, backend=self.backend)
 
     def open_loop(
@@ -231,7 +235,7 @@ class Rollout:
     ) -> State:
         """States 1..H under given actions [H, B, A]; see ``ops.open_loop``."""
         action = self._inward(action)
-        noise = self._noise(noise, (*action.shape[:2], self.dims["S"]), generator)
+        noise = self._state_noise(noise, tuple(action.shape[:2]), generator)
         return self._outward(
             open_loop(self.rssm, State(*start), action, noise, backend=self.backend)
         )
@@ -259,7 +263,7 @@ class Rollout:
         else:
             is_first = self._inward(is_first)
         start = self.initial(lead[1]) if start is None else State(*start)
-        noise = self._noise(noise, (*lead, self.dims["S"]), generator)
+        noise = self._state_noise(noise, tuple(lead), generator)
         given = (start, embed, action, is_first, noise)
         seen = observe(self.rssm, *given, reset=self.reset, backend=self.backend)
         return Observation(*map(self._outward, seen))
@@ -279,7 +283,8 @@ class Rollout:
         Args:
             start: deter [B, D] and stoch [B, S].
             horizon: H; may be left out where noise is given.
-            state_noise, action_noise: [H, B, S] and [H, B, A] standard normal, drawn if not given.
+            state_noise, action_noise: [H, B, S] and [H, B, A] standard normal (of categorical
+                latents [H, B, C] uniform in [0, 1)), drawn if not given.
             generator: where from.
             returns: whether to add rewards, values and λ-returns; by default if the Rollout has
                 a reward head and a critic.
@@ -291,7 +296,7 @@ class Rollout:
                 raise ValueError("imagine: horizon or noise must be given")
             horizon = noises[0].shape[1 if self.batch_first else 0]
         lead = (horizon, len(start.deter))
-        state_noise = self._noise(state_noise, (*lead, self.dims["S"]), generator)
+        state_noise = self._state_noise(state_noise, lead, generator)
         action_noise = self._noise(action_noise, (*lead, self.dims["A"]), generator)
         if returns is None:
             returns = "reward" in self.nets and "critic" in self.nets
@@ -338,7 +343,10 @@ class Rollout:
             if horizon not in (None, len(mean)):
                 raise ValueError(f"plan: horizon is {horizon}, mean has {len(mean)} steps")
         lead = (iterations, *mean.shape[:2], num_samples)
-        noise = [self._noise(None, (*lead, self.dims[n]), generator, lead=0) for n in "AS"]
+        noise = (
+            self._noise(None, (*lead, self.dims["A"]), generator),
+            self._state_noise(None, lead, generator),
+        )
         bootstraps = "critic" in self.nets or "target" in self.nets
         found = cem(
             *(self.rssm, self.heads, start, mean, torch.full_like(mean, init_std), *noise),
@@ -350,10 +358,10 @@ class Rollout:
         )
         return found._replace(mean=self._outward(found.mean), std=self._outward(found.std))
 
-    def prior(self, deter: Tensor) -> Normal:
+    def prior(self, deter: Tensor) -> Latent:
         """The prior of deterministic states, [..., D]."""
         params = self.rssm
-        return latent_dist(mlp(params.prior, deter), params.std, deter.dtype)
+        return latent_dist(mlp(params.prior, deter), params.latent, deter.dtype)
 
     def verify(
         self,
@@ -369,16 +377,17 @@ class Rollout:
         The loop calls the modules themselves, in float32 and (copies of them) in float64, in the
         orders and with the constants that the Rollout was told. Whether these are right, only the
         caller's own code can say: ``own`` and ``own_dream`` run it, on the same inputs and with the
-        same noise. Every standard normal that they draw comes from that noise, step by step (of
-        several draws of one size in a step all are equal).
+        same noise. Every standard normal that they draw (of categorical latents every uniform
+        number or class) comes from that noise, step by step; of several such draws in a step all
+        are equal.
 
         Args:
             batch: ``embed``, ``action`` and ``is_first`` as ``observe`` takes them; what is
                 missing is drawn, 20 steps of 8 rows.
             own: called as ``own(embed, action, is_first, start)``, filters the sequence from the
                 State ``start`` and returns any of ``deter``, ``stoch``, ``post_mean``,
-                ``post_std``, ``prior_mean`` and ``prior_std``, [T, B, ...] (batch-first as the
-                Rollout is).
+                ``post_std``, ``prior_mean`` and ``prior_std``, or ``post_logits`` and
+                ``prior_logits``, [T, B, ...] (batch-first as the Rollout is).
             own_dream: called as ``own_dream(start, horizon)``, returns any of ``deter`` and
                 ``stoch`` of states 1..H, ``action``, and what else ``imagine`` gives.
             seed: of everything drawn.
@@ -402,70 +411,67 @@ class Rollout:
         given: Tensor | None,
         shape: tuple[int, ...],
         generator: torch.Generator | None,
-        lead: int = 2,
+        draw: Callable[..., Tensor] = torch.randn,
     ) -> Tensor:
+        """Noise of a shape that is time-major, as given or drawn."""
         if given is not None:
-            return self._inward(given) if lead == 2 else given
+            return self._inward(given) if len(shape) == 3 else given
         like = self.nets["gru"].params().weight_hh
-        return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+        return draw(shape, generator=generator, dtype=like.dtype, device=like.device)
+
+    def _state_noise(
+        self, given: Tensor | None, lead: tuple[int, ...], generator: torch.Generator | None
+    ) -> Tensor:
+        """[*lead, S] standard normal, or [*lead, C] uniform of categorical latents."""
+        if "C" in self.dims:
+            return self._noise(given, (*lead, self.dims["C"]), generator, torch.rand)
+        return self._noise(given, (*lead, self.dims["S"]), generator)
 
     def _inward(self, x: Tensor) -> Tensor:
         """[B, T, ...] to time-major, contiguous."""
         return x.transpose(0, 1).contiguous() if self.batch_first else x
 
     def _outward(self, x: Any) -> Any:
-        if not self.batch_first or x is None:
-            return x
-        return x.transpose(0, 1) if isinstance(x, Tensor) else type(x)(*map(self._outward, x))
+        """Time-major to the caller's layout; tuples of tensors, too."""
+        if self.batch_first and isinstance(x, Tensor):
+            return x.transpose(0, 1)
+        return type(x)(*map(self._outward, x)) if isinstance(x, tuple) else x
 
 
-def _fit(nets: dict[str, Any], action_dim: int | None) -> tuple[dict[str, int], list[str]]:
+def _fit(
+    nets: dict[str, Any], action_dim: int | None, latent: Categorical | None
+) -> tuple[dict[str, int], list[str]]:
     """Sizes by letter, and what does not fit together of the parts that could be read."""
     if "gru" not in nets or "prior" not in nets:
         return {}, []
     D, hidden, out = nets["gru"].deter, nets["gru"].inputs, nets["prior"].out
-    categorical = "categorical latents have no fast loop"
-    if out % 2:
-        return {}, [
-            f"prior: has {out} outputs, but mean and std of a Gaussian latent are an even number; "
-            f"{categorical}"
-        ]
-    S = out // 2
-    dims, misfits = {"D": D, "S": S}, []
-    for name in ("actor", *HEADS):
-        # S Gaussians have 2S outputs, but as many classes as outputs make the features of
-        # categorical latents.
-        if name in nets and nets[name].inputs - D == out:
+    if latent is not None:
+        K, u = latent.classes, latent.unimix
+        if K < 1 or out % K or not 0 <= u < 1:
             return {}, [
-                f"prior: its {out} outputs are the logits of categorical latents ({name} takes "
-                f"{nets[name].inputs} features, deter and one input for each of them); "
-                f"{categorical}"
+                f"latent: the prior's {out} outputs make no categoricals of {K} classes, {u} of "
+                "them uniform"
             ]
+        S, dims = out, {"D": D, "S": out, "C": out // K}
+    else:
+        if reason := _why_not_gaussian(nets, action_dim):
+            return {}, [reason]
+        S = out // 2
+        dims = {"D": D, "S": S}
+    misfits = []
     if "inp" in nets:
-        inputs = nets["inp"].inputs
-        dims["A"] = inputs - S
-        fixed = [name for name in ("actor", *HEADS) if name in nets]
-        if action_dim is not None and inputs - action_dim == out:
-            return {}, [
-                f"prior: its {out} outputs are the logits of categorical latents (inp takes as "
-                f"many and {action_dim} of the action); {categorical}"
-            ]
+        dims["A"] = nets["inp"].inputs - S
         if dims["A"] < 1 or action_dim not in (None, dims["A"]):
             action = "an action" if action_dim is None else f"an action of {action_dim}"
+            half = "" if latent else " (half of the prior's outputs)"
             return {}, [
-                f"inp: takes {inputs} inputs, which a state of {S} (half of the prior's outputs) "
-                f"and {action} do not make; are the latents categorical?"
-            ]
-        if action_dim is None and inputs > out and not fixed:
-            return {}, [
-                f"inp: its {inputs} inputs and the prior's {out} outputs fit Gaussian latents of "
-                f"{S} with actions of {dims['A']} and categorical latents of {out} classes in all "
-                f"with actions of {inputs - out}; say action_dim= ({categorical})"
+                f"inp: takes {nets['inp'].inputs} inputs, which a state of {S}{half} and {action} "
+                "do not make" + ("" if latent else "; are the latents categorical?")
             ]
     A = dims.get("A", 0)
     if "post" in nets:
         dims["E"] = nets["post"].inputs - D
-    wanted = {"inp": (None, hidden), "prior": (D, 2 * S), "post": (None, 2 * S)}
+    wanted = {"inp": (None, hidden), "prior": (D, out), "post": (None, out)}
     wanted |= {"actor": (D + S, 2 * A if A else None)} | dict.fromkeys(HEADS, (D + S, 1))
     for name, (inputs, outputs) in wanted.items():
         if name not in nets:
@@ -478,3 +484,38 @@ def _fit(nets: dict[str, Any], action_dim: int | None) -> tuple[dict[str, int], 
                 f"{name}: must map {want[0]} to {want[1]} ({sizes}), got {got[0]} to {got[1]}"
             )
     return dims, misfits
+
+
+def _why_not_gaussian(nets: dict[str, Any], action_dim: int | None) -> str | None:
+    """Why the prior's outputs are no mean and std, or may be none.
+
+    C·K logits are as many as the classes that follow in the state; of a Gaussian state half as many
+    numbers follow.
+    """
+    D, out = nets["gru"].deter, nets["prior"].out
+    say = "say latent=Categorical(classes)"
+    if out % 2:
+        return (
+            f"prior: has {out} outputs, but mean and std of a Gaussian latent are an even number; "
+            f"of categorical latents {say}"
+        )
+    heads = [name for name in ("actor", *HEADS) if name in nets]
+    for name in heads:
+        if nets[name].inputs - D == out:
+            return (
+                f"prior: its {out} outputs are the logits of categorical latents ({name} takes "
+                f"{nets[name].inputs} features, deter and one input for each of them); {say}"
+            )
+    inputs = nets["inp"].inputs if "inp" in nets else 0
+    if action_dim is not None and inputs - action_dim == out:
+        return (
+            f"prior: its {out} outputs are the logits of categorical latents (inp takes as many "
+            f"and {action_dim} of the action); {say}"
+        )
+    if action_dim is None and inputs > out and not heads:
+        return (
+            f"inp: its {inputs} inputs and the prior's {out} outputs fit Gaussian latents of "
+            f"{out // 2} with actions of {inputs - out // 2} and categorical latents of {out} "
+            f"classes in all with actions of {inputs - out}; say action_dim=, or {say[4:]}"
+        )
+    return None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdreamer.ops.observe import RESETS
-from fastdreamer.ops.params import Normal, State, std_of
+from fastdreamer.ops.params import Latent, Normal, State, latent_dist, stack, std_of
 from fastdreamer.rollout.draws import with_noise
 
 _TOLERANCE = 32  # eps, beside twice the loop's own error: sums in another order
@@ -158,9 +158,15 @@ def _inputs(rollout: Any, batch: dict[str, Tensor], seed: int) -> dict[str, Any]
     if "is_first" not in given:
         first = torch.rand(T, B, generator=generator) < 0.1
         given["is_first"] = first.to(like.device)
-    given |= {"noise": randn(T, B, dims["S"]), "deter": randn(B, dims["D"]).tanh()}
+
+    def drawn(*lead: int) -> Tensor:
+        if "C" in dims:
+            return torch.rand(*lead, dims["C"], generator=generator).to(like)
+        return randn(*lead, dims["S"])
+
+    given |= {"noise": drawn(T, B), "deter": randn(B, dims["D"]).tanh()}
     given |= {"stoch": randn(B, dims["S"])}
-    given |= {"state_noise": randn(15, B, dims["S"]), "action_noise": randn(15, B, dims["A"])}
+    given |= {"state_noise": drawn(15, B), "action_noise": randn(15, B, dims["A"])}
     return given
 
 
@@ -214,15 +220,23 @@ def _own(function: Callable, r: Any, x: dict[str, Any]) -> dict[str, Tensor]:
     """The caller's filter with the batch's noise, time-major."""
     inputs = [r._outward(x[name]) for name in ("embed", "action", "is_first")]
     start = State(x["deter"], x["stoch"])
-    seen = with_noise(lambda: function(*inputs, start), x["noise"])
+    normal, uniform = _split(r, x["noise"])
+    seen = with_noise(lambda: function(*inputs, start), *normal, uniform=uniform)
     return {name: r._inward(out) for name, out in seen.items()}
 
 
 def _own_dream(function: Callable, r: Any, x: dict[str, Any]) -> dict[str, Tensor]:
     """The caller's imagination likewise."""
-    noises, start = (x["action_noise"], x["state_noise"]), State(x["deter"], x["stoch"])
-    dream = with_noise(lambda: function(start, len(noises[0])), *noises)
+    normal, uniform = _split(r, x["state_noise"])
+    start, horizon = State(x["deter"], x["stoch"]), len(x["action_noise"])
+    noises = x["action_noise"], *normal
+    dream = with_noise(lambda: function(start, horizon), *noises, uniform=uniform)
     return {name: r._inward(out) for name, out in dream.items()}
+
+
+def _split(r: Any, noise: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """The states' noise as ``with_noise`` takes it."""
+    return ((), noise) if "C" in r.dims else ((noise,), None)
 
 
 def _observe_loop(r: Any, x: dict[str, Any]) -> dict[str, Tensor]:
@@ -238,9 +252,7 @@ def _observe_loop(r: Any, x: dict[str, Any]) -> dict[str, Tensor]:
         posts.append(_dist(r, r.nets["post"](torch.cat(seen, -1))))
         stoch = posts[-1].sample(x["noise"][t])
         states.append(State(deter, stoch))
-    stacked = (map(torch.stack, zip(*parts, strict=True)) for parts in (states, posts, priors))
-    state, post, prior = stacked
-    return _named(State(*state), Normal(*post), Normal(*prior))
+    return _named(State(*map(torch.stack, zip(*states, strict=True))), stack(posts), stack(priors))
 
 
 def _open_loop_loop(r: Any, x: dict[str, Any]) -> dict[str, Tensor]:
@@ -296,14 +308,14 @@ def _next(r: Any, deter: Tensor, stoch: Tensor, action: Tensor) -> Tensor:
     return r.nets["gru"](r.nets["inp"](torch.cat(parts, -1)), deter)
 
 
-def _dist(r: Any, raw: Tensor) -> Normal:
-    mean, y = raw.chunk(2, -1)
-    return Normal(mean, std_of(r.options.std, y))
+def _dist(r: Any, raw: Tensor) -> Latent:
+    return latent_dist(raw, r.options.latent, raw.dtype)
 
 
-def _named(state: State, post: Normal, prior: Normal) -> dict[str, Tensor]:
-    names = ("deter", "stoch", "post_mean", "post_std", "prior_mean", "prior_std")
-    return dict(zip(names, (*state, *post, *prior), strict=True))
+def _named(state: State, post: Latent, prior: Latent) -> dict[str, Tensor]:
+    dists = {"post": post, "prior": prior}
+    fields = ("mean", "std") if isinstance(post, Normal) else ("logits",)
+    return state._asdict() | {f"{n}_{x}": getattr(d, x) for n, d in dists.items() for x in fields}
 
 
 def _race(fast: Callable, loop: Callable, repeats: int) -> tuple[float, float]:

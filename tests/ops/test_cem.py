@@ -186,7 +186,7 @@ def aimed(target, score):
         ),
         prior=MLPParams((zeros(4, 2),), (zeros(4),), "tanh"),
         post=None,
-        std=StdTransform(min=0.1),
+        latent=StdTransform(min=0.1),
     )
     reward = MLPParams(
         (torch.cat([pick_deter, -pick_deter]), -torch.ones(1, 4).double()),

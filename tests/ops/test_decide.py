@@ -70,7 +70,7 @@ def test_native_takes_every_order_and_activation(first, activation):
     x = decide_inputs(sizes, 2)
     kinds = StdTransform("sigmoid", 2.0, 0.5, min=0.1), StdTransform("exp", floor=0.2)
     x["params"] = x["params"]._replace(
-        action_first=action_first, embed_first=embed_first, std=kinds[0]
+        action_first=action_first, embed_first=embed_first, latent=kinds[0]
     )
     x["actor"] = x["actor"]._replace(mean_scale=float("inf"), stoch_first=stoch_first, std=kinds[1])
     fp32 = {"dtype": torch.float32, "wrt": ()}
@@ -181,7 +181,7 @@ def test_the_extension_checks_again():
         pack_mlp(params.inp, act_last=True, **pack),
         pack_gru(params.gru, **pack),
         pack_mlp(params.post, **pack),
-        params.std,
+        params.latent,
     )
     wide = MLPParams((torch.zeros(34, 4),), (torch.zeros(34),), "elu")
     with pytest.raises(ValueError, match="decide: the encoder's output is no part"):
@@ -189,7 +189,7 @@ def test_the_extension_checks_again():
     with pytest.raises(ValueError, match="decide: the encoder's output is no part"):
         native.PackedDecider(*dynamics, pack_mlp(x["encoder"], **pack), None)
     with pytest.raises(ValueError, match="decide: actor must map 12 to 6"):
-        native.PackedDecider(*dynamics, None, (dynamics[2], 5.0, params.std))
+        native.PackedDecider(*dynamics, None, (dynamics[2], 5.0, params.latent))
     packed = pack_decider(params, x["actor"], x["encoder"], bf16=False)
     names = ("action", "embed", "vector", "state_noise", "action_noise")
     given = arrays(*x["state"], *(x[name] for name in names))

@@ -399,7 +399,7 @@ def check_buffers(name: str, bf16: bool, threads: int) -> None:
         pack_mlp(params.inp, act_last=True, **pack),
         pack_gru(params.gru, **pack),
         pack_mlp(params.prior, **pack),
-        params.std,
+        params.latent,
     )
     discount = returns.discount or returns.reward
     heads = (*(pack_mlp(head, **pack) for head in (*returns[:3], discount)), *returns[3:5], False)
@@ -452,7 +452,7 @@ def check_observe_buffers(name: str, bf16: bool, threads: int) -> None:
             pack_mlp(params.inp, act_last=True, **pack),
             pack_gru(params.gru, **pack),
             pack_mlp(params.prior, **pack),
-            params.std,
+            params.latent,
             pack_mlp(post, columns=(0, D), bias=False, **pack),
             pack_mlp(first, columns=(D, E), **pack),
         ),
@@ -487,7 +487,7 @@ def check_rssm_step_buffers(name: str, bf16: bool, threads: int) -> None:
         pack_mlp(params.inp, act_last=True, **pack),
         pack_gru(params.gru, **pack),
         pack_mlp(params.prior, **pack),
-        params.std,
+        params.latent,
     )
     g = Guarded()
     outputs = g.new(B, D), g.new(B, S), g.new(B, S), g.new(B, S)

@@ -282,7 +282,7 @@ class Forward:
         heads.append(heads[0])  # as a discount head: any of that shape
         self.imagine = {
             "op": "imagine",
-            "rssm": (inp, gru, prior, tuple(params.std)),
+            "rssm": (inp, gru, prior, tuple(params.latent)),
             "actor": (pack_mlp(actor.mlp, **pack), 5.0, tuple(actor.std), False),
             "heads": (*heads, 0.99, 0.95, False),
             "start_deter": zeros(B, D),

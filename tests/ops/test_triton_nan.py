@@ -45,7 +45,7 @@ def check_step(activation: str) -> None:
     sizes = SMALL._replace(activation=activation)
     for where, std in zip(("deter", "stoch", "action", "weight"), (*STDS, STDS[0]), strict=True):
         inputs = testing.rssm_step_inputs(sizes, 3)
-        inputs["params"] = inputs["params"]._replace(std=std)
+        inputs["params"] = inputs["params"]._replace(latent=std)
         inputs = with_nan(inputs, where)
         eager, triton = (values_and_gradients(inputs, b) for b in ("eager", "triton"))
         rows = [True] * 3 if where == "weight" else [False, True, False]

@@ -82,7 +82,7 @@ def make(op, H=3, B=7, *, transform="softplus", **flags):
         if name in inputs:
             changed = {key: flags[key] for key in fields if key in flags}
             if name != "returns":
-                changed["std"] = std
+                changed["latent" if name == "params" else "std"] = std
             inputs[name] = inputs[name]._replace(**changed)
     if "reset" in flags:
         inputs["reset"] = flags["reset"]
@@ -273,7 +273,7 @@ def test_cem(transform):
 
 def test_gradcheck(case):
     """Of the eager body, every flag at once (the critic's gradient is Dreamer's, no true one)."""
-    params = case.params._replace(action_first=True, embed_first=True, std=TRANSFORMS["sigmoid"])
+    params = case.params._replace(action_first=True, embed_first=True, latent=TRANSFORMS["sigmoid"])
     actor = case.actor.params()._replace(stoch_first=True, through_feat=True, mean_scale=math.inf)
     dims, start = params.dims(), case.state(2)
     feat = dims["D"] + dims["S"]
@@ -299,7 +299,7 @@ def test_gradcheck(case):
 
 def test_bad_transforms_are_refused():
     inputs = make("open_loop")
-    inputs["params"] = inputs["params"]._replace(std=StdTransform("relu"))
+    inputs["params"] = inputs["params"]._replace(latent=StdTransform("relu"))
     for backend in ("eager", "native"):
         with pytest.raises(
             ValueError, match="std must be softplus, sigmoid(,| or) exp, got 'relu'"

@@ -158,7 +158,7 @@ def pack_rssm(params: RSSMParams, *, bf16: bool, gradients: bool) -> tuple:
     One look-up where nothing has changed: a single step of one row takes less time than three.
     """
     tensors = [*params.inp[0], *params.inp[1], *params.gru, *params.prior[0], *params.prior[1]]
-    key = (bf16, params.inp.activation, params.prior.activation, params.std, params.action_first)
+    key = (bf16, params.inp.activation, params.prior.activation, params.latent, params.action_first)
     pack = {"bf16": bf16, "gradients": gradients}
 
     def make(gradients: bool) -> _Model:
@@ -169,7 +169,7 @@ def pack_rssm(params: RSSMParams, *, bf16: bool, gradients: bool) -> tuple:
                 pack_mlp(params.inp, act_last=True, rotate=dims["A"], **pack),
                 pack_gru(params.gru, **pack),
                 pack_mlp(params.prior, **pack),
-                params.std,
+                params.latent,
             ),
             gradients,
         )
@@ -202,7 +202,7 @@ def pack_decider(
             ),
             pack_gru(params.gru, **pack),
             pack_mlp(params.post, rotate=dims["E"] if params.embed_first else 0, **pack),
-            params.std,
+            params.latent,
             encoder and pack_mlp(encoder, act_last=True, **pack),
             chooses,
         )

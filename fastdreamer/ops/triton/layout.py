@@ -289,7 +289,7 @@ def step_shape(
         *(A, D, S),
         mlp_shape(params.inp, (S, A), (A, 0) if params.action_first else (0, S), hidden_only=True),
         mlp_shape(latent, (D, 0), (behind, 0), groups=2),
-        make_std(params.std),
+        make_std(params.latent),
         resets,
     )
 

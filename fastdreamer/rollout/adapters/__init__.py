@@ -31,9 +31,9 @@ def adapt(model: nn.Module, **options: Any) -> nn.Module:
     is refused.
 
     Args:
-        model: torchrl's ``RSSMRollout``; a ``TransitionModel`` with ``fc_embed_state_action``,
-            ``rnn``, ``fc_embed_belief_prior``, ...; an ``RSSMRollout`` with
-            ``representation_model`` and ``transition_model``; an RSSM with ``grusa``, ``gru``,
+        model: torchrl's ``RSSMRollout`` or ``RSSMRolloutV3``; a ``TransitionModel`` with
+            ``fc_embed_state_action``, ``rnn``, ``fc_embed_belief_prior``, ...; an ``RSSMRollout``
+            with ``representation_model`` and ``transition_model``; an RSSM with ``grusa``, ``gru``,
             ``prior`` and ``posterior``, or with ``fc_state_action`` and ``observe_rollout``;
             sheeprl's Dreamer-V1 ``RSSM``; SimpleDreamer's ``RSSM``. Compiled by ``torch.compile``
             or ``torch.jit.script``, or not.
@@ -54,8 +54,8 @@ def adapt(model: nn.Module, **options: Any) -> nn.Module:
             check_loop(made)
             return made
     raise MisfitError(
-        f"adapt: {type(model).__name__} is no peer known here: torchrl's RSSMRollout, a "
-        "TransitionModel (fc_embed_state_action, rnn, ...), an RSSMRollout "
+        f"adapt: {type(model).__name__} is no peer known here: torchrl's RSSMRollout or "
+        "RSSMRolloutV3, a TransitionModel (fc_embed_state_action, rnn, ...), an RSSMRollout "
         "(representation_model, transition_model), an RSSM with grusa, gru, prior and posterior, "
         "or with fc_state_action and observe_rollout, sheeprl's RSSM (recurrent_model.mlp and "
         ".rnn, representation_model, transition_model) or SimpleDreamer's (recurrent_model.linear "
@@ -78,20 +78,29 @@ def _has(*names: str) -> Callable[[Any], bool]:
     return has
 
 
-def _is_torchrl(model: Any) -> bool:
-    kind = type(model)
-    return kind.__name__ == "RSSMRollout" and kind.__module__.startswith("torchrl.")
+def _torchrl(name: str) -> Callable[[Any], bool]:
+    """Whether a model is torchrl's class of this name."""
+    return lambda model: (
+        type(model).__name__ == name and type(model).__module__.startswith("torchrl.")
+    )
 
 
-def _torchrl(model: Any, **options: Any) -> nn.Module:
+def _first(model: Any, **options: Any) -> nn.Module:
     from fastdreamer.rollout.adapters.torchrl import TorchrlRollout  # there, as its model is
 
     return TorchrlRollout(model, **options)
 
 
+def _third(model: Any, **options: Any) -> nn.Module:
+    from fastdreamer.rollout.adapters.torchrl_v3 import TorchrlRolloutV3
+
+    return TorchrlRolloutV3(model, **options)
+
+
 _PARTS = ("representation_model", "transition_model")
 _PEERS: list[tuple[Callable[[Any], bool], Callable[..., nn.Module]]] = [
-    (_is_torchrl, _torchrl),
+    (_torchrl("RSSMRollout"), _first),
+    (_torchrl("RSSMRolloutV3"), _third),
     (_has("fc_embed_state_action", "fc_embed_belief_prior", "rnn"), TransitionLoop),
     (_has("fc_state_action", "rnn", "observe_rollout"), NontermsLoop),
     (_has("grusa", "gru", "prior", "posterior"), GrusaLoop),

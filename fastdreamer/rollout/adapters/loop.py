@@ -71,7 +71,9 @@ class Loop(nn.Module):
         return self.model(*inputs)
 
     def example(self, draw: Callable[..., Tensor]) -> tuple[tuple[Any, ...], Tensor]:
-        """Arguments of the loop, some steps of two rows, and the noise [T, 2, S] of its samples.
+        """Arguments of the loop, some steps of two rows, and the noise of its samples.
+
+        That is [T, 2, S], or [T, 2, C] uniform of categorical latents.
 
         Args:
             draw: gives standard normals of the sizes named, numbers or letters of ``dims``.
@@ -111,15 +113,16 @@ def largest_difference(loop: Any) -> tuple[float, str]:
         return torch.randn(shape, generator=generator).to(like)
 
     inputs, noise = loop.example(draw)
+    normal, uniform = ((), noise) if "C" in rollout.dims else ((noise,), None)
     with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
         try:
-            want = dict(_tensors(with_noise(lambda: loop.own(*inputs), noise)))
+            want = dict(_tensors(with_noise(lambda: loop.own(*inputs), *normal, uniform=uniform)))
         except Exception as error:  # whatever somebody's code raises
             raise MisfitError(
                 f"adapt: {type(loop.model).__name__} is not called as the one known here: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        got = dict(_tensors(with_noise(lambda: loop(*inputs), noise)))
+        got = dict(_tensors(with_noise(lambda: loop(*inputs), *normal, uniform=uniform)))
     if want.keys() != got.keys() or any(want[k].shape != got[k].shape for k in want):
         raise MisfitError(
             f"adapt: {type(loop.model).__name__} returns something else than the one known here: "
