@@ -58,6 +58,7 @@ def standins(monkeypatch):
     graph_standin.install(monkeypatch)
     monkeypatch.setattr(captured, "gc", SimpleNamespace(collect=lambda: None))  # takes long
     monkeypatch.setattr(backend_module, "interpreting", lambda: True)
+    monkeypatch.setattr(backend_module, "_why_not_interpreted", lambda: None)  # it is not asked
     for op in OPS.values():
         monkeypatch.setitem(op._loaded, "triton", op.eager)
     modes = []

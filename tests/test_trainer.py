@@ -964,8 +964,13 @@ def test_the_display_says_what_it_waits_for_and_counts_it(tmp_path, monkeypatch)
     create_run(tmp_path / "run", config)
     shown = []
 
+    at_hand = Collector.ready
+
     def ready(collector, timeout):
-        return timeout > 0 and (time.sleep(0.4) or True)
+        if timeout == 0:
+            return False
+        time.sleep(0.4)
+        return at_hand(collector, timeout)
 
     monkeypatch.setattr(Collector, "ready", ready)
     update = Progress.update
