@@ -87,7 +87,7 @@ def test_walker_has_the_original_s_actor_and_losses_on_a_small_scale():
     assert b.gamma == 0.99 and b.lam == 0.95 and b.imag_horizon == 10
     # 125 updates of 16·16 for each episode of 500 decisions; it ends by itself
     assert c.train.replay_ratio * 500 / (c.replay.batch * c.replay.length) == 125
-    assert c.train.frames == 300_000
+    assert c.train.frames == 350_000
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def world_model(name, kinds):
 def test_shapes(name, kinds):
     config = preset(name).model
     model = world_model(name, kinds)
-    pixels = {"report": 1024, "walker": 256 * 2 * 2, "tiny": 16}[name]
+    pixels = {"report": 1024, "walker": 128 * 2 * 2, "tiny": 16}[name]
     size = pixels * ("pixels" in kinds) + config.units * ("state" in kinds)
     assert model.encoder.embed_size == size
     assert model.rssm.feat_size == config.deter + config.stoch
@@ -68,17 +68,17 @@ def test_shapes(name, kinds):
 def test_convolutions_halve_as_the_paper_s(name):
     """64 → 31 → 14 → 6 → 2 and 1 → 5 → 13 → 30 → 64; nothing else has weights."""
     model = world_model(name, ("pixels",))
-    channels = {"report": (16, 32, 64, 64), "walker": (32, 64, 128, 256)}[name]
+    channels = {"report": (16, 32, 64, 64), "walker": (16, 32, 64, 128)}[name]
     x, sizes = torch.zeros(1, 3, 64, 64), []
     for conv in model.encoder.convs:
         x = conv(x)
         sizes.append((conv.kernel_size, tuple(x.shape[1:])))
     assert sizes == [((4, 4), (c, n, n)) for c, n in zip(channels, (31, 14, 6, 2), strict=True)]
-    x, sizes = torch.zeros(1, 1024, 1, 1), []
+    x, sizes = torch.zeros(1, {"report": 1024, "walker": 512}[name], 1, 1), []
     for conv in model.decoder.convs:
         x = conv(x)
         sizes.append((conv.kernel_size[0], tuple(x.shape[1:])))
-    channels = {"report": (64, 32, 16, 3), "walker": (128, 64, 32, 3)}[name]
+    channels = {"report": (64, 32, 16, 3), "walker": (64, 32, 16, 3)}[name]
     shapes = [(c, n, n) for c, n in zip(channels, (5, 13, 30, 64), strict=True)]
     assert sizes == list(zip((5, 5, 6, 6), shapes, strict=True))
     assert (model.encoder.linear is not None) == (name == "report")

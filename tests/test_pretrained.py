@@ -1,6 +1,7 @@
 """Agents as single files, and those that come with the package."""
 
 import dataclasses
+import re
 import shutil
 
 import numpy as np
@@ -90,3 +91,14 @@ def test_names_and_commands(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="holds no checkpoint yet"):
         export_agent(tmp_path / "empty", tmp_path / "no.safetensors")
+
+
+def test_the_agent_that_comes_with_the_package_walks(tmp_path, monkeypatch, capsys):
+    """Two episodes from pixels, by name, from anywhere."""
+    monkeypatch.chdir(tmp_path)
+    path = pretrained.pretrained()["walker-walk"]
+    assert path.stat().st_size <= 5_000_000
+    assert main(["eval", "walker-walk", "--episodes", "2"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    returns = [float(value) for value in re.findall(r"episode \d: return (\d+\.\d)", text)]
+    assert len(returns) == 2 and np.mean(returns) >= 800, returns

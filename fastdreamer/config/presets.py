@@ -55,7 +55,7 @@ def _walker() -> Config:
         optim=OptimConfig(actor_lr=3e-4, critic_lr=3e-4),
         collect=CollectConfig(prefill=5),
         plan=PlanConfig(plan_horizon=15, init_std=0.5, common_noise=True),
-        train=TrainConfig(frames=300_000, replay_ratio=64.0, pretrain=100),
+        train=TrainConfig(frames=350_000, replay_ratio=64.0, pretrain=100),
         eval=EvalConfig(every=20_000),
     )
 
@@ -67,7 +67,7 @@ def _state() -> Config:
         walker,
         env=EnvConfig(task="walker-stand", obs="state"),
         plan=dataclasses.replace(walker.plan, plan_horizon=10),
-        train=dataclasses.replace(walker.train, replay_ratio=50.0),
+        train=dataclasses.replace(walker.train, frames=300_000, replay_ratio=50.0),
         eval=EvalConfig(),
     )
 
