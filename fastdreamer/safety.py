@@ -14,9 +14,6 @@ time a shield replaces an action that breaks the condition by the nearest one th
 from __future__ import annotations
 
 import functools
-import importlib
-import os
-import sys
 from collections.abc import Callable
 from typing import NamedTuple, NoReturn
 
@@ -26,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdreamer.config import Config, ConfigError, SafetyConfig
+from fastdreamer.named import named
 from fastdreamer.nn import MLP, RSSM
 from fastdreamer.noise import Source, normal
 from fastdreamer.ops.cem import top
@@ -91,14 +89,10 @@ def load_signal(config: Config, state_size: int) -> Signal:
                 f"{config.env.task} has {state_size}; name your own as module:function"
             )
         return walker_signal(safety.min_height, safety.max_joint_speed)
-    name, _, attribute = safety.signal.partition(":")
-    sys.path.insert(0, os.getcwd())
     try:
-        function = getattr(importlib.import_module(name), attribute)
+        function = named(safety.signal)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"safety.signal {safety.signal!r} cannot be loaded: {error}") from error
-    finally:
-        sys.path.remove(os.getcwd())
     if not callable(function):
         raise ConfigError(f"safety.signal {safety.signal!r} is not a function, but {function!r}")
     for lead in ((), (2, 3)):

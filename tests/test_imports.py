@@ -25,6 +25,7 @@ PUBLIC |= {"episodes", "files", "play", "policy", "pretrained", "viz"}
 ALLOWED = {
     "_version": set(),
     "errors": set(),
+    "named": set(),
     "config": {"errors"},
     "cores": set(),
     "files": {"errors"},
@@ -34,9 +35,9 @@ ALLOWED = {
     "losses": MODEL,
     "planning": MODEL | {"noise"},
     "exploration": MODEL,
-    "safety": MODEL | {"noise"},
+    "safety": MODEL | {"named", "noise"},
     "checkpoint": {"config", "_version", "errors", "files"},
-    "envs": {"config", "_version", "errors"},
+    "envs": {"config", "_version", "errors", "named"},
     "episodes": {"errors", "files"},
     "replay": {"episodes", "files"},
     "logger": {"config", "_version", "errors", "files"},
@@ -55,7 +56,7 @@ ALLOWED = {
     "testing": {"ops", "nn"},
     "doctor": {"_version", "_native", "config", "envs", "ops"},
     "compare": PUBLIC - {"rollout"} | {"device", "doctor"},
-    "cli": PUBLIC | {"compare", "device", "doctor", "preflight"},
+    "cli": PUBLIC | {"compare", "device", "doctor", "named", "preflight"},
     "__main__": {"cli", "cores", "errors"},
     "__init__": PUBLIC,
 }

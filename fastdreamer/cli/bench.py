@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from fastdreamer.config import ConfigError
+from fastdreamer.named import named
 from fastdreamer.rollout import Rollout, adapt
 
 
@@ -37,13 +35,10 @@ def run_bench(command: Bench, say: Callable[[str], None]) -> int:
         raise ConfigError(f"--module must be PACKAGE.MODULE:FUNCTION, got {command.module!r}")
     if command.repeats < 1:
         raise ConfigError(f"--repeats must be at least 1, got {command.repeats}")
-    sys.path.insert(0, str(Path.cwd()))
     try:
-        make = getattr(importlib.import_module(name), function)
+        make = named(command.module)
     except (ModuleNotFoundError, AttributeError) as error:
         raise ConfigError(f"--module {command.module}: {error}") from error
-    finally:
-        sys.path.remove(str(Path.cwd()))
     made = make()
     rollout = getattr(made, "rollout", made)
     if not isinstance(rollout, Rollout):

@@ -22,7 +22,7 @@ from fastdreamer.errors import ArgumentError, FastdreamerError, how_to_install
 DEFAULT_TASKS = {"walker": "walker-walk"}  # names that stand for a task
 QUALITIES = ("full", "fast")
 SHADOW_SIZE = 256  # texels a side; the suite's own 2048 costs about as much as all the rest
-MAX_STEPS = 1000  # control steps of a task that sets no time limit of its own (lqr)
+MAX_STEPS = 1000  # control steps of a task that sets no time limit of its own (lqr, for one)
 
 _CAMERAS = {"quadruped": 2}  # camera 0 looks from far away there; elsewhere it follows the body
 _NEEDS_GL = {"quadruped-escape"}  # uploads its terrain to the GL context at every reset
@@ -132,6 +132,16 @@ def _plain(name: str) -> str:
     return name.strip().lower().replace("_", "-")
 
 
+def steps_in(time_limit: float, control_step: float, name: str) -> int:
+    """Control steps in so many seconds; ArgumentError where they are less than one of the task."""
+    if not time_limit >= control_step:
+        raise ArgumentError(
+            f"time_limit must be at least one control step of {name} ({control_step:g} s), got "
+            f"{time_limit}"
+        )
+    return round(time_limit / control_step)
+
+
 class SuiteTask:
     """One task, stepped in control steps, with actions in the units of its actuators.
 
@@ -165,12 +175,7 @@ class SuiteTask:
 
         self.control_step = control_step = self._env.control_timestep()
         if time_limit is not None:
-            if not time_limit >= control_step:
-                raise ArgumentError(
-                    f"time_limit must be at least one control step of {self.name} "
-                    f"({control_step:g} s), got {time_limit}"
-                )
-            self.max_steps = round(time_limit / control_step)
+            self.max_steps = steps_in(time_limit, control_step, self.name)
         elif np.isfinite(self._env._step_limit):
             self.max_steps = round(self._env._step_limit)
         else:

@@ -6,17 +6,16 @@ Nothing here is imported before such a task is named.
 from __future__ import annotations
 
 import importlib
-import os
 import re
-import sys
 from typing import Any
 
 import numpy as np
 
+from fastdreamer.envs.dmc import MAX_STEPS, steps_in
 from fastdreamer.errors import ArgumentError
+from fastdreamer.named import named
 
 GYM = "gym:"
-MAX_STEPS = 1000  # control steps of a task that sets no limit of its own
 _FUNCTION = re.compile(r"[\w.]+:\w+")
 _STEP = 0.05  # seconds of a control step where the environment does not say
 
@@ -82,12 +81,7 @@ class GymTask:
         self.control_step = 1 / fps if fps else _STEP
         limit = getattr(self._env.spec, "max_episode_steps", None) or MAX_STEPS
         if time_limit is not None:
-            if not time_limit >= self.control_step:
-                raise ArgumentError(
-                    f"time_limit must be at least one control step of {name} "
-                    f"({self.control_step:g} s), got {time_limit}"
-                )
-            limit = min(limit, round(time_limit / self.control_step))
+            limit = min(limit, steps_in(time_limit, self.control_step, name))
         self.max_steps = limit
         self._steps = 0
         self._seen: Any = None
@@ -174,14 +168,10 @@ def _spec(name: str) -> Any:
 def _function(name: str) -> Any:
     if not _FUNCTION.fullmatch(name):
         raise ArgumentError(f"a task is domain-task, gym:ID or module:function, got {name!r}")
-    module, _, attribute = name.partition(":")
-    sys.path.insert(0, os.getcwd())
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        function = named(name)
     except (ImportError, AttributeError) as error:
         raise ArgumentError(f"task {name!r} cannot be loaded: {error}") from error
-    finally:
-        sys.path.remove(os.getcwd())
     if not callable(function):
         raise ArgumentError(f"task {name!r} is not a function, but {function!r}")
     return function

@@ -1,0 +1,25 @@
+"""A function of the user's by its name, ``module:function``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+
+def named(name: str) -> Any:
+    """What "module:attribute" names, looked up on Python's path and in the current directory.
+
+    The module is imported: whoever calls this has been asked to by the user, not by a file.
+
+    Raises:
+        ImportError: no such module, or its own imports fail. AttributeError: it has no such name.
+    """
+    module, _, attribute = name.partition(":")
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    finally:
+        sys.path.remove(here)
