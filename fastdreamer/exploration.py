@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fastdreamer.config import Config, ExploreConfig
 from fastdreamer.nn import Actor, Ensemble, WorldModel
-from fastdreamer.ops.imagine import imagine
+from fastdreamer.ops.imagine import imagine, predicted_discount
 from fastdreamer.ops.lambda_return import lambda_return
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.open_loop import open_loop
@@ -171,9 +171,10 @@ class Explorer(nn.Module):
             value = next_value.expand(M, H, B)
         # λ-returns run along H and know one batch: lay the members side by side.
         wide = lambda x: x.transpose(0, 1).reshape(H, M * B)  # noqa: E731
-        factor = torch.full_like(reward, self.behavior.gamma)
-        if discount is not None:
-            factor = factor * torch.sigmoid(mlp(discount, feat).squeeze(-1).to(feat.dtype))
+        factor = predicted_discount(discount, self.behavior.gamma, feat)
+        if factor is None:
+            factor = torch.full_like(reward[0], self.behavior.gamma)
+        factor = factor.expand(M, H, B)
         total = lambda_return(wide(reward), wide(value), wide(factor), self.behavior.lam)
         return total.view(H, M, B).transpose(0, 1)
 

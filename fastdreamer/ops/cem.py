@@ -194,7 +194,7 @@ def evaluate(returns: ReturnParams, first: Tensor, feat: Tensor, score: Score) -
     if score == "reward":
         return reward.sum(0)
     value = mlp(returns.target or returns.critic, feat).squeeze(-1).to(feat.dtype)
-    discount = predicted_discount(returns, feat)
+    discount = predicted_discount(returns.discount, returns.gamma, feat)
     if discount is None:
         discount = torch.full_like(reward, returns.gamma)
     return lambda_return(reward, value, discount, returns.lam, backend="eager")[0]

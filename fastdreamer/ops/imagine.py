@@ -13,6 +13,7 @@ from fastdreamer.ops.checks import check_tensor
 from fastdreamer.ops.lambda_return import OP as LAMBDA_RETURN
 from fastdreamer.ops.params import (
     ActorParams,
+    MLPParams,
     ReturnParams,
     RSSMParams,
     State,
@@ -128,17 +129,17 @@ def eager(
     reward = mlp(returns.reward, before if returns.departure else feat)[..., 0].to(feat.dtype)
     next_value = mlp((returns.target or returns.critic).detach(), feat)[..., 0].to(feat.dtype)
     value = mlp(returns.critic, before.detach())[..., 0].to(feat.dtype)
-    discount = predicted_discount(returns, feat)
+    discount = predicted_discount(returns.discount, returns.gamma, feat)
     factor = torch.full_like(reward, returns.gamma) if discount is None else discount
     total = LAMBDA_RETURN.eager(reward, next_value, factor, returns.lam)
     return deter, stoch, action, reward, value, total, discount
 
 
-def predicted_discount(returns: ReturnParams, feat: Tensor) -> Tensor | None:
-    """γ·sigmoid(discount(feat)), [..., F] -> [...]; None without such a head."""
-    if returns.discount is None:
+def predicted_discount(head: MLPParams | None, gamma: float, feat: Tensor) -> Tensor | None:
+    """γ·sigmoid(head(feat)), [..., F] -> [...]; None without such a head."""
+    if head is None:
         return None
-    return returns.gamma * torch.sigmoid(mlp(returns.discount, feat)[..., 0].to(feat.dtype))
+    return gamma * torch.sigmoid(mlp(head, feat)[..., 0].to(feat.dtype))
 
 
 def _load_native() -> Callable:
