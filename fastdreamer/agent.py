@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdreamer import losses
-from fastdreamer.checkpoint import CheckpointError, load_checkpoint, load_newest
+from fastdreamer.checkpoint import CheckpointError
 from fastdreamer.config import (
     Config,
     PlanConfig,
@@ -31,7 +31,7 @@ from fastdreamer.ops.imagine import Imagination, imagine
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.params import State
 from fastdreamer.policy import Policy
-from fastdreamer.pretrained import find_agent
+from fastdreamer.pretrained import read_agent
 
 _PARTS = {"pixels": "image", "state": "state"}
 """Loss of the reconstruction by kind of observation."""
@@ -143,9 +143,9 @@ class Dreamer(Policy):
             seen.post, seen.prior, free_nats=loss.free_nats, balance=loss.kl_balance
         )
         parts = {"reward": losses.reward_loss(reward, batch["reward"]), "kl": kl}
-        # Of unit-variance Normals: the squared error summed over an observation (report section 2).
         if goes_on is not None:
             parts["discount"] = losses.discount_loss(goes_on, batch["terminated"])
+        # Of unit-variance Normals: the squared error summed over an observation (report section 2).
         parts |= {_PARTS[kind]: error / (T * B) for kind, error in errors.items()}
         model_loss = losses.model_loss(loss, parts)
         with nvtx.annotate("model backward"):
@@ -341,14 +341,7 @@ def load(
         CheckpointError: there is no checkpoint, or it is damaged or foreign, or of another agent
             than its settings.
     """
-    path = find_agent(run_or_file)
-    if path.is_dir():
-        found = load_newest(path / "checkpoints")
-        if found is None:
-            raise CheckpointError(f"{path} holds no checkpoint yet")
-        path, tensors, meta = found
-    else:
-        tensors, meta = load_checkpoint(path)
+    path, tensors, meta = read_agent(run_or_file)
     config = dataclasses.replace(from_dict(meta["config"]), device="cpu")
     # A checkpoint of before the architecture was written down says nothing.
     if wrong := differences(meta.get("architecture", {}), architecture(config)):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastdreamer.checkpoint import CheckpointError, load_checkpoint, load_newest, save_checkpoint
 
@@ -37,6 +39,26 @@ def find_agent(run_or_file: str | os.PathLike) -> Path:
     )
 
 
+def read_agent(
+    run_or_file: str | os.PathLike,
+) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """The newest checkpoint of a run, a checkpoint or snapshot, or an agent of the package by name.
+
+    Returns:
+        Its file, its tensors by name and its JSON document.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged or foreign.
+    """
+    path = find_agent(run_or_file)
+    if not path.is_dir():
+        return path, *load_checkpoint(path)
+    found = load_newest(path / "checkpoints")
+    if found is None:
+        raise CheckpointError(f"{path} holds no checkpoint yet")
+    return found
+
+
 def export_agent(run_or_file: str | os.PathLike, out: Path, *, half: bool = True) -> Path:
     """Write an agent's weights alone, without optimisers and replay.
 
@@ -48,14 +70,7 @@ def export_agent(run_or_file: str | os.PathLike, out: Path, *, half: bool = True
     Raises:
         CheckpointError: no checkpoint, or a weight that float16 cannot hold.
     """
-    path = find_agent(run_or_file)
-    if path.is_dir():
-        found = load_newest(path / "checkpoints")
-        if found is None:
-            raise CheckpointError(f"{path} holds no checkpoint yet")
-        _, tensors, meta = found
-    else:
-        tensors, meta = load_checkpoint(path)
+    path, tensors, meta = read_agent(run_or_file)
     weights = {name: value for name, value in tensors.items() if name.startswith("agent/")}
     if half:
         for name, value in weights.items():
