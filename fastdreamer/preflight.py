@@ -11,10 +11,11 @@ import torch
 
 from fastdreamer.config import Config, ConfigError
 from fastdreamer.device import resolve_device
-from fastdreamer.envs import is_foreign, make_env
+from fastdreamer.envs import is_foreign
 from fastdreamer.envs.gl import select_gl
 from fastdreamer.files import DiskFullError
 from fastdreamer.nn import MLP, Actor, WorldModel
+from fastdreamer.play import config_env
 
 _LEARNING = 16
 """Bytes a parameter takes while it learns: itself, its gradient and Adam's two moments, float32."""
@@ -35,19 +36,12 @@ def check(config: Config, run_dir: Path, say: Callable[[str], None]) -> None:
         ConfigError: random episodes fill all of it, or it takes more memory or threads than there
             are. DiskFullError: there is no room for its checkpoints.
     """
-    task = config.env
-    env = make_env(
-        task.task,
-        obs=task.obs,
-        action_repeat=task.action_repeat,
-        time_limit=task.time_limit,
-        image_size=task.image_size,
-    )
+    env = config_env(config)
     env.close()
     seen = env.obs_shapes
-    if "pixels" in seen and not is_foreign(task.task):
+    if "pixels" in seen and not is_foreign(env.task):
         select_gl()
-    frames = env.max_decisions * task.action_repeat
+    frames = env.max_decisions * env.action_repeat
     prefill = config.collect.prefill * frames
     goes_on = (run_dir / "config.json").exists()
     shorter = config.model.discount  # perhaps: episodes of such a task may end early

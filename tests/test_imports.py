@@ -47,7 +47,7 @@ ALLOWED = {
     "agent": MODEL | {"losses", "exploration", "checkpoint", "policy", "pretrained"},
     "play": {"config", "device", "errors", "ops", "policy", "envs", "safety", "viz"},
     "collector": {"config", "device", "errors", "ops", "policy", "play", "episodes", "safety"},
-    "preflight": MODEL | {"device", "envs", "files"},
+    "preflight": MODEL | {"device", "envs", "files", "play"},
     "trainer": PUBLIC - {"trainer", "report", "rollout", "viz"} | {"device"},
     "pretrained": {"checkpoint"},
     "report": {"config", "files", "agent", "checkpoint", "logger", "play", "trainer", "viz"},
