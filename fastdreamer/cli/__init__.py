@@ -88,12 +88,13 @@ def _run(argv: list[str]) -> int:
         return 0
     try:
         command = _parse(argv)
-        if hasattr(command, "plan"):  # again: its options start from what the run says
-            command = _parse(argv, config_of(command.run))
         with contextlib.ExitStack() as stack:
             if isinstance(command, Eval | Dream | Report):
-                allow_task(config_of(command.run), command.run, command.task)
-                stack.enter_context(playing_backend(command.run, command.backend))
+                config = config_of(command.run)
+                if hasattr(command, "plan"):  # again: its options start from what the run says
+                    command = _parse(argv, config)
+                allow_task(config, command.run, command.task)
+                stack.enter_context(playing_backend(config, command.backend))
             return _COMMANDS[type(command)](command, say) or 0
     except Stopped:
         say(f"stopped; go on with: {shlex.join(['fastdreamer', *argv])}")

@@ -33,7 +33,7 @@ def config_of(path: Path) -> Config:
     return Config()
 
 
-def allow_task(config: Config, run: Path | None, given: str) -> None:
+def allow_task(config: Config, run: Path, given: str) -> None:
     """Refuse to import code because a file names it: of such a task the user names it as well.
 
     Raises:
@@ -52,9 +52,9 @@ def named_by_file(safety: SafetyConfig) -> SafetyConfig:
     return replace(safety, signal="none") if own_signal(safety) else safety
 
 
-def playing_backend(run: Path, backend: Backend) -> contextlib.AbstractContextManager[None]:
-    """The backend for playing with a trained agent, which is on the CPU."""
+def playing_backend(config: Config, backend: Backend) -> contextlib.AbstractContextManager[None]:
+    """The backend for playing with a trained agent of a run's settings, which is on the CPU."""
     if backend == "run":
-        return run_backend(on_cpu(config_of(run)))
+        return run_backend(on_cpu(config))
     check_backend(backend, "cpu")
     return use_backend(backend)
