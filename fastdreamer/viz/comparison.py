@@ -63,7 +63,9 @@ def comparison_figure(path: Path, out: Path, labels: dict[str, str]) -> Path:
     Returns out. Raises ValueError as `read_comparison`.
     """
     about, methods = read_comparison(path)
-    longest = max(c["seconds"][-1] for curves in methods.values() for c in curves)
+    every = [curve for curves in methods.values() for curve in curves]
+    longest = max(curve["seconds"][-1] for curve in every)
+    negative = any((curve["return_mean"] < 0).any() for curve in every)
     unit, name = (60, "minutes") if longest < 2 * 3600 else (3600, "hours")
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 4.4), layout="constrained")
@@ -81,7 +83,7 @@ def comparison_figure(path: Path, out: Path, labels: dict[str, str]) -> Path:
                 axes.plot(points / scale, mean, color=colour, lw=2, marker="o", ms=3, label=label)
         for axes in panels:
             axes.set_xlim(left=0)
-            if axes.get_ylim()[0] > 0:
+            if not negative:  # as nothing is in the suite
                 axes.set_ylim(bottom=0)
         panels[0].xaxis.set_major_formatter(FuncFormatter(lambda frames, _: thousands(frames)))
         panels[0].set_xlabel("env frames")
