@@ -9,20 +9,20 @@ import pytest
 
 from benchmarks.collection import VARIANTS, make_env
 from benchmarks.timing import PhaseRecorder
+from fastdreamer.acting.play import episode_steps, random_policy
 from fastdreamer.envs import Env
 from fastdreamer.envs.gl import GLError, select_gl
-from fastdreamer.play import random_policy, rollout_episode
 
 
 def _decide(env: Env) -> Callable[[], None]:
     """A function that makes one decision, and a reset where an episode is over."""
     policy = random_policy(env.action_dim, 0)
-    steps = rollout_episode(env, policy, 0)
+    steps = episode_steps(env, policy, 0)
 
     def decide() -> None:
         nonlocal steps
         if next(steps, None) is None:
-            steps = rollout_episode(env, policy, 0)
+            steps = episode_steps(env, policy, 0)
             next(steps)
 
     return decide

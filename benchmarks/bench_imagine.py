@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 from benchmarks import compiled, flops
 from benchmarks.race import Case
 from benchmarks.variants import OURS
-from fastdreamer import losses, testing
+from fastdreamer import testing
+from fastdreamer.learning import losses
 from fastdreamer.ops.imagine import OP, imagine
 from fastdreamer.ops.lambda_return import OP as LAMBDA_RETURN
 from fastdreamer.ops.params import MLPParams, ReturnParams, State, mlp

@@ -11,7 +11,7 @@ from benchmarks import synthetic
 from benchmarks.learner import Learner
 from benchmarks.race import first_line, refused
 from benchmarks.variants import OURS, VARIANTS, Entries, Variant
-from fastdreamer.replay import Replay
+from fastdreamer.training.replay import Replay
 
 REFERENCE = "eager fp32"
 # Of a loss of the first update, from the same weights, batch and noise. bf16 keeps 8 bits: one

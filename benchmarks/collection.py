@@ -18,19 +18,19 @@ import torch
 
 from benchmarks import machine, report
 from benchmarks.timing import MIN_REPEATS, PhaseRecorder, cell, summary
-from fastdreamer import policy as policy_module
-from fastdreamer.agent import Dreamer
-from fastdreamer.config import Config, preset
-from fastdreamer.envs import Env, dmc
-from fastdreamer.envs.gl import select_gl
-from fastdreamer.play import (
+from fastdreamer.acting import policy as policy_module
+from fastdreamer.acting.play import (
     agent_policy,
+    episode_steps,
     evaluate,
     evaluate_together,
     more_envs,
-    rollout_episode,
 )
-from fastdreamer.policy import Policy
+from fastdreamer.acting.policy import Policy
+from fastdreamer.config import Config, preset
+from fastdreamer.envs import Env, dmc
+from fastdreamer.envs.gl import select_gl
+from fastdreamer.learning.dreamer import Dreamer
 
 VARIANTS = {
     "full": ("full", dmc.SHADOW_SIZE),
@@ -95,7 +95,7 @@ def _decisions(env: Env, policy: Callable[[], Callable], recorder: PhaseRecorder
             with recorder.annotate("act"):
                 return act(obs)
 
-        steps = rollout_episode(env, timed, seed)
+        steps = episode_steps(env, timed, seed)
         next(steps)  # the reset
         for _ in steps:
             yield

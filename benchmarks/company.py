@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import machine, ops, report
 from benchmarks.variants import VARIANTS
-from fastdreamer.cores import SPINS
+from fastdreamer.machine.cores import SPINS
 
 CASES = ("imagine", "observe + backward", "actor + critic update")
 WAITING = {"OpenMP's default": None, f"{SPINS} turns": str(SPINS)}

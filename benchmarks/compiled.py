@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks import subpixel
 from fastdreamer.ops import cem as cem_module
-from fastdreamer.ops.codec import DECODE, DECODE_ERROR, ENCODE, DecoderParams, EncoderParams
+from fastdreamer.ops.codec import DECODE, DECODE_ERROR, ENCODE
 from fastdreamer.ops.decide import OP as DECIDE
 from fastdreamer.ops.decide import Decision
 from fastdreamer.ops.imagine import OP as IMAGINE
@@ -30,6 +30,8 @@ from fastdreamer.ops.observe import RESETS, Observation
 from fastdreamer.ops.open_loop import OP as OPEN_LOOP
 from fastdreamer.ops.params import (
     ActorParams,
+    DecoderParams,
+    EncoderParams,
     Normal,
     ReturnParams,
     RSSMParams,

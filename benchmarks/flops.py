@@ -7,8 +7,14 @@ sampling and the λ-return are left out, and so is what one backend does twice a
 
 from __future__ import annotations
 
-from fastdreamer.ops.codec import DecoderParams, EncoderParams
-from fastdreamer.ops.params import ActorParams, MLPParams, ReturnParams, RSSMParams
+from fastdreamer.ops.params import (
+    ActorParams,
+    DecoderParams,
+    EncoderParams,
+    MLPParams,
+    ReturnParams,
+    RSSMParams,
+)
 
 
 def rssm_step(params: RSSMParams, B: int, *, backward: bool = False) -> int:

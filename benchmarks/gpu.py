@@ -42,7 +42,7 @@ from benchmarks.race import Case, first_line, race
 from benchmarks.timing import MIN_REPEATS, cell
 from benchmarks.variants import Entries, Variant, gpu_variants
 from fastdreamer.ops.backend import why_no_cuda
-from fastdreamer.ops.cuda_graph import driver_state
+from fastdreamer.ops.gpu import driver_state
 
 ROUNDS = 50  # at least, of an op
 PRESET = "report"  # of the whole update

@@ -21,7 +21,7 @@ import torch
 from benchmarks import machine, report
 from benchmarks.timing import MIN_REPEATS, summary
 from fastdreamer import testing
-from fastdreamer.ops.graph import Program, empty
+from fastdreamer.ops.triton.program import Program, empty
 
 sys.path.insert(0, str(machine.ROOT / "tests/cuda"))
 
@@ -32,13 +32,13 @@ TARGETS = {"capture, a node": 2.0, "replay": 5.0}  # µs
 
 def programs() -> dict[str, Program]:
     """The rollout of preset ``report``, without and with the heads."""
-    from fastdreamer.ops.triton import imagine
+    from fastdreamer.ops.triton import rollout
 
     found = {}
     for name, heads in (("imagine", False), ("imagine + heads", True)):
         inputs = testing.imagine_inputs(testing.REPORT, 1, 1, heads=heads)
-        call = imagine._Call("imagine", inputs["params"], inputs["actor"], inputs.get("returns"))
-        found[name] = imagine.forward_program(call.spec(torch.empty(H, B, 30), False, False))
+        call = rollout.Call("imagine", inputs["params"], inputs["actor"], inputs.get("returns"))
+        found[name] = rollout.forward_program(call.spec(torch.empty(H, B, 30), False, False))
     return found
 
 
@@ -67,7 +67,7 @@ def measure(rounds: int = MIN_REPEATS) -> dict[str, Any]:
 
 
 def _measure(program: Program, rounds: int) -> dict[str, Any]:
-    from fastdreamer.ops.cuda_graph import Graphs
+    from fastdreamer.ops.triton.cuda_graph import Graphs
 
     graphs = Graphs(on_host=True)
     device = torch.device("cpu")
@@ -93,7 +93,9 @@ def _measure(program: Program, rounds: int) -> dict[str, Any]:
             loop.replay(here if i % 2 else there, 0)
         spent = (time.perf_counter() - start) / REPLAYS
         seconds["replay with every pointer moved, a node"].append(spent / nodes)
-        with mock.patch("fastdreamer.ops.cuda_graph.empty", lambda slot, _: outputs[slot.name]):
+        with mock.patch(
+            "fastdreamer.ops.triton.cuda_graph.empty", lambda slot, _: outputs[slot.name]
+        ):
             graphs.run(program, inputs)
             start = time.perf_counter()
             for _ in range(REPLAYS):

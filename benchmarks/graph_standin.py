@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdreamer.ops import graph as graph_module
+from fastdreamer.ops.triton import run as run_module
 
 _aten = torch.ops.aten
 _READ = {_aten._local_scalar_dense, _aten.equal, _aten.nonzero, _aten.masked_select, _aten._unique2}
@@ -99,9 +99,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     put["current_stream"] = lambda device=None: Stream()
     for name, value in put.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    from fastdreamer import agent
+    from fastdreamer.learning import dreamer as agent
 
-    for module in (graph_module, agent):
+    for module in (run_module, agent):
         monkeypatch.setattr(module, "capturing", lambda device: graph.active)
 
 

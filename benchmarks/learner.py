@@ -16,11 +16,11 @@ from benchmarks import subpixel
 from benchmarks.captured import capture
 from benchmarks.synthetic import ACTION_DIM, OBS_SHAPES
 from benchmarks.variants import OURS, VARIANTS, Entries, Variant, check_complete
-from fastdreamer.agent import Dreamer, NonFiniteLoss
 from fastdreamer.config import preset
+from fastdreamer.learning.dreamer import Dreamer, NonFiniteLoss
 from fastdreamer.ops.backend import OPS, use_backend
-from fastdreamer.replay import Replay
-from fastdreamer.trainer import Trainer
+from fastdreamer.training.replay import Replay
+from fastdreamer.training.trainer import Trainer
 
 NATIVE = ("encode", "observe", "decode_error", "imagine")
 """The ops of an update."""

@@ -16,9 +16,9 @@ import torch
 
 from benchmarks import machine, report, synthetic
 from benchmarks.learner import Learner, variants
-from fastdreamer.agent import Dreamer
-from fastdreamer.collector import Collector, Job, policy_weights
 from fastdreamer.config import preset
+from fastdreamer.learning.dreamer import Dreamer
+from fastdreamer.training.collector import Collector, Job, policy_weights
 
 SAMPLES, UPDATES = 10, 10  # batches drawn after every episode; updates before each reading
 

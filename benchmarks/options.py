@@ -14,8 +14,8 @@ from torch import Tensor
 from benchmarks import machine, report
 from benchmarks.race import race
 from benchmarks.timing import MIN_REPEATS, cell
-from fastdreamer.agent import Dreamer
 from fastdreamer.config import Config, ExploreConfig, SafetyConfig, preset
+from fastdreamer.learning.dreamer import Dreamer
 
 PLAIN = "neither"
 VARIANTS: dict[str, dict[str, Any]] = {

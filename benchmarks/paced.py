@@ -34,10 +34,10 @@ def main(checkout: str, run_dir: str, *options: str) -> None:
         raise SystemExit(f"{fastdreamer.__file__} was imported, not the package of {checkout}")
     import tyro
 
-    from fastdreamer import trainer
     from fastdreamer.cli.train import Train, train_defaults
     from fastdreamer.envs import canonical_task
     from fastdreamer.ops.backend import last_backend
+    from fastdreamer.training import trainer
 
     command = tyro.cli(Train, args=options, default=train_defaults(["train", *options]))
     config = command.config

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from benchmarks import report
-from fastdreamer.agent import Dreamer, load
+from fastdreamer.acting.play import config_env
 from fastdreamer.config import PlanConfig
+from fastdreamer.learning.dreamer import Dreamer
 from fastdreamer.ops.cem import evaluate
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.params import State
-from fastdreamer.play import config_env
+from fastdreamer.training.pretrained import load
 
 PLANS = {
     "actor": None,

@@ -14,11 +14,11 @@ from benchmarks import machine, report
 from benchmarks.race import race
 from benchmarks.timing import MIN_REPEATS, cell
 from fastdreamer import testing
-from fastdreamer.agent import Dreamer
+from fastdreamer.acting.planning import PlanInfo
 from fastdreamer.config import PlanConfig, preset
+from fastdreamer.learning.dreamer import Dreamer
 from fastdreamer.ops.backend import use_backend
 from fastdreamer.ops.params import State
-from fastdreamer.planning import PlanInfo
 
 BASELINE = "eager fp32"
 VARIANTS = {

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine, report
+from fastdreamer.acting.play import collect, episode_seed, random_policy
 from fastdreamer.envs import make_env
-from fastdreamer.play import collect, episode_seed, random_policy
 
 TASKS = ("walker-walk", "walker-stand")
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from fastdreamer.episodes import EPISODE_GLOB, read_episode
-from fastdreamer.safety import walker_signal
+from fastdreamer.acting.safety import walker_signal
+from fastdreamer.training.episodes import EPISODE_GLOB, read_episode
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73")
 

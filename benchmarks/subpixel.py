@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from fastdreamer.ops.codec import DecoderParams, pixels_to_float
+from fastdreamer.ops.codec import pixels_to_float
+from fastdreamer.ops.params import DecoderParams
 
 
 def decode_error(params: DecoderParams, feat: Tensor, target: Tensor) -> Tensor:

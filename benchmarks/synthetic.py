@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdreamer.episodes import episode_fields, write_episode
-from fastdreamer.replay import Replay
+from fastdreamer.training.episodes import episode_fields, write_episode
+from fastdreamer.training.replay import Replay
 
 OBS_SHAPES = {"pixels": (64, 64, 3)}
 ACTION_DIM = 6

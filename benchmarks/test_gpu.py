@@ -34,9 +34,9 @@ from benchmarks.race import race
 from benchmarks.synthetic import ACTION_DIM, OBS_SHAPES
 from benchmarks.test_tools import SMALL, small, wrong_case
 from benchmarks.variants import Variant, gpu_variants
-from fastdreamer import agent as agent_module
-from fastdreamer.agent import Dreamer, NonFiniteLoss
 from fastdreamer.config import preset
+from fastdreamer.learning import dreamer as agent_module
+from fastdreamer.learning.dreamer import Dreamer, NonFiniteLoss
 from fastdreamer.ops import backend as backend_module
 from fastdreamer.ops.backend import OPS
 

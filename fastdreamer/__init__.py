@@ -11,24 +11,26 @@ from fastdreamer._version import __version__
 from fastdreamer.errors import how_to_install
 
 if TYPE_CHECKING:
-    from fastdreamer.agent import Dreamer, NonFiniteLoss, load
-    from fastdreamer.checkpoint import CheckpointError
+    from fastdreamer.acting.planning import PlanningError
+    from fastdreamer.acting.policy import PolicyState
     from fastdreamer.config import PRESETS, Config, ConfigError, PlanConfig, preset
     from fastdreamer.envs import canonical_task, list_tasks, make_env
+    from fastdreamer.learning.dreamer import Dreamer, NonFiniteLoss
     from fastdreamer.ops.backend import BackendError, use_backend
     from fastdreamer.ops.lambda_return import lambda_return
-    from fastdreamer.planning import PlanningError
-    from fastdreamer.policy import PolicyState
+    from fastdreamer.training.checkpoint import CheckpointError
+    from fastdreamer.training.pretrained import load
 
 _HOMES = {
-    "agent": ("Dreamer", "NonFiniteLoss", "load"),
-    "checkpoint": ("CheckpointError",),
+    "acting.planning": ("PlanningError",),
+    "acting.policy": ("PolicyState",),
     "config": ("PRESETS", "Config", "ConfigError", "PlanConfig", "preset"),
     "envs": ("canonical_task", "list_tasks", "make_env"),
+    "learning.dreamer": ("Dreamer", "NonFiniteLoss"),
     "ops.backend": ("BackendError", "use_backend"),
     "ops.lambda_return": ("lambda_return",),
-    "planning": ("PlanningError",),
-    "policy": ("PolicyState",),
+    "training.checkpoint": ("CheckpointError",),
+    "training.pretrained": ("load",),
 }
 
 __all__ = [

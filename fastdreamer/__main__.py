@@ -2,8 +2,8 @@
 
 import sys
 
-from fastdreamer.cores import bound_spinning
 from fastdreamer.errors import how_to_install
+from fastdreamer.machine.cores import bound_spinning
 
 
 def main() -> int:

@@ -27,9 +27,10 @@ from torch.utils._pytree import (
 )
 
 from fastdreamer.ops.backend import last_backend
-from fastdreamer.ops.codec import DecoderParams, EncoderParams
 from fastdreamer.ops.params import (
     ActorParams,
+    DecoderParams,
+    EncoderParams,
     GRUParams,
     MLPParams,
     ReturnParams,

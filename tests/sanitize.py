@@ -31,8 +31,9 @@ OPTIONS = {
     "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
     "TSAN_OPTIONS": "ignore_noninstrumented_modules=1:halt_on_error=1:exitcode=66",
 }
-TESTS = ["tests/test_functions.py", "tests/ops/test_native.py", "tests/ops/test_lambda_return.py",
-         "tests/ops/test_packs.py", "tests/ops/test_safety.py", "tests/ops/test_company.py",
+TESTS = ["tests/ops/test_functions.py", "tests/ops/test_native.py",
+         "tests/ops/test_lambda_return.py", "tests/ops/test_packs.py", "tests/ops/test_safety.py",
+         "tests/ops/test_company.py",
          "tests/ops/test_variants.py", "tests/ops/test_cem_native.py", "tests/ops/test_amx.py",
          "tests/ops/test_codec.py", "tests/ops/test_decide.py"]  # fmt: skip
 # Triton and dynamo load compilers of their own; forked children and exits are no work of ours

@@ -26,8 +26,8 @@ from test_triton import OPS, SMALL, make_inputs
 
 from fastdreamer import testing
 from fastdreamer.ops.backend import last_backend, use_backend
-from fastdreamer.ops.cuda_graph import GRAPHS
 from fastdreamer.ops.lambda_return import lambda_return
+from fastdreamer.ops.triton.cuda_graph import GRAPHS
 
 ROOT = Path(__file__).parents[1]
 
@@ -282,8 +282,8 @@ def check_fork() -> None:
 
 def check_update() -> None:
     """One update of a Dreamer: the losses and gradients' norms that eager gives."""
-    from fastdreamer.agent import Dreamer
     from fastdreamer.config import preset
+    from fastdreamer.learning.dreamer import Dreamer
 
     tiny = preset("tiny")
     config = dataclasses.replace(

@@ -13,8 +13,8 @@ WALKER = 50  # rows
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("rssm_step.forward_kernel True with first/extra", (True, 90)),
-        ("rssm_step.backward_kernel with first", (True, 90)),
+        ("cells.forward_kernel True with first/extra", (True, 90)),
+        ("cells.backward_kernel with first", (True, 90)),
         ("mlp.forward_kernel action True", (True, 80)),
         ("weights.gradient_kernel", (True, 90)),
         ("cem.refit_kernel", (True, 90)),
@@ -30,7 +30,7 @@ def test_kernel(name, options):
 
 def test_faults_are_seen():
     found = kernels(REPORT, WALKER, Precision(True, 90))
-    spec = next(s for s in found if label(s).startswith("rssm_step.backward_kernel with first"))
+    spec = next(s for s in found if label(s).startswith("cells.backward_kernel with first"))
     used = compile_for(spec, 90)
     for change, word in [
         ({"stack": 8}, "stack"),

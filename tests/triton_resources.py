@@ -30,8 +30,7 @@ from typing import Any, NamedTuple
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fastdreamer.ops.graph import Program, Spec
-from fastdreamer.ops.triton import cem, imagine, observe
+from fastdreamer.ops.triton import cem, observe, rollout
 from fastdreamer.ops.triton.aot import source
 from fastdreamer.ops.triton.build import Action, Precision
 from fastdreamer.ops.triton.layout import (
@@ -41,6 +40,7 @@ from fastdreamer.ops.triton.layout import (
     prior_shape,
     step_shape,
 )
+from fastdreamer.ops.triton.program import Program, Spec
 from fastdreamer.testing import REPORT, Sizes, make_params
 
 ARCHS = (80, 90, 100, 120)
@@ -53,7 +53,7 @@ MODELS = {
 }
 SHARED = 99 * 1024  # what the least of the four architectures lends a block
 MATRIX = re.compile(r"\b(HMMA|HGMMA|UTCHMMA)\b")
-PRODUCTS = ("rssm_step", "mlp", "gradient_kernel")  # of modules or functions: they multiply
+PRODUCTS = ("cells", "mlp", "gradient_kernel")  # of modules or functions: they multiply
 FEW = 4
 ACTOR = ("mlp.forward_kernel action", "mlp.backward_kernel action")
 BLOCKS = ("BM", "BN", "BK", "BG", "BS", "BO", "BI", "BR", "BLOCK", "BLOCK_K", "BLOCK_N")
@@ -80,16 +80,16 @@ def programs(sizes: Sizes, rows: int, precision: Precision) -> Iterator[Program]
     params, actor, returns = make_params(sizes)
     step, D, S = step_shape(params), sizes.D, sizes.S
     shapes = [feat_shape(head, D, S) for head in returns[:3]]
-    heads = imagine._Heads(*shapes, None, returns.gamma, returns.lam)
+    heads = rollout._Heads(*shapes, None, returns.gamma, returns.lam)
     policy = Action(actor.mean_scale, make_std(actor.std))
-    rollout = imagine._Spec(
+    dream = rollout._Spec(
         "imagine", 2, rows, precision, step, feat_shape(actor.mlp, D, S, groups=2), policy, False,
         heads, False, True, True,
     )  # fmt: skip
-    yield imagine.forward_program(rollout)
-    wants = imagine._Wants(True, True, True, True)
+    yield rollout.forward_program(dream)
+    wants = rollout._Wants(True, True, True, True)
     given = frozenset({"deter", "stoch", "action", "reward", "returns"})
-    yield imagine.backward_program(rollout, wants, given)
+    yield rollout.backward_program(dream, wants, given)
     filtered = observe._Spec(
         2, rows, precision, step_shape(params, posterior=True, resets=(True, True, True)),
         prior_shape(params), embed_shape(params), True, True,
@@ -98,18 +98,18 @@ def programs(sizes: Sizes, rows: int, precision: Precision) -> Iterator[Program]
     yield observe.backward_program(
         filtered, observe._Wants(True, True, True), frozenset(observe.OUTPUTS)
     )
-    yield imagine.forward_program(rollout._replace(through=False, critic=False))
-    yield imagine.critic_program(rollout)
-    other = rollout._replace(through_feat=True, heads=heads._replace(discount=shapes[0]))
-    yield imagine.forward_program(other)
-    yield imagine.backward_program(other, wants, given)
-    one = rollout._replace(op="rssm_step", H=1, actor=None, policy=None, heads=None, prior=True)
-    yield imagine.forward_program(one)
-    yield imagine.backward_program(one, wants._replace(actor=False), frozenset({"mean", "std"}))
-    many = rollout._replace(op="open_loop", actor=None, policy=None, heads=None)
-    yield imagine.forward_program(many)
-    yield imagine.forward_program(many._replace(through=False))
-    yield imagine.backward_program(many, wants._replace(actor=False), frozenset({"deter", "stoch"}))
+    yield rollout.forward_program(dream._replace(through=False, critic=False))
+    yield rollout.critic_program(dream)
+    other = dream._replace(through_feat=True, heads=heads._replace(discount=shapes[0]))
+    yield rollout.forward_program(other)
+    yield rollout.backward_program(other, wants, given)
+    one = dream._replace(op="rssm_step", H=1, actor=None, policy=None, heads=None, prior=True)
+    yield rollout.forward_program(one)
+    yield rollout.backward_program(one, wants._replace(actor=False), frozenset({"mean", "std"}))
+    many = dream._replace(op="open_loop", actor=None, policy=None, heads=None)
+    yield rollout.forward_program(many)
+    yield rollout.forward_program(many._replace(through=False))
+    yield rollout.backward_program(many, wants._replace(actor=False), frozenset({"deter", "stoch"}))
     yield observe.forward_program(filtered._replace(save=False))
     elites = max(1, rows // 10)
     plan = cem._Spec(
@@ -133,7 +133,7 @@ def kernels(sizes: Sizes, rows: int, precision: Precision) -> list[Spec]:
     for program in itertools.islice(programs(sizes, rows, precision), count):
         for launch, indices in program.launches():
             spec = launch.spec(dict.fromkeys(indices, 1))
-            if sizes != REPORT and not label(spec).startswith(("rssm_step", *ACTOR)):
+            if sizes != REPORT and not label(spec).startswith(("cells", *ACTOR)):
                 continue
             size = sum(v for _, v in spec.constants if type(v) is int)
             key = (
@@ -294,7 +294,7 @@ def barriers(spec: Spec) -> int:
     c = dict(spec.constants)
     module = spec.fn.fn.__module__.rpartition(".")[2]
     backward = spec.fn.fn.__name__ == "backward_kernel"
-    if module == "rssm_step":
+    if module == "cells":
         # forward: input layers, gates, latent layers; backward: outputs, latent layers, gates,
         # what the recurrent weights and the last input layer share, the other input layers
         return min(c["IL"] - backward, 2) + min(c["LL"], 2) + (3 if backward else 1)

@@ -1,5 +1,5 @@
-// The CUDA-graph loop, for fastdreamer/ops/graph.py. Addresses and streams come as integers: who
-// calls keeps the tensors alive and says which stream is torch's current one.
+// The CUDA-graph loop, for fastdreamer/ops/triton/program.py. Addresses and streams come as
+// integers: who calls keeps the tensors alive and says which stream is torch's current one.
 #include "bindings/cuda.h"
 
 #include <pybind11/stl.h>

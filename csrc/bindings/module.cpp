@@ -20,8 +20,8 @@
 #include "cpu/arena.h"
 #include "cpu/cpuid.h"
 #include "cpu/isa.h"
+#include "cpu/lambda_return.h"
 #include "cpu/parallel.h"
-#include "cpu/scan.h"
 
 namespace fastdreamer {
 namespace {

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "bindings/array.h"
-#include "cpu/rssm.h"
+#include "cpu/rssm_step.h"
 
 namespace fastdreamer {
 

@@ -5,7 +5,7 @@
 // little.
 #pragma once
 
-#include "cpu/rssm.h"
+#include "cpu/rssm_step.h"
 
 namespace fastdreamer {
 

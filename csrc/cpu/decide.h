@@ -2,7 +2,7 @@
 // environments; a thread takes a tile of them through all layers.
 #pragma once
 
-#include "cpu/rssm.h"
+#include "cpu/rssm_step.h"
 
 namespace fastdreamer {
 

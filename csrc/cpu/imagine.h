@@ -3,7 +3,7 @@
 // the same pass. Rows are independent: a thread takes a tile of them through the whole horizon.
 #pragma once
 
-#include "cpu/rssm.h"
+#include "cpu/rssm_step.h"
 
 namespace fastdreamer {
 

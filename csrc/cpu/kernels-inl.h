@@ -6,7 +6,7 @@
 #include "cpu/conv-inl.h"
 #include "cpu/conv-tiles-inl.h"
 #include "cpu/gemm-inl.h"
-#include "cpu/scan-inl.h"
+#include "cpu/lambda_return-inl.h"
 
 namespace fastdreamer {
 namespace {

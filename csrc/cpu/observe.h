@@ -3,7 +3,7 @@
 // gradients after it, are one matrix product each over all steps.
 #pragma once
 
-#include "cpu/rssm.h"
+#include "cpu/rssm_step.h"
 
 namespace fastdreamer {
 

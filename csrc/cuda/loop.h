@@ -1,5 +1,5 @@
 // Nested loops of kernel launches, unrolled into one CUDA graph: the H steps of a rollout, its
-// backward sweep, the iterations of CEM. fastdreamer/ops/graph.py says the same in Python.
+// backward sweep, the iterations of CEM. fastdreamer/ops/triton/program.py says the same in Python.
 #pragma once
 
 #include <array>

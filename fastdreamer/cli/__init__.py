@@ -35,7 +35,7 @@ from fastdreamer.cli.run import allow_task, config_of, named_by_file, playing_ba
 from fastdreamer.cli.train import Train, run_train, train_defaults
 from fastdreamer.config import Config
 from fastdreamer.errors import ArgumentError, FastdreamerError
-from fastdreamer.trainer import Stopped
+from fastdreamer.training.trainer import Stopped
 
 _COMMANDS = {
     Train: run_train,

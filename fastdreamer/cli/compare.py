@@ -11,12 +11,12 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional
 
-from fastdreamer.agent import NonFiniteLoss
-from fastdreamer.compare import compare
-from fastdreamer.compare.records import Settings
+from fastdreamer.analysis.compare import compare
+from fastdreamer.analysis.compare.records import Settings
 from fastdreamer.config import PRESETS
 from fastdreamer.envs import canonical_task
-from fastdreamer.trainer import RunError
+from fastdreamer.learning.dreamer import NonFiniteLoss
+from fastdreamer.training.trainer import RunError
 
 
 @dataclass

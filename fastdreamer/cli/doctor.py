@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from fastdreamer import doctor
+from fastdreamer.machine import doctor
 
 
 @dataclass

@@ -10,12 +10,12 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
-from fastdreamer.agent import load
+from fastdreamer.acting.play import config_env
+from fastdreamer.analysis.report import dream_and_live
+from fastdreamer.analysis.viz.dreams import dream_figure, dream_video
 from fastdreamer.cli.run import Backend
 from fastdreamer.config import ConfigError
-from fastdreamer.play import config_env
-from fastdreamer.report import dream_and_live
-from fastdreamer.viz.dreams import dream_figure, dream_video
+from fastdreamer.training.pretrained import load
 
 
 @dataclass

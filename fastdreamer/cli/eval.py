@@ -13,13 +13,14 @@ import torch
 import tyro
 from tyro.conf import Positional
 
-from fastdreamer.agent import Dreamer, load
+from fastdreamer.acting.exploration import calibrate_episodes
+from fastdreamer.acting.play import Recorder, episode_seed, evaluate_together, more_envs
+from fastdreamer.acting.safety import Violations, load_signal, own_signal, safety_rates
+from fastdreamer.analysis.viz.calibration import calibration_figure, write_calibration
 from fastdreamer.cli.run import Backend, config_of
 from fastdreamer.config import ConfigError, PlanConfig, SafetyConfig
-from fastdreamer.exploration import calibrate_episodes
-from fastdreamer.play import Recorder, episode_seed, evaluate_together, more_envs
-from fastdreamer.safety import Violations, load_signal, own_signal, safety_rates
-from fastdreamer.viz.calibration import calibration_figure, write_calibration
+from fastdreamer.learning.dreamer import Dreamer
+from fastdreamer.training.pretrained import load
 
 _CONTROLLERS = {
     "actor": "deterministic actor",

@@ -11,7 +11,7 @@ import tyro
 from tyro.conf import Positional
 
 from fastdreamer.config import ConfigError
-from fastdreamer.pretrained import export_agent
+from fastdreamer.training.pretrained import export_agent
 
 
 @dataclass

@@ -10,8 +10,8 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
+from fastdreamer.analysis.viz.curves import Axis, export_csv, plot_runs
 from fastdreamer.config import ConfigError
-from fastdreamer.viz.curves import Axis, export_csv, plot_runs
 
 
 @dataclass

@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
+from fastdreamer.analysis.report import POINTS, write_report
 from fastdreamer.cli.run import Backend
 from fastdreamer.config import PlanConfig
-from fastdreamer.report import POINTS, write_report
 
 
 @dataclass

@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from fastdreamer.checkpoint import load_meta
+from fastdreamer.acting.play import on_cpu, run_backend
+from fastdreamer.acting.safety import own_signal
 from fastdreamer.config import Config, ConfigError, SafetyConfig, from_dict
 from fastdreamer.envs import names_code
 from fastdreamer.ops.backend import check_backend, use_backend
-from fastdreamer.play import on_cpu, run_backend
-from fastdreamer.pretrained import find_agent
-from fastdreamer.safety import own_signal
-from fastdreamer.trainer import read_config
+from fastdreamer.training.checkpoint import load_meta
+from fastdreamer.training.pretrained import find_agent
+from fastdreamer.training.trainer import read_config
 
 Backend = Literal["run", "auto", "eager", "native", "triton"]
 

@@ -17,18 +17,18 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
-from fastdreamer import preflight
-from fastdreamer.agent import NonFiniteLoss
-from fastdreamer.checkpoint import list_checkpoints
+from fastdreamer.acting.safety import own_signal, refuse_signal
 from fastdreamer.cli.run import allow_task, named_by_file
-from fastdreamer.collector import CollectorError
 from fastdreamer.config import PRESETS, Config, ConfigError, preset
-from fastdreamer.device import resolve_config
 from fastdreamer.envs import canonical_task, is_foreign, names_code
 from fastdreamer.files import DiskFullError
+from fastdreamer.learning.dreamer import NonFiniteLoss
+from fastdreamer.machine.device import resolve_config
 from fastdreamer.ops.gpu import why_no_cuda
-from fastdreamer.safety import own_signal, refuse_signal
-from fastdreamer.trainer import Stopped, Trainer, create_run, read_config
+from fastdreamer.training import preflight
+from fastdreamer.training.checkpoint import list_checkpoints
+from fastdreamer.training.collector import CollectorError
+from fastdreamer.training.trainer import Stopped, Trainer, create_run, read_config
 
 _PRESET = "walker"
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdreamer.nn.heads import MLP
-from fastdreamer.ops.codec import DecoderParams, EncoderParams, decode, decode_error, encode
-from fastdreamer.ops.params import embed_vector, symlog
+from fastdreamer.ops.codec import decode, decode_error, encode
+from fastdreamer.ops.params import DecoderParams, EncoderParams, embed_vector, symlog
 
 
 class Encoder(nn.Module):

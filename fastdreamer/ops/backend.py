@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastdreamer.errors import ArgumentError, FastdreamerError, how_to_install
-from fastdreamer.ops.gpu import why_no_cuda, why_no_kernels
+from fastdreamer.ops.gpu import interpreting, why_no_cuda, why_no_kernels
 
 BACKENDS = ("eager", "native", "triton")
 _NAMES = (*BACKENDS, "auto")
@@ -425,11 +425,6 @@ def _why_not_interpreted() -> str | None:
         "under autocast to bfloat16 Triton's interpreter (TRITON_INTERPRET=1) multiplies bit "
         "patterns as if they were numbers: leave autocast, or unset it"
     )
-
-
-def interpreting() -> bool:
-    """Whether Triton's interpreter runs the kernels, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _resolve(backend: str | None) -> str:

@@ -135,10 +135,11 @@ def cem(
         lacking = dict.fromkeys(("native", "triton"), NO_DEPARTURE) if departs else {}
         lacking |= params.lacking()
         body = OP.select(backend, *given, constant=noise, depth=depth, lacking=lacking)
-    return body(
+    found = body(
         params, returns, start, mean, std, action_noise, state_noise,
         num_elites, float(min_std), float(clip), score, proposals, bool(sample_std),
     )  # fmt: skip
+    return Plan(*found)
 
 
 def eager(
@@ -156,7 +157,7 @@ def eager(
     proposals: Tensor | None,
     sample_std: bool,
     roll: Callable = OPEN_LOOP.eager,
-) -> Plan:
+) -> tuple[Tensor, Tensor, Tensor]:
     iterations, _, batch, samples, _ = action_noise.shape
     mean, std = mean.clone(), std.clone()
     scores = mean.new_empty(iterations, batch, samples)
@@ -180,7 +181,7 @@ def eager(
             count = (~failed).sum(1)[:, None]  # [B, 1]
             variance = variance * count / (count - 1).clamp(min=1)
         std = variance.sqrt().clamp(min=min_std)
-    return Plan(mean, std, scores)
+    return mean, std, scores
 
 
 def evaluate(returns: ReturnParams, first: Tensor, feat: Tensor, score: Score) -> Tensor:

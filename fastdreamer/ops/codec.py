@@ -7,7 +7,6 @@ squared error of what it shows in one, so that a compiled body need not keep the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,23 +14,7 @@ from torch import Tensor
 
 from fastdreamer.ops.backend import Op
 from fastdreamer.ops.checks import check_tensor
-
-
-class EncoderParams(NamedTuple):
-    """Convolutions of stride 2 with a ReLU behind each, then perhaps a linear layer."""
-
-    weights: tuple[Tensor, ...]  # [out, in, k, k] each, as in torch.nn.Conv2d
-    biases: tuple[Tensor, ...]  # [out]
-    linear: tuple[Tensor, Tensor] | None  # weight [E, channels · h · w] and bias [E]
-
-
-class DecoderParams(NamedTuple):
-    """A linear layer to one pixel, then transposed convolutions of stride 2, ReLU between them."""
-
-    linear: tuple[Tensor, Tensor]  # weight [channels, F] and bias
-    linear_relu: bool  # whether a ReLU follows it
-    weights: tuple[Tensor, ...]  # [in, out, k, k] each, as in torch.nn.ConvTranspose2d
-    biases: tuple[Tensor, ...]  # [out]
+from fastdreamer.ops.params import DecoderParams, EncoderParams
 
 
 def encode(params: EncoderParams, pixels: Tensor, *, backend: str | None = None) -> Tensor:

@@ -16,9 +16,9 @@ from fastdreamer.ops.params import (
     MLPParams,
     RSSMParams,
     State,
-    actor_dist,
+    chosen_action,
     deepest,
-    embed_vector,
+    embed_all,
 )
 
 
@@ -116,25 +116,9 @@ def eager(
     encoder: MLPParams | None,
     vector: Tensor | None,
 ) -> tuple[State, Tensor | None]:
-    seen = whole(embed, encoder, vector)
+    seen = embed_all(embed, encoder, vector)
     state, _ = obs_step(params, state, action, seen, state_noise)
-    return state, chosen(actor, state, action_noise)
-
-
-def whole(embed: Tensor | None, encoder: MLPParams | None, vector: Tensor | None) -> Tensor:
-    """The embedding [B, E] of all that was observed."""
-    if encoder is None:
-        return embed
-    behind = embed_vector(encoder, vector)
-    return behind if embed is None else torch.cat([embed.to(behind.dtype), behind], -1)
-
-
-def chosen(actor: ActorParams | None, state: State, noise: Tensor | None) -> Tensor | None:
-    """The action of a policy in a state; None without one."""
-    if actor is None:
-        return None
-    dist = actor_dist(actor, state.concat(actor.stoch_first))
-    return torch.tanh(dist.mean if noise is None else dist.sample(noise))
+    return state, chosen_action(actor, state, action_noise)
 
 
 def _load_native() -> Callable:

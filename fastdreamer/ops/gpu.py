@@ -1,4 +1,5 @@
-"""Whether there is a GPU that the Triton kernels and their CUDA graphs can run on, or why not."""
+"""Whether there is a GPU that the Triton kernels and their CUDA graphs can run on, or why not;
+and what else has to be known of it before a kernel is loaded."""
 
 from __future__ import annotations
 
@@ -15,8 +16,6 @@ def why_no_cuda() -> str | None:
     """Return why there is no CUDA device here, None where there is one."""
     if torch.cuda.is_available():
         return None
-    from fastdreamer.ops.cuda_graph import driver_state
-
     built = "" if torch.version.cuda else "this PyTorch is built without CUDA; "
     return f"no usable NVIDIA GPU: {built}{driver_state()}"
 
@@ -59,3 +58,31 @@ def _why_no_kernels(ordinal: int, graphs: bool) -> str | None:
 
 def _dotted(version: tuple[int, int]) -> str:
     return ".".join(map(str, version))
+
+
+def driver_state() -> str:
+    """Return what there is of NVIDIA's driver in one line, or why it cannot be used."""
+    try:
+        from fastdreamer import _native
+    except ImportError as error:
+        return f"not known, the extension is missing: {error}"
+    try:
+        found = _native.cuda_driver()
+    except _native.DriverError as error:
+        return str(error)
+    major, minor = found["version"]
+    devices = "1 device" if found["devices"] == 1 else f"{found['devices']} devices"
+    return f"{found['path']}, CUDA {major}.{minor}, {devices}"
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether torch captures a CUDA graph on its current stream, so that nothing can be read."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -57,13 +57,13 @@ def eager(params: RSSMParams, start: State, action: Tensor, noise: Tensor) -> St
 
 
 def _load_native() -> Callable:
-    from fastdreamer.ops.native.imagine import open_loop
+    from fastdreamer.ops.native.open_loop import open_loop
 
     return open_loop
 
 
 def _load_triton() -> Callable:
-    from fastdreamer.ops.triton.imagine import open_loop
+    from fastdreamer.ops.triton.open_loop import open_loop
 
     return open_loop
 

@@ -231,6 +231,23 @@ class ReturnParams(NamedTuple):
         return self._replace(**{name: head.detach() for name, head in given.items()})
 
 
+class EncoderParams(NamedTuple):
+    """Convolutions of stride 2 with a ReLU behind each, then perhaps a linear layer."""
+
+    weights: tuple[Tensor, ...]  # [out, in, k, k] each, as in torch.nn.Conv2d
+    biases: tuple[Tensor, ...]  # [out]
+    linear: tuple[Tensor, Tensor] | None  # weight [E, channels · h · w] and bias [E]
+
+
+class DecoderParams(NamedTuple):
+    """A linear layer to one pixel, then transposed convolutions of stride 2, ReLU between them."""
+
+    linear: tuple[Tensor, Tensor]  # weight [channels, F] and bias
+    linear_relu: bool  # whether a ReLU follows it
+    weights: tuple[Tensor, ...]  # [in, out, k, k] each, as in torch.nn.ConvTranspose2d
+    biases: tuple[Tensor, ...]  # [out]
+
+
 def deepest(*mlps: MLPParams | None) -> int:
     """The layers of the deepest of them; None has none."""
     return max([len(mlp.weights) for mlp in mlps if mlp is not None])
@@ -301,3 +318,19 @@ def actor_dist(params: ActorParams, feat: Tensor) -> Normal:
     x, y = mlp(params.mlp, feat).to(feat.dtype).chunk(2, -1)
     c = params.mean_scale
     return Normal(x if math.isinf(c) else c * torch.tanh(x / c), std_of(params.std, y))
+
+
+def embed_all(embed: Tensor | None, encoder: MLPParams | None, vector: Tensor | None) -> Tensor:
+    """The embedding [B, E] of all that was observed."""
+    if encoder is None:
+        return embed
+    behind = embed_vector(encoder, vector)
+    return behind if embed is None else torch.cat([embed.to(behind.dtype), behind], -1)
+
+
+def chosen_action(actor: ActorParams | None, state: State, noise: Tensor | None) -> Tensor | None:
+    """The action of a policy in a state; None without one."""
+    if actor is None:
+        return None
+    dist = actor_dist(actor, state.concat(actor.stoch_first))
+    return torch.tanh(dist.mean if noise is None else dist.sample(noise))

@@ -68,13 +68,13 @@ def eager(params: RSSMParams, state: State, action: Tensor, noise: Tensor) -> tu
 
 
 def _load_native() -> Callable:
-    from fastdreamer.ops.native.imagine import rssm_step
+    from fastdreamer.ops.native.rssm_step import rssm_step
 
     return rssm_step
 
 
 def _load_triton() -> Callable:
-    from fastdreamer.ops.triton.imagine import rssm_step
+    from fastdreamer.ops.triton.rssm_step import rssm_step
 
     return rssm_step
 

@@ -27,7 +27,7 @@ def new_bench(driver, monkeypatch):
     def new(compile_kernel):
         bench = standin.Bench(driver, compile_kernel)
         allocate = lambda slot, _: bench.arena.empty(slot.shape, slot.dtype)  # noqa: E731
-        monkeypatch.setattr("fastdreamer.ops.cuda_graph.empty", allocate)
+        monkeypatch.setattr("fastdreamer.ops.triton.cuda_graph.empty", allocate)
         made.append(bench)
         return bench
 
@@ -51,7 +51,7 @@ def bench(new_bench, compiler):
 
 
 class Graphs:
-    """Stands in for ``graph.run``: every program goes through a graph on the stand-in driver.
+    """Stands in for ``run.run``: every program goes through a graph on the stand-in driver.
 
     Attributes:
         ran: each program that ran, and how many graph launches it took.
@@ -88,7 +88,7 @@ def new_graphs(driver, new_bench, monkeypatch):
 
     def new(compile_kernel):
         graphs = Graphs(driver, new_bench(compile_kernel))
-        for name in ("imagine", "observe", "cem"):
+        for name in ("rollout", "observe", "cem"):
             monkeypatch.setattr(f"fastdreamer.ops.triton.{name}.run", graphs)
         return graphs
 

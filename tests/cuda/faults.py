@@ -1,6 +1,6 @@
 """Programs with faults, for the tests of the tests."""
 
-from fastdreamer.ops.graph import Kernel, Launch, Loop, Program
+from fastdreamer.ops.triton.program import Kernel, Launch, Loop, Program
 
 
 def changed(program, change, *, loop=lambda loop: loop):

@@ -6,8 +6,8 @@ import toy
 from faults import changed, with_args
 from toy import check_forward, check_search, forward_inputs, search_inputs
 
-from fastdreamer.ops import graph
-from fastdreamer.ops.graph import Launch, Loop, Program
+from fastdreamer.ops.triton import program as graph
+from fastdreamer.ops.triton.program import Launch, Loop, Program
 
 H, B = 4, 6
 

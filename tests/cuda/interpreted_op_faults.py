@@ -12,7 +12,7 @@ import torch
 from faults import changed, with_args, without
 
 from fastdreamer import testing
-from fastdreamer.ops.graph import Launch, Loop, index
+from fastdreamer.ops.triton.program import Launch, Loop, index
 
 
 @functools.lru_cache(maxsize=16)
@@ -128,7 +128,7 @@ def own_values(program):
     return edited(program)
 
 
-FORWARD, BACKWARD = of("rssm_step.forward_kernel"), of("rssm_step.backward_kernel")
+FORWARD, BACKWARD = of("cells.forward_kernel"), of("rssm_step.backward_kernel")
 MLP, GRADIENT = "mlp.forward_kernel", "weights.gradient_kernel"
 LAMBDA_RETURN = of("lambda_return.forward_kernel")
 BEHIND = 5 * 20  # imagine's state behind the first, [B, D]

@@ -28,8 +28,11 @@ sys.path.insert(0, str(standin.HERE.parent))
 import triton_resources  # noqa: E402
 
 from fastdreamer import _native  # noqa: E402
-from fastdreamer.ops.cuda_graph import Graphs  # noqa: E402
-from fastdreamer.ops.graph import (  # noqa: E402
+from fastdreamer.ops.triton import lambda_return  # noqa: E402
+from fastdreamer.ops.triton.aot import checked, source  # noqa: E402
+from fastdreamer.ops.triton.build import Precision  # noqa: E402
+from fastdreamer.ops.triton.cuda_graph import Graphs  # noqa: E402
+from fastdreamer.ops.triton.program import (  # noqa: E402
     Arg,
     Compiled,
     Launch,
@@ -37,11 +40,8 @@ from fastdreamer.ops.graph import (  # noqa: E402
     Program,
     Spec,
     affine,
-    run_direct,
 )
-from fastdreamer.ops.triton import lambda_return  # noqa: E402
-from fastdreamer.ops.triton.aot import checked, source  # noqa: E402
-from fastdreamer.ops.triton.build import Precision  # noqa: E402
+from fastdreamer.ops.triton.run import run_direct  # noqa: E402
 
 ROWS = 33  # three blocks of the step's kernels
 

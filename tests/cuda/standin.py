@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastdreamer.ops import graph
+from fastdreamer.ops.triton import program as graph
 from fastdreamer.testing import Sizes
 
 HERE = Path(__file__).resolve().parent
@@ -289,7 +289,7 @@ class Bench:
     """A stand-in driver, an arena, and graphs whose launches run under the interpreter."""
 
     def __init__(self, driver: Driver, compiler: Compiler, capacity: int = 32) -> None:
-        from fastdreamer.ops.cuda_graph import Graphs
+        from fastdreamer.ops.triton.cuda_graph import Graphs
 
         self.driver = driver
         self.arena = Arena()

@@ -12,7 +12,7 @@ import standin
 import torch
 
 from fastdreamer import _native
-from fastdreamer.ops.graph import Kernel, Launch, Slot
+from fastdreamer.ops.triton.program import Kernel, Launch, Slot
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastdreamer.ops.graph import Kernel, Launch, Loop, Program, Slot, index
+from fastdreamer.ops.triton.program import Kernel, Launch, Loop, Program, Slot, index
 
 
 @triton.jit(do_not_specialize=["B"])

@@ -25,7 +25,7 @@ from fastdreamer.ops.backend import (
 )
 from fastdreamer.ops.cem import cem
 from fastdreamer.ops.checks import check_tensor
-from fastdreamer.ops.cuda_graph import driver_state
+from fastdreamer.ops.gpu import driver_state
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.lambda_return import OP as LAMBDA_RETURN
 from fastdreamer.ops.lambda_return import lambda_return
@@ -230,7 +230,7 @@ def test_auto_passes_over_the_scalar_core_unless_it_is_asked_for(scalar_cpu, cap
 
 
 def test_doctor_says_why_auto_passes_over_the_scalar_core(scalar_cpu):
-    doctor = pytest.importorskip("fastdreamer.doctor")
+    doctor = pytest.importorskip("fastdreamer.machine.doctor")
     scalar_cpu.setattr(torch.cuda, "is_available", lambda: False)
     table = doctor._backends()
     takes, reasons = (list(column.cells) for column in table.columns[1:])

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fastdreamer.ops.backend import BackendError, last_backend, use_backend
-from fastdreamer.ops.codec import DecoderParams, EncoderParams, decode, decode_error, encode
+from fastdreamer.ops.codec import decode, decode_error, encode
+from fastdreamer.ops.params import DecoderParams, EncoderParams
 from fastdreamer.testing import (
     REPORT_CODEC,
     CodecSizes,

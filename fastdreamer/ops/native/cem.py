@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fastdreamer import _native
-from fastdreamer.ops.cem import Plan
 from fastdreamer.ops.native.packs import arrays, autocast_bf16, pack_mlp, pack_rssm
 from fastdreamer.ops.params import ReturnParams, RSSMParams, State
 
@@ -27,8 +26,8 @@ def cem(
     score: str,
     proposals: Tensor | None,
     sample_std: bool,
-) -> Plan:
-    """See ``fastdreamer.ops.cem``."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``fastdreamer.ops.cem``: mean, std, scores."""
     pack = {"bf16": autocast_bf16(), "gradients": False}
     bootstrap = (returns.target or returns.critic) if score == "lambda_return" else None
     discount = returns.discount if bootstrap else None
@@ -49,4 +48,4 @@ def cem(
         *arrays(*start, mean, std, action_noise, state_noise, scores, proposals),
         *(num_elites, min_std, sample_std, clip, torch.get_num_threads()),
     )
-    return Plan(mean, std, scores)
+    return mean, std, scores

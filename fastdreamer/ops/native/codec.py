@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastdreamer import _native
-from fastdreamer.ops.codec import DecoderParams, EncoderParams
 from fastdreamer.ops.native.packs import arrays, autocast_bf16, cached, first_order
+from fastdreamer.ops.params import DecoderParams, EncoderParams
 
 
 def encode(params: EncoderParams, pixels: Tensor) -> Tensor:

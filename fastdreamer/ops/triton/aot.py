@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastdreamer.ops.graph import ALIGNMENT, Compiled, Spec
+from fastdreamer.ops.triton.program import ALIGNMENT, Compiled, Spec
 
 # As the kernel takes it: what PTX says of a parameter, and what the loop is told.
 _LAYOUT = {

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdreamer.ops.graph import Affine, Arg, Kernel, Launch, Loop, Program, Slot
 from fastdreamer.ops.params import GRUParams, MLPParams
-from fastdreamer.ops.triton import mlp, rssm_step, tiles, weights
+from fastdreamer.ops.triton import cells, mlp, tiles, weights
 from fastdreamer.ops.triton.layout import NO_STD, MlpShape, Std, StepShape
+from fastdreamer.ops.triton.program import Affine, Arg, Kernel, Launch, Loop, Program, Slot
 
 COPY_BLOCK = 1024
 PACK_BLOCK = 32
@@ -406,11 +406,11 @@ class Builder:
     def step_forward(
         self, shape: StepShape, packed: Weights, args: dict[str, Any], rows: int, *, save: bool
     ) -> None:
-        """A step of the dynamics; ``args`` are the tensors of ``rssm_step.forward_kernel``."""
+        """A step of the dynamics; ``args`` are the tensors of ``cells.forward_kernel``."""
         tile = self._tile("step", rows)
         optional = dict.fromkeys(("first", "extra", "mean", "std"))
         self.launch(
-            rssm_step.forward_kernel,
+            cells.forward_kernel,
             (-(-rows // tile.rows),),
             {
                 "weights": packed.weights, "biases": packed.biases, **optional, **args,
@@ -426,7 +426,7 @@ class Builder:
         tile = self._tile("step_backward", rows)
         optional = dict.fromkeys(("first", "d_mean", "d_std"))
         self.launch(
-            rssm_step.backward_kernel,
+            cells.backward_kernel,
             (-(-rows // tile.rows),),
             {
                 "weights": packed.weights, **optional, **args,
@@ -482,7 +482,7 @@ class _LoopScope:
         self.index = Affine()
 
     def __enter__(self) -> Affine:
-        from fastdreamer.ops.graph import index
+        from fastdreamer.ops.triton.program import index
 
         self.builder._bodies.append([])
         return index(self.name)

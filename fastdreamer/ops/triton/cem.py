@@ -14,12 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdreamer.ops.cem import Plan
-from fastdreamer.ops.graph import Program, run
 from fastdreamer.ops.params import ReturnParams, RSSMParams, State
 from fastdreamer.ops.triton import tiles
 from fastdreamer.ops.triton.build import Builder, Precision, autocast_bf16, gru_inputs, mlp_inputs
 from fastdreamer.ops.triton.layout import NO_STD, MlpShape, StepShape, feat_shape, step_shape
+from fastdreamer.ops.triton.program import Program
+from fastdreamer.ops.triton.run import run
 
 BLOCK = 256
 LAST = tl.constexpr(-(2**31))  # the key of what is never an elite
@@ -275,11 +275,11 @@ def cem(
     score: str,
     proposals: Tensor | None,
     sample_std: bool,
-) -> Plan:
-    """See ``fastdreamer.ops.cem``."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``fastdreamer.ops.cem``: mean, std, scores."""
     iterations, horizon, batch, samples, _ = action_noise.shape
     if not iterations:
-        return Plan(mean.clone(), std.clone(), mean.new_empty(0, batch, samples))
+        return mean.clone(), std.clone(), mean.new_empty(0, batch, samples)
     device = mean.device
     step = step_shape(params)
     bootstrap = (returns.target or returns.critic) if score == "lambda_return" else None
@@ -306,4 +306,4 @@ def cem(
     }  # fmt: skip
     with torch.no_grad():
         found = run(program(spec), {name: t.detach() for name, t in inputs.items()})
-    return Plan(found["mean"], found["std"], found["scores"])
+    return found["mean"], found["std"], found["scores"]

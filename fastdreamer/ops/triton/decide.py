@@ -8,9 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdreamer.ops.decide import chosen, whole
 from fastdreamer.ops.observe import RESETS
-from fastdreamer.ops.params import ActorParams, MLPParams, RSSMParams, State
+from fastdreamer.ops.params import (
+    ActorParams,
+    MLPParams,
+    RSSMParams,
+    State,
+    chosen_action,
+    embed_all,
+)
 from fastdreamer.ops.triton.observe import observe
 
 
@@ -26,9 +32,9 @@ def decide(
     vector: Tensor | None,
 ) -> tuple[State, Tensor | None]:
     """See ``fastdreamer.ops.decide``."""
-    seen = whole(embed, encoder, vector)
+    seen = embed_all(embed, encoder, vector)
     goes_on = torch.zeros(1, len(seen), dtype=torch.bool, device=seen.device)
     given = (state, seen[None], action[None], goes_on, state_noise[None])
     found, _, _ = observe(params, *given, RESETS["all"])
     state = State(found.deter[0], found.stoch[0])
-    return state, chosen(actor, state, action_noise)
+    return state, chosen_action(actor, state, action_noise)

@@ -260,7 +260,7 @@ class StepShape(NamedTuple):
         return self.latents + self.latent.grads
 
     def constants(self, *, save: bool = True) -> dict[str, object]:
-        """What the kernels of ``rssm_step.py`` want to know."""
+        """What the kernels of ``cells.py`` want to know."""
         inp, latent, sums = self.inp, self.latent, self._sums
         l_sums = sums + (inp.hidden if inp.silu else 0) - self.latents
         return {

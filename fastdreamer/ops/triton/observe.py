@@ -12,11 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdreamer.ops.graph import Program, run
 from fastdreamer.ops.params import Normal, RSSMParams, State
 from fastdreamer.ops.triton import tiles
 from fastdreamer.ops.triton.build import Builder, Precision, autocast_bf16, first_order
-from fastdreamer.ops.triton.imagine import chosen, named
 from fastdreamer.ops.triton.layout import (
     MlpShape,
     StepShape,
@@ -24,6 +22,9 @@ from fastdreamer.ops.triton.layout import (
     prior_shape,
     step_shape,
 )
+from fastdreamer.ops.triton.program import Program
+from fastdreamer.ops.triton.rollout import chosen, named
+from fastdreamer.ops.triton.run import run
 
 OUTPUTS = ("deter", "stoch", "post.mean", "post.std", "prior.mean", "prior.std")
 

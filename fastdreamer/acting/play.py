@@ -1,0 +1,260 @@
+"""Playing episodes: who acts in an environment, what is seen, and what it returns.
+
+An episode is a function of its seed and the weights, wherever it is played.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastdreamer.acting.policy import Policy, PolicyState
+from fastdreamer.acting.safety import Shield
+from fastdreamer.config import Config
+from fastdreamer.envs import make_env
+from fastdreamer.errors import ArgumentError
+from fastdreamer.machine.device import resolve_device
+from fastdreamer.ops.backend import use_backend
+from fastdreamer.video import write_video
+
+Act = Callable[[dict[str, np.ndarray]], np.ndarray]
+"""Chooses an action on an observation."""
+Watch = Callable[[int, dict[str, np.ndarray], np.ndarray, float], None]
+"""Looks on at an episode: called with t, the observation, the action that led to it, its reward."""
+
+TOGETHER = 10
+"""Episodes evaluated side by side at most: an environment from pixels takes about 45 MB."""
+
+
+def config_env(config: Config) -> Any:
+    """The environment that a configuration describes."""
+    return make_env(
+        config.env.task,
+        obs=config.env.obs,
+        action_repeat=config.env.action_repeat,
+        seed=config.seed,
+        time_limit=config.env.time_limit,
+        image_size=config.env.image_size,
+        render_quality=config.env.render_quality,
+    )
+
+
+def more_envs(envs: list[Any], config: Config, episodes: int) -> list[Any]:
+    """As many of them, made where they lack, as ``evaluate_together`` takes for such episodes."""
+    while len(envs) < min(episodes, TOGETHER):
+        envs.append(config_env(config))
+    return envs[:episodes]
+
+
+def on_cpu(config: Config) -> Config:
+    """The learner's settings for whoever plays; what a GPU is told is no advice to a CPU."""
+    if resolve_device(config.device, config.backend) == "cpu":
+        return replace(config, device="cpu")
+    backend = "auto" if config.backend == "triton" else config.backend
+    return replace(config, device="cpu", precision="auto", backend=backend)
+
+
+def run_backend(config: Config) -> contextlib.AbstractContextManager[None]:
+    """The backend that a run names; with ``auto`` the environment's, where that names one."""
+    return contextlib.nullcontext() if config.backend == "auto" else use_backend(config.backend)
+
+
+def episode_steps(
+    env: Any, policy: Act, seed: int
+) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray, float, bool, int]]:
+    """Play one episode; yield (obs, action that led to it, reward, terminated, env_frames).
+
+    The first item is the reset: zero action, zero reward, zero frames.
+    """
+    obs = env.reset(seed=seed)
+    yield obs, np.zeros(env.action_dim, np.float32), 0.0, False, 0
+    done = False
+    while not done:
+        action = policy(obs)
+        obs, reward, terminated, truncated, frames = env.step(action)
+        done = terminated or truncated
+        yield obs, action, reward, terminated, frames
+
+
+def episode_seed(seed: int, purpose: str, index: int) -> int:
+    """A seed for one episode, a function of the run's seed, the purpose and the index."""
+    if seed < 0:
+        raise ArgumentError(f"seed must be >= 0, got {seed}")
+    kind = {"collect": 0, "evaluate": 1}[purpose]
+    return int(np.random.SeedSequence([seed, kind, index]).generate_state(1)[0])
+
+
+def random_policy(action_dim: int, seed: int) -> Act:
+    """Uniform actions in [-1, 1]."""
+    rng = np.random.default_rng(seed)
+    return lambda obs: rng.uniform(-1, 1, action_dim).astype(np.float32)
+
+
+def agent_policy(
+    agent: Policy,
+    seed: int,
+    noise: float,
+    controller: str | None = None,
+    *,
+    sample: bool = False,
+    explore: bool = False,
+    shield: Shield | None = None,
+) -> Act:
+    """The agent with exploration noise (0: none), for one episode; see ``Policy.act``."""
+    generator = torch.Generator().manual_seed(seed)
+    state = None
+
+    def policy(obs: dict[str, np.ndarray]) -> np.ndarray:
+        nonlocal state
+        action, state = agent.act(
+            obs,
+            state,
+            controller=controller,
+            sample=sample,
+            noise=noise,
+            explore=explore,
+            shield=shield,
+            generator=generator,
+        )
+        return action
+
+    return policy
+
+
+def collect(
+    env: Any,
+    policy: Act,
+    seed: int,
+    watch: Watch | None = None,
+) -> tuple[dict[str, np.ndarray], int]:
+    """Play one episode for replay.
+
+    Returns:
+        Its arrays (see ``episodes.write_episode``) and its env frames.
+    """
+    steps: list[dict[str, Any]] = []
+    env_frames = 0
+    for t, step in enumerate(episode_steps(env, policy, seed)):
+        obs, action, reward, terminated, frames = step
+        env_frames += frames
+        if watch is not None:
+            watch(t, obs, action, reward)
+        steps.append({**obs, "action": action, "reward": np.float32(reward),
+                      "terminated": np.bool_(terminated)})  # fmt: skip
+    return {key: np.stack([step[key] for step in steps]) for key in steps[0]}, env_frames
+
+
+class Recorder:
+    """A Watch that keeps what it sees, episode by episode."""
+
+    def __init__(self) -> None:
+        self._steps: list[list[dict[str, Any]]] = []
+
+    def __call__(
+        self, t: int, obs: dict[str, np.ndarray], action: np.ndarray, reward: float
+    ) -> None:
+        """See one step; t = 0 starts an episode."""
+        if t == 0:
+            self._steps.append([])
+        self._steps[-1].append({**obs, "action": action, "reward": np.float32(reward)})
+
+    def episodes(self) -> list[dict[str, np.ndarray]]:
+        """The arrays of every episode, time first."""
+        return [{k: np.stack([s[k] for s in steps]) for k in steps[0]} for steps in self._steps]
+
+
+def evaluate(
+    agent: Policy,
+    env: Any,
+    seed: int,
+    video: Path | None = None,
+    controller: str | None = None,
+    *,
+    shield: Shield | None = None,
+    watch: Watch | None = None,
+) -> float:
+    """Return of one episode without any sampled action or exploration noise; optionally write a
+    video of it."""
+    watches = [] if watch is None else [watch]
+    (total,) = evaluate_together(
+        agent, [env], [seed], video, controller, shield=shield, watches=watches
+    )
+    return total
+
+
+def evaluate_together(
+    agent: Policy,
+    envs: Sequence[Any],
+    seeds: Sequence[int],
+    video: Path | None = None,
+    controller: str | None = None,
+    *,
+    shield: Shield | None = None,
+    watches: Sequence[Watch] = (),
+) -> list[float]:
+    """Returns of episodes like ``evaluate``'s, side by side: one decision is one batch of all.
+
+    An episode is a function of its seed and the weights: its environment and its generator are its
+    own. Where the ops run native it is the same, bit by bit, beside whatever others; elsewhere the
+    libraries round a row by what is beside it, and a chaotic task makes that another episode.
+
+    Args:
+        envs: environments of the agent's task, as many as episodes are played at once.
+        seeds: of the episodes.
+        video: where to write one of the first.
+        watches: one an episode, or none.
+    """
+    returns: list[float] = []
+    for first in range(0, len(seeds), len(envs)):
+        part = slice(first, first + len(envs))
+        act = partial(agent.act, controller=controller, shield=shield)
+        returns += _play(act, envs, seeds[part], None if first else video, watches[part])
+    return returns
+
+
+def _play(
+    act: Callable[..., tuple[np.ndarray, PolicyState]],
+    envs: Sequence[Any],
+    seeds: Sequence[int],
+    video: Path | None,
+    watches: Sequence[Watch],
+) -> list[float]:
+    """One episode in each of the first environments, until the last is over."""
+    images: list[np.ndarray] = []
+    totals = [0.0] * len(seeds)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    seen = [env.reset(seed=seed) for env, seed in zip(envs, seeds, strict=False)]
+
+    def note(i: int, t: int, action: np.ndarray, reward: float) -> None:
+        totals[i] += reward
+        if watches:
+            watches[i](t, seen[i], action, reward)
+        if video is not None and i == 0 and t % 2 == 0:
+            images.append(envs[0].render(height=240, width=320))
+
+    for i in range(len(seeds)):
+        note(i, 0, np.zeros(envs[i].action_dim, np.float32), 0.0)
+    running, state, t = list(range(len(seeds))), None, 0
+    while running:
+        obs = {kind: np.stack([seen[i][kind] for i in running]) for kind in seen[0]}
+        actions, state = act(obs, state, generator=[generators[i] for i in running])
+        t += 1
+        going = []
+        for row, i in enumerate(running):
+            seen[i], reward, terminated, truncated, _ = envs[i].step(actions[row])
+            note(i, t, actions[row], reward)
+            if not (terminated or truncated):
+                going.append(row)
+        if len(going) < len(running):
+            running, state = [running[row] for row in going], state.rows(going)
+    if video is not None:
+        envs[0].end_video()
+        write_video(video, images, fps=1 / (2 * envs[0].decision_seconds))
+    return totals

@@ -1,0 +1,404 @@
+"""Policy: the networks of an agent, and how it acts with them, in the world and in a dream.
+
+With ``config.agent == "planet"`` there is no actor and no critic: a planner acts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastdreamer.acting.exploration import Explorer
+from fastdreamer.acting.noise import Source, normal
+from fastdreamer.acting.planning import PlanInfo, plan
+from fastdreamer.acting.safety import Guard, Shield
+from fastdreamer.config import Config, ConfigError
+from fastdreamer.machine.device import resolve_device, resolve_precision
+from fastdreamer.nn import MLP, Actor, WorldModel
+from fastdreamer.nn.codec import float_to_pixels
+from fastdreamer.nn.dists import greedy_action, symexp
+from fastdreamer.ops.decide import decide
+from fastdreamer.ops.imagine import imagine
+from fastdreamer.ops.observe import observe
+from fastdreamer.ops.open_loop import open_loop
+from fastdreamer.ops.params import MLPParams, ReturnParams, State
+
+
+class PolicyState(NamedTuple):
+    """What the agent carries from one decision to the next."""
+
+    deter: Tensor  # [B, D]
+    stoch: Tensor  # [B, S]
+    action: Tensor  # [B, A], the last action
+    plan: Tensor | None = None  # [H, B, A], the last plan, which a warm start goes on from
+
+    def rows(self, index: list[int]) -> PolicyState:
+        """Those of some environments."""
+        plan = None if self.plan is None else self.plan[:, index]
+        return PolicyState(self.deter[index], self.stoch[index], self.action[index], plan)
+
+
+class Policy(nn.Module):
+    """An agent's world model and whatever chooses its actions: actor, planner, explorer, shield.
+
+    Args:
+        config: every setting.
+        obs_shapes: ``{"pixels": (64, 64, 3), "state": (n,)}``, one or both.
+        action_dim: A.
+
+    The initial weights are a function of ``config.seed`` alone; torch's global random generator
+    is left as it was.
+    """
+
+    def __init__(
+        self, config: Config, obs_shapes: dict[str, tuple[int, ...]], action_dim: int
+    ) -> None:
+        super().__init__()
+        self.config = config.validate()
+        self.obs_shapes = {kind: tuple(shape) for kind, shape in obs_shapes.items()}
+        self.action_dim = action_dim
+        behavior, model = config.behavior, config.model
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model = WorldModel(model, self.obs_shapes, action_dim)
+            feat = self.model.rssm.feat_size
+            self.actor = self.critic = None
+            if config.agent == "dreamer":
+                self.actor = Actor.from_config(model, behavior, feat, action_dim)
+                self.critic = MLP(
+                    [feat, *[model.units] * behavior.critic_layers, 1], model.activation
+                )
+            self.explorer = self.guard = None
+            if config.explore.method == "ucb":
+                self.explorer = Explorer(config, feat, action_dim)
+            if config.safety.signal != "none":
+                self.guard = Guard(config, feat, self.obs_shapes["state"][0])
+        self.target_critic = None
+        if behavior.target_every and self.critic is not None:
+            self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.to(resolve_device(config.device, config.backend))
+        self.precision = resolve_precision(config.precision, self.device, config.backend)
+        self._act_generator = torch.Generator().manual_seed(config.seed)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.model.rssm.gru.weight_hh.device
+
+    def initial_state(self, batch: int) -> PolicyState:
+        """The state before an episode, [batch, ...] zeros."""
+        state = self.model.rssm.initial(batch)
+        return PolicyState(*state, state.deter.new_zeros(batch, self.action_dim))
+
+    @torch.no_grad()
+    def act(
+        self,
+        obs: dict[str, np.ndarray | Tensor] | np.ndarray | Tensor,
+        state: PolicyState | None = None,
+        *,
+        controller: str | None = None,
+        sample: bool = False,
+        noise: float = 0.0,
+        explore: bool = False,
+        shield: Shield | None = None,
+        generator: Source | None = None,
+    ) -> tuple[np.ndarray, PolicyState]:
+        """Filter one observation and choose an action.
+
+        Args:
+            obs: ``{"pixels": uint8 [64, 64, 3], "state": float [n]}`` or the only kind the agent
+                sees by itself; or a batch of them, [B, ...].
+            state: what the last call returned; None at the start of an episode.
+            controller: ``"actor"``; ``"mpc"``, a plan ranked by λ-return; ``"planet"``, one ranked
+                by the sum of rewards; None takes the agent's own, actor or (PlaNet) planet.
+            sample: the actor acts by a sample tanh(mean + std·ε); a plan is what it is.
+            noise: standard deviation of Gaussian exploration noise. The action is clipped to
+                [-1, 1], and the noisy, clipped one is what the filter sees next.
+            explore: be optimistic: the exploring actor chooses, a plan is ranked by the upper
+                confidence bound.
+            shield: of ``make_shield()``; has the last word on the action, noise included, and
+                counts what it does.
+            generator: of the posterior sample, the actor's sample or the plan, the exploration
+                noise and the shield's candidates, in this order; None uses the agent's own, seeded
+                with ``config.seed``. A sequence has one for every row of the batch, which then is
+                an environment of its own: it draws what it would draw alone, and where the ops run
+                native its action and state are those it would have alone, bit by bit.
+
+        Returns:
+            The action, float32 [A] or [B, A] in [-1, 1], and the state for the next call. Without
+            ``sample`` and ``noise`` the actor's action is that of ``config.behavior.greedy``.
+
+        Raises:
+            ValueError: an observation does not fit the agent. ConfigError: it has no such
+            controller, or no explorer. PlanningError: a plan came to nothing but NaN.
+        """
+        tensors, batched = self._observation(obs)
+        batch = len(next(iter(tensors.values())))
+        if state is None:
+            state = self.initial_state(batch)
+        if len(state.deter) != batch:
+            raise ValueError(f"act: a batch of {batch} observations, {len(state.deter)} states")
+        generator = generator or self._act_generator
+        draw = lambda size: normal(generator, batch, size).to(state.deter.device)  # noqa: E731
+        controller = self.controller(controller)
+        if explore and self.explorer is None:
+            raise ConfigError("act: this agent has no explorer; train one with --explore ucb")
+        actor = None
+        if controller == "actor":
+            actor = (self.explorer.actor if explore else None) or self.actor
+        greedy = self.config.behavior.greedy
+        inside = actor is not None and (sample or greedy == "median")  # one call does it all
+        encoder, rssm = self.model.encoder, self.model.rssm
+        now, action = decide(
+            rssm.params(),
+            actor.params() if inside else None,
+            State(state.deter, state.stoch),
+            state.action,
+            self._embed(tensors.get("pixels"), alone=not isinstance(generator, torch.Generator)),
+            draw(rssm.stoch),
+            draw(self.action_dim) if sample and inside else None,
+            encoder=encoder.state and encoder.state.params(),
+            vector=tensors.get("state"),
+        )
+        chosen = None
+        if actor is not None and not inside:
+            action = greedy_action(actor(now.feat), greedy)
+        elif action is None:
+            action, info = self.plan(
+                now, controller, explore=explore, last=state.plan, generator=generator
+            )
+            chosen = info.mean
+        if noise:
+            action = (action + noise * draw(self.action_dim)).clamp(-1, 1)
+        if shield is not None:
+            action = shield(now, action, generator)
+        out = action.cpu().numpy().copy()  # the caller may change it, the filter must not see that
+        return (out if batched else out[0]), PolicyState(*now, action, chosen)
+
+    def _embed(self, pixels: Tensor | None, *, alone: bool) -> Tensor | None:
+        """Embed images; ``alone``: one by one, as libraries round each by what is beside it."""
+        if pixels is None:
+            return None
+        embed = self.model.encoder.embed_pixels
+        return torch.cat([embed(image) for image in pixels.split(1)]) if alone else embed(pixels)
+
+    def controller(self, name: str | None = None) -> str:
+        """The controller of that name, ``None`` and ``"auto"`` being the agent's own.
+
+        Raises:
+            ConfigError: there is none, or the agent has no actor for it.
+        """
+        own = "planet" if self.actor is None else "actor"
+        valid = (own,) if self.actor is None else ("actor", "mpc", "planet")
+        if name in (None, "auto"):
+            return own
+        if name not in valid:
+            raise ConfigError(
+                f"controller must be one of {', '.join(valid)} for a {self.config.agent} agent, "
+                f"got {name!r}"
+            )
+        return name
+
+    def plan(
+        self,
+        state: State,
+        controller: str = "mpc",
+        *,
+        explore: bool = False,
+        last: Tensor | None = None,
+        generator: Source | None = None,
+    ) -> tuple[Tensor, PlanInfo]:
+        """Plan with ``config.plan`` from each state of a batch.
+
+        Args:
+            state: deter [B, D] and stoch [B, S], of a PolicyState or imagined.
+            controller: ``"mpc"`` or ``"planet"``.
+            explore: rank by the upper confidence bound of the same score.
+            last: ``PlanInfo.mean`` of one decision ago, for a warm start.
+            generator: of every noise, one or one a row; None uses the agent's own.
+
+        Returns:
+            The actions [B, A] and how they were found; see :mod:`fastdreamer.acting.planning`.
+        """
+        mpc = self.controller(controller) == "mpc"
+        actor, score = self.actor, "lambda_return" if mpc else "reward"
+        if explore:
+            actor = self.explorer.actor or actor
+            critic = self.target_critic or self.critic
+            score = self.explorer.score(critic, score, self._discount_params())
+        with self._autocast():
+            return plan(
+                state,
+                self.model.rssm.params(),
+                self._return_params(),
+                self.config.plan,
+                actor=actor.params() if mpc else None,
+                greedy=self.config.behavior.greedy,
+                score=score,
+                last=last,
+                generator=generator or self._act_generator,
+            )
+
+    def make_shield(self) -> Shield:
+        """A shield by this agent's barrier, with counts of its own; ``act`` takes it.
+
+        Raises:
+            ConfigError: the agent has learned no barrier.
+        """
+        if self.guard is None:
+            raise ConfigError("make_shield: this agent has no barrier; train one with --safety")
+        return Shield(self.config.safety, self.model.rssm, self.guard.barrier)
+
+    def _observation(self, obs: object) -> tuple[dict[str, Tensor], bool]:
+        """Check an observation; return it as a batch, and whether it was one already."""
+        if not isinstance(obs, dict):
+            if len(self.obs_shapes) != 1:
+                kinds = " and ".join(self.obs_shapes)
+                raise ValueError(f"act: obs must be a dict with {kinds}, got {type(obs).__name__}")
+            obs = {next(iter(self.obs_shapes)): obs}
+        tensors, leads, device = {}, set(), self.device
+        for kind, shape in self.obs_shapes.items():
+            if kind not in obs:
+                raise ValueError(f"act: obs lacks {kind!r}, got {', '.join(obs)}")
+            x = obs[kind]
+            if not isinstance(x, Tensor):  # a copy: frames may be read-only or upside down
+                x = torch.from_numpy(np.array(x, order="C"))
+            dtype = torch.uint8 if kind == "pixels" else torch.float32
+            if kind == "pixels" and x.dtype != dtype:
+                raise ValueError(f"act: pixels must be uint8, got {str(x.dtype)[6:]}")
+            lead = x.shape[: x.ndim - len(shape)]
+            if x.ndim not in (len(shape), len(shape) + 1) or x.shape[len(lead) :] != shape:
+                want = ", ".join(map(str, shape))
+                raise ValueError(
+                    f"act: {kind} must be [{want}] or [B, {want}], got {list(x.shape)}"
+                )
+            tensors[kind] = x.to(device, dtype).view(-1, *shape)
+            leads.add(tuple(lead))
+        if len(leads) > 1:
+            raise ValueError("act: pixels and state differ in their batch size")
+        return tensors, leads != {()}
+
+    @torch.no_grad()
+    def dream(
+        self, state: PolicyState, horizon: int, generator: torch.Generator | None = None
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Imagine what the agent does next and what it would see (report Figure 4).
+
+        Dreamer's actor acts in the dream; PlaNet plans at every step of it.
+
+        Args:
+            state: of one environment, as ``act`` returned it; its action has not been taken yet.
+            horizon: decisions to imagine, at least 1.
+            generator: of the latent samples and actions; None uses the agent's own.
+
+        Returns:
+            The actions [horizon, A], the first of which is the state's own, and the predicted
+            observations that they lead to: ``pixels`` uint8 [horizon, 64, 64, 3] and/or ``state``
+            [horizon, n] in the observation's units.
+
+        Raises:
+            ValueError: horizon below 1, or more than one environment.
+        """
+        if horizon < 1 or len(state.deter) != 1:
+            raise ValueError(f"dream: {horizon} decisions of {len(state.deter)} environments")
+        generator = generator or self._act_generator
+        rssm = self.model.rssm
+        draw = lambda *shape: torch.randn(*shape, generator=generator).to(self.device)  # noqa: E731
+        state_noise = draw(horizon, 1, rssm.stoch)
+        now = State(state.deter, state.stoch)
+        first = open_loop(rssm.params(), now, state.action[None], state_noise[:1])
+        deter, stoch, action = first.deter, first.stoch, state.action[None]
+        if self.actor is None:
+            for noise in state_noise[1:]:
+                now = State(deter[-1], stoch[-1])
+                then, _ = self.plan(now, "planet", generator=generator)
+                then = then[None]
+                step = open_loop(rssm.params(), now, then, noise[None])
+                deter, stoch = torch.cat([deter, step.deter]), torch.cat([stoch, step.stoch])
+                action = torch.cat([action, then])
+        elif horizon > 1:
+            rest = imagine(
+                rssm.params(),
+                self.actor.params(),
+                State(deter[0], stoch[0]),
+                state_noise[1:],
+                draw(horizon - 1, 1, self.action_dim),
+            )
+            deter, stoch = torch.cat([deter, rest.deter]), torch.cat([stoch, rest.stoch])
+            action = torch.cat([action, rest.action])
+        means = self.model.decoder(State(deter, stoch).feat[:, 0])
+        return action[:, 0].cpu().numpy(), _observed(means)
+
+    @torch.no_grad()
+    def predict(
+        self, batch: dict[str, Tensor], context: int, generator: torch.Generator | None = None
+    ) -> dict[str, np.ndarray]:
+        """Watch the beginning of recorded sequences, then predict the rest by the actions alone.
+
+        Args:
+            batch: time-major [T, B, ...], as ``Dreamer.update`` takes it.
+            context: steps that are watched, 1..T - 1; no episode begins behind them.
+            generator: of the latent samples; None uses the agent's own.
+
+        Returns:
+            The observations that the decoder makes of all T states, the watched ones included:
+            ``pixels`` uint8 [T, B, 64, 64, 3] and/or ``state`` [T, B, n] in its own units.
+
+        Raises:
+            ValueError: no such context, or an episode begins behind it.
+        """
+        T, B = batch["is_first"].shape
+        if not 1 <= context < T or batch["is_first"][context:].any():
+            raise ValueError(
+                f"predict: {context} of {T} steps watched, or an episode begins behind"
+            )
+        generator = generator or self._act_generator
+        rssm = self.model.rssm
+        noise = torch.randn(T, B, rssm.stoch, generator=generator).to(self.device)
+        seen = {kind: x[:context] for kind, x in batch.items()}
+        with self._autocast():
+            watched = observe(
+                rssm.params(),
+                rssm.initial(B),
+                self.model.encoder(seen),
+                seen["action"],
+                seen["is_first"],
+                noise[:context],
+            ).state
+            now = State(watched.deter[-1], watched.stoch[-1])
+            ahead = open_loop(rssm.params(), now, batch["action"][context:], noise[context:])
+            means = self.model.decoder(torch.cat([watched.feat, ahead.feat]))
+        return _observed(means)
+
+    def _return_params(self) -> ReturnParams:
+        critics = (self.critic, self.target_critic)
+        critic, target = (None if head is None else head.params() for head in critics)
+        heads = (self.model.reward.params().detach(), critic, target)
+        behavior = self.config.behavior
+        departure = behavior.pairing == "departure"
+        return ReturnParams(
+            *heads, behavior.gamma, behavior.lam, self._discount_params(), departure=departure
+        )
+
+    def _discount_params(self) -> MLPParams | None:
+        head = self.model.discount
+        return None if head is None else head.params().detach()
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        enabled = self.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+
+def _observed(means: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """The decoder's means as observations: uint8 pixels, the state in its own units."""
+    seen = {}
+    if "pixels" in means:
+        seen["pixels"] = float_to_pixels(means["pixels"]).cpu().numpy()
+    if "state" in means:
+        seen["state"] = symexp(means["state"].float()).cpu().numpy()
+    return seen

@@ -1,0 +1,367 @@
+"""The report's figures from a run's snapshots: returns of actor and MPC, and what is dreamed.
+
+Every episode is a line of ``episodes.csv`` as soon as it has ended, so a report that was stopped
+goes on where it was; the figures are drawn from the files.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastdreamer.acting.play import config_env, episode_seed, evaluate
+from fastdreamer.analysis.viz.curves import plot_runs, write_curve
+from fastdreamer.analysis.viz.dreams import dream_figure, state_figure
+from fastdreamer.config import ConfigError, PlanConfig
+from fastdreamer.files import write_csv
+from fastdreamer.learning.dreamer import Dreamer
+from fastdreamer.training.checkpoint import (
+    CheckpointError,
+    list_checkpoints,
+    list_snapshots,
+    load_meta,
+)
+from fastdreamer.training.logger import format_seconds
+from fastdreamer.training.pretrained import load
+from fastdreamer.training.trainer import RunError, read_config
+
+POINTS = 6
+"""Snapshots of a run that a report plays where nothing else is asked."""
+_REHEARSED = 10
+"""Decisions a controller is timed for before its episodes."""
+_QUIET = 30.0
+"""Seconds within an episode after which a line says where it is."""
+_COLUMNS = ("controller", "env_frames", "update", "episode", "return", "seconds")
+
+
+def write_report(
+    run: Path,
+    out: Path,
+    *,
+    controllers: Sequence[str] = (),
+    episodes: int = 10,
+    points: int = POINTS,
+    seed: int = 0,
+    plan: PlanConfig | None = None,
+    say: Callable[[str], None] = print,
+) -> list[Path]:
+    """Evaluate a run's snapshots and draw the report's Figures 3, 4 and 5.
+
+    Args:
+        run: run directory; its snapshots are used, or its checkpoints where it has none.
+        out: directory for ``episodes.csv``, one curve a controller (``actor.csv``, ``mpc.csv``),
+            ``figure-3.png`` (the first controller along training), ``figure-4.png`` (the dream of
+            the last snapshot over the truth) and ``figure-5.png`` with its numbers,
+            ``figure-5.csv`` (all controllers). Episodes it holds already are not played again.
+        controllers: see ``Policy.act``; none: actor and mpc, or PlaNet's planet.
+        episodes: a snapshot and controller; the same seeds for every one.
+        points: snapshots used at most, spread evenly over the run; 0: all.
+        seed: of the episodes.
+        plan: settings of the planner; None: the run's own.
+        say: receives lines of progress.
+
+    Returns:
+        The files written.
+
+    Raises:
+        RunError: no run, or no snapshot that can be read. ConfigError: the run has no such
+        controller, or ``out`` holds episodes under other settings.
+    """
+    config = read_config(run)
+    if episodes < 1 or points < 0:
+        raise ConfigError(f"episodes must be >= 1 and points >= 0, got {episodes} and {points}")
+    plan = config.plan if plan is None else plan
+    dataclasses.replace(config, plan=plan).validate()
+    own = ("planet",) if config.agent == "planet" else ("actor", "mpc")
+    controllers = list(dict.fromkeys(controllers or own))
+    snapshots = _spread(_snapshots(run), points)
+    out.mkdir(parents=True, exist_ok=True)
+    about = {
+        "run": run.resolve().name,
+        "task": config.env.task,
+        "obs": config.env.obs,
+        "seed": seed,
+        "plan": dataclasses.asdict(plan),
+    }
+    episodes_file = out / "episodes.csv"
+    done = _read_episodes(episodes_file, about)
+    env, agent = config_env(config), None
+    wanted = [(c, f, i) for c in controllers for f in snapshots for i in range(episodes)]
+    missing = [key for key in wanted if key not in done]
+    if len(missing) < len(wanted):
+        say(f"{len(wanted) - len(missing)} of {len(wanted)} episodes are in {episodes_file}")
+    loaded, lost = None, set()
+    expected = dict.fromkeys(controllers, 0.0)  # seconds of an episode
+    if missing:
+        expected = _rehearse(snapshots, env, controllers, plan)
+        rest = format_seconds(sum(expected[c] for c, _, _ in missing))
+        say(f"{len(missing)} episodes to play, about {rest}")
+    for count, key in enumerate(missing):
+        controller, frames, index = key
+        if frames in lost:
+            continue
+        if loaded != frames:
+            try:
+                agent, loaded = load(snapshots[frames], plan=plan), frames
+            except CheckpointError as error:
+                say(f"skipped: {error}")
+                lost.add(frames)
+                continue
+        agent.controller(controller)
+        title = f"{controller} at {frames:,} env frames, episode {index + 1} of {episodes}"
+        start = time.monotonic()
+        watch = _Quiet(title, env.max_decisions, say)
+        seeded = episode_seed(seed, "evaluate", index)
+        value = evaluate(agent, env, seeded, None, controller, watch=watch)
+        seconds = time.monotonic() - start
+        row = {
+            "controller": controller,
+            "env_frames": frames,
+            "update": _update(snapshots[frames]),
+            "episode": index,
+            "return": value,
+            "seconds": round(seconds, 3),
+        }
+        done[key] = row
+        _append(episodes_file, about, row)
+        expected[controller] = seconds  # as the last one was
+        rest = format_seconds(sum(expected[c] for c, _, _ in missing[count + 1 :]))
+        say(f"{title}: return {value:.1f} ({count + 1} of {len(missing)}, {rest} left)")
+    rows = [done[key] for key in wanted if key in done]
+    if not rows:
+        raise RunError(f"{run}: no snapshot could be read")
+    files = _draw(out, about, controllers, rows)
+    good = [frames for frames in snapshots if frames not in lost]
+    if good:
+        files.append(_draw_dream(load(snapshots[good[-1]], plan=plan), env, seed, out))
+    return [episodes_file, *files]
+
+
+def _rehearse(
+    snapshots: dict[int, Path], env: Any, controllers: Sequence[str], plan: PlanConfig
+) -> dict[str, float]:
+    """Seconds of an episode by controller, from some decisions with the newest snapshot."""
+    for path in reversed(snapshots.values()):
+        try:
+            agent = load(path, plan=plan)
+        except CheckpointError:
+            continue  # said when its turn comes
+        break
+    else:
+        return dict.fromkeys(controllers, 0.0)
+    expected = {}
+    for controller in controllers:
+        agent.controller(controller)
+        obs, state, times = env.reset(seed=0), None, []
+        for _ in range(min(_REHEARSED, env.max_decisions)):
+            start = time.monotonic()
+            action, state = agent.act(obs, state, controller=controller)
+            obs, *_ = env.step(action)
+            times.append(time.monotonic() - start)
+        expected[controller] = float(np.median(times)) * env.max_decisions
+    return expected
+
+
+class _Quiet:
+    """A watch that says where a long episode is."""
+
+    def __init__(self, title: str, decisions: int, say: Callable[[str], None]) -> None:
+        self._title, self._decisions, self._say = title, decisions, say
+        self._last = time.monotonic()
+
+    def __call__(self, t: int, *_: Any) -> None:
+        now = time.monotonic()
+        if now - self._last >= _QUIET:
+            self._last = now
+            self._say(f"{self._title}: decision {t} of {self._decisions}")
+
+
+def dream_and_live(
+    agent: Dreamer, env: Any, *, context: int, decisions: int, seed: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """What the agent imagines after watching so many decisions, and what then really happens.
+
+    Returns:
+        Imagined and real observations [decisions, ...] by kind, under the same actions; fewer
+        where the episode ends.
+
+    Raises:
+        RunError: the episode ended during the context.
+    """
+    seed = episode_seed(seed, "evaluate", 0)
+    generator = torch.Generator().manual_seed(seed)
+    obs, state = env.reset(seed=seed), None
+    for _ in range(context):
+        action, state = agent.act(obs, state, generator=generator)
+        obs, _, terminated, _, _ = env.step(action)
+        if terminated:
+            raise RunError("the episode ended during --context; choose a smaller one")
+    _, state = agent.act(obs, state, generator=generator)
+    actions, seen = agent.dream(state, decisions, generator)
+    real = []
+    for action in actions:
+        obs, _, terminated, _, _ = env.step(action)
+        real.append(obs)
+        if terminated:
+            break
+    return (
+        {kind: array[: len(real)] for kind, array in seen.items()},
+        {kind: np.stack([obs[kind] for obs in real]) for kind in seen},
+    )
+
+
+def _snapshots(run: Path) -> dict[int, Path]:
+    """Snapshots by env frames, or checkpoints where there are none."""
+    found = list_snapshots(run / "snapshots")
+    if found:
+        return found
+    for path in list_checkpoints(run / "checkpoints"):
+        try:
+            found[load_meta(path)["cursor"]["env_frames"]] = path
+        except CheckpointError:
+            continue  # damaged: as load_newest passes it over
+    if not found:
+        raise RunError(f"{run} holds no snapshot and no checkpoint yet")
+    return found
+
+
+def _spread(snapshots: dict[int, Path], points: int) -> dict[int, Path]:
+    """So many of them at most, evenly by env frames, first and last included."""
+    if not points or len(snapshots) <= points:
+        return snapshots
+    frames = np.array(sorted(snapshots))
+    wanted = np.linspace(frames[0], frames[-1], points) if points > 1 else frames[-1:]
+    nearest = {int(frames[np.abs(frames - w).argmin()]) for w in wanted}
+    return {f: snapshots[f] for f in sorted(nearest)}
+
+
+def _update(path: Path) -> int:
+    return load_meta(path)["cursor"]["update"]
+
+
+def _read_episodes(path: Path, about: dict[str, Any]) -> dict[tuple[str, int, int], dict[str, Any]]:
+    """Rows by controller, env frames and episode; a line that a kill cut short is removed."""
+    if not path.exists():
+        return {}
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    first, _, rest = whole.partition("\n")
+    if not first:
+        path.unlink()
+        return {}
+    try:
+        before = json.loads(first.removeprefix("# "))
+        rows = [
+            {
+                "controller": row["controller"],
+                **{name: int(row[name]) for name in ("env_frames", "update", "episode")},
+                **{name: float(row[name]) for name in ("return", "seconds")},
+            }
+            for row in csv.DictReader(rest.splitlines())
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is not a report's episodes: {error}") from error
+    changed = [name for name in about if before.get(name) != about[name]]
+    if changed:
+        raise ConfigError(
+            f"{path} holds episodes with another {' and '.join(changed)}; choose another --out"
+        )
+    return {(row["controller"], row["env_frames"], row["episode"]): row for row in rows}
+
+
+def _append(path: Path, about: dict[str, Any], row: dict[str, Any]) -> None:
+    new = not path.exists()
+    with path.open("a", encoding="utf-8", newline="") as file:
+        if new:
+            file.write(f"# {json.dumps(about)}\n")
+        writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _draw(
+    out: Path, about: dict[str, Any], controllers: list[str], rows: list[dict[str, Any]]
+) -> list[Path]:
+    """Curves, Figure 3 and, with two controllers or more, Figure 5 and its numbers."""
+    files, table = [], {}
+    for name in controllers:
+        curve = []
+        for frames in sorted({r["env_frames"] for r in rows if r["controller"] == name}):
+            some = [r for r in rows if r["controller"] == name and r["env_frames"] == frames]
+            returns = np.array([r["return"] for r in some])
+            table[name, frames] = {r["episode"]: r["return"] for r in some}
+            curve.append(
+                {
+                    "kind": "eval",
+                    "env_frames": frames,
+                    "update": some[0]["update"],
+                    "seconds": round(sum(r["seconds"] for r in some), 3),
+                    "return_mean": float(returns.mean()),
+                    "return_std": float(returns.std()),
+                    "episodes": len(returns),
+                }
+            )
+        if curve:
+            label = {"run": f"{about['run']}, {name}", "task": about["task"], "obs": about["obs"]}
+            files.append(write_curve(out / f"{name}.csv", label, curve))
+    files.append(plot_runs(files[:1], out / "figure-3.png"))
+    if len(files) > 2:
+        files.append(plot_runs(files[:-1], out / "figure-5.png", published=False))
+        files.append(_write_comparison(out / "figure-5.csv", controllers, table))
+    return files
+
+
+def _write_comparison(
+    path: Path, controllers: list[str], table: dict[tuple[str, int], dict[int, float]]
+) -> Path:
+    """Mean and standard error a controller, and each one's mean difference to the first.
+
+    Episodes of one index start alike, so differences are taken pairwise.
+    """
+    first, *others = controllers
+    columns = ["env_frames", *(f"{c}_{n}" for c in controllers for n in ("episodes", "mean", "se"))]
+    columns += [f"{c}_minus_{first}{n}" for c in others for n in ("", "_se")]
+    rows = []
+    for frames in sorted({frames for _, frames in table}):
+        row: dict[str, Any] = {"env_frames": frames}
+        for name in controllers:
+            returns = list(table.get((name, frames), {}).values())
+            mean, se = _mean_and_error(returns)
+            row |= {f"{name}_episodes": len(returns), f"{name}_mean": mean, f"{name}_se": se}
+        base = table.get((first, frames), {})
+        for name in others:
+            own = table.get((name, frames), {})
+            mean, se = _mean_and_error([own[i] - base[i] for i in own if i in base])
+            row |= {f"{name}_minus_{first}": mean, f"{name}_minus_{first}_se": se}
+        rows.append(row)
+    return write_csv(path, rows, columns=columns)
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float | str, float | str]:
+    """Mean and its standard error, rounded; blank where there are too few."""
+    mean = round(float(np.mean(values)), 3) if len(values) else ""
+    error = round(float(np.std(values, ddof=1) / len(values) ** 0.5), 3) if len(values) > 1 else ""
+    return mean, error
+
+
+def _draw_dream(agent: Dreamer, env: Any, seed: int, out: Path) -> Path:
+    """Figure 4: half of an episode's first 100 decisions watched, the other half dreamed."""
+    half = min(50, env.max_decisions // 2)
+    imagined, real = dream_and_live(agent, env, context=half, decisions=half, seed=seed)
+    if "pixels" in imagined:
+        return dream_figure(imagined["pixels"], real["pixels"], out / "figure-4.png")
+    return state_figure(imagined["state"], real["state"], out / "figure-4.png")

@@ -1,0 +1,1 @@
+"""What changes weights: the losses, and one update from a batch of replay."""

@@ -1,0 +1,164 @@
+"""What this machine offers: CPU, renderer, GPU, versions, and the backend each op would take."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import pkgutil
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastdreamer import ops
+from fastdreamer._version import __version__
+from fastdreamer.envs import EnvError, make_env
+from fastdreamer.envs.gl import GL, GLError, probe_all, select_gl
+from fastdreamer.ops.backend import BACKENDS, OPS, describe_kernels, last_backend, why_slow
+from fastdreamer.ops.gpu import driver_state
+
+_PACKAGES = ("torch", "triton", "numpy", "mujoco", "dm_control", "safetensors", "nvtx", "tyro")
+
+
+def report(console: Console) -> None:
+    """Print everything; a part that fails is printed with its reason."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in (*_machine(), *_simulator(), *_rendering(), *_versions()):
+        table.add_row(name, value)
+    console.print(table)
+    console.print()
+    console.print(_backends())
+
+
+def cpu_model() -> str:
+    """The processor's name, as the system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _machine() -> Iterator[tuple[str, str]]:
+    yield "fastdreamer", __version__
+    yield "system", f"{platform.platform()}, Python {platform.python_version()}"
+    yield "CPU", f"{cpu_model()}, {os.cpu_count()} cores"
+    yield "torch's CPU capability", torch.backends.cpu.get_cpu_capability()
+    yield "threads", f"{torch.get_num_threads()} (torch)"
+    yield from _core()
+    if torch.cuda.is_available():
+        yield (
+            "GPU",
+            ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())),
+        )
+    else:
+        yield "GPU", "none that torch can use"
+    yield "NVIDIA driver", driver_state()
+
+
+def _core() -> Iterator[tuple[str, str]]:
+    """What the native core measures, takes for each precision, and why."""
+    try:
+        from fastdreamer import _native
+    except ImportError as error:
+        yield "native core", f"not available: {error}"
+        return
+    try:
+        choice = _native.choice()
+    except ValueError as error:  # a variable asks for what the CPU lacks
+        yield "native core", str(error)
+        return
+    yield "native core", describe_kernels(choice)
+    rates = _native.rates()
+    for name, fp32, bf16 in rates:
+        yield f"  {name}", f"{fp32:.0f} GFLOP/s in fp32, {bf16:.0f} in bf16, one thread"
+    measured = {name for name, _, _ in rates}
+    for name, reason in _native.isa_reasons().items():
+        if reason is not None:
+            yield f"  {name}", f"no: {reason}"
+        elif name not in measured:
+            yield f"  {name}", "for tests alone: amx, its instructions emulated in avx512bf16"
+    yield from kernel_reasons(rates, choice, _native.faster(), os.environ)
+
+
+def kernel_reasons(
+    rates: Sequence[tuple[str, float, float]],
+    choice: Mapping[str, str],
+    faster: str,
+    environ: Mapping[str, str],
+) -> Iterator[tuple[str, str]]:
+    """Which of the core's kernels each precision takes, ``auto`` among them, and why.
+
+    Args:
+        rates: instruction set, GFLOP/s in fp32 and in bf16.
+        choice: see :func:`fastdreamer.ops.backend.kernel_choice`.
+        faster: what ``--precision auto`` is.
+        environ: where ``FASTDREAMER_ISA`` and ``FASTDREAMER_ARITHMETIC`` may be.
+    """
+    isa, arithmetic = (
+        f"as {name}={environ[name]} says" if environ.get(name) else None
+        for name in ("FASTDREAMER_ISA", "FASTDREAMER_ARITHMETIC")
+    )
+    fp32 = next(rate for name, rate, _ in rates if name == choice["fp32"])
+    bf16 = next(rate for name, _, rate in rates if name == choice["bf16"])
+    ratio = f"{choice['bf16']}'s bf16 has {bf16 / fp32:.2f} times the rate of fp32"
+    yield "fp32 takes", f"{choice['fp32']}, {isa or 'by these rates'}"
+    taken = choice["bf16"] if choice["for_bf16"] == "bf16" else "the kernels of fp32"
+    yield "bf16 takes", f"{taken}, {arithmetic or isa or 'by these rates'}: {ratio}"
+    yield "precision auto is", faster
+
+
+def _simulator() -> Iterator[tuple[str, str]]:
+    """Whether a task loads and steps: versions that do not fit each other show there."""
+    try:
+        env = make_env("walker-walk", obs="state")
+        env.reset(seed=0)
+        env.step(np.zeros(env.action_dim))
+        env.close()
+        yield "simulator", "walker-walk loads and steps"
+    except EnvError as error:
+        yield "simulator", f"no: {error}"
+
+
+def _rendering() -> Iterator[tuple[str, str]]:
+    try:
+        yield "rendering", str(select_gl())
+    except GLError as error:
+        yield "rendering", f"none works: {error}"
+    for name, answer in probe_all().items():
+        text = answer.renderer if isinstance(answer, GL) else f"no: {answer}"
+        yield f"  {name}", text
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in _PACKAGES:
+        try:
+            yield name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield name, "not installed"
+
+
+def _backends() -> Table:
+    for module in pkgutil.iter_modules(ops.__path__, f"{ops.__name__}."):
+        if not module.ispkg:
+            importlib.import_module(module.name)  # an op is known once its module is imported
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    table = Table(title=f"Backends on {device}", title_justify="left", show_lines=False)
+    table.add_column("op")
+    table.add_column("auto takes")
+    table.add_column("why not the others")
+    for name, op in sorted(OPS.items()):
+        reasons = {backend: op.why_not(backend, device) for backend in BACKENDS}
+        if device == "cpu" and reasons["native"] is None:
+            reasons["native"] = why_slow()
+        op.select("auto", torch.zeros(1, device=device))
+        others = "; ".join(f"{b}: {why}" for b, why in reasons.items() if why is not None)
+        table.add_row(name, last_backend(name), others or "-")
+    return table

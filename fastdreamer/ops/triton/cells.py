@@ -1,0 +1,342 @@
+"""One step of the dynamics and its gradient, each as one kernel of a program per block of rows.
+
+The latent distribution is the prior of a rollout or the posterior of a filter: they differ in
+what is added to the first layer's sum (``extra``, the embedding's part) and in the reset
+(``first``), so the same two kernels serve :func:`fastdreamer.ops.imagine` and
+:func:`fastdreamer.ops.observe`.
+
+Columns of the tape: the input layers, the GRU's r, z, n and the recurrent part of n's sum, the
+latent's hidden layers, the sum that becomes std, and behind them (SiLU alone) the input and latent
+layers' sums. Columns of ``grads``, gradients by sums: the input layers, r, z, n, n's recurrent
+part, the latent's hidden layers, mean and std. Both are described by
+:class:`fastdreamer.ops.triton.layout.StepLayout`.
+"""
+
+import triton
+import triton.language as tl
+
+from fastdreamer.ops.triton.device import (
+    accumulate,
+    accumulate_gates,
+    activation_slope,
+    bias_block,
+    hidden_backward,
+    hidden_layers,
+    input_gradient,
+    output_block,
+    sigmoid,
+    std_of,
+    std_slope,
+    tanh,
+)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def forward_kernel(
+    weights,  # packed, the input layers first, then W_ih, W_hh, then the latent's
+    biases,  # float32
+    deter,  # [rows, D] float32, as all the states and noise
+    stoch,
+    action,
+    noise,
+    first,  # [rows] bool: where to zero what RESET_ says before the step; or None
+    extra,  # [rows, first layer of the latent] float32, or None
+    new_deter,
+    new_stoch,
+    mean,  # [rows, S] or None
+    std,
+    tape,  # [rows, TAPE], dtype of the weights
+    rows,
+    scale,  # of std, see std_of
+    slope,
+    offset,
+    least,
+    floor,
+    A: tl.constexpr,
+    D: tl.constexpr,
+    S: tl.constexpr,
+    AP: tl.constexpr,  # padded sizes
+    DP: tl.constexpr,
+    SP: tl.constexpr,
+    IW: tl.constexpr,  # width and number of the input layers
+    IL: tl.constexpr,
+    LW: tl.constexpr,  # of the latent's hidden layers
+    LL: tl.constexpr,
+    I_ACT: tl.constexpr,
+    L_ACT: tl.constexpr,
+    I_PRE: tl.constexpr,
+    L_PRE: tl.constexpr,
+    STD: tl.constexpr,
+    RESET_D: tl.constexpr,
+    RESET_S: tl.constexpr,
+    RESET_A: tl.constexpr,
+    SAVE: tl.constexpr,  # whether the tape is for a backward pass
+    TAPE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BG: tl.constexpr,  # columns of a block of gates
+    BS: tl.constexpr,  # and of the outputs
+):
+    block = tl.program_id(0).to(tl.int64) * BM
+    row = tl.arange(0, BM)
+    real = block + row < rows
+    deter += block * D
+    stoch += block * S
+    action += block * A
+    noise += block * S
+    new_deter += block * D
+    new_stoch += block * S
+    tape += block * TAPE
+    kept_d, kept_s, kept_a = real, real, real
+    if first is not None:
+        goes_on = real & (tl.load(first + block + row, mask=real, other=0) == 0)
+        kept_d = goes_on if RESET_D else real
+        kept_s = goes_on if RESET_S else real
+        kept_a = goes_on if RESET_A else real
+    if extra is not None:
+        extra += block * (LW if LL > 0 else 2 * SP)
+
+    hidden_layers(
+        stoch, action, None, weights, biases, tape, row, real, kept_s, kept_a,
+        S, SP, A, AP, IW, IL, TAPE, I_PRE, I_ACT, BM, BN, BK,
+    )  # fmt: skip
+
+    wih = weights + (SP + AP + (IL - 1) * IW) * IW
+    whh = wih + IW * 3 * DP
+    bias = biases + IL * IW
+    gates = tape + IL * IW
+    for start in range(0, DP, BG):
+        column = start + tl.arange(0, BG)
+        inside = column < DP
+        r = bias_block(bias, column, inside, BM, BG)
+        z = bias_block(bias + DP, column, inside, BM, BG)
+        nx = bias_block(bias + 2 * DP, column, inside, BM, BG)
+        nh = bias_block(bias + 3 * DP, column, inside, BM, BG)
+        r, z, nx = accumulate_gates(
+            r, z, nx, gates - IW, wih, row, real, column, inside, IW, TAPE, DP, BK
+        )
+        r, z, nh = accumulate_gates(r, z, nh, deter, whh, row, kept_d, column, inside, D, D, DP, BK)
+        r, z = sigmoid(r), sigmoid(z)
+        n = tanh(nx + r * nh)
+        at = row[:, None] * D + column[None, :]
+        valid = (column < D)[None, :]
+        h = tl.load(deter + at, mask=kept_d[:, None] & valid, other=0.0)
+        tl.store(new_deter + at, (1.0 - z) * n + z * h, mask=real[:, None] & valid)
+        if SAVE:
+            at = row[:, None] * TAPE + column[None, :]
+            mask = real[:, None] & inside[None, :]
+            tl.store(gates + at, r.to(tape.dtype.element_ty), mask=mask)
+            tl.store(gates + at + DP, z.to(tape.dtype.element_ty), mask=mask)
+            tl.store(gates + at + 2 * DP, n.to(tape.dtype.element_ty), mask=mask)
+            tl.store(gates + at + 3 * DP, nh.to(tape.dtype.element_ty), mask=mask)
+    tl.debug_barrier()
+
+    lw = whh + DP * 3 * DP
+    lb = bias + 4 * DP
+    latent = gates + 4 * DP
+    hidden_layers(
+        new_deter, None, extra, lw, lb, latent, row, real, real, real,
+        D, DP, 0, 0, LW, LL, TAPE, L_PRE, L_ACT, BM, BN, BK,
+    )  # fmt: skip
+    for start in range(0, SP, BS):
+        column = start + tl.arange(0, BS)
+        inside = column < SP
+        m = output_block(
+            new_deter, None, extra, lw, lb, latent, row, real, column, inside,
+            D, DP, 0, 0, LW, LL, TAPE, 2 * SP, BM, BS, BK,
+        )  # fmt: skip
+        y = output_block(
+            new_deter, None, extra, lw, lb, latent, row, real, SP + column, inside,
+            D, DP, 0, 0, LW, LL, TAPE, 2 * SP, BM, BS, BK,
+        )  # fmt: skip
+        s = std_of(y, scale, slope, offset, least, floor, STD)
+        at = row[:, None] * S + column[None, :]
+        mask = real[:, None] & (column < S)[None, :]
+        eps = tl.load(noise + at, mask=mask, other=0.0)
+        tl.store(new_stoch + at, m + s * eps, mask=mask)
+        if mean is not None:
+            tl.store(mean + block * S + at, m, mask=mask)
+            tl.store(std + block * S + at, s, mask=mask)
+        if SAVE:
+            at = row[:, None] * TAPE + LL * LW + column[None, :]
+            mask = real[:, None] & inside[None, :]
+            tl.store(latent + at, y.to(tape.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def backward_kernel(
+    weights,  # packed, transposed, in the order of the forward kernel's
+    deter,  # [rows, D], the state before the step
+    noise,
+    first,
+    tape,
+    d_new_deter,  # [rows, D], all that reaches the state behind the step
+    d_new_stoch,
+    d_mean,  # [rows, S] beside what reaches the sample, or None
+    d_std,
+    d_deter,  # [rows, D]; the step's part is added, as to the next two
+    d_stoch,
+    d_action,
+    grads,  # [rows, GRADS], dtype of the tape, written
+    rows,
+    scale,
+    slope,
+    offset,
+    least,
+    floor,
+    A: tl.constexpr,
+    D: tl.constexpr,
+    S: tl.constexpr,
+    AP: tl.constexpr,
+    DP: tl.constexpr,
+    SP: tl.constexpr,
+    IW: tl.constexpr,
+    IL: tl.constexpr,
+    LW: tl.constexpr,
+    LL: tl.constexpr,
+    I_ACT: tl.constexpr,
+    L_ACT: tl.constexpr,
+    I_PRE: tl.constexpr,
+    L_PRE: tl.constexpr,
+    STD: tl.constexpr,
+    RESET_D: tl.constexpr,
+    RESET_S: tl.constexpr,
+    RESET_A: tl.constexpr,
+    TAPE: tl.constexpr,
+    GRADS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BS: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64) * BM
+    row = tl.arange(0, BM)
+    real = block + row < rows
+    kept_d, kept_s, kept_a = real, real, real
+    if first is not None:
+        goes_on = real & (tl.load(first + block + row, mask=real, other=0) == 0)
+        kept_d = goes_on if RESET_D else real
+        kept_s = goes_on if RESET_S else real
+        kept_a = goes_on if RESET_A else real
+    deter += block * D
+    noise += block * S
+    tape += block * TAPE
+    d_new_deter += block * D
+    d_new_stoch += block * S
+    d_deter += block * D
+    d_stoch += block * S
+    d_action += block * A
+    grads += block * GRADS
+
+    wih = weights + (SP + AP + (IL - 1) * IW) * IW
+    whh = wih + IW * 3 * DP
+    lw = whh + DP * 3 * DP
+    t_gates = tape + IL * IW
+    t_latent = t_gates + 4 * DP
+    g_gates = grads + IL * IW
+    g_latent = g_gates + 4 * DP
+    g_out = g_latent + LL * LW
+
+    for start in range(0, SP, BS):
+        column = start + tl.arange(0, BS)
+        inside = real[:, None] & (column < SP)[None, :]
+        at = row[:, None] * S + column[None, :]
+        mask = real[:, None] & (column < S)[None, :]
+        eps = tl.load(noise + at, mask=mask, other=0.0)
+        d_m = tl.load(d_new_stoch + at, mask=mask, other=0.0)
+        d_s = d_m * eps
+        if d_mean is not None:
+            d_m += tl.load(d_mean + block * S + at, mask=mask, other=0.0)
+            d_s += tl.load(d_std + block * S + at, mask=mask, other=0.0)
+        y = tl.load(
+            t_latent + row[:, None] * TAPE + LL * LW + column[None, :], mask=inside, other=0.0
+        )
+        d_y = d_s * std_slope(y.to(tl.float32), scale, slope, offset, least, floor, STD)
+        at = row[:, None] * GRADS + column[None, :]
+        tl.store(g_out + at, d_m.to(grads.dtype.element_ty), mask=inside)
+        tl.store(g_out + at + SP, d_y.to(grads.dtype.element_ty), mask=inside)
+    tl.debug_barrier()
+
+    hidden_backward(
+        lw, t_latent, g_latent, row, real,
+        DP, LW, LL, 2 * SP, TAPE, GRADS, L_PRE, L_ACT, BM, BN, BK,
+    )  # fmt: skip
+    for start in range(0, DP, BN):
+        column = start + tl.arange(0, BN)
+        inside = column < DP
+        mask = real[:, None] & inside[None, :]
+        at = row[:, None] * D + column[None, :]
+        valid = (column < D)[None, :]
+        dh = input_gradient(
+            lw, g_latent, row, real, column, inside, DP, LW, LL, 2 * SP, GRADS, BM, BN, BK
+        )
+        dh += tl.load(d_new_deter + at, mask=real[:, None] & valid, other=0.0)
+        h = tl.load(deter + at, mask=kept_d[:, None] & valid, other=0.0)
+        on = row[:, None] * TAPE + column[None, :]
+        r = tl.load(t_gates + on, mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(t_gates + on + DP, mask=mask, other=0.0).to(tl.float32)
+        n = tl.load(t_gates + on + 2 * DP, mask=mask, other=0.0).to(tl.float32)
+        nh = tl.load(t_gates + on + 3 * DP, mask=mask, other=0.0).to(tl.float32)
+        dn = dh * (1.0 - z) * (1.0 - n * n)
+        dz = dh * (h - n) * z * (1.0 - z)
+        dr = dn * nh * r * (1.0 - r)
+        to = row[:, None] * GRADS + column[None, :]
+        tl.store(g_gates + to, dr.to(grads.dtype.element_ty), mask=mask)
+        tl.store(g_gates + to + DP, dz.to(grads.dtype.element_ty), mask=mask)
+        tl.store(g_gates + to + 2 * DP, dn.to(grads.dtype.element_ty), mask=mask)
+        tl.store(g_gates + to + 3 * DP, (dn * r).to(grads.dtype.element_ty), mask=mask)
+        direct = tl.load(d_deter + at, mask=kept_d[:, None] & valid, other=0.0)
+        tl.store(d_deter + at, direct + dh * z, mask=kept_d[:, None] & valid)
+    tl.debug_barrier()
+
+    for start in range(0, DP, BN):  # through the recurrent weights
+        column = start + tl.arange(0, BN)
+        inside = column < DP
+        acc = tl.zeros([BM, BN], tl.float32)
+        acc = accumulate(acc, g_gates, whh, row, real, column, inside, 2 * DP, GRADS, DP, BK)
+        acc = accumulate(
+            acc, g_gates + 3 * DP, whh + 2 * DP * DP, row, real, column, inside, DP, GRADS, DP, BK
+        )
+        at = row[:, None] * D + column[None, :]
+        mask = kept_d[:, None] & (column < D)[None, :]
+        acc += tl.load(d_deter + at, mask=mask, other=0.0)
+        tl.store(d_deter + at, acc, mask=mask)
+    for start in range(0, IW, BN):  # to the last input layer
+        column = start + tl.arange(0, BN)
+        inside = column < IW
+        mask = real[:, None] & inside[None, :]
+        acc = tl.zeros([BM, BN], tl.float32)
+        acc = accumulate(acc, g_gates, wih, row, real, column, inside, 3 * DP, GRADS, IW, BK)
+        at = row[:, None] * TAPE + (IL - 1) * IW + column[None, :]
+        value = tl.load(tape + at + I_PRE, mask=mask, other=0.0).to(tl.float32)
+        acc *= activation_slope(value, I_ACT)
+        at = row[:, None] * GRADS + (IL - 1) * IW + column[None, :]
+        tl.store(grads + at, acc.to(grads.dtype.element_ty), mask=mask)
+    tl.debug_barrier()
+
+    # the last input layer stands for the output of the ones below it
+    hidden_backward(
+        weights, tape, grads, row, real,
+        SP + AP, IW, IL - 1, IW, TAPE, GRADS, I_PRE, I_ACT, BM, BN, BK,
+    )  # fmt: skip
+    for start in range(0, SP, BS):
+        column = start + tl.arange(0, BS)
+        acc = input_gradient(
+            weights, grads, row, real, column, column < SP,
+            SP + AP, IW, IL - 1, IW, GRADS, BM, BS, BK,
+        )  # fmt: skip
+        at = row[:, None] * S + column[None, :]
+        mask = kept_s[:, None] & (column < S)[None, :]
+        acc += tl.load(d_stoch + at, mask=mask, other=0.0)
+        tl.store(d_stoch + at, acc, mask=mask)
+    for start in range(0, AP, BS):
+        column = start + tl.arange(0, BS)
+        acc = input_gradient(
+            weights, grads, row, real, SP + column, column < AP,
+            SP + AP, IW, IL - 1, IW, GRADS, BM, BS, BK,
+        )  # fmt: skip
+        at = row[:, None] * A + column[None, :]
+        mask = kept_a[:, None] & (column < A)[None, :]
+        acc += tl.load(d_action + at, mask=mask, other=0.0)
+        tl.store(d_action + at, acc, mask=mask)

@@ -1,0 +1,509 @@
+"""What the Triton bodies of imagine and, with given actions, open_loop and rssm_step share.
+
+Each is one program forward and one backward; the critic's values hang on a second autograd node
+over the same tapes, so that actor and critic can be differentiated together or one after the other.
+Backward, the recurrence alone is a loop; what waits for nothing (heads, actor, gradients of
+weights) is computed for all H·B rows at once.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdreamer.ops.params import ActorParams, MLPParams, ReturnParams, RSSMParams, State
+from fastdreamer.ops.triton import lambda_return, tiles
+from fastdreamer.ops.triton.build import (
+    Action,
+    Builder,
+    Precision,
+    autocast_bf16,
+    first_order,
+)
+from fastdreamer.ops.triton.layout import (
+    NO_STD,
+    MlpShape,
+    Std,
+    StepShape,
+    feat_shape,
+    make_std,
+    step_shape,
+)
+from fastdreamer.ops.triton.program import Program
+from fastdreamer.ops.triton.run import run
+
+
+class _Heads(NamedTuple):
+    reward: MlpShape
+    critic: MlpShape
+    target: MlpShape | None
+    discount: MlpShape | None
+    gamma: float
+    lam: float
+
+    @property
+    def bootstrap(self) -> tuple[str, MlpShape]:
+        """Name and shape of the head that the λ-return ends in."""
+        return ("target", self.target) if self.target else ("critic", self.critic)
+
+    @property
+    def factor(self) -> Std:
+        """γ where the discount head's kernels look for it."""
+        return NO_STD._replace(scale=self.gamma)
+
+
+class _Spec(NamedTuple):
+    """All that a rollout's programs depend on."""
+
+    op: str
+    H: int
+    B: int
+    precision: Precision
+    step: StepShape
+    actor: MlpShape | None
+    policy: Action | None
+    through_feat: bool  # whether gradients pass through what the actor looks at
+    heads: _Heads | None
+    prior: bool  # whether the prior's mean and std are asked for
+    through: bool  # whether a gradient goes through the rollout
+    critic: bool  # whether one goes to the critic
+
+
+class _Wants(NamedTuple):
+    """Which parameters the backward pass computes gradients of."""
+
+    actor: bool
+    rssm: bool
+    reward: bool
+    discount: bool
+
+
+@functools.lru_cache(maxsize=64)
+def forward_program(spec: _Spec) -> Program:
+    """Inputs and outputs are named as in ``Call``; see ``fastdreamer.ops.imagine``."""
+    H, B, step = spec.H, spec.B, spec.step
+    A, D, S = step.A, step.D, step.S
+    b = Builder(spec.op, spec.precision)
+    start = b.slot("start.deter", (B, D)), b.slot("start.stoch", (B, S))
+    state_noise = b.slot("state_noise", (H, B, S))
+    deter, stoch = (
+        b.slot("deter", (H + 1, B, D), "output"),
+        b.slot("stoch", (H + 1, B, S), "output"),
+    )
+    action = b.slot("action", (H, B, A), "output" if spec.actor else "input")
+    rows, keep = (H * B, "output") if spec.through else (B, "scratch")
+    tape = b.operands("tape", (rows, step.tape), keep)
+    stride = B if spec.through else 0  # without a backward pass, every step uses the same rows
+    dynamics = b.pack_step("step", step, "prior")
+    if spec.actor:
+        action_noise = b.slot("action_noise", (H, B, A))
+        actor = b.pack_mlp("actor", spec.actor)
+        actor_tape = b.operands("actor.tape", (rows, spec.actor.tape), keep)
+    b.copy(start[0], deter, B, D)
+    b.copy(start[1], stoch, B, S)
+    moments: dict[str, Any] = {}
+    if spec.prior:
+        moments = {name: b.slot(name, (H, B, S), "output") for name in ("mean", "std")}
+    with b.loop("t", H) as t:
+        if spec.actor:
+            b.mlp_forward(
+                spec.actor, actor, (deter.at(t * B * D), stoch.at(t * B * S)),
+                action.at(t * B * A), actor_tape.at(t * stride * spec.actor.tape), B,
+                save=spec.through, head="action", noise=action_noise.at(t * B * A),
+                action=spec.policy,
+            )  # fmt: skip
+        b.step_forward(
+            step,
+            dynamics,
+            {
+                "deter": deter.at(t * B * D), "stoch": stoch.at(t * B * S),
+                "action": action.at(t * B * A), "noise": state_noise.at(t * B * S),
+                "new_deter": deter.at((t + 1) * B * D), "new_stoch": stoch.at((t + 1) * B * S),
+                "tape": tape.at(t * stride * step.tape),
+                **{name: slot.at(t * B * S) for name, slot in moments.items()},
+            },
+            B,
+            save=spec.through,
+        )  # fmt: skip
+    if spec.heads:
+        _heads_forward(b, spec, deter, stoch)
+    return b.program()
+
+
+def _heads_forward(b: Builder, spec: _Spec, deter: Any, stoch: Any) -> None:
+    H, B, heads = spec.H, spec.B, spec.heads
+    arrived = deter.at(B * spec.step.D), stoch.at(B * spec.step.S)  # states 1..H
+    before = deter.at(0), stoch.at(0)  # states 0..H-1
+    reward, next_value, value, returns = (
+        b.slot(name, (H, B), "output") for name in ("reward", "next_value", "value", "returns")
+    )
+    packed = {
+        name: b.pack_mlp(name, shape)
+        for name, shape in zip(("reward", "critic", "target", "discount"), heads[:4], strict=True)
+        if shape
+    }
+    discount = b.slot("discount", (H, B), "output" if heads.discount else "scratch")
+    name, bootstrap = heads.bootstrap
+    for of, shape, out, x, tape, save in (
+        ("reward", heads.reward, reward, arrived, "reward.tape", spec.through),
+        (name, bootstrap, next_value, arrived, "next_value.tape", spec.through),
+        ("critic", heads.critic, value, before, "critic.tape", spec.critic),
+    ):
+        kept = b.operands(tape, (H * B, shape.tape), "output" if save else "scratch")
+        b.mlp_forward(shape, packed[of], x, out.at(0), kept.at(0), H * B, save=save)
+    if heads.discount:
+        kept = b.operands(
+            "discount.tape", (H * B, heads.discount.tape), "output" if spec.through else "scratch"
+        )
+        b.mlp_forward(
+            heads.discount, packed["discount"], arrived, discount.at(0), kept.at(0), H * B,
+            save=spec.through, head="discount", normal=heads.factor,
+        )  # fmt: skip
+    else:
+        b.copy(None, discount, H, B, value=heads.gamma)
+    b.launch(
+        lambda_return.forward_kernel,
+        (-(-B // lambda_return.BLOCK),),
+        {
+            "reward": reward, "next_value": next_value, "discount": discount, "returns": returns,
+            "H": H, "B": B, "lam": heads.lam, "mix": 1.0 - heads.lam,
+        },
+        {"BLOCK": lambda_return.BLOCK},
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Program:
+    """``given`` names the outputs that a gradient reaches: inputs ``d_out.`` and the name."""
+    H, B, step = spec.H, spec.B, spec.step
+    A, D, S = step.A, step.D, step.S
+    rows = H * B
+    b = Builder(f"{spec.op} backward", spec.precision)
+    deter, stoch = b.slot("deter", (H + 1, B, D)), b.slot("stoch", (H + 1, B, S))
+    state_noise = b.slot("state_noise", (H, B, S))
+    action = b.slot("action", (H, B, A))
+    tape = b.operands("tape", (rows, step.tape))
+    grads = b.operands("grads", (rows, step.grads), "scratch")
+
+    def reaching(name: str, *shape: int) -> Any:
+        return b.slot(f"d_out.{name}", shape) if name in given else None
+
+    # gradients by the states, what reaches them from outside first; state 0 is the start
+    d_deter = b.slot("d_deter", (H + 1, B, D), "output")
+    d_stoch = b.slot("d_stoch", (H + 1, B, S), "output")
+    d_action = b.slot("d_action", (H, B, A), "scratch" if spec.actor else "output")
+    for target, name, size in ((d_deter, "deter", D), (d_stoch, "stoch", S)):
+        b.copy(None, target, B, size)
+        b.copy(reaching(name, H, B, size), target.at(B * size), rows, size)
+    b.copy(reaching("action", H, B, A), d_action, rows, A)
+    arrived = deter.at(B * D), stoch.at(B * S)
+    if given & {"reward", "returns", "discount"}:
+        d_arrived = d_deter.at(B * D), d_stoch.at(B * S)
+        _heads_backward(b, spec, wants, reaching, arrived, d_arrived)
+
+    dynamics = b.pack_step("step", step, "prior", transposed=True)
+    d_mean, d_std = reaching("mean", H, B, S), reaching("std", H, B, S)
+    by_actor = wants.actor or spec.through_feat
+    if by_actor:
+        shape = spec.actor
+        actor = b.pack_mlp("actor", shape, transposed=True)
+        actor_tape = b.operands("actor.tape", (rows, shape.tape))
+        actor_grads = b.operands("actor.grads", (rows, shape.grads), "scratch")
+        action_noise = b.slot("action_noise", (H, B, A))
+
+    def actor_backward(t: Any, count: int, d_x: tuple) -> None:
+        b.mlp_backward(
+            shape, actor, d_action.at(t * B * A), actor_tape.at(t * B * shape.tape),
+            actor_grads.at(t * B * shape.grads), count, d_x=d_x, head="action",
+            noise=action_noise.at(t * B * A), drawn=action.at(t * B * A), action=spec.policy,
+        )  # fmt: skip
+
+    with b.loop("t", H) as i:
+        t = H - 1 - i
+        b.step_backward(
+            step,
+            dynamics,
+            {
+                "deter": deter.at(t * B * D), "noise": state_noise.at(t * B * S),
+                "tape": tape.at(t * B * step.tape), "grads": grads.at(t * B * step.grads),
+                "d_new_deter": d_deter.at((t + 1) * B * D),
+                "d_new_stoch": d_stoch.at((t + 1) * B * S),
+                "d_mean": d_mean and d_mean.at(t * B * S),
+                "d_std": d_std and d_std.at(t * B * S),
+                "d_deter": d_deter.at(t * B * D), "d_stoch": d_stoch.at(t * B * S),
+                "d_action": d_action.at(t * B * A),
+            },
+            B,
+        )  # fmt: skip
+        if spec.through_feat:
+            actor_backward(t, B, (d_deter.at(t * B * D), d_stoch.at(t * B * S)))
+    if wants.rssm:
+        b.step_gradients(
+            step, "prior", deter.at(0), stoch.at(0), action.at(0), arrived[0],
+            tape.at(0), grads.at(0), rows,
+        )  # fmt: skip
+    if by_actor and not spec.through_feat:  # nothing waits for it: all rows at once
+        actor_backward(0, rows, (None, None))
+    if wants.actor:
+        b.mlp_gradients(
+            "actor", shape, [(deter.at(0), D, None), (stoch.at(0), S, None)],
+            actor_tape.at(0), shape.tape, actor_grads.at(0), shape.grads, rows,
+        )  # fmt: skip
+    return b.program()
+
+
+def _heads_backward(b: Builder, spec: _Spec, wants: _Wants, reaching, arrived, d_arrived) -> None:
+    H, B, heads = spec.H, spec.B, spec.heads
+    rows = H * B
+    d_reward, d_returns = reaching("reward", H, B), reaching("returns", H, B)
+    d_discount = reaching("discount", H, B)
+    discount = b.slot("discount", (H, B), "input" if heads.discount else "scratch")
+    over: list[tuple[str, MlpShape, str, Any]] = []
+    if d_returns is not None:
+        from_outside = d_reward, d_discount
+        d_reward, d_next, d_discount = (
+            b.slot(name, (H, B), "scratch") for name in ("by_reward", "by_next", "by_discount")
+        )
+        if not heads.discount:
+            b.copy(None, discount, H, B, value=heads.gamma)
+        b.launch(
+            lambda_return.backward_kernel,
+            (-(-B // lambda_return.BLOCK),),
+            {
+                "grad": d_returns, "next_value": b.slot("next_value", (H, B)),
+                "discount": discount, "returns": b.slot("returns", (H, B)),
+                "grad_reward": d_reward, "grad_next_value": d_next, "grad_discount": d_discount,
+                "H": H, "B": B, "lam": heads.lam, "mix": 1.0 - heads.lam,
+            },
+            {"BLOCK": lambda_return.BLOCK},
+        )  # fmt: skip
+        for source, target in zip(from_outside, (d_reward, d_discount), strict=True):
+            if source is not None:
+                b.copy(source, target, H, B, add=True)
+        over.append((*heads.bootstrap, "next_value.tape", d_next))
+    if d_reward is not None:
+        over.append(("reward", heads.reward, "reward.tape", d_reward))
+    if d_discount is not None and heads.discount:
+        over.append(("discount", heads.discount, "discount.tape", d_discount))
+    for name, shape, tape_name, d_out in over:
+        packed = b.pack_mlp(name, shape, transposed=True)
+        tape = b.operands(tape_name, (rows, shape.tape))
+        grads = b.operands(f"{name}.grads", (rows, shape.grads), "scratch")
+        kind: dict[str, Any] = {}
+        if name == "discount":
+            kind = {"head": name, "drawn": discount.at(0), "normal": heads.factor}
+        b.mlp_backward(
+            shape, packed, d_out.at(0), tape.at(0), grads.at(0), rows, d_x=d_arrived, **kind
+        )
+        if (name == "reward" and wants.reward) or (name == "discount" and wants.discount):
+            x = [(arrived[0], spec.step.D, None), (arrived[1], spec.step.S, None)]
+            b.mlp_gradients(name, shape, x, tape.at(0), shape.tape, grads.at(0), shape.grads, rows)
+
+
+@functools.lru_cache(maxsize=64)
+def critic_program(spec: _Spec) -> Program:
+    """The critic's gradients from that of ``value``."""
+    H, B, shape = spec.H, spec.B, spec.heads.critic
+    D, S, rows = spec.step.D, spec.step.S, spec.H * spec.B
+    b = Builder("critic backward", spec.precision)
+    x = [
+        (b.slot("deter", (H + 1, B, D)).at(0), D, None),
+        (b.slot("stoch", (H + 1, B, S)).at(0), S, None),
+    ]
+    tape = b.operands("critic.tape", (rows, shape.tape)).at(0)
+    grads = b.operands("critic.grads", (rows, shape.grads), "scratch").at(0)
+    packed = b.pack_mlp("critic", shape, transposed=True)
+    b.mlp_backward(shape, packed, b.slot("d_out.value", (H, B)).at(0), tape, grads, rows)
+    b.mlp_gradients("critic", shape, x, tape, shape.tape, grads, shape.grads, rows)
+    return b.program()
+
+
+def chosen(program: Program, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the tensors that a program takes."""
+    return {slot.name: tensors[slot.name] for slot in program.of_kind("input")}
+
+
+# autograd -----------------------------------------------------------------------------------------
+
+
+class Call:
+    """One rollout: what it was asked, and what its backward passes share."""
+
+    def __init__(
+        self,
+        op: str,
+        params: RSSMParams,
+        actor: ActorParams | None = None,
+        returns: ReturnParams | None = None,
+        *,
+        prior: bool = False,
+    ) -> None:
+        self.op, self.prior = op, prior
+        dynamics = params.gru.weight_hh.device
+        self.precision = Precision(autocast_bf16(dynamics), tiles.capability(dynamics))
+        self.step = step_shape(params)
+        D, S = self.step.D, self.step.S
+        # parameters by group and name, in the order in which autograd sees them
+        self.groups: dict[str, dict[str, Tensor]] = {
+            "inp": named("inp", params.inp),
+            "gru": {f"gru.{key}": value for key, value in params.gru._asdict().items()},
+            "prior": named("prior", params.prior),
+        }
+        self.actor = self.policy = self.heads = None
+        self.through_feat = False
+        if actor is not None:
+            self.actor = feat_shape(actor.mlp, D, S, groups=2, stoch_first=actor.stoch_first)
+            self.policy = Action(float(actor.mean_scale), make_std(actor.std))
+            self.through_feat = actor.through_feat
+            self.groups["actor"] = named("actor", actor.mlp)
+        if returns is not None:
+            four = (returns.reward, returns.critic, returns.target, returns.discount)
+            order = {"stoch_first": returns.stoch_first}
+            shapes = (head and feat_shape(head, D, S, **order) for head in four)
+            self.heads = _Heads(*shapes, float(returns.gamma), float(returns.lam))
+            self.groups["reward"] = named("reward", returns.reward)
+            self.groups["critic"] = named("critic", returns.critic)
+            if returns.target is not None:
+                self.groups["target"] = named("target", returns.target)
+            if returns.discount is not None:
+                self.groups["discount"] = named("discount", returns.discount)
+
+    def spec(self, noise: Tensor, through: bool, critic: bool) -> _Spec:
+        return _Spec(
+            self.op, noise.shape[0], noise.shape[1], self.precision, self.step,
+            self.actor, self.policy, self.through_feat, self.heads, self.prior, through, critic,
+        )  # fmt: skip
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {name: t for group in self.groups.values() for name, t in group.items()}
+
+    def __call__(self, **given: Tensor) -> dict[str, Tensor]:
+        """Run on start.deter, start.stoch, state_noise, action_noise or action; by name."""
+        if not torch.is_grad_enabled():
+            spec = self.spec(given["state_noise"], False, False)
+            return _shown(run(forward_program(spec), self.inputs(given)))
+        critic = any(t.requires_grad for t in self.groups.get("critic", {}).values())
+        names = list(given)
+        for group, parameters in self.groups.items():
+            if group not in ("critic", "target"):
+                names += parameters
+        tensors = {**given, **self.parameters()}
+        results: dict[str, Tensor] = {}
+        through = any(tensors[name].requires_grad for name in names)
+        spec = self.spec(given["state_noise"], through, critic)
+        outputs = _Rollout.apply(self, spec, names, results, *(tensors[n] for n in names))
+        found = dict(zip(_outputs(spec), outputs, strict=True))
+        if critic:
+            parameters = self.groups["critic"]
+            found["value"] = _Value.apply(
+                found["value"], spec, results, list(parameters), *parameters.values()
+            )
+        return found
+
+    def inputs(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        parameters = {name: t.detach().contiguous() for name, t in self.parameters().items()}
+        return {**{name: t.detach() for name, t in given.items()}, **parameters}
+
+
+def named(name: str, params: MLPParams) -> dict[str, Tensor]:
+    """Weights and biases by the names of a program's inputs."""
+    found = {}
+    for i, pair in enumerate(zip(params.weights, params.biases, strict=True)):
+        found |= zip((f"{name}.weight{i}", f"{name}.bias{i}"), pair, strict=True)
+    return found
+
+
+def _shown(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The states without the start."""
+    return {**found, "deter": found["deter"][1:], "stoch": found["stoch"][1:]}
+
+
+def _outputs(spec: _Spec) -> list[str]:
+    names = ["deter", "stoch"]
+    names += ["action"] if spec.actor else []
+    names += ["mean", "std"] if spec.prior else []
+    names += ["reward", "returns", "next_value", "value"] if spec.heads else []
+    return names + (["discount"] if spec.heads and spec.heads.discount else [])
+
+
+class _Rollout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call, spec, names, results, *tensors):
+        given = dict(zip(names, tensors, strict=True))
+        inputs = call.inputs({n: t for n, t in given.items() if n not in call.parameters()})
+        found = run(forward_program(spec), inputs)
+        shown = _shown(found)
+        ctx.set_materialize_grads(False)
+        ctx.spec, ctx.names = spec, names
+        groups = {g: set(parameters) for g, parameters in call.groups.items()}
+        needs = dict(zip(names, ctx.needs_input_grad[4:], strict=True))
+        ctx.needs = needs
+        ctx.wants = _Wants(
+            actor=any(needs[n] for n in groups.get("actor", ())),
+            rssm=any(needs[n] for g in ("inp", "gru", "prior") for n in groups[g]),
+            reward=any(needs[n] for n in groups.get("reward", ())),
+            discount=any(needs[n] for n in groups.get("discount", ())),
+        )
+        kept = {**inputs, **{n: found[n] for n in found if n not in ("value", "critic.tape")}}
+        ctx.kept = list(kept)
+        # saved, so that autograd refuses if they are changed; the inputs before they were copied
+        ctx.save_for_backward(*(given.get(n, t) for n, t in kept.items()))
+        results.update({n: found[n] for n in ("critic.tape", "deter", "stoch") if n in found})
+        plain = [shown[n] for n in ("next_value", "value") if n in shown]
+        ctx.mark_non_differentiable(*plain)
+        return tuple(shown[name] for name in _outputs(spec))
+
+    @staticmethod
+    @first_order
+    def backward(ctx, *grads):
+        spec, needs = ctx.spec, ctx.needs
+        reached = {
+            name: grad.contiguous()
+            for name, grad in zip(_outputs(spec), grads, strict=True)
+            if grad is not None and name not in ("next_value", "value")
+        }
+        for one, other in (("mean", "std"), ("std", "mean")):
+            if one in reached and other not in reached:
+                reached[other] = torch.zeros_like(reached[one])
+        if not reached:
+            return (None,) * (4 + len(ctx.names))
+        program = backward_program(spec, ctx.wants, frozenset(reached))
+        tensors = {
+            n: t.detach().contiguous() for n, t in zip(ctx.kept, ctx.saved_tensors, strict=True)
+        }
+        tensors |= {f"d_out.{name}": grad for name, grad in reached.items()}
+        found = run(program, chosen(program, tensors))
+        found = {name.removeprefix("d_"): grad for name, grad in found.items()}
+        found["start.deter"], found["start.stoch"] = found.pop("deter")[0], found.pop("stoch")[0]
+        return (None,) * 4 + tuple(found.get(name) if needs[name] else None for name in ctx.names)
+
+
+class _Value(torch.autograd.Function):
+    """The critic's values of a rollout, differentiable by the critic's parameters."""
+
+    @staticmethod
+    def forward(ctx, value, spec, results, names, *critic):
+        ctx.spec, ctx.names, ctx.results = spec, names, list(results)
+        ctx.save_for_backward(*critic, *results.values())
+        return value.view_as(value)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad):
+        tensors = dict(zip([*ctx.names, *ctx.results], ctx.saved_tensors, strict=True))
+        tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
+        tensors["d_out.value"] = grad.contiguous()
+        program = critic_program(ctx.spec)
+        found = run(program, chosen(program, tensors))
+        return None, None, None, None, *(found[f"d_{name}"] for name in ctx.names)
+
+
+def start_of(state: State) -> dict[str, Tensor]:
+    return {"start.deter": state.deter, "start.stoch": state.stoch}
+
+
+def states_of(found: dict[str, Tensor]) -> State:
+    return State(found["deter"], found["stoch"])

@@ -1,0 +1,625 @@
+"""A training run: the schedule, checkpoints, evaluation, and what becomes of a kill.
+
+The schedule is a sequence of cycles. A cycle starts by handing the current weights to the
+collector, does the updates that the newest episode calls for, and ends by entering the collected
+episode into replay. So episode k is collected with the weights of a fixed update and enters replay
+at a fixed update, and a resumed run equals an uninterrupted one bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import nvtx
+import torch
+from torch import Tensor
+
+from fastdreamer._version import __version__
+from fastdreamer.acting.play import run_backend
+from fastdreamer.acting.safety import own_signal, refuse_signal
+from fastdreamer.config import (
+    Config,
+    ConfigError,
+    architecture,
+    differences,
+    from_dict,
+    to_dict,
+)
+from fastdreamer.errors import FastdreamerError
+from fastdreamer.files import replacing
+from fastdreamer.learning.dreamer import Dreamer
+from fastdreamer.machine.device import describe_choice, resolve_config
+from fastdreamer.ops.backend import describe_kernels, kernel_choice
+from fastdreamer.training import checkpoint
+from fastdreamer.training.collector import Collector, Job, Result, policy_weights
+from fastdreamer.training.episodes import episode_fields
+from fastdreamer.training.logger import METRICS_FILE, Logger, Progress, read_metrics
+from fastdreamer.training.replay import Replay
+
+_log = logging.getLogger("fastdreamer")
+
+
+_SHOWN, _WATCHED = 3, 5
+"""Of an open-loop prediction in TensorBoard: sequences, and steps watched before it."""
+_CHOSEN = "chosen"
+"""The part of ``config.json`` that sets nothing."""
+_CURSOR = (
+    "update",
+    "episodes",
+    "env_frames",
+    "newest_decisions",
+    "newest_frames",
+    "left",
+    "best_return",
+)
+
+
+Loaded = tuple[Path, dict[str, Tensor], dict[str, Any]]
+"""A checkpoint: its file, tensors and JSON document."""
+
+
+class RunError(FastdreamerError, RuntimeError):
+    """A run directory cannot be used as asked; the message says why and what would work."""
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM: the run can be resumed.
+
+    saved: it goes on where it was; asked a second time, it left at once, and goes on at the newest
+    checkpoint.
+    """
+
+    def __init__(self, *, saved: bool = True) -> None:
+        super().__init__()
+        self.saved = saved
+
+
+def create_run(run_dir: Path, config: Config) -> None:
+    """Make a run directory with its ``config.json``.
+
+    Raises:
+        RunError: there is a run already. BackendError: the backend or device cannot run here.
+        ConfigError: they contradict each other.
+    """
+    config = resolve_config(config)  # a resumed run computes where this one does
+    _refuse_used(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with lock_run(run_dir):
+        _refuse_used(run_dir)  # again: another process may have been quicker
+        write_config(run_dir, config)
+
+
+def _refuse_used(run_dir: Path) -> None:
+    if (run_dir / "config.json").exists():
+        raise RunError(
+            f"{run_dir} holds a run already; resume it with `fastdreamer train --resume {run_dir}`,"
+            " or choose another --run"
+        )
+
+
+def write_config(run_dir: Path, config: Config) -> None:
+    """Write ``config.json`` atomically, with what ``auto`` means here for whoever reads it."""
+    told = {**to_dict(config), _CHOSEN: describe_choice(config)}
+    with replacing(run_dir / "config.json") as temporary:
+        temporary.write_text(json.dumps(told, indent=2) + "\n")
+
+
+def read_config(run_dir: Path) -> Config:
+    """The configuration of a run.
+
+    Raises:
+        RunError: not a run directory, or its configuration is damaged.
+    """
+    path = run_dir / "config.json"
+    if not path.is_file():
+        raise RunError(f"{run_dir} is not a run directory (no config.json)")
+    try:
+        told = json.loads(path.read_text())
+        if isinstance(told, dict):
+            told.pop(_CHOSEN, None)
+        return from_dict(told)
+    except (ConfigError, ValueError, TypeError) as error:
+        raise RunError(f"{path}: {error}") from error
+
+
+@contextlib.contextmanager
+def lock_run(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from training this run; RunError where one does already."""
+    with open(run_dir / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{run_dir} is being trained by another process") from None
+        yield
+
+
+class Trainer:
+    """One run, from wherever its newest checkpoint left it.
+
+    Args:
+        run_dir: made by ``create_run``.
+        config: settings to go on with in place of the run's own; they become its own when training
+            starts, if they fit.
+
+    Raises:
+        RunError: not a run.
+    """
+
+    def __init__(self, run_dir: Path, config: Config | None = None) -> None:
+        self.run_dir = run_dir
+        self.config = read_config(run_dir)
+        self._asked = config
+
+    def train(self, until: int | None = None) -> None:
+        """Train to the end of the schedule.
+
+        Args:
+            until: end where the schedule is at so many env frames, saved; training from there on
+                equals training in one go.
+
+        Raises:
+            RunError: another process is training this run, its checkpoints are gone, or settings
+                do not fit what it has learned; everything is as it was.
+            BackendError: the backend or device cannot run here.
+            ConfigError: they contradict each other.
+            Stopped: a signal asked to stop; everything is saved. A second one leaves at once.
+            NonFiniteLoss: a loss or gradient became NaN or infinite; the newest checkpoint stands.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(lock_run(self.run_dir))
+            config, loaded = self._settle()
+            self.config = config
+            self._until = config.train.frames if until is None else min(until, config.train.frames)
+            torch.set_num_threads(config.threads)
+            stack.enter_context(run_backend(config))
+            self._stop = stack.enter_context(stop_signals())
+            self._open(stack, loaded)
+            del loaded  # as large as all that learns
+            self._run()
+
+    # ----------------------------------------------------------------- set-up
+
+    def _settle(self) -> tuple[Config, Loaded | None]:
+        """The settings to go on with and the newest checkpoint; they fit each other and are kept.
+
+        To be called under the lock: nothing is written before all is known to fit.
+        """
+        run_dir, own = self.run_dir, read_config(self.run_dir)
+        config = resolve_config(self._asked or own)
+        if self._asked is None and own_signal(own.safety):
+            refuse_signal(own.safety, "Trainer(run_dir, config)")
+        loaded = checkpoint.load_newest(run_dir / "checkpoints")
+        _refuse_lost(run_dir, own, loaded)
+        learned = architecture(own)
+        if loaded is not None:
+            _, _, meta = loaded
+            # One of before it was written down has that of its own settings.
+            learned = meta.get("architecture") or architecture(from_dict(meta["config"]))
+            frames = meta["cursor"]["env_frames"]
+            if config.train.frames < min(own.train.frames, frames):
+                raise RunError(
+                    f"{run_dir} has {frames} env frames already: there is nothing to do up to "
+                    f"train.frames = {config.train.frames} (its own: {own.train.frames})"
+                )
+        wrong = differences(
+            {"seed": own.seed, **learned}, {"seed": config.seed, **architecture(config)}
+        )
+        if wrong:
+            raise RunError(
+                f"{run_dir}: {'; '.join(wrong)}. What decides the networks, what they see and the "
+                "random numbers is fixed when a run starts; make a new run to change it"
+            )
+        if config != own:
+            write_config(run_dir, config)
+        return config, loaded
+
+    def _open(self, stack: contextlib.ExitStack, loaded: Loaded | None) -> None:
+        """Build everything and put it where the newest checkpoint left it."""
+        config, run_dir = self.config, self.run_dir
+        kind = "pixels and state" if config.env.obs == "both" else config.env.obs
+        self.progress = stack.enter_context(
+            Progress(config.train.frames, title=f"{config.env.task} from {kind}")
+        )
+        chosen = describe_choice(config)
+        by = f"{chosen['backend']}, {chosen['kernels']}" if chosen["kernels"] else chosen["backend"]
+        self.progress.message(f"computing on {chosen['device']} in {config.precision} by {by}")
+        plural = "s" if config.threads > 1 else ""
+        self.progress.message(f"learning on {config.threads} CPU thread{plural}")
+        self.progress.update(phase="starting the collector")
+        self.collector = Collector(config, run_dir / "episodes", self._stop.check)
+        stack.callback(self.collector.close)
+        shapes, action_dim = self.collector.obs_shapes, self.collector.action_dim
+        self.agent = Dreamer(config, shapes, action_dim)
+        if self.agent.guard is not None:
+            _ = self.agent.guard.signal  # one that cannot be loaded is refused before anything else
+        self.optimizers = self.agent.make_optimizers()
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.sample_rng = np.random.default_rng(config.seed)
+        self.replay = Replay(
+            run_dir / "episodes",
+            capacity=config.replay.capacity,
+            fields=episode_fields(shapes, action_dim),
+            task=config.env.task,
+        )
+        # The cursor: plain numbers that a checkpoint holds besides tensors.
+        self.update = 0
+        self.episodes = 0  # entered into replay so far
+        self.env_frames = 0
+        self.newest_decisions = self.newest_frames = 0  # of the episode that entered last
+        self.left = 0  # updates left in this cycle
+        self.job: Job | None = None  # under way in the collector
+        self.job_weights: dict[str, Tensor] = {}
+        self.best_return = -np.inf
+        self._waited: deque[float] = deque(maxlen=20)  # seconds for the collector, a cycle
+        lines = None
+        if loaded is not None:
+            lines = self._restore(*loaded)
+            self.progress.update(env_frames=self.env_frames, updates=self.update)
+        elif (run_dir / METRICS_FILE).exists():
+            self.progress.message("stopped before its first checkpoint: begins again at update 0")
+        self.logger = stack.enter_context(Logger(run_dir, resume_lines=lines))
+        if self.job is not None:
+            self.collector.submit(self.job, self.job_weights)
+
+    def _restore(self, path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> int:
+        """Load a checkpoint into everything; return how many lines of metrics it had written."""
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            group, _, rest = name.partition("/")
+            groups.setdefault(group, {})[rest] = value
+        self._load_agent(groups["agent"])
+        for name, optimizer in self.optimizers.items():
+            # Saved before the first update, or before the run was given it, an optimiser has no
+            # state yet.
+            checkpoint.restore_optimizer(optimizer, groups.get(f"{name}_optimizer", {}))
+        self.generator.set_state(groups["generators"]["update"])
+        self.sample_rng.bit_generator.state = meta["sample_rng"]
+        cursor = meta["cursor"]
+        for name in _CURSOR:
+            setattr(self, name, cursor[name])
+        self.job = Job(**cursor["job"]) if cursor["job"] else None
+        self.job_weights = groups.get("job_weights", {})
+        if self.job is not None and not self.job.random:
+            needed = policy_weights(self.agent)
+            if needed.keys() != self.job_weights.keys():
+                # Others act than when it was begun, and they need more: all of one update.
+                self.job_weights, self.job = needed, replace(self.job, update=self.update)
+        missing = self.replay.load(cursor["replay"])
+        for warning in missing:
+            self.progress.message(f"skipped: {warning}")
+        self.progress.message(f"resumed from {path} at update {self.update}")
+        before, here = meta.get("kernels"), kernel_choice()
+        if before and here and before != here:
+            there, here = describe_kernels(before), describe_kernels(here)
+            self.progress.message(
+                f"other kernels than when it was saved ({there}; now {here}): "
+                "from here on not bit for bit as it would have been"
+            )
+        # Snapshots of a future that was lost come again.
+        for frames, snapshot in checkpoint.list_snapshots(self.run_dir / "snapshots").items():
+            if frames > self.env_frames:
+                snapshot.unlink()
+        return cursor["metric_lines"]
+
+    def _load_agent(self, weights: dict[str, Tensor]) -> None:
+        """Load weights; an explorer or guard that the run has only now been given starts here."""
+        for part in ("explorer.", "guard."):
+            if not any(name.startswith(part) for name in weights):
+                own = self.agent.state_dict()
+                weights = weights | {n: v for n, v in own.items() if n.startswith(part)}
+        self.agent.load_state_dict(weights)
+
+    # --------------------------------------------------------------- schedule
+
+    def _run(self) -> None:
+        config = self.config
+        started_at = speed_update = saved = self.update
+        speed_from = None  # the clock of updates/s starts with the first update
+        while True:
+            while self.left == 0:
+                if not self._next_cycle():
+                    self._save()
+                    self._finish()
+                    return
+                if self._stop.asked:
+                    break
+            if self._stop.asked:
+                self._halt()
+            if self.update - saved >= config.train.checkpoint_every:
+                self._save()
+                saved = self.update
+            speed_from = speed_from or time.monotonic()
+            metrics = self._update()
+            self.update += 1
+            self.left -= 1
+            now = time.monotonic()
+            if self.update % config.train.log_every == 0 or self.update == started_at + 1:
+                speed = (self.update - speed_update) / max(now - speed_from, 1e-9)
+                speed_from, speed_update = now, self.update
+                if self.update % config.train.log_every == 0:
+                    self._log("train", updates_per_s=speed, **metrics)
+                losses = {n: v for n, v in metrics.items() if n.endswith("_loss") or n == "kl"}
+                self.progress.update(
+                    losses=losses, updates_per_s=speed, seconds_left=self._seconds_left(speed)
+                )
+            self.progress.update(updates=self.update)
+
+    def _halt(self) -> NoReturn:
+        """Save and stop. A job under way is dropped; resuming starts it again."""
+        # Before the first update there is nothing to save but random episodes, which come again;
+        # the final evaluation has the checkpoint that it started from.
+        final = self.job is not None and self.job.episode is None
+        if self.update and not final:
+            self._save()
+        raise Stopped
+
+    def _update(self) -> dict[str, float]:
+        """One batch from replay to new weights."""
+        config = self.config
+        with nvtx.annotate("data"):
+            arrays = self.replay.sample(config.replay.batch, config.replay.length, self.sample_rng)
+            batch = {k: torch.from_numpy(v).to(self.agent.device) for k, v in arrays.items()}
+        with nvtx.annotate("update"):
+            health = (self.update + 1) % config.train.log_every == 0  # of what is logged
+            metrics = self.agent.update(batch, self.optimizers, self.generator, health=health)
+        every = config.behavior.target_every
+        if every and (self.update + 1) % every == 0:
+            self.agent.update_target()
+        return metrics
+
+    def _next_cycle(self) -> bool:
+        """End a cycle and start the next; False when the run is complete."""
+        config = self.config
+        if self.job is not None:
+            self._enter(self.job)
+        if self.env_frames >= self._until:
+            return False
+        if self.episodes < config.collect.prefill:
+            self._submit(episode=self.episodes, random=True)
+            self.progress.update(phase="collecting random episodes")
+        elif self.update < config.train.pretrain:
+            self.left = config.train.pretrain - self.update
+            self.progress.update(phase="learning from the random episodes")
+        else:
+            self.left = max(1, round(self._updates_for(self.newest_decisions)))
+            self._submit(episode=self.episodes, evaluations=self._evaluations_due())
+            self.progress.update(phase="learning")
+        return True
+
+    def _submit(self, *, episode: int | None, random: bool = False, evaluations: int = 0) -> None:
+        video = None
+        if evaluations and self.config.eval.video and self.config.env.obs != "state":
+            video = str(self.run_dir / "videos" / f"eval-{self.env_frames:09d}.mp4")
+        self.job = Job(self.update, episode, random, evaluations, video)
+        self.job_weights = {} if random else policy_weights(self.agent)
+        self.collector.submit(self.job, self.job_weights)
+        if video:
+            self._log_prediction()
+
+    def _log_prediction(self) -> None:
+        """Show in TensorBoard what the model predicts blindly, below what really happened.
+
+        Its random numbers are its own, so that those of the updates stay as they are.
+        """
+        seeds = np.random.SeedSequence([self.config.seed, self.env_frames])
+        sequence, latent = (int(s) for s in seeds.generate_state(2))
+        batch = self.replay.sample(
+            _SHOWN, self.config.replay.length, np.random.default_rng(sequence)
+        )
+        begins = np.flatnonzero(batch["is_first"][1:].any(1))
+        length = int(begins[0]) + 1 if len(begins) else len(batch["is_first"])
+        context = min(_WATCHED, length - 1)
+        tensors = {k: torch.from_numpy(v[:length]).to(self.agent.device) for k, v in batch.items()}
+        generator = torch.Generator().manual_seed(latent)
+        predicted = self.agent.predict(tensors, context, generator)["pixels"]
+        pair = np.concatenate([batch["pixels"][:length], predicted], 2)  # [T, B, 2h, w, 3]
+        frames = np.concatenate(list(pair.swapaxes(0, 1)), 2)  # one sequence beside the other
+        self.logger.log_video("eval/open_loop", frames, fps=10, env_frames=self.env_frames)
+
+    def _evaluations_due(self) -> int:
+        return self.config.eval.episodes if self._crossed(self.config.eval.every) else 0
+
+    def _crossed(self, every: int) -> bool:
+        """Whether this cycle is the first at or past a multiple of so many env frames; 0: never."""
+        before = self.env_frames - self.newest_frames
+        return bool(every) and self.env_frames // every > before // every
+
+    def _enter(self, job: Job) -> None:
+        """Wait for a job and take in what it brought."""
+        with nvtx.annotate("wait for the collector"):
+            result, waited = self._wait(job)
+        self.job, self.job_weights = None, {}
+        if result.eval_returns:
+            self._log_evaluation(job, result.eval_returns, result.eval_safety)
+        if job.episode is None:
+            return
+        info = self.replay.add(job.episode)
+        self.episodes += 1
+        self.env_frames += info.env_frames
+        self.newest_decisions, self.newest_frames = info.length - 1, info.env_frames
+        value = result.episode_return
+        self.best_return = max(self.best_return, value)
+        if self.agent.explorer is not None and not job.random:
+            self.agent.explorer.rounds += 1
+        values = {"return": value, "episode": job.episode, "random": int(job.random)}
+        self._log("episode", **values, wait_collector_s=waited, **result.episode_safety)
+        self.progress.update(
+            env_frames=self.env_frames, last_return=value, best_return=self.best_return
+        )
+        train = self.config.train
+        final = self.env_frames >= train.frames
+        if self.update and (final or self._crossed(train.snapshot_every)):
+            self._save_snapshot()
+
+    def _wait(self, job: Job) -> tuple[Result, float]:
+        """What a job brought, and the seconds waited for it, which the display expects of later
+        ones."""
+        start = time.monotonic()
+        ready = self.collector.ready(timeout=0)
+        if not ready and job.episode is not None and not job.random:
+            also = " and its evaluation" if job.evaluations else ""
+            self.progress.update(phase=f"waiting for episode {job.episode + 1}{also}")
+        while not ready:
+            if self._stop.asked:
+                self._halt()
+            ready = self.collector.ready(timeout=0.2)
+        waited = time.monotonic() - start
+        if job.episode is not None and not job.random:
+            self._waited.append(waited)
+        return self.collector.wait(), waited
+
+    def _log_evaluation(self, job: Job, returns: list[float], safety: dict[str, float]) -> None:
+        values = {
+            "return_mean": float(np.mean(returns)),
+            "return_std": float(np.std(returns)),
+            "episodes": len(returns),
+            **safety,
+        }
+        # The job started with this cycle: env_frames has not moved since, update has.
+        self.logger.log("eval", env_frames=self.env_frames, update=job.update, **values)
+        self.progress.update(eval_return=values["return_mean"])
+
+    def _finish(self) -> None:
+        """Evaluate the final weights."""
+        if self.config.eval.every and self._until >= self.config.train.frames:
+            self.progress.update(phase="evaluating the final weights")
+            self._submit(episode=None, evaluations=self.config.eval.episodes)
+            self._enter(self.job)
+        self.progress.update(phase="done", seconds_left=0.0)
+
+    # ---------------------------------------------------------------- records
+
+    def _log(self, kind: str, **values: float) -> None:
+        self.logger.log(kind, env_frames=self.env_frames, update=self.update, **values)
+
+    def _seconds_left(self, updates_per_s: float) -> float:
+        """The rest's updates, and what the learner has waited for the collector in late cycles."""
+        frames = max(0, self.config.train.frames - self.env_frames)
+        updates = self._updates_for(frames / self.config.env.action_repeat)
+        cycles = frames / max(1, self.newest_frames)
+        waited = sum(self._waited) / len(self._waited) if self._waited else 0.0
+        return updates / updates_per_s + cycles * waited
+
+    def _updates_for(self, decisions: float) -> float:
+        """The updates that so many collected decisions call for."""
+        replay = self.config.replay
+        return self.config.train.replay_ratio * decisions / (replay.batch * replay.length)
+
+    def _description(self) -> dict[str, Any]:
+        """What a checkpoint says of the agent, for ``load``."""
+        return {
+            "version": __version__,
+            "config": to_dict(self.config),
+            "architecture": architecture(self.config),
+            "obs_shapes": self.agent.obs_shapes,
+            "action_dim": self.agent.action_dim,
+            "kernels": kernel_choice(),
+        }
+
+    def _save_snapshot(self) -> None:
+        """Keep the weights that the next cycle starts with, those that an evaluation here has."""
+        directory, train = self.run_dir / "snapshots", self.config.train
+        tensors = {f"agent/{k}": v for k, v in self.agent.state_dict().items()}
+        cursor = {"update": self.update, "env_frames": self.env_frames}
+        path = checkpoint.snapshot_path(directory, self.env_frames)
+        checkpoint.save_checkpoint(path, tensors, {**self._description(), "cursor": cursor})
+        checkpoint.thin(directory, train.snapshot_every, train.keep_snapshots)
+
+    def _save(self) -> None:
+        tensors = {f"agent/{k}": v for k, v in self.agent.state_dict().items()}
+        for name, optimizer in self.optimizers.items():
+            state = checkpoint.flatten_optimizer(optimizer)
+            tensors |= {f"{name}_optimizer/{k}": v for k, v in state.items()}
+        tensors["generators/update"] = self.generator.get_state()
+        tensors |= {f"job_weights/{k}": v for k, v in self.job_weights.items()}
+        meta = {
+            **self._description(),
+            "sample_rng": self.sample_rng.bit_generator.state,
+            "cursor": {
+                **{name: getattr(self, name) for name in _CURSOR},
+                "job": asdict(self.job) if self.job else None,
+                "replay": self.replay.indices,
+                "metric_lines": self.logger.lines,
+            },
+        }
+        directory = self.run_dir / "checkpoints"
+        self.logger.sync()
+        path = checkpoint.checkpoint_path(directory, self.update)
+        checkpoint.save_checkpoint(path, tensors, meta)
+        kept = checkpoint.prune(directory, path, self.config.train.keep_checkpoints)
+        self.replay.delete_before(_oldest_episode(kept))
+
+
+def _oldest_episode(checkpoints: list[Path]) -> int:
+    """The lowest number of an episode that any of these checkpoints needs to resume."""
+    held: list[int] = []
+    for path in checkpoints:
+        with contextlib.suppress(checkpoint.CheckpointError):  # damaged since it was written
+            held += checkpoint.load_meta(path)["cursor"]["replay"]
+    return min(held, default=0)
+
+
+def _refuse_lost(run_dir: Path, config: Config, loaded: Loaded | None) -> None:
+    """Raise RunError where a run had checkpoints and has none any more.
+
+    A kill before the first one leaves metrics of no more updates than there are between two; those
+    come again.
+    """
+    if loaded is not None:
+        return
+    updates = [0]
+    if (run_dir / METRICS_FILE).exists():
+        updates += [line["update"] for line in read_metrics(run_dir)]
+    for path in checkpoint.list_snapshots(run_dir / "snapshots").values():
+        with contextlib.suppress(checkpoint.CheckpointError):
+            updates.append(checkpoint.load_meta(path)["cursor"]["update"])
+    if max(updates) > config.train.checkpoint_every:
+        raise RunError(
+            f"{run_dir} has made {max(updates)} updates, but {run_dir / 'checkpoints'} holds no "
+            "checkpoint to go on from: put them back, or start afresh with `fastdreamer train "
+            f"{config.env.task}`, which makes a new run and leaves this one as it is"
+        )
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM, noted in ``asked``; see :func:`stop_signals`."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def note(self, *_: object) -> None:
+        """The signals' handler."""
+        if self.asked:
+            raise Stopped(saved=False)
+        self.asked = True
+
+    def check(self) -> None:
+        """Raise Stopped if asked to: where there is nothing to save."""
+        if self.asked:
+            raise Stopped
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[StopSignals]:
+    """Note the first Ctrl-C or SIGTERM instead of raising in the middle of an update.
+
+    The second one raises Stopped wherever it arrives.
+    """
+    state = StopSignals()
+    old = {s: signal.signal(s, state.note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield state
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,212 @@
+"""fastdreamer report: figures and numbers from snapshots, resumed wherever it was stopped."""
+
+import csv
+import dataclasses
+import re
+import shutil
+import time
+
+import numpy as np
+import pytest
+
+from fastdreamer.analysis import report
+from fastdreamer.analysis.report import write_report
+from fastdreamer.analysis.viz.dreams import state_figure
+from fastdreamer.cli import main
+from fastdreamer.config import ConfigError, preset
+from fastdreamer.training.checkpoint import list_snapshots
+from fastdreamer.training.trainer import RunError, Trainer, create_run
+
+TINY = preset("tiny")
+FRAMES = [80, 120, 160]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run from state with three snapshots."""
+    path = tmp_path_factory.mktemp("report") / "run"
+    train = dataclasses.replace(TINY.train, frames=160, snapshot_every=40)
+    evaluation = dataclasses.replace(TINY.eval, every=0)
+    create_run(path, dataclasses.replace(TINY, train=train, eval=evaluation))
+    Trainer(path).train()
+    # the first falls to the prefill: nothing was learned by then
+    assert list(list_snapshots(path / "snapshots")) == [120, 160]
+    snapshot = path / "snapshots" / "snapshot-000000120.safetensors"
+    shutil.copy(snapshot, snapshot.with_name("snapshot-000000080.safetensors"))
+    return path
+
+
+def table(path):
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    return list(csv.DictReader(lines))
+
+
+def test_every_figure_and_its_numbers(run, tmp_path):
+    lines = []
+    files = write_report(run, tmp_path, episodes=2, say=lines.append)
+    names = ["episodes.csv", "actor.csv", "mpc.csv", "figure-3.png", "figure-5.png"]
+    assert [f.name for f in files] == [*names, "figure-5.csv", "figure-4.png"]
+    assert all(f.stat().st_size > 0 for f in files)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f.name for f in files)
+    rows = table(tmp_path / "episodes.csv")
+    keys = [(r["controller"], int(r["env_frames"]), int(r["episode"])) for r in rows]
+    assert keys == [(c, f, i) for c in ("actor", "mpc") for f in FRAMES for i in range(2)]
+    returns = {key: float(r["return"]) for key, r in zip(keys, rows, strict=True)}
+    # the copied snapshot plays the same episodes; the two controllers do not
+    assert all(returns["mpc", 80, i] == returns["mpc", 120, i] for i in range(2))
+    assert any(returns["mpc", 160, i] != returns["actor", 160, i] for i in range(2))
+    for controller in ("actor", "mpc"):
+        for row in table(tmp_path / f"{controller}.csv"):
+            some = [returns[controller, int(row["env_frames"]), i] for i in range(2)]
+            assert float(row["return_mean"]) == pytest.approx(np.mean(some))
+            assert float(row["return_std"]) == pytest.approx(np.std(some))
+            assert row["episodes"] == "2"
+    for row in table(tmp_path / "figure-5.csv"):
+        pairs = [
+            [returns[c, int(row["env_frames"]), i] for i in range(2)] for c in ("actor", "mpc")
+        ]
+        gain = np.subtract(pairs[1], pairs[0])
+        assert float(row["mpc_minus_actor"]) == pytest.approx(gain.mean(), abs=1e-3)
+        assert float(row["mpc_minus_actor_se"]) == pytest.approx(gain.std(), abs=1e-3)
+    assert re.fullmatch(r"12 episodes to play, about \d+ s", lines[0])
+    assert len(lines) == 13 and lines[-1].endswith("(12 of 12, 0 s left)")
+
+
+def test_it_goes_on_where_it_was_stopped(run, tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    write_report(run, whole, episodes=2, say=str)
+    played = []
+    evaluate = report.evaluate
+
+    def stopping(*args, **options):
+        if len(played) == 5:
+            raise KeyboardInterrupt
+        played.append(args)
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(report, "evaluate", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(run, cut, episodes=2, say=str)
+    with (cut / "episodes.csv").open("a") as file:
+        file.write("mpc,120,4")  # a line that a kill cut short
+    played.clear()
+    counting = lambda *args, **options: played.append(args) or evaluate(*args, **options)  # noqa: E731
+    monkeypatch.setattr(report, "evaluate", counting)
+    lines = []
+    write_report(run, cut, episodes=2, say=lines.append)
+    assert len(played) == 7 and lines[0].startswith("5 of 12 episodes are in")
+    write_report(run, cut, episodes=2, say=str)
+    assert len(played) == 7
+    kept = [{k: v for k, v in r.items() if k != "seconds"} for r in table(cut / "episodes.csv")]
+    want = [{k: v for k, v in r.items() if k != "seconds"} for r in table(whole / "episodes.csv")]
+    assert kept == want
+    # more of it plays what is missing
+    write_report(run, cut, episodes=3, points=2, say=str)
+    assert len(played) == 7 + 4
+    with pytest.raises(ConfigError, match="holds episodes with another seed"):
+        write_report(run, cut, episodes=2, seed=1, say=str)
+    with pytest.raises(ConfigError, match="holds episodes with another plan"):
+        write_report(run, cut, plan=dataclasses.replace(TINY.plan, iterations=1), say=str)
+    (cut / "episodes.csv").write_text("something else\n")
+    with pytest.raises(ConfigError, match="is not a report's episodes"):
+        write_report(run, cut, say=str)
+
+
+def test_hours_are_told_first_and_a_long_episode_says_where_it_is(run, tmp_path, monkeypatch):
+    evaluate, lines = report.evaluate, []
+
+    def slow(*args, watch, **options):
+        time.sleep(0.02)
+        return evaluate(*args, watch=watch, **options)
+
+    monkeypatch.setattr(report, "evaluate", slow)
+    monkeypatch.setattr(report, "_QUIET", 0.0)
+    monkeypatch.setattr(report, "_rehearse", lambda *_: {"actor": 7200.0, "mpc": 0.0})
+    write_report(run, tmp_path, episodes=1, points=1, say=lines.append)
+    assert lines[0] == "2 episodes to play, about 2 h 00 min"
+    assert "mpc at 160 env frames, episode 1 of 1: decision 20 of 20" in lines
+
+
+def test_points_are_spread_and_damaged_snapshots_skipped(run, tmp_path):
+    own = shutil.copytree(run, tmp_path / "run")
+    some = {"controllers": ["actor"], "episodes": 1}
+    files = write_report(own, tmp_path / "two", points=2, say=str, **some)
+    assert [f.name for f in files] == ["episodes.csv", "actor.csv", "figure-3.png", "figure-4.png"]
+    assert [r["env_frames"] for r in table(tmp_path / "two" / "actor.csv")] == ["80", "160"]
+    (own / "snapshots" / "snapshot-000000160.safetensors").write_bytes(b"torn")
+    lines = []
+    write_report(own, tmp_path / "torn", say=lines.append, **some)
+    assert [line for line in lines if line.startswith("skipped:") and "000000160" in line]
+    assert [r["env_frames"] for r in table(tmp_path / "torn" / "actor.csv")] == ["80", "120"]
+    # a run without snapshots: its checkpoints
+    shutil.rmtree(own / "snapshots")
+    write_report(own, tmp_path / "old", say=str, **some)
+    assert table(tmp_path / "old" / "actor.csv")[-1]["env_frames"] == "160"
+    shutil.rmtree(own / "checkpoints")
+    with pytest.raises(RunError, match="holds no snapshot and no checkpoint yet"):
+        write_report(own, tmp_path / "none", say=str, **some)
+
+
+def test_commands(run, tmp_path, capsys):
+    def said():
+        captured = capsys.readouterr()
+        return re.sub(r"\s+", " ", captured.out + captured.err)
+
+    out = ["--out", str(tmp_path / "out")]
+    few = ["--plan.iterations", "1", "--points", "1", "--episodes", "1"]
+    assert main(["report", str(run), *out, *few, "--controllers", "actor", "planet"]) == 0
+    text = said()
+    assert "planet at 160 env frames, episode 1 of 1: return" in text
+    assert "figure-5.png" in text and (tmp_path / "out" / "planet.csv").exists()
+    assert main(["report", str(run), *out, "--episodes", "0"]) == 1
+    assert "episodes must be >= 1" in said()
+    assert main(["report", "nowhere", *out]) == 1
+    assert "nowhere: no such run or checkpoint" in said()
+
+    snapshot = str(run / "snapshots" / "snapshot-000000160.safetensors")
+    short = ["--episodes", "1"]
+    for path, controller, name in [
+        (str(run), "mpc", "MPC ranked by λ-return"),
+        (snapshot, "planet", "MPC ranked by reward"),
+        (snapshot, "auto", "deterministic actor"),
+    ]:
+        assert main(["eval", path, "--controller", controller, *short, "--plan-ms", "9000"]) == 0
+        assert re.search(rf"return \d+\.\d ± 0\.0 \(1 episodes .*{name}\)", said())
+    assert main(["eval", snapshot, "--controller", "mpc", "--plan.num-elites", "9"]) == 1
+    assert "plan.num_elites must be <= plan.num_samples = 8" in said()  # the run's own samples
+
+
+def test_planet_from_the_command_line(tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    options = [
+        "--preset",
+        "tiny",
+        "--agent",
+        "planet",
+        "--train.frames",
+        "120",
+        "--eval.every",
+        "0",
+    ]
+    assert main(["train", "walker", *options, "--run", str(run_dir)]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(run_dir), "--episodes", "1"]) == 0
+    assert "MPC ranked by reward" in capsys.readouterr().out.replace("\n", " ")
+    assert main(["eval", str(run_dir), "--controller", "mpc"]) == 1
+    assert "controller must be one of planet" in capsys.readouterr().err.replace("\n", " ")
+    files = write_report(run_dir, tmp_path / "out", episodes=1, say=str)
+    assert [f.name for f in files] == ["episodes.csv", "planet.csv", "figure-3.png", "figure-4.png"]
+    argv = ["train", "--resume", str(run_dir), "--agent", "dreamer"]
+    assert main(argv) == 1
+    assert "is fixed when a run starts" in capsys.readouterr().err.replace("\n", " ")
+    argv = ["train", "walker", "--preset", "tiny", "--agent", "planet", "--collect", "mpc"]
+    assert main([*argv, "--run", str(tmp_path / "no")]) == 1
+    assert "collect.controller must be 'auto' for planet" in capsys.readouterr().err
+
+
+def test_state_figure(tmp_path):
+    real = np.cumsum(np.random.default_rng(0).normal(size=(20, 9)), 0)
+    assert state_figure(real + 0.1, real, tmp_path / "a.png").stat().st_size > 0
+    assert state_figure(real[:1, :3], real[:1, :3], tmp_path / "b.png").stat().st_size > 0
+    with pytest.raises(ValueError, match="state_figure: imagined and real must both be"):
+        state_figure(real[:5], real, tmp_path / "c.png")

@@ -1,0 +1,268 @@
+"""Environments from elsewhere: gymnasium's, registered or made by a function, and episodes that
+end."""
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fastdreamer.cli import main
+from fastdreamer.config import ConfigError, preset
+from fastdreamer.envs import canonical_task, make_env
+from fastdreamer.learning import losses
+from fastdreamer.learning.dreamer import Dreamer
+from fastdreamer.training.collector import policy_parts
+
+pytest.importorskip("gymnasium")
+
+# One step right is worth 1; the episode ends, for good, beyond 3.
+MODULE = """
+import gymnasium, numpy as np
+from gymnasium import spaces
+
+print("imported")
+
+class Line(gymnasium.Env):
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    render_mode = "rgb_array"
+    def __init__(self, observations=None, actions=None):
+        self.observation_space = observations or spaces.Box(-9, 9, (1,), np.float64)
+        self.action_space = actions or spaces.Box(-1.0, 3.0, (1,), np.float32)
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x = self.np_random.uniform(0, 1)
+        return self._see(), {}
+    def step(self, action):
+        self.x += float(action[0])
+        return self._see(), float(action[0]), self.x > 3, False, {}
+    def _see(self):
+        space = self.observation_space
+        if space.dtype == np.uint8:
+            return np.full(space.shape, int(abs(self.x) * 10), np.uint8)
+        return np.full(space.shape, self.x)
+    def render(self):
+        return np.full((20, 30, 3), int(abs(self.x) * 10), np.uint8)
+
+def line(): return Line()
+def images(): return Line(spaces.Box(0, 255, (32, 32, 1), np.uint8))
+def choices(): return Line(actions=spaces.Discrete(2))
+def endless(): return Line(actions=spaces.Box(-np.inf, np.inf, (1,), np.float32))
+def parts(): return Line(spaces.Dict({"a": spaces.Box(0, 1, (1,))}))
+def nothing(): return None
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    (tmp_path / "line_of_mine.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "line_of_mine", raising=False)
+    yield tmp_path
+    sys.modules.pop("line_of_mine", None)
+
+
+def test_a_registered_environment_is_played_as_gymnasium_plays_it():
+    import gymnasium
+
+    ours = make_env("gym:Pendulum-v1", obs="state", action_repeat=1, seed=5)
+    theirs = gymnasium.make("Pendulum-v1")
+    assert ours.max_decisions == 200 and ours.obs_shapes == {"state": (3,)}
+    for seed in (3, 4):
+        obs, (seen, _) = ours.reset(seed=seed), theirs.reset(seed=seed)
+        rng, over, count = np.random.default_rng(seed), False, 0
+        while not over:
+            assert obs["state"].dtype == np.float32 and np.array_equal(obs["state"], seen)
+            action = rng.uniform(-1, 1, 1).astype(np.float32)
+            obs, reward, terminated, over, frames = ours.step(action)
+            seen, theirs_reward, _, theirs_over, _ = theirs.step(2 * action)  # in its own units
+            assert reward == pytest.approx(theirs_reward, rel=1e-6)
+            assert (terminated, over, frames) == (False, theirs_over, 1)
+            count += 1
+        assert count == 200
+    first = [ours.reset()["state"] for _ in range(2)]
+    assert not np.array_equal(*first), "without a seed it goes on with its generator"
+    again = make_env("gym:Pendulum-v1", obs="state", seed=5)
+    other = make_env("gym:Pendulum-v1", obs="state", seed=5)
+    assert np.array_equal(again.reset()["state"], other.reset()["state"])
+
+
+def test_repeats_limits_and_ends(module):
+    env = make_env("line_of_mine:line", obs="both", action_repeat=3, time_limit=0.8)
+    assert env.max_decisions == 3 and env.decision_seconds == pytest.approx(0.3)
+    obs = env.reset(seed=0)
+    assert obs["pixels"].shape == (64, 64, 3) and obs["state"].shape == (1,)
+    assert obs["pixels"][0, 0, 0] == int(obs["state"][0] * 10)
+    # -1 is -1 and 1 is 3 in its units: two steps reach beyond 3 and end it for good
+    _, reward, terminated, truncated, frames = env.step([0.0])
+    assert (reward, terminated, truncated, frames) == (3.0, True, False, 3)
+    env.reset(seed=0)
+    outcomes = [env.step([-0.5])[1:] for _ in range(3)]
+    assert outcomes == [(0.0, False, False, 3)] * 2 + [(0.0, False, True, 2)]
+    with pytest.raises(RuntimeError, match="call reset"):
+        env.step([0.0])
+    assert env.render(24, 48).shape == (24, 48, 3)
+
+
+def test_observed_images_are_resized_and_grey_becomes_rgb(module):
+    env = make_env("line_of_mine:images", obs="pixels")
+    pixels = env.reset(seed=0)["pixels"]
+    assert pixels.shape == (64, 64, 3) and pixels.dtype == np.uint8
+    assert (pixels == pixels[0, 0, 0]).all()
+    with pytest.raises(ValueError, match="observations are images; obs must be pixels, not state"):
+        make_env("line_of_mine:images", obs="state")
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("gym:CartPole-v1", r"actions are Discrete\(2\); only continuous ones"),
+        ("gym:Pendulm-v1", "Did you mean: `Pendulum`"),
+        ("gym:line_of_mine:Line-v0", "gymnasium would import a module for it"),
+        ("line_of_mine:choices", "only continuous ones"),
+        ("line_of_mine:endless", "range of an action is unbounded .* module:function"),
+        ("line_of_mine:parts", "observations are Dict.*FlattenObservation"),
+        ("line_of_mine:nothing", "must return a gymnasium environment, got None"),
+        ("line_of_mine:no", "cannot be loaded: .*no attribute 'no'"),
+        ("no_such_module:line", "cannot be loaded: No module named"),
+        ("a:b:c", "a task is domain-task, gym:ID or module:function"),
+    ],
+)
+def test_what_cannot_be_played_says_why(module, task, message):
+    with pytest.raises(ValueError, match=message):
+        make_env(canonical_task(task))
+
+
+def test_without_gymnasium_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    with pytest.raises(ValueError, match="gym:Pendulum-v1 needs gymnasium: pip install"):
+        canonical_task("gym:Pendulum-v1")
+
+
+def test_our_tasks_are_gymnasium_s():
+    import gymnasium
+
+    import fastdreamer.envs.gymnasium  # noqa: F401  (registers them)
+
+    theirs = gymnasium.make("fastdreamer/walker-walk-v0", obs="state", time_limit=0.5)
+    ours = make_env("walker-walk", obs="state", time_limit=0.5)
+    assert np.array_equal(theirs.reset(seed=1)[0], ours.reset(seed=1)["state"])
+    action = np.full(6, 0.5, np.float32)
+    assert np.array_equal(theirs.step(action)[0], ours.step(action)[0]["state"])
+    assert theirs.render() is None
+    with pytest.raises(ValueError, match="render_mode must be rgb_array or None"):
+        gymnasium.make("fastdreamer/walker-walk-v0", render_mode="ansi")
+
+
+# ---- ends are learned
+
+
+def test_the_loss_of_continuations_by_hand():
+    odds = torch.tensor([[2.0, -1.0]])
+    got = losses.discount_loss(odds, torch.tensor([[False, True]]))
+    want = (np.log1p(np.exp(-2.0)) + np.log1p(np.exp(-1.0))) / 2
+    assert got.item() == pytest.approx(want, rel=1e-6)
+
+
+def test_weights_are_the_probability_to_come_so_far():
+    gamma = 0.9
+    discount = gamma * torch.tensor([[0.5, 1.0], [0.25, 1.0], [0.1, 0.5]], requires_grad=True)
+    weights = losses.survival_weights(discount, torch.tensor([False, True]), gamma)
+    assert not weights.requires_grad
+    assert weights == pytest.approx(np.array([[1, 0], [0.5, 0], [0.125, 0]]), rel=1e-6)
+
+
+def batch_of(agent, T, B, terminated, seed=0):
+    rng = np.random.default_rng(seed)
+    state = np.where(terminated[..., None], 3.0, -3.0) + rng.normal(size=(T, B, 2)) / 10
+    return {
+        "state": torch.from_numpy(state.astype("f4")),
+        "action": torch.from_numpy(rng.uniform(-1, 1, (T, B, 1)).astype("f4")),
+        "reward": torch.ones(T, B),
+        "terminated": torch.from_numpy(terminated),
+        "is_first": torch.arange(T)[:, None].expand(T, B) == 0,
+    }
+
+
+def ending_agent(**behavior):
+    tiny = preset("tiny")
+    config = dataclasses.replace(
+        tiny,
+        model=dataclasses.replace(tiny.model, discount=True),
+        behavior=dataclasses.replace(tiny.behavior, **behavior),
+        optim=dataclasses.replace(tiny.optim, model_lr=3e-3),
+    )
+    return Dreamer(config, {"state": (2,)}, 1)
+
+
+def test_an_agent_learns_where_episodes_end():
+    agent, rng = ending_agent(), np.random.default_rng(1)
+    optimizers, generator = agent.make_optimizers(), torch.Generator().manual_seed(0)
+    seen = [
+        agent.update(batch_of(agent, 6, 8, rng.random((6, 8)) < 0.5, i), optimizers, generator)
+        for i in range(150)
+    ]
+    assert seen[0]["discount_loss"] > 0.5 and seen[-1]["discount_loss"] < 0.1
+    assert agent._return_params().discount is not None
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_nothing_is_learned_behind_an_end(weighted):
+    agent = ending_agent(discount_weights=weighted)
+    optimizers, generator = agent.make_optimizers(), torch.Generator().manual_seed(0)
+    over = batch_of(agent, 4, 3, np.ones((4, 3), bool))
+    values = agent.update(over, optimizers, generator)
+    assert values["actor_loss"] == values["critic_loss"] == 0
+    going = batch_of(agent, 4, 3, np.zeros((4, 3), bool))
+    values = agent.update(going, optimizers, generator)
+    assert values["actor_loss"] != 0 and values["critic_loss"] > 0
+
+
+def test_a_planner_in_the_worker_gets_the_head():
+    tiny = preset("tiny")
+    mpc = dataclasses.replace(tiny.collect, controller="mpc")
+    assert "model.discount." in policy_parts(dataclasses.replace(tiny, collect=mpc))
+
+
+def test_gamma_0_and_ends_are_refused():
+    tiny = preset("tiny")
+    config = dataclasses.replace(
+        tiny,
+        model=dataclasses.replace(tiny.model, discount=True),
+        behavior=dataclasses.replace(tiny.behavior, gamma=0.0),
+    )
+    with pytest.raises(ConfigError, match="behavior.gamma must be > 0 with model.discount"):
+        config.validate()
+
+
+# ---- from the command line
+
+
+def test_a_function_s_task_from_the_shell(module, capsys):
+    """Trained, resumed and evaluated; a file alone has nothing imported."""
+    options = ["--preset", "tiny", "--train.frames", "120", "--env.time-limit", "2"]
+    assert main(["train", "line_of_mine:line", *options, "--run", "run"]) == 0
+    config = json.loads((module / "run" / "config.json").read_text())
+    assert config["env"]["task"] == "line_of_mine:line" and config["model"]["discount"] is True
+    lines = (module / "run" / "metrics.jsonl").read_text().splitlines()
+    assert any("discount_loss" in line for line in lines)
+    more = ["--resume", "run", "--train.frames", "160"]
+    for command in (["eval", "run", "--episodes", "1"], ["report", "run"], ["train", *more]):
+        sys.modules.pop("line_of_mine", None)
+        capsys.readouterr()
+        assert main(command) == 1
+        captured = capsys.readouterr()
+        text = " ".join((captured.out + captured.err).split())
+        assert "not imported unasked" in text and "name it as well: line_of_mine:line" in text
+        assert "imported\n" not in captured.out and "line_of_mine" not in sys.modules
+    assert main(["train", "line_of_mine:line", *more]) == 0
+    assert main(["eval", "run", "--episodes", "1", "--task", "line_of_mine:line"]) == 0
+    assert "line_of_mine:line: return" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_the_suite_learns_no_ends_unless_asked(tmp_path):
+    short = ["--preset", "tiny", "--train.frames", "120", "--run", str(tmp_path / "run")]
+    assert main(["train", "walker", *short]) == 0
+    assert json.loads((tmp_path / "run/config.json").read_text())["model"]["discount"] is False

@@ -1,0 +1,435 @@
+"""The collector: a job is a pure function of its inputs, and a dead worker is noticed."""
+
+import dataclasses
+import json
+import multiprocessing
+import multiprocessing.spawn
+import os
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save as save_bytes
+
+from fastdreamer.acting.play import agent_policy, collect, episode_seed, evaluate, on_cpu
+from fastdreamer.config import preset, to_dict
+from fastdreamer.envs import make_env
+from fastdreamer.envs.gl import GLError, select_gl
+from fastdreamer.learning.dreamer import Dreamer
+from fastdreamer.ops.backend import last_backend
+from fastdreamer.training import collector as collector_module
+from fastdreamer.training.collector import (
+    POLICY_PARTS,
+    Collector,
+    CollectorError,
+    Job,
+    policy_weights,
+)
+from fastdreamer.training.episodes import episode_path, read_episode
+
+CONFIG = preset("tiny")
+DECISIONS, FRAMES = 20, 40
+
+
+def job(episode, *, random=False, evaluations=0, video=None):
+    return Job(0, episode, random, evaluations, video)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The worker's number: sums depend on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def agent():
+    return Dreamer(CONFIG, {"state": (24,)}, 6)
+
+
+@pytest.fixture(scope="module")
+def collector(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("episodes")
+    made = Collector(CONFIG, directory)
+    made.directory = directory
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def env():
+    return make_env("walker-walk", obs="state", action_repeat=2, time_limit=1.0)
+
+
+def test_the_worker_says_what_the_environment_is(collector):
+    assert collector.obs_shapes == {"state": (24,)}
+    assert collector.action_dim == 6
+
+
+def test_an_episode_depends_on_seed_index_and_weights_alone(collector, agent, env):
+    """The same bytes from a fresh worker, after other episodes, and played in this process."""
+    weights = policy_weights(agent)
+    other = {k: v + 0.1 for k, v in weights.items()}
+    contents = []
+    for index, loaded, random in (
+        (3, weights, False),
+        (0, {}, True),
+        (1, other, False),
+        (3, weights, False),
+        (3, other, False),
+        (4, weights, False),
+    ):
+        collector.submit(job(index, random=random), loaded)
+        result = collector.wait()
+        path = episode_path(collector.directory, index)
+        contents.append(path.read_bytes())
+        arrays, meta = read_episode(path)
+        assert result.eval_returns == []
+        assert result.episode_return == meta["return"] == arrays["reward"].sum(dtype=np.float64)
+        assert meta == {
+            "env_frames": FRAMES,
+            "return": result.episode_return,
+            "task": "walker-walk",
+            "action_repeat": 2,
+            "time_limit": 1.0,
+            "image_size": 64,
+            "render_quality": "full",
+            "seed": episode_seed(CONFIG.seed, "collect", index),
+            "random": random,
+        }
+        assert len(arrays["reward"]) == DECISIONS + 1
+    assert contents[0] == contents[3]
+    assert len(set(contents)) == 5
+
+    seed = episode_seed(CONFIG.seed, "collect", 4)
+    policy = agent_policy(agent, seed, CONFIG.collect.noise, sample=True)
+    played, frames = collect(env, policy, seed)
+    assert frames == FRAMES and played.keys() == arrays.keys()
+    assert all(np.array_equal(played[k], arrays[k]) for k in arrays)
+
+
+def test_the_worker_samples_where_it_is_to(tmp_path, agent, env):
+    config = dataclasses.replace(CONFIG, collect=dataclasses.replace(CONFIG.collect, sample=False))
+    collector = Collector(config, tmp_path)
+    try:
+        collector.submit(job(4), policy_weights(agent))
+        collector.wait()
+    finally:
+        collector.close()
+    recorded, _ = read_episode(episode_path(tmp_path, 4))
+    seed = episode_seed(config.seed, "collect", 4)
+    for sample in (False, True):
+        played, _ = collect(env, agent_policy(agent, seed, 0.3, sample=sample), seed)
+        assert np.array_equal(played["action"], recorded["action"]) != sample
+
+
+def test_evaluations_are_deterministic_and_leave_episodes_alone(collector, agent, env):
+    weights = policy_weights(agent)
+    collector.submit(job(8, evaluations=2), weights)
+    both = collector.wait()
+    content = episode_path(collector.directory, 8).read_bytes()
+    collector.submit(job(None, evaluations=3), weights)
+    alone = collector.wait()
+    assert alone.episode_return is None
+    assert alone.eval_returns[:2] == both.eval_returns and len(set(alone.eval_returns)) == 3
+    collector.submit(job(8), weights)
+    collector.wait()
+    assert episode_path(collector.directory, 8).read_bytes() == content
+    here = evaluate(agent, env, episode_seed(CONFIG.seed, "evaluate", 1))
+    assert here == alone.eval_returns[1]
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_the_worker_plays_with_the_runs_backend(backend, agent, tmp_path, monkeypatch):
+    """Its own loop in this process, where what ran can be asked."""
+    if backend == "native":
+        pytest.importorskip("fastdreamer._native")
+    monkeypatch.setenv("FASTDREAMER_BACKEND", {"eager": "native", "native": "eager"}[backend])
+    monkeypatch.setattr(collector_module, "_exit_with_trainer", lambda: None)
+    config = dataclasses.replace(CONFIG, backend=backend)
+    trainer, worker = multiprocessing.Pipe()
+    sent = [json.dumps(dataclasses.asdict(job(0, evaluations=1))).encode()]
+    sent.append(save_bytes(policy_weights(agent)))
+    answers = []
+
+    def converse():
+        answers.append(json.loads(trainer.recv_bytes()))
+        for message in sent:
+            trainer.send_bytes(message)
+        answers.append(json.loads(trainer.recv_bytes()))
+        trainer.close()
+
+    thread = threading.Thread(target=converse)
+    thread.start()
+    collector_module._worker(worker, json.dumps(to_dict(config)), str(tmp_path), None)
+    thread.join()
+    assert answers[0]["action_dim"] == 6 and len(answers[1]["eval_returns"]) == 1
+    assert last_backend("decide") == backend
+    assert episode_path(tmp_path, 0).exists()
+
+
+def test_a_real_worker_takes_the_runs_backend_before_the_environments(agent, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTDREAMER_BACKEND", "triton")  # which refuses CPU tensors
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    answers = {}
+    for backend in ("eager", "auto"):
+        collector = Collector(dataclasses.replace(CONFIG, backend=backend), tmp_path)
+        try:
+            collector.submit(job(0), policy_weights(agent))
+            answers[backend] = collector.wait()
+        except CollectorError as error:
+            answers[backend] = str(error)
+        finally:
+            collector.close()
+    assert isinstance(answers["eager"].episode_return, float)
+    assert "decide: backend 'triton' cannot run" in answers["auto"], "auto leaves it the choice"
+
+
+def test_what_a_gpu_is_told_is_no_advice_to_the_worker():
+    told = dataclasses.replace(CONFIG, device="cuda", backend="triton", precision="bf16")
+    cpu = dataclasses.replace(CONFIG, device="cpu")
+    assert on_cpu(told) == dataclasses.replace(cpu, backend="auto", precision="auto")
+    assert on_cpu(dataclasses.replace(told, backend="eager")).backend == "eager"
+    here = dataclasses.replace(cpu, backend="native", precision="fp32")
+    assert on_cpu(here) == on_cpu(dataclasses.replace(here, device="auto")) == here
+
+
+def test_one_job_at_a_time(collector, agent):
+    with pytest.raises(CollectorError, match="no job is under way"):
+        collector.wait()
+    collector.submit(job(50, random=True), {})
+    with pytest.raises(CollectorError, match="a job is already under way"):
+        collector.submit(job(51, random=True), {})
+    collector.wait()
+    collector.submit(job(52, random=True), {})
+    collector.wait()
+    written = [episode_path(collector.directory, k).exists() for k in (50, 51, 52)]
+    assert written == [True, False, True]
+
+
+def test_ready_waits_no_longer_than_told(collector, agent):
+    collector.submit(job(None, evaluations=20), policy_weights(agent))
+    assert collector.ready(0) is False
+    assert collector.ready(60) is True
+    assert len(collector.wait().eval_returns) == 20
+
+
+def test_a_killed_worker_is_replaced_and_the_job_done(collector, agent, caplog):
+    weights = policy_weights(agent)
+    collector.submit(job(5), weights)
+    collector.wait()
+    path = episode_path(collector.directory, 5)
+    content = path.read_bytes()
+    path.unlink()
+    collector.submit(job(5, evaluations=1000), weights)
+    os.kill(collector._process.pid, signal.SIGKILL)
+    collector._pending = (job(5), collector._pending[1])  # done again, without the delay
+    collector.wait()
+    assert path.read_bytes() == content
+    assert "the collector died (exit code -9); starting it again" in caplog.text
+
+
+def test_a_worker_that_cannot_start_is_an_error(tmp_path, collector):
+    # `collector` for its resource tracker: a second one would be started with this executable.
+    executable = multiprocessing.spawn.get_executable()
+    multiprocessing.set_executable("/bin/false")
+    try:
+        with pytest.raises(CollectorError, match=r"died while it started \(exit code 1\)"):
+            Collector(CONFIG, tmp_path)
+    finally:
+        multiprocessing.set_executable(executable)
+
+
+def test_a_job_that_kills_the_worker_twice_is_an_error(tmp_path, agent, monkeypatch):
+    collector = Collector(CONFIG, tmp_path)
+    send = collector._send
+
+    def deadly():
+        send()
+        os.kill(collector._process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(collector, "_send", deadly)
+    collector.submit(job(None, evaluations=10**6), policy_weights(agent))
+    with pytest.raises(CollectorError, match=r"died twice at the same job \(exit code -9\)"):
+        collector.wait()
+    collector.close()
+
+
+def test_the_workers_error_arrives(tmp_path):
+    config = dataclasses.replace(CONFIG, env=dataclasses.replace(CONFIG.env, task="walker-fly"))
+    with pytest.raises(CollectorError, match="^unknown task 'walker-fly'.*-run"):
+        Collector(config, tmp_path)  # one of ours: the reason alone
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pixels_are_the_same_in_every_process(tmp_path):
+    """Rendering too: a resumed run draws its frames in another process."""
+    try:
+        select_gl()
+    except GLError as error:
+        pytest.skip(str(error))
+    config = dataclasses.replace(CONFIG, env=dataclasses.replace(CONFIG.env, obs="pixels"))
+    env = make_env("walker-walk", obs="pixels", action_repeat=2, time_limit=1.0)
+    agent = Dreamer(config, env.obs_shapes, env.action_dim)
+    collector = Collector(config, tmp_path)
+    try:
+        assert collector.obs_shapes == {"pixels": (64, 64, 3)}
+        collector.submit(Job(0, 1, False, 0, None), policy_weights(agent))
+        collector.wait()
+    finally:
+        collector.close()
+    seed = episode_seed(config.seed, "collect", 1)
+    played, _ = collect(env, agent_policy(agent, seed, config.collect.noise, sample=True), seed)
+    recorded, _ = read_episode(episode_path(tmp_path, 1))
+    assert recorded["pixels"].std() > 1  # something was drawn
+    assert all(np.array_equal(played[k], recorded[k]) for k in recorded)
+    replay_by_the_page(episode_path(tmp_path, 1))
+
+
+@pytest.mark.parametrize("random", [False, True])
+def test_an_episode_file_alone_can_be_replayed(random, tmp_path, agent):
+    env = dataclasses.replace(CONFIG.env, time_limit=0.7, action_repeat=3, task="cartpole-swingup")
+    collector = Collector(dataclasses.replace(CONFIG, env=env, seed=5), tmp_path)
+    agent = Dreamer(CONFIG, collector.obs_shapes, collector.action_dim)
+    try:
+        collector.submit(job(2, random=random), {} if random else policy_weights(agent))
+        collector.wait()
+    finally:
+        collector.close()
+    replay_by_the_page(episode_path(tmp_path, 2))
+
+
+def replay_by_the_page(path):
+    """Run docs/replay.md's recipe; it asserts that all is the same, bit for bit."""
+    page = (Path(__file__).parents[2] / "docs" / "replay.md").read_text()
+    recipe = page.split("## Replaying one")[1].split("```python\n")[1].split("```")[0]
+    steps: dict = {}
+    exec(recipe.replace("RUN/episodes/episode-000000.safetensors", str(path)), steps)
+    assert steps["t"] == len(steps["arrays"]["reward"]) - 1
+
+
+def test_a_fault_in_the_worker_arrives_with_its_traceback(tmp_path, agent):
+    collector = Collector(CONFIG, tmp_path)
+    try:
+        collector.submit(job(0), {k: v[:1] for k, v in policy_weights(agent).items()})
+        with pytest.raises(CollectorError, match="(?s)failed:\nTraceback.*size mismatch"):
+            collector.wait()
+    finally:
+        collector.close()
+
+
+def test_weights_that_acting_lacks_are_an_error_and_not_random_ones(tmp_path, agent):
+    collector = Collector(CONFIG, tmp_path)
+    weights = policy_weights(agent)
+    lost = sorted(weights)[0]
+    del weights[lost]
+    try:
+        collector.submit(job(0), weights)
+        with pytest.raises(CollectorError, match=f"lack or do not need {lost}$"):
+            collector.wait()
+    finally:
+        collector.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def gone(pid):
+    return not os.path.exists(f"/proc/{pid}")
+
+
+def test_a_stopped_worker_is_named_replaced_and_gone(tmp_path, agent, monkeypatch, caplog):
+    made = Collector(CONFIG, tmp_path)
+    pid = made._process.pid
+    try:
+        made.submit(job(None, evaluations=2000), policy_weights(agent))
+        made._silence = 20.0
+        while made._silence >= 20:  # at work, it gives signs
+            assert made.ready(1.0) is False
+        os.kill(pid, signal.SIGSTOP)
+        while made.ready(0.5) or made._silence < 2:  # what it had said is heard
+            pass
+        monkeypatch.setattr(collector_module, "QUIET", 2.0)
+        for _ in range(3):
+            assert made.ready(0.1) is False
+        (said,) = (record.getMessage() for record in caplog.records)  # once
+        assert re.match(
+            rf"the collector \(process {pid}\) has given no sign for \d+ s: it is", said
+        )
+        made._pending = (job(0), made._pending[1])
+        monkeypatch.setattr(collector_module, "SILENT", 0.0)
+        assert made.ready(0) is False
+        monkeypatch.setattr(collector_module, "SILENT", 60.0)
+        assert "the collector gave no sign (in 0 s); starting it again" in caplog.text
+        assert isinstance(made.wait().episode_return, float)
+        assert gone(pid)
+
+        made.submit(job(1), policy_weights(agent))
+        pid = made._process.pid
+        os.kill(pid, signal.SIGSTOP)
+    finally:
+        start = time.monotonic()
+        made.close()
+    assert time.monotonic() - start < 10 and gone(pid), "it does not wait for a stopped one"
+
+
+def test_more_than_a_pipe_holds_is_sent_to_a_stopped_worker_without_waiting(tmp_path, agent):
+    made = Collector(CONFIG, tmp_path)
+    os.kill(made._process.pid, signal.SIGSTOP)
+    try:
+        start = time.monotonic()
+        made.submit(job(0), policy_weights(agent) | {"much": torch.zeros(1 << 22)})
+        assert made.ready(0.1) is False and time.monotonic() - start < 5
+    finally:
+        made.close()
+
+
+def test_a_worker_that_never_starts_can_be_left(tmp_path, monkeypatch):
+    """What `check` raises ends the wait, and a second silent worker is an error."""
+
+    class Asked(Exception):
+        pass
+
+    stopped = []
+
+    def stop_it():
+        worker = max(multiprocessing.active_children(), key=lambda child: child.pid)
+        if worker.pid not in stopped:
+            stopped.append(worker.pid)
+            os.kill(worker.pid, signal.SIGSTOP)
+
+    def leave():
+        stop_it()
+        if len(stopped) == 1:
+            raise Asked
+
+    with pytest.raises(Asked):
+        Collector(CONFIG, tmp_path, leave)
+    assert gone(stopped[0])
+    monkeypatch.setattr(collector_module, "QUIET", 0.3)
+    monkeypatch.setattr(collector_module, "SILENT", 0.5)
+    with pytest.raises(CollectorError, match=r"gave no sign while it started \(in 0 s\)"):
+        Collector(CONFIG, tmp_path, stop_it)
+    assert all(gone(pid) for pid in stopped)
+
+
+# -------------------------------------------------------------- without a worker
+
+
+def test_policy_weights_are_copies_and_all_that_acting_needs(agent):
+    weights = policy_weights(agent)
+    assert all(name.startswith(POLICY_PARTS) for name in weights)
+    state = agent.state_dict()
+    assert all(torch.equal(v, state[k]) and v.data_ptr() != state[k].data_ptr()
+               for k, v in weights.items())  # fmt: skip
+    other = Dreamer(dataclasses.replace(CONFIG, seed=9), {"state": (24,)}, 6)
+    obs = {"state": np.linspace(-1, 1, 24, dtype=np.float32)}
+    act = lambda who: who.act(obs, noise=0.3, generator=torch.Generator().manual_seed(0))[0]  # noqa: E731
+    assert not np.array_equal(act(other), act(agent))
+    other.load_state_dict(weights, strict=False)
+    assert np.array_equal(act(other), act(agent))

@@ -1,0 +1,104 @@
+"""Agents as single files, and those that come with the package."""
+
+import dataclasses
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import fastdreamer
+from fastdreamer.cli import main
+from fastdreamer.config import EnvConfig, preset
+from fastdreamer.training import pretrained
+from fastdreamer.training.checkpoint import CheckpointError, load_checkpoint
+from fastdreamer.training.pretrained import export_agent, find_agent
+from fastdreamer.training.trainer import Trainer, create_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run from both kinds of observation."""
+    path, tiny = tmp_path_factory.mktemp("pretrained") / "run", preset("tiny")
+    env = EnvConfig(obs="both", time_limit=0.5)
+    train = dataclasses.replace(tiny.train, frames=100)
+    evaluation = dataclasses.replace(tiny.eval, every=0)
+    create_run(path, dataclasses.replace(tiny, env=env, train=train, eval=evaluation))
+    Trainer(path).train()
+    return path
+
+
+def observation(agent):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, agent.obs_shapes["pixels"], dtype=np.uint8)
+    return {"pixels": pixels, "state": rng.normal(size=agent.obs_shapes["state"]).astype("f4")}
+
+
+def test_an_exported_agent_acts_as_the_run_s(run, tmp_path):
+    own = fastdreamer.load(run)
+    whole = fastdreamer.load(export_agent(run, tmp_path / "whole.safetensors", half=False))
+    half = fastdreamer.load(export_agent(run, tmp_path / "half.safetensors"))
+    for (name, a), b, c in zip(
+        own.state_dict().items(), whole.state_dict().values(), half.state_dict().values(),
+        strict=True,
+    ):  # fmt: skip
+        assert torch.equal(a, b), name
+        assert c.dtype == a.dtype and torch.equal(c, a.half().float()), name
+    actions = [agent.act(observation(own), None)[0] for agent in (own, whole, half)]
+    assert np.array_equal(actions[0], actions[1])
+    assert np.allclose(actions[0], actions[2], atol=2e-3)
+    sizes = [(tmp_path / f"{n}.safetensors").stat().st_size for n in ("whole", "half")]
+    assert sizes[1] < 0.65 * sizes[0]
+    tensors, meta = load_checkpoint(tmp_path / "half.safetensors")
+    assert {name.partition("/")[0] for name in tensors} == {"agent"}
+    assert set(meta["cursor"]) == {"update", "env_frames"}
+    assert meta["cursor"]["env_frames"] == 100
+
+
+def test_what_float16_cannot_hold_is_refused(run, tmp_path, monkeypatch):
+    tensors, meta = pretrained.load_newest(run / "checkpoints")[1:]
+    name = next(n for n in tensors if n.startswith("agent/"))
+    tensors[name] = torch.full_like(tensors[name], 1e6)
+    monkeypatch.setattr(pretrained, "load_newest", lambda _: (None, tensors, meta))
+    with pytest.raises(CheckpointError, match=f"{name} does not fit float16"):
+        export_agent(run, tmp_path / "no.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_and_commands(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    monkeypatch.setattr(pretrained, "_SHIPPED", shipped)
+    assert main(["export", str(run), str(shipped / "small.safetensors")]) == 0
+    assert "wrote" in capsys.readouterr().out
+    assert find_agent("small") == shipped / "small.safetensors"
+    agent = fastdreamer.load("small")
+    assert set(agent.obs_shapes) == {"pixels", "state"}
+    assert main(["eval", "small", "--episodes", "1", "--video", "small.mp4"]) == 0
+    assert (tmp_path / "small.mp4").stat().st_size > 0
+    assert main(["dream", "small", "--context", "3", "--decisions", "3"]) == 0
+    assert (tmp_path / "dream.png").exists()
+    capsys.readouterr()
+    # a run of that name goes before what comes with the package
+    shutil.copytree(run, tmp_path / "small")
+    assert find_agent("small").is_dir()
+    assert main(["eval", "large"]) == 1
+    assert "agents that come with fastdreamer: small" in capsys.readouterr().err.replace("\n", " ")
+    assert main(["export", "small", "small.pt"]) == 1
+    assert "must end in .safetensors" in capsys.readouterr().err.replace("\n", " ")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="holds no checkpoint yet"):
+        export_agent(tmp_path / "empty", tmp_path / "no.safetensors")
+
+
+def test_the_agent_that_comes_with_the_package_walks(tmp_path, monkeypatch, capsys):
+    """Two episodes from pixels, by name, from anywhere."""
+    monkeypatch.chdir(tmp_path)
+    path = pretrained.pretrained()["walker-walk"]
+    assert path.stat().st_size <= 5_000_000
+    assert main(["eval", "walker-walk", "--episodes", "2"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    returns = [float(value) for value in re.findall(r"episode \d: return (\d+\.\d)", text)]
+    assert len(returns) == 2 and np.mean(returns) >= 800, returns
