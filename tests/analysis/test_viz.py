@@ -281,11 +281,10 @@ def test_failed_video_leaves_nothing(tmp_path):
 @pytest.mark.parametrize(
     "ours, theirs",
     [
-        (
-            "viz.curves, fastdreamer.analysis.viz.dreams",
-            "matplotlib.pyplot",
-        ),  # it would know windows
-        ("trainer", "matplotlib"),  # the worker beside it writes videos alone
+        # it would know windows
+        ("analysis.viz.curves, fastdreamer.analysis.viz.dreams", "matplotlib.pyplot"),
+        # the worker beside it writes videos alone
+        ("training.trainer", "matplotlib"),
     ],
 )
 def test_nothing_is_loaded_for_pictures_that_is_not_needed(ours, theirs):
