@@ -128,7 +128,7 @@ def own_values(program):
     return edited(program)
 
 
-FORWARD, BACKWARD = of("cells.forward_kernel"), of("rssm_step.backward_kernel")
+FORWARD, BACKWARD = of("cells.forward_kernel"), of("cells.backward_kernel")
 MLP, GRADIENT = "mlp.forward_kernel", "weights.gradient_kernel"
 LAMBDA_RETURN = of("lambda_return.forward_kernel")
 BEHIND = 5 * 20  # imagine's state behind the first, [B, D]
