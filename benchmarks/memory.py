@@ -16,9 +16,10 @@ import torch
 
 from benchmarks import machine, report, synthetic
 from benchmarks.learner import Learner, variants
+from fastdreamer.acting.parts import acting_weights
 from fastdreamer.config import preset
 from fastdreamer.learning.dreamer import Dreamer
-from fastdreamer.training.collector import Collector, Job, policy_weights
+from fastdreamer.training.collector import Collector, Job
 
 SAMPLES, UPDATES = 10, 10  # batches drawn after every episode; updates before each reading
 
@@ -63,7 +64,7 @@ def collector_peaks(directory: Path, episodes: int) -> list[float]:
     try:
         (worker,) = multiprocessing.active_children()
         agent = Dreamer(config, collector.obs_shapes, collector.action_dim)
-        weights = policy_weights(agent)
+        weights = acting_weights(agent)
         peaks = []
         for index in range(episodes):
             job = Job(update=0, episode=index, random=False, evaluations=0, video=None)

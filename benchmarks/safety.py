@@ -15,7 +15,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from fastdreamer.acting.safety import walker_signal
+from fastdreamer.acting.signals import walker_signal
 from fastdreamer.training.episodes import EPISODE_GLOB, read_episode
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73")

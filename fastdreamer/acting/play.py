@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fastdreamer.acting.policy import Policy, PolicyState
-from fastdreamer.acting.safety import Shield
+from fastdreamer.acting.shield import Shield
 from fastdreamer.config import Config
 from fastdreamer.envs import make_env
 from fastdreamer.errors import ArgumentError

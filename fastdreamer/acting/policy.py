@@ -15,17 +15,14 @@ from torch import Tensor, nn
 
 from fastdreamer.acting.exploration import Explorer
 from fastdreamer.acting.noise import Source, normal
+from fastdreamer.acting.parts import acting_parts, keep_only
 from fastdreamer.acting.planning import PlanInfo, plan
-from fastdreamer.acting.safety import Guard, Shield
+from fastdreamer.acting.shield import Guard, Shield
 from fastdreamer.config import Config, ConfigError
 from fastdreamer.machine.device import resolve_device, resolve_precision
 from fastdreamer.nn import MLP, Actor, WorldModel
-from fastdreamer.nn.codec import float_to_pixels
-from fastdreamer.nn.dists import greedy_action, symexp
+from fastdreamer.nn.dists import greedy_action
 from fastdreamer.ops.decide import decide
-from fastdreamer.ops.imagine import imagine
-from fastdreamer.ops.observe import observe
-from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.params import MLPParams, ReturnParams, State
 
 
@@ -44,19 +41,28 @@ class PolicyState(NamedTuple):
 
 
 class Policy(nn.Module):
-    """An agent's world model and whatever chooses its actions: actor, planner, explorer, shield.
+    """The networks that choose a run's actions, and how: encoder, filter, actor, planner, shield.
+
+    It has those of :func:`fastdreamer.acting.parts.acting_parts`, no more and no less, so that the
+    weights that travel to it are loaded strictly; what it has not is None.
 
     Args:
         config: every setting.
         obs_shapes: ``{"pixels": (64, 64, 3), "state": (n,)}``, one or both.
         action_dim: A.
+        whole: have all networks of the agent, as who learns does.
 
     The initial weights are a function of ``config.seed`` alone; torch's global random generator
     is left as it was.
     """
 
     def __init__(
-        self, config: Config, obs_shapes: dict[str, tuple[int, ...]], action_dim: int
+        self,
+        config: Config,
+        obs_shapes: dict[str, tuple[int, ...]],
+        action_dim: int,
+        *,
+        whole: bool = False,
     ) -> None:
         super().__init__()
         self.config = config.validate()
@@ -81,6 +87,8 @@ class Policy(nn.Module):
         self.target_critic = None
         if behavior.target_every and self.critic is not None:
             self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        if not whole:
+            keep_only(self, acting_parts(config))
         self.to(resolve_device(config.device, config.backend))
         self.precision = resolve_precision(config.precision, self.device, config.backend)
         self._act_generator = torch.Generator().manual_seed(config.seed)
@@ -193,8 +201,9 @@ class Policy(nn.Module):
         Raises:
             ConfigError: there is none, or the agent has no actor for it.
         """
-        own = "planet" if self.actor is None else "actor"
-        valid = (own,) if self.actor is None else ("actor", "mpc", "planet")
+        planet = self.config.agent == "planet"
+        valid = ("planet",) if planet else ("actor", "mpc", "planet")
+        own = valid[0]
         if name in (None, "auto"):
             return own
         if name not in valid:
@@ -230,12 +239,12 @@ class Policy(nn.Module):
         if explore:
             actor = self.explorer.actor or actor
             critic = self.target_critic or self.critic
-            score = self.explorer.score(critic, score, self._discount_params())
-        with self._autocast():
+            score = self.explorer.score(critic, score, self.discount_params())
+        with self.autocast():
             return plan(
                 state,
                 self.model.rssm.params(),
-                self._return_params(),
+                self.return_params(),
                 self.config.plan,
                 actor=actor.params() if mpc else None,
                 greedy=self.config.behavior.greedy,
@@ -250,7 +259,7 @@ class Policy(nn.Module):
         Raises:
             ConfigError: the agent has learned no barrier.
         """
-        if self.guard is None:
+        if self.guard is None or self.guard.barrier is None:
             raise ConfigError("make_shield: this agent has no barrier; train one with --safety")
         return Shield(self.config.safety, self.model.rssm, self.guard.barrier)
 
@@ -283,122 +292,30 @@ class Policy(nn.Module):
             raise ValueError("act: pixels and state differ in their batch size")
         return tensors, leads != {()}
 
-    @torch.no_grad()
-    def dream(
-        self, state: PolicyState, horizon: int, generator: torch.Generator | None = None
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Imagine what the agent does next and what it would see (report Figure 4).
+    def return_params(self) -> ReturnParams:
+        """What values a trajectory: the heads that there are, frozen but for the critics, γ and λ.
 
-        Dreamer's actor acts in the dream; PlaNet plans at every step of it.
-
-        Args:
-            state: of one environment, as ``act`` returned it; its action has not been taken yet.
-            horizon: decisions to imagine, at least 1.
-            generator: of the latent samples and actions; None uses the agent's own.
-
-        Returns:
-            The actions [horizon, A], the first of which is the state's own, and the predicted
-            observations that they lead to: ``pixels`` uint8 [horizon, 64, 64, 3] and/or ``state``
-            [horizon, n] in the observation's units.
-
-        Raises:
-            ValueError: horizon below 1, or more than one environment.
+        Who plans as an optimist alone has no reward head here: the explorer's are the score.
         """
-        if horizon < 1 or len(state.deter) != 1:
-            raise ValueError(f"dream: {horizon} decisions of {len(state.deter)} environments")
-        generator = generator or self._act_generator
-        rssm = self.model.rssm
-        draw = lambda *shape: torch.randn(*shape, generator=generator).to(self.device)  # noqa: E731
-        state_noise = draw(horizon, 1, rssm.stoch)
-        now = State(state.deter, state.stoch)
-        first = open_loop(rssm.params(), now, state.action[None], state_noise[:1])
-        deter, stoch, action = first.deter, first.stoch, state.action[None]
-        if self.actor is None:
-            for noise in state_noise[1:]:
-                now = State(deter[-1], stoch[-1])
-                then, _ = self.plan(now, "planet", generator=generator)
-                then = then[None]
-                step = open_loop(rssm.params(), now, then, noise[None])
-                deter, stoch = torch.cat([deter, step.deter]), torch.cat([stoch, step.stoch])
-                action = torch.cat([action, then])
-        elif horizon > 1:
-            rest = imagine(
-                rssm.params(),
-                self.actor.params(),
-                State(deter[0], stoch[0]),
-                state_noise[1:],
-                draw(horizon - 1, 1, self.action_dim),
-            )
-            deter, stoch = torch.cat([deter, rest.deter]), torch.cat([stoch, rest.stoch])
-            action = torch.cat([action, rest.action])
-        means = self.model.decoder(State(deter, stoch).feat[:, 0])
-        return action[:, 0].cpu().numpy(), _observed(means)
-
-    @torch.no_grad()
-    def predict(
-        self, batch: dict[str, Tensor], context: int, generator: torch.Generator | None = None
-    ) -> dict[str, np.ndarray]:
-        """Watch the beginning of recorded sequences, then predict the rest by the actions alone.
-
-        Args:
-            batch: time-major [T, B, ...], as ``Dreamer.update`` takes it.
-            context: steps that are watched, 1..T - 1; no episode begins behind them.
-            generator: of the latent samples; None uses the agent's own.
-
-        Returns:
-            The observations that the decoder makes of all T states, the watched ones included:
-            ``pixels`` uint8 [T, B, 64, 64, 3] and/or ``state`` [T, B, n] in its own units.
-
-        Raises:
-            ValueError: no such context, or an episode begins behind it.
-        """
-        T, B = batch["is_first"].shape
-        if not 1 <= context < T or batch["is_first"][context:].any():
-            raise ValueError(
-                f"predict: {context} of {T} steps watched, or an episode begins behind"
-            )
-        generator = generator or self._act_generator
-        rssm = self.model.rssm
-        noise = torch.randn(T, B, rssm.stoch, generator=generator).to(self.device)
-        seen = {kind: x[:context] for kind, x in batch.items()}
-        with self._autocast():
-            watched = observe(
-                rssm.params(),
-                rssm.initial(B),
-                self.model.encoder(seen),
-                seen["action"],
-                seen["is_first"],
-                noise[:context],
-            ).state
-            now = State(watched.deter[-1], watched.stoch[-1])
-            ahead = open_loop(rssm.params(), now, batch["action"][context:], noise[context:])
-            means = self.model.decoder(torch.cat([watched.feat, ahead.feat]))
-        return _observed(means)
-
-    def _return_params(self) -> ReturnParams:
         critics = (self.critic, self.target_critic)
         critic, target = (None if head is None else head.params() for head in critics)
-        heads = (self.model.reward.params().detach(), critic, target)
-        behavior = self.config.behavior
-        departure = behavior.pairing == "departure"
+        reward, behavior = self.model.reward, self.config.behavior
         return ReturnParams(
-            *heads, behavior.gamma, behavior.lam, self._discount_params(), departure=departure
+            None if reward is None else reward.params().detach(),
+            critic,
+            target,
+            behavior.gamma,
+            behavior.lam,
+            self.discount_params(),
+            departure=behavior.pairing == "departure",
         )
 
-    def _discount_params(self) -> MLPParams | None:
+    def discount_params(self) -> MLPParams | None:
+        """The continuation head, frozen, or None."""
         head = self.model.discount
         return None if head is None else head.params().detach()
 
-    def _autocast(self) -> contextlib.AbstractContextManager:
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Matrix products within are of the precision that the agent computes in."""
         enabled = self.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
-
-
-def _observed(means: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """The decoder's means as observations: uint8 pixels, the state in its own units."""
-    seen = {}
-    if "pixels" in means:
-        seen["pixels"] = float_to_pixels(means["pixels"]).cpu().numpy()
-    if "state" in means:
-        seen["state"] = symexp(means["state"].float()).cpu().numpy()
-    return seen

@@ -13,9 +13,10 @@ import torch
 import tyro
 from tyro.conf import Positional
 
-from fastdreamer.acting.exploration import calibrate_episodes
 from fastdreamer.acting.play import Recorder, episode_seed, evaluate_together, more_envs
-from fastdreamer.acting.safety import Violations, load_signal, own_signal, safety_rates
+from fastdreamer.acting.shield import safety_rates
+from fastdreamer.acting.signals import Violations, load_signal, own_signal
+from fastdreamer.analysis.calibration import calibrate_episodes
 from fastdreamer.analysis.viz.calibration import calibration_figure, write_calibration
 from fastdreamer.cli.run import Backend, config_of
 from fastdreamer.config import ConfigError, PlanConfig, SafetyConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastdreamer.acting.play import on_cpu, run_backend
-from fastdreamer.acting.safety import own_signal
+from fastdreamer.acting.signals import own_signal
 from fastdreamer.config import Config, ConfigError, SafetyConfig, from_dict
 from fastdreamer.envs import names_code
 from fastdreamer.ops.backend import check_backend, use_backend

@@ -17,7 +17,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
-from fastdreamer.acting.safety import own_signal, refuse_signal
+from fastdreamer.acting.signals import own_signal, refuse_signal
 from fastdreamer.cli.run import allow_task, named_by_file
 from fastdreamer.config import PRESETS, Config, ConfigError, preset
 from fastdreamer.envs import canonical_task, is_foreign, names_code

@@ -41,20 +41,14 @@ from fastdreamer.acting.play import (
     run_backend,
 )
 from fastdreamer.acting.policy import Policy
-from fastdreamer.acting.safety import Violations, safety_rates
+from fastdreamer.acting.shield import safety_rates
+from fastdreamer.acting.signals import Signal, Violations, load_signal
 from fastdreamer.config import Config, from_dict, to_dict
 from fastdreamer.errors import FastdreamerError
 from fastdreamer.ops.backend import kernel_choice, settle_kernels
 from fastdreamer.training.episodes import write_episode
 
 _log = logging.getLogger("fastdreamer")
-POLICY_PARTS = ("model.encoder.", "model.rssm.", "actor.")
-"""Prefixes of the weights that the actor needs to act."""
-PLANNER_PARTS = ("model.encoder.", "model.rssm.", "model.reward.")
-"""Prefixes of the weights that planning needs; ranking by λ-return needs those as well, with which
-what comes later is valued."""
-CRITIC_PARTS = ("critic.", "target_critic.", "model.discount.")
-
 
 QUIET, SILENT = 30.0, 300.0
 """Seconds without a sign of the worker until that is said, and until another takes its place."""
@@ -256,28 +250,6 @@ def _send_all(connection: Any, messages: Sequence[bytes]) -> None:
             connection.send_bytes(message)
 
 
-def policy_weights(agent: Policy) -> dict[str, Tensor]:
-    """A copy of the weights that the worker acts with, on the CPU, by name."""
-    parts = policy_parts(agent.config)
-    return {
-        name: value.detach().to("cpu", copy=True)
-        for name, value in agent.state_dict().items()
-        if name.startswith(parts)
-    }
-
-
-def policy_parts(config: Config) -> tuple[str, ...]:
-    """Prefixes of the weights that collecting and evaluating need."""
-    own = ("guard.barrier.",) if config.safety.shield else ()
-    if config.explore.method == "ucb":
-        own += ("explorer.",)
-    if config.agent == "planet":
-        return PLANNER_PARTS + own
-    asked = {config.collect.controller, config.eval.controller}
-    planner = PLANNER_PARTS if asked & {"mpc", "mixed", "planet"} else ()
-    return POLICY_PARTS + own + planner + (CRITIC_PARTS if asked & {"mpc", "mixed"} else ())
-
-
 def collecting_controller(config: Config, episode: int) -> str:
     """Who acts in an episode that is collected."""
     chosen = config.collect.controller
@@ -309,16 +281,18 @@ def _worker(
         try:
             env = config_env(config)
             send({"obs_shapes": env.obs_shapes, "action_dim": env.action_dim})
-            agent, envs = None, [env]
+            agent, signal, envs = None, None, [env]
             while True:
                 job = Job(**json.loads(connection.recv_bytes()))
                 weights = load_bytes(connection.recv_bytes())
                 if agent is None:
                     agent = Policy(own, env.obs_shapes, env.action_dim)
+                    if own.safety.signal != "none":
+                        signal = load_signal(own, env.obs_shapes["state"][0])
                 if not job.random or job.evaluations:
-                    _load_weights(agent, weights)
+                    agent.load_state_dict(weights)  # strictly: all that acts is sent
                 with run_backend(own):
-                    result = _run_job(job, config, agent, envs, Path(episodes), sign)
+                    result = _run_job(job, config, agent, signal, envs, Path(episodes), sign)
                 send(asdict(result))
         except (EOFError, ConnectionError):
             return  # the trainer is gone
@@ -328,14 +302,6 @@ def _worker(
             send({"error": f"the collector failed:\n{traceback.format_exc()}"})
     except (EOFError, OSError):
         return
-
-
-def _load_weights(agent: Policy, weights: dict[str, Tensor]) -> None:
-    """Load all that acting needs, and nothing else."""
-    agent.load_state_dict(weights, strict=False)
-    needed = {name for name in agent.state_dict() if name.startswith(policy_parts(agent.config))}
-    if wrong := sorted(needed ^ weights.keys()):
-        raise CollectorError(f"the weights to act with lack or do not need {', '.join(wrong)}")
 
 
 def _exit_with_trainer() -> None:
@@ -348,6 +314,7 @@ def _run_job(
     job: Job,
     config: Config,
     agent: Policy,
+    signal: Signal | None,
     envs: list,
     episodes: Path,
     sign: Callable[[], None] = lambda: None,
@@ -355,7 +322,6 @@ def _run_job(
     """``envs``: at least one; more are made for evaluations, and kept. ``sign``: called at every
     decision."""
     env, episode_return, episode_safety = envs[0], None, {}
-    signal = agent.guard.signal if agent.guard is not None else None
     if job.episode is not None:
         seed = episode_seed(config.seed, "collect", job.episode)
         shield = agent.make_shield() if config.safety.shield and not job.random else None
@@ -368,7 +334,7 @@ def _run_job(
                 config.collect.noise,
                 collecting_controller(config, job.episode),
                 sample=config.collect.sample,
-                explore=agent.explorer is not None,
+                explore=config.explore.method != "none",
                 shield=shield,
             )
         )

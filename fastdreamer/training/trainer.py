@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from fastdreamer._version import __version__
+from fastdreamer.acting.parts import acting_weights
 from fastdreamer.acting.play import run_backend
-from fastdreamer.acting.safety import own_signal, refuse_signal
+from fastdreamer.acting.signals import own_signal, refuse_signal
 from fastdreamer.config import (
     Config,
     ConfigError,
@@ -42,7 +43,7 @@ from fastdreamer.learning.dreamer import Dreamer
 from fastdreamer.machine.device import describe_choice, resolve_config
 from fastdreamer.ops.backend import describe_kernels, kernel_choice
 from fastdreamer.training import checkpoint
-from fastdreamer.training.collector import Collector, Job, Result, policy_weights
+from fastdreamer.training.collector import Collector, Job, Result
 from fastdreamer.training.episodes import episode_fields
 from fastdreamer.training.logger import METRICS_FILE, Logger, Progress, read_metrics
 from fastdreamer.training.replay import Replay
@@ -291,9 +292,10 @@ class Trainer:
         self.job = Job(**cursor["job"]) if cursor["job"] else None
         self.job_weights = groups.get("job_weights", {})
         if self.job is not None and not self.job.random:
-            needed = policy_weights(self.agent)
-            if needed.keys() != self.job_weights.keys():
-                # Others act than when it was begun, and they need more: all of one update.
+            needed = acting_weights(self.agent)
+            if needed.keys() <= self.job_weights.keys():
+                self.job_weights = {name: self.job_weights[name] for name in needed}
+            else:  # others act than when it was begun, and they need more: all of one update
                 self.job_weights, self.job = needed, replace(self.job, update=self.update)
         missing = self.replay.load(cursor["replay"])
         for warning in missing:
@@ -402,7 +404,7 @@ class Trainer:
         if evaluations and self.config.eval.video and self.config.env.obs != "state":
             video = str(self.run_dir / "videos" / f"eval-{self.env_frames:09d}.mp4")
         self.job = Job(self.update, episode, random, evaluations, video)
-        self.job_weights = {} if random else policy_weights(self.agent)
+        self.job_weights = {} if random else acting_weights(self.agent)
         self.collector.submit(self.job, self.job_weights)
         if video:
             self._log_prediction()

@@ -7,18 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastdreamer.acting.safety import (
-    Guard,
-    Shield,
-    Violations,
-    filter_actions,
-    load_signal,
-    safety_rates,
-    shortfall,
-    walker_signal,
-)
+from fastdreamer.acting.shield import Guard, Shield, filter_actions, safety_rates
+from fastdreamer.acting.signals import Violations, load_signal, walker_signal
 from fastdreamer.cli import main
 from fastdreamer.config import ConfigError, ExploreConfig, SafetyConfig, preset
+from fastdreamer.learning.barrier import barrier_losses, shortfall, update_multiplier
 from fastdreamer.learning.dreamer import Dreamer
 from fastdreamer.ops.backend import last_backend, use_backend
 from fastdreamer.ops.params import GRUParams, MLPParams, RSSMParams, State, StdTransform
@@ -212,7 +205,8 @@ def test_losses_say_what_the_page_says():
     margin = torch.randn(T, B, generator=seeded(1))
     imagined = torch.randn(3, 5, 20, generator=seeded(2), requires_grad=True)
     guard.multiplier.fill_(1.5)
-    loss, price, metrics = guard.losses(seen, margin, imagined)
+    named, metrics, _ = barrier_losses(guard, config.safety, seen, margin, imagined)
+    loss, price = named["barrier"], named["actor"]
 
     safe, unsafe, steps = [], [], []
     for b, m in zip(guard.barrier(seen).flatten().tolist(), margin.flatten().tolist(), strict=True):
@@ -237,9 +231,11 @@ def test_losses_say_what_the_page_says():
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_batch_all_safe_or_all_unsafe_has_a_finite_loss(sign):
-    guard = Guard(configure(), 20, STATE)
-    loss, *_ = guard.losses(torch.randn(T, B, 20), sign * torch.ones(T, B), torch.randn(3, 5, 20))
-    assert torch.isfinite(loss)
+    config = configure()
+    seen, imagined = torch.randn(T, B, 20), torch.randn(3, 5, 20)
+    margin, guard = sign * torch.ones(T, B), Guard(config, 20, STATE)
+    found = barrier_losses(guard, config.safety, seen, margin, imagined)
+    assert torch.isfinite(found.named["barrier"])
 
 
 def test_shortfall():
@@ -249,12 +245,13 @@ def test_shortfall():
 
 
 def test_the_multiplier_climbs_while_too_much_is_missing():
-    guard = Guard(configure(limit=0.1, multiplier_lr=0.5, multiplier_max=0.3), 20, STATE)
+    config = configure(limit=0.1, multiplier_lr=0.5, multiplier_max=0.3)
+    guard = Guard(config, 20, STATE)
     for missing, want in ((0.5, 0.2), (0.5, 0.3), (0.0, 0.25), (0.0, 0.2)):
-        guard.update_multiplier(torch.tensor(missing))
+        update_multiplier(guard, config.safety, torch.tensor(missing))
         assert guard.multiplier.item() == pytest.approx(want)
     for _ in range(9):
-        guard.update_multiplier(torch.tensor(0.0))
+        update_multiplier(guard, config.safety, torch.tensor(0.0))
     assert guard.multiplier == 0
 
 

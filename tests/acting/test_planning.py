@@ -11,6 +11,7 @@ import torch
 from fastdreamer.acting import planning
 from fastdreamer.acting.planning import PlanningError, plan
 from fastdreamer.acting.play import agent_policy, collect, episode_seed
+from fastdreamer.acting.policy import Policy
 from fastdreamer.config import ConfigError, PlanConfig, preset
 from fastdreamer.envs import make_env
 from fastdreamer.learning.dreamer import Dreamer
@@ -484,8 +485,8 @@ def test_a_run_collects_with_its_planner(tmp_path, agent_kind, capfd):
     env = make_env("walker-walk", obs="state", action_repeat=2, time_limit=1.0)
     for index in (2, 3):
         weights, meta = played[index]
-        agent = Dreamer(config, meta["obs_shapes"], meta["action_dim"])
-        agent.load_state_dict(weights, strict=False)
+        agent = Policy(config, meta["obs_shapes"], meta["action_dim"])
+        agent.load_state_dict(weights)
         seed = episode_seed(config.seed, "collect", index)
         controller = ("actor", "mpc")[index % 2] if dreamer else "planet"
         policy = agent_policy(agent, seed, config.collect.noise, controller, sample=True)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastdreamer.acting.policy import Policy, PolicyState, resolve_precision
+from fastdreamer.acting.policy import PolicyState, resolve_precision
 from fastdreamer.config import preset
+from fastdreamer.learning.dreamer import Dreamer
 from fastdreamer.nn.dists import greedy_action, symexp
 from fastdreamer.ops.backend import last_backend, use_backend
 from fastdreamer.ops.observe import observe
@@ -26,7 +27,7 @@ def seeded(seed=0):
 
 def make_agent(kinds=("state",), **changes):
     config = dataclasses.replace(preset("tiny"), **changes)
-    return Policy(config, {kind: SHAPES[kind] for kind in kinds}, A)
+    return Dreamer(config, {kind: SHAPES[kind] for kind in kinds}, A)  # acts in every way
 
 
 def make_obs(kinds, *lead, seed=0):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from fastdreamer.acting.parts import acting_parts
 from fastdreamer.cli import main
 from fastdreamer.config import ConfigError, preset
 from fastdreamer.envs import canonical_task, make_env
 from fastdreamer.learning import losses
 from fastdreamer.learning.dreamer import Dreamer
-from fastdreamer.training.collector import policy_parts
 
 pytest.importorskip("gymnasium")
 
@@ -205,7 +205,7 @@ def test_an_agent_learns_where_episodes_end():
         for i in range(150)
     ]
     assert seen[0]["discount_loss"] > 0.5 and seen[-1]["discount_loss"] < 0.1
-    assert agent._return_params().discount is not None
+    assert agent.return_params().discount is not None
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -223,7 +223,7 @@ def test_nothing_is_learned_behind_an_end(weighted):
 def test_a_planner_in_the_worker_gets_the_head():
     tiny = preset("tiny")
     mpc = dataclasses.replace(tiny.collect, controller="mpc")
-    assert "model.discount." in policy_parts(dataclasses.replace(tiny, collect=mpc))
+    assert "model.discount" in acting_parts(dataclasses.replace(tiny, collect=mpc))
 
 
 def test_gamma_0_and_ends_are_refused():

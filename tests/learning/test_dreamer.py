@@ -131,7 +131,7 @@ def test_the_pairing_is_a_setting_of_imagination_and_planning(backend):
     found = {}
     for pairing in ("arrival", "departure"):
         agent = make_agent(behavior={"pairing": pairing, "lam": 1.0}, precision="fp32")
-        assert agent._return_params().departure == (pairing == "departure")
+        assert agent.return_params().departure == (pairing == "departure")
         with use_backend(backend):
             metrics = agent.update(make_batch(("state",)), agent.make_optimizers(), seeded())
             assert last_backend("imagine") == backend

@@ -11,18 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from fastdreamer.acting.exploration import (
-    Explorer,
-    beta_at,
-    calibrate,
-    calibrate_episodes,
-    predict_rewards,
-    spread,
-    upper_bound,
-)
+from fastdreamer.acting.exploration import Explorer, beta_at, spread, upper_bound
+from fastdreamer.analysis.calibration import calibrate, calibrate_episodes, predict_rewards
 from fastdreamer.cli import main
 from fastdreamer.config import ConfigError, ExploreConfig, SafetyConfig, preset, to_dict
 from fastdreamer.learning.dreamer import Dreamer
+from fastdreamer.learning.exploration import imagine_members, reward_loss
 from fastdreamer.nn import MLP, Ensemble
 from fastdreamer.ops.backend import last_backend, use_backend
 from fastdreamer.ops.cem import cem
@@ -113,7 +107,7 @@ def test_each_head_learns_from_its_own_weighting():
     feat, reward = torch.randn(T, B, 20, generator=seeded()), torch.rand(T, B)
     weights = torch.ones(5, 1, B)
     weights[2] = 0
-    loss = explorer.reward_loss(feat.requires_grad_(), reward, weights)
+    loss = reward_loss(explorer, feat.requires_grad_(), reward, weights)
     error = (explorer.rewards(feat)[..., 0] - reward).square()
     torch.testing.assert_close(loss, error.mean((1, 2))[[0, 1, 3, 4]].sum())
     loss.backward()
@@ -214,7 +208,7 @@ def test_the_actor_prefers_the_uncertain_arm_if_it_is_an_optimist(beta, arm):
     rssm, critic = agent.model.rssm.params().detach(), agent.critic.params().detach()
     for _ in range(80):
         noise = torch.zeros(1, 256, 1), torch.randn(1, 256, 1, generator=g)
-        _, returns = explorer.imagine(rssm, explorer.actor.params(), start, noise, critic)
+        _, returns = imagine_members(explorer, rssm, explorer.actor.params(), start, noise, critic)
         loss = -upper_bound(returns, explorer.beta).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -26,6 +26,7 @@ import pytest
 import torch
 
 from fastdreamer.acting.play import agent_policy, collect, episode_seed, random_policy
+from fastdreamer.acting.policy import Policy
 from fastdreamer.config import preset, to_dict
 from fastdreamer.envs import make_env
 from fastdreamer.envs.gl import GLError, select_gl
@@ -37,7 +38,7 @@ from fastdreamer.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from fastdreamer.training.collector import POLICY_PARTS, Collector
+from fastdreamer.training.collector import Collector
 from fastdreamer.training.episodes import episode_path, read_episode
 from fastdreamer.training.logger import Logger, Progress
 from fastdreamer.training.pretrained import load
@@ -534,14 +535,14 @@ def test_episodes_come_from_the_weights_of_their_cycles_first_update(reference):
         assert job["update"] == 5 + CYCLE * cycle
         assert job["episode"] == PREFILL + cycle
         weights = {k[12:]: v for k, v in tensors.items() if k.startswith("job_weights/")}
-        assert weights and all(name.startswith(POLICY_PARTS) for name in weights)
+        assert weights.keys() == Policy(CONFIG, {"state": (24,)}, 6).state_dict().keys()
 
     # The job of update 105 (checkpoint 105 = 15 · 7, the first update of a cycle), played here.
     tensors, meta = saved[105]
     weights = {k[12:]: v for k, v in tensors.items() if k.startswith("job_weights/")}
     assert all(torch.equal(v, tensors[f"agent/{k}"]) for k, v in weights.items())
-    agent = Dreamer(CONFIG, meta["obs_shapes"], meta["action_dim"])
-    agent.load_state_dict(weights, strict=False)
+    agent = Policy(CONFIG, meta["obs_shapes"], meta["action_dim"])
+    agent.load_state_dict(weights)
     env = make_env("walker-walk", obs="state", action_repeat=2, time_limit=1.0)
     seed = episode_seed(CONFIG.seed, "collect", 7)
     policy = agent_policy(agent, seed, CONFIG.collect.noise, sample=True)

@@ -14,119 +14,22 @@ time a shield replaces an action that breaks the condition by the nearest one th
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdreamer.acting.noise import Source, normal
-from fastdreamer.config import Config, ConfigError, SafetyConfig
-from fastdreamer.named import named
+from fastdreamer.acting.signals import Signal, Violations, load_signal, own_signal, refuse_signal
+from fastdreamer.config import Config, SafetyConfig
 from fastdreamer.nn import MLP, RSSM
 from fastdreamer.ops.cem import top
 from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.params import MLPParams, RSSMParams, State, mlp
 
-Signal = Callable[[np.ndarray], np.ndarray]
-"""State observations [..., n] -> margins [...], positive where safe."""
-
-_WALKER_STATE = 24  # 14 orientations, the torso's height, 9 velocities (3 of the root, 6 joints)
-
-
-# ---------------------------------------------------------------- signals
-
-
-def walker_signal(min_height: float, max_joint_speed: float) -> Signal:
-    """The built-in signal of Walker: the torso is high enough and no joint turns too fast.
-
-    margin = min((height − min_height) / min_height, (max − fastest joint) / max), so that both
-    count in parts of their limit; height in metres, speeds in rad/s.
-    """
-
-    def signal(state: np.ndarray) -> np.ndarray:
-        height, speed = state[..., 14], np.abs(state[..., 18:24]).max(-1)
-        return np.minimum(
-            (height - min_height) / min_height, (max_joint_speed - speed) / max_joint_speed
-        )
-
-    return signal
-
-
-def own_signal(safety: SafetyConfig) -> bool:
-    """Whether the signal is a function of the user's, ``module:function``."""
-    return ":" in safety.signal
-
-
-def refuse_signal(safety: SafetyConfig, how: str) -> NoReturn:
-    """Raise ConfigError: a file names a module, and files import nothing by themselves."""
-    raise ConfigError(
-        f"safety.signal {safety.signal!r} is named by a file alone, which imports nothing: "
-        f"name it again by {how} if you trust it"
-    )
-
-
-def load_signal(config: Config, state_size: int) -> Signal:
-    """The safety signal that a configuration names.
-
-    Args:
-        config: ``safety.signal`` is "walker" or "module:function"; the module is looked up on
-            Python's path and in the current directory.
-        state_size: n of the state observations.
-
-    Raises:
-        ConfigError: there is no such function, or it does not map [..., n] to finite [...].
-    """
-    safety = config.safety
-    if safety.signal == "none":
-        raise ConfigError("there is no safety.signal; name one, walker or module:function")
-    if safety.signal == "walker":
-        if state_size != _WALKER_STATE:
-            raise ConfigError(
-                f"safety.signal 'walker' reads Walker's {_WALKER_STATE} numbers of state, "
-                f"{config.env.task} has {state_size}; name your own as module:function"
-            )
-        return walker_signal(safety.min_height, safety.max_joint_speed)
-    try:
-        function = named(safety.signal)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"safety.signal {safety.signal!r} cannot be loaded: {error}") from error
-    if not callable(function):
-        raise ConfigError(f"safety.signal {safety.signal!r} is not a function, but {function!r}")
-    for lead in ((), (2, 3)):
-        _checked(function, safety.signal, np.zeros((*lead, state_size), np.float32))
-    return lambda state: _checked(function, safety.signal, state)
-
-
-def _checked(function: Signal, name: str, state: np.ndarray) -> np.ndarray:
-    """The margins, refused where they are not one finite number a state."""
-    try:
-        margin = np.asarray(function(state), np.float32)
-    except Exception as error:
-        raise ConfigError(
-            f"safety.signal {name!r} failed on a state of shape {state.shape}: {error!r}"
-        ) from error
-    if margin.shape != state.shape[:-1] or not np.isfinite(margin).all():
-        got = f"shape {margin.shape}" if margin.shape != state.shape[:-1] else "values not finite"
-        raise ConfigError(
-            f"safety.signal {name!r} must map states [..., {state.shape[-1]}] to one finite margin "
-            f"each, of {state.shape} made {got}"
-        )
-    return margin
-
-
-# ---------------------------------------------------------------- learning
-
-
-def shortfall(barrier: Tensor, alpha: float) -> Tensor:
-    """What is missing in B(next) ≥ (1 − α)·B(now), [H + 1, B] -> [H, B], at least 0."""
-    return F.relu((1 - alpha) * barrier[:-1] - barrier[1:])
-
 
 class Guard(nn.Module):
-    """The barrier and the Lagrange multiplier, and their losses.
+    """The barrier, the multiplier by which the actor pays for it, and the signal they learn from.
 
     Args:
         config: of the agent, with a ``safety.signal``.
@@ -136,11 +39,10 @@ class Guard(nn.Module):
 
     def __init__(self, config: Config, feat_size: int, state_size: int) -> None:
         super().__init__()
-        self.config, model = config.safety, config.model
         self._state_size = state_size
         self.signal_of(config, asked=True)
-        sizes = [feat_size, *[model.units] * config.safety.layers, 1]
-        self.barrier = MLP(sizes, model.activation)
+        sizes = [feat_size, *[config.model.units] * config.safety.layers, 1]
+        self.barrier = MLP(sizes, config.model.activation)
         self.register_buffer("multiplier", torch.zeros(()))
 
     def signal_of(self, config: Config, *, asked: bool) -> None:
@@ -155,63 +57,6 @@ class Guard(nn.Module):
     def signal(self) -> Signal:
         """Margins of states; ConfigError where it cannot be had."""
         return self._load()
-
-    def sign_loss(self, feat: Tensor, margin: Tensor) -> Tensor:
-        """Positive on safe states, negative on unsafe ones, each by a hinge and a mean of its own.
-
-        With b = clamp(margin, −m, m), m ``safety.hinge``: mean over safe states of max(0, b − B) +
-        mean over unsafe ones of max(0, B − b). What is demanded goes to 0 at the edge, so that the
-        barrier crosses it as smoothly as the signal does.
-
-        Args:
-            feat: [..., F] of states that were observed; no gradient flows into it.
-            margin: [...], the safety signal there.
-        """
-        value = self.barrier(feat.detach()).squeeze(-1).float()
-        safe = margin > 0
-        bound = margin.clamp(-self.config.hinge, self.config.hinge)
-        miss = F.relu(torch.where(safe, bound - value, value - bound))
-        mean = lambda mask: (miss * mask).sum() / mask.sum().clamp(min=1)  # noqa: E731
-        return mean(safe) + mean(~safe)
-
-    def losses(
-        self, seen: Tensor, margin: Tensor, imagined: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """What barrier and actor learn from one update.
-
-        Args:
-            seen: [T, B, F], states that were observed. margin: [T, B], their safety signal.
-            imagined: [H + 1, N, F], states 0..H of the actor's imagination.
-
-        Returns:
-            The barrier's loss, which reaches nothing but the barrier; the actor's price ν·(mean
-            shortfall), which reaches it through the states alone; and metrics.
-        """
-        config = self.config
-        value = self.barrier(imagined.detach()).squeeze(-1).float()
-        step = shortfall(value, config.alpha).mean()
-        sign = self.sign_loss(seen, margin)
-        loss = sign + config.step_scale * step
-        frozen = mlp(self.barrier.params().detach(), imagined).squeeze(-1).float()
-        missing = shortfall(frozen, config.alpha).mean()
-        price = self.multiplier.clone() * missing
-        metrics = {
-            "barrier_loss": loss,
-            "barrier_sign_loss": sign,
-            "safety_shortfall": missing,
-            "safety_multiplier": self.multiplier.clone(),
-            "unsafe_share": (margin <= 0).float().mean(),
-        }
-        return loss, price, metrics
-
-    def update_multiplier(self, missing: Tensor) -> None:
-        """One step of dual ascent: ν ← clamp(ν + lr·(missing − limit), 0, max)."""
-        config = self.config
-        step = config.multiplier_lr * (missing.detach() - config.limit)
-        self.multiplier.add_(step).clamp_(0, config.multiplier_max)
-
-
-# ---------------------------------------------------------------- shield
 
 
 class Filtered(NamedTuple):
@@ -345,33 +190,6 @@ class Shield:
         self.changed += int(filtered.changed.sum())
         self.failed += int(filtered.failed.sum())
         return filtered.action
-
-
-# ---------------------------------------------------------------- counting
-
-
-class Violations:
-    """Counts the decisions whose observation the safety signal calls unsafe.
-
-    Args:
-        signal: of ``load_signal``.
-
-    Attributes:
-        decisions: observations seen, the first of an episode left out: nobody decided on it.
-        count: of them, those of margin 0 or less.
-    """
-
-    def __init__(self, signal: Signal) -> None:
-        self.signal = signal
-        self.decisions = self.count = 0
-
-    def __call__(
-        self, t: int, obs: dict[str, np.ndarray], action: np.ndarray, reward: float
-    ) -> None:
-        """See one step of an episode, t = 0 its first observation."""
-        if t:
-            self.decisions += 1
-            self.count += int(self.signal(obs["state"]) <= 0)
 
 
 def safety_rates(violations: Violations | None, shield: Shield | None) -> dict[str, float]:

@@ -1,0 +1,114 @@
+"""Behaviour: actor and critic, learned in imagination (report section 3)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import nvtx
+import torch
+from torch import Tensor, nn
+
+from fastdreamer.learning import losses
+from fastdreamer.learning.learner import Learner, Losses
+from fastdreamer.nn.dists import squashed_entropy
+from fastdreamer.ops.imagine import Imagination, imagine
+from fastdreamer.ops.params import State
+
+SATURATED = 0.99
+"""An action beyond ± this counts as saturated."""
+
+
+class Dream(NamedTuple):
+    """What was imagined from every state of a batch, B of them."""
+
+    start: State  # [B, ...], where from; no gradient
+    noise: tuple[Tensor, Tensor]  # of states [H, B, S] and actions [H, B, A]
+    ahead: Imagination  # states 1..H, actions, rewards, values and λ-returns
+    weights: Tensor  # [H, 1] or [H, B], of states 0..H−1 in the losses
+    scale: Tensor | float  # the returns are divided by it for the actor
+
+    @property
+    def feat(self) -> Tensor:
+        """Of states 0..H, [H + 1, B, F]."""
+        return torch.cat([self.start.feat[None], State(self.ahead.deter, self.ahead.stoch).feat])
+
+
+class BehaviorLearner(Learner):
+    """Optimisers ``actor`` and ``critic``; the dynamics are frozen."""
+
+    def optimized(self) -> dict[str, tuple[nn.Module | None, float]]:
+        agent, optim = self.agent, self.agent.config.optim
+        return {"actor": (agent.actor, optim.actor_lr), "critic": (agent.critic, optim.critic_lr)}
+
+    def imagine(
+        self, states: State, batch: dict[str, Tensor], noise: tuple[Tensor, Tensor]
+    ) -> Dream:
+        """Imagine the actor's trajectory from each state, with rewards, values and λ-returns.
+
+        Args:
+            states: of the batch, [T, B, ...]. noise: [H, T·B, ...], of states and actions.
+        """
+        agent = self.agent
+        start = State(*(part.detach().flatten(0, 1) for part in states))  # [T·B, ...]
+        with agent.autocast(), nvtx.annotate("imagine"):
+            ahead = imagine(
+                agent.model.rssm.params().detach(),
+                agent.actor.params(),
+                start,
+                *noise,
+                returns=agent.return_params(),
+            )
+        return Dream(start, noise, ahead, self._weights(ahead, batch), self._scale(ahead.returns))
+
+    def losses(self, dream: Dream, *, health: bool = False) -> Losses:
+        """The actor: up the returns. The critic: towards them, in the states 0..H−1 that the
+        actions were chosen in.
+
+        Args:
+            health: also measure how wide the actor is and how its actions saturate.
+        """
+        ahead, weights = dream.ahead, dream.weights
+        actor = losses.actor_loss(ahead.returns, weights, dream.scale)
+        critic = losses.critic_loss(ahead.value, ahead.returns, weights)
+        critic = self.agent.config.behavior.value_scale * critic
+        metrics = self._health(dream) if health else {}
+        metrics |= {
+            "actor_loss": actor,
+            "critic_loss": critic,
+            "imagined_reward": ahead.reward.mean(),
+            "imagined_value": ahead.value.mean(),
+        }
+        return Losses({"actor": actor, "critic": critic}, metrics)
+
+    def _weights(self, ahead: Imagination, batch: dict[str, Tensor]) -> Tensor:
+        """What the states 0..H−1 count: 1 or γ^t, and the chance to get there at all."""
+        behavior, returns = self.agent.config.behavior, ahead.returns
+        H, gamma = len(returns), behavior.gamma
+        weights = torch.ones(H, 1, device=returns.device)
+        if behavior.discount_weights:
+            t = torch.arange(H, device=returns.device, dtype=torch.float32)
+            weights = gamma ** t[:, None]
+        if ahead.discount is not None:
+            ended = batch["terminated"].flatten()  # [T·B]
+            weights = weights * losses.survival_weights(ahead.discount, ended, gamma)
+        return weights
+
+    def _scale(self, returns: Tensor) -> Tensor | float:
+        """max(1, running range of the returns), as in DreamerV3; 1 when not asked for."""
+        if not self.agent.config.behavior.return_norm:
+            return 1.0
+        low, high = torch.quantile(returns.detach().flatten(), returns.new_tensor([0.05, 0.95]))
+        self.agent.return_range.lerp_(high - low, 0.01)
+        return self.agent.return_range.clamp(min=1.0)
+
+    @torch.no_grad()
+    def _health(self, dream: Dream) -> dict[str, Tensor]:
+        """Of the actor in the states it imagines from, and of its actions."""
+        with self.agent.autocast():
+            dist = self.agent.actor(dream.start.feat)
+        _, action_noise = dream.noise
+        return {
+            "actor_entropy": squashed_entropy(dist, action_noise[0]).mean(),
+            "actor_std": dist.std.mean(),
+            "action_saturated": (dream.ahead.action.abs() > SATURATED).float().mean(),
+        }
