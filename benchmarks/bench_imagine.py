@@ -18,7 +18,8 @@ from fastdreamer import testing
 from fastdreamer.learning import losses
 from fastdreamer.ops.imagine import OP, imagine
 from fastdreamer.ops.lambda_return import OP as LAMBDA_RETURN
-from fastdreamer.ops.params import MLPParams, ReturnParams, State, mlp
+from fastdreamer.ops.layers import MLPParams, mlp
+from fastdreamer.ops.params import ReturnParams, State
 
 H, B = 15, 400  # of preset report, from every state of a batch of 8 × 50
 LEARNING_RATE = 8e-5

@@ -26,6 +26,7 @@ from fastdreamer.ops.decide import OP as DECIDE
 from fastdreamer.ops.decide import Decision
 from fastdreamer.ops.imagine import OP as IMAGINE
 from fastdreamer.ops.lambda_return import OP as LAMBDA_RETURN
+from fastdreamer.ops.layers import mlp
 from fastdreamer.ops.observe import RESETS, Observation
 from fastdreamer.ops.open_loop import OP as OPEN_LOOP
 from fastdreamer.ops.params import (
@@ -38,7 +39,6 @@ from fastdreamer.ops.params import (
     State,
     actor_dist,
     latent_dist,
-    mlp,
 )
 from fastdreamer.ops.rssm_step import deter_step
 from fastdreamer.ops.rssm_step import eager as img_step

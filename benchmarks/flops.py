@@ -7,11 +7,11 @@ sampling and the λ-return are left out, and so is what one backend does twice a
 
 from __future__ import annotations
 
+from fastdreamer.ops.layers import MLPParams
 from fastdreamer.ops.params import (
     ActorParams,
     DecoderParams,
     EncoderParams,
-    MLPParams,
     ReturnParams,
     RSSMParams,
 )

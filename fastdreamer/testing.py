@@ -27,12 +27,12 @@ from torch.utils._pytree import (
 )
 
 from fastdreamer.ops.backend import last_backend
+from fastdreamer.ops.cells import GRUParams
+from fastdreamer.ops.layers import MLPParams
 from fastdreamer.ops.params import (
     ActorParams,
     DecoderParams,
     EncoderParams,
-    GRUParams,
-    MLPParams,
     ReturnParams,
     RSSMParams,
     State,

@@ -25,7 +25,7 @@ from fastdreamer.config import Config, ExploreConfig
 from fastdreamer.nn import Actor, Ensemble
 from fastdreamer.ops.imagine import predicted_discount
 from fastdreamer.ops.lambda_return import lambda_return
-from fastdreamer.ops.params import MLPParams
+from fastdreamer.ops.layers import MLPParams
 
 
 def spread(samples: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ from fastdreamer.machine.device import resolve_device, resolve_precision
 from fastdreamer.nn import MLP, Actor, WorldModel
 from fastdreamer.nn.dists import greedy_action
 from fastdreamer.ops.decide import decide
-from fastdreamer.ops.params import MLPParams, ReturnParams, State
+from fastdreamer.ops.layers import MLPParams
+from fastdreamer.ops.params import ReturnParams, State
 
 
 class PolicyState(NamedTuple):

@@ -24,8 +24,9 @@ from fastdreamer.acting.signals import Signal, Violations, load_signal, own_sign
 from fastdreamer.config import Config, SafetyConfig
 from fastdreamer.nn import MLP, RSSM
 from fastdreamer.ops.cem import top
+from fastdreamer.ops.layers import MLPParams, mlp
 from fastdreamer.ops.open_loop import open_loop
-from fastdreamer.ops.params import MLPParams, RSSMParams, State, mlp
+from fastdreamer.ops.params import RSSMParams, State
 
 
 class Guard(nn.Module):

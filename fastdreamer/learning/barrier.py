@@ -10,7 +10,7 @@ from fastdreamer.acting.shield import Guard
 from fastdreamer.config import SafetyConfig
 from fastdreamer.learning.behavior import Dream
 from fastdreamer.learning.learner import Learner, Losses
-from fastdreamer.ops.params import mlp
+from fastdreamer.ops.layers import mlp
 
 
 class BarrierLearner(Learner):

@@ -19,10 +19,10 @@ from fastdreamer.learning.exploration import ExplorerLearner
 from fastdreamer.learning.learner import Learner, Losses
 from fastdreamer.learning.world_model import WorldModelLearner
 from fastdreamer.nn.codec import float_to_pixels
-from fastdreamer.nn.dists import symexp
 from fastdreamer.ops.backend import release_memory
 from fastdreamer.ops.gpu import capturing
 from fastdreamer.ops.imagine import imagine
+from fastdreamer.ops.layers import symexp
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.params import State

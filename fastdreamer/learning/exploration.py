@@ -14,7 +14,8 @@ from fastdreamer.learning import losses
 from fastdreamer.learning.behavior import Dream
 from fastdreamer.learning.learner import Learner, Losses
 from fastdreamer.ops.imagine import imagine
-from fastdreamer.ops.params import ActorParams, MLPParams, RSSMParams, State, mlp
+from fastdreamer.ops.layers import MLPParams, mlp
+from fastdreamer.ops.params import ActorParams, RSSMParams, State
 
 
 class ExplorerLearner(Learner):

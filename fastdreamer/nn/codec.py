@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from fastdreamer.nn.heads import MLP
 from fastdreamer.ops.codec import decode, decode_error, encode
-from fastdreamer.ops.params import DecoderParams, EncoderParams, embed_vector, symlog
+from fastdreamer.ops.layers import embed_vector, symlog
+from fastdreamer.ops.params import DecoderParams, EncoderParams
 
 
 class Encoder(nn.Module):

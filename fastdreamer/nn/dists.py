@@ -67,8 +67,3 @@ def kl_divergence(p: Normal, q: Normal) -> Tensor:
 def detach(p: Normal) -> Normal:
     """The same distribution, receiving no gradient."""
     return Normal(p.mean.detach(), p.std.detach())
-
-
-def symexp(x: Tensor) -> Tensor:
-    """The inverse of ``ops.params.symlog``."""
-    return torch.sign(x) * torch.expm1(x.abs())

@@ -7,15 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdreamer.config import BehaviorConfig, ModelConfig
-from fastdreamer.ops.params import (
-    ACTIVATIONS,
-    ActorParams,
-    MLPParams,
-    Normal,
-    StdTransform,
-    actor_dist,
-    mlp,
-)
+from fastdreamer.ops.layers import ACTIVATIONS, MLPParams, mlp
+from fastdreamer.ops.params import ActorParams, Normal, StdTransform, actor_dist
 
 
 class MLP(nn.Module):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from fastdreamer.nn.heads import MLP
-from fastdreamer.ops.params import GRUParams, RSSMParams, State, StdTransform
+from fastdreamer.ops.cells import GRUParams
+from fastdreamer.ops.params import RSSMParams, State, StdTransform
 
 
 class RSSM(nn.Module):

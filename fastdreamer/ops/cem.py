@@ -13,8 +13,10 @@ from fastdreamer.ops.backend import Op
 from fastdreamer.ops.checks import check_tensor
 from fastdreamer.ops.imagine import NO_DEPARTURE, predicted_discount
 from fastdreamer.ops.lambda_return import lambda_return
+from fastdreamer.ops.layers import deepest
 from fastdreamer.ops.open_loop import OP as OPEN_LOOP
-from fastdreamer.ops.params import ReturnParams, RSSMParams, State, deepest, mlp
+from fastdreamer.ops.params import ReturnParams, RSSMParams, State, scalar
+from fastdreamer.ops.vocabulary import lacking
 
 SCORES = ("lambda_return", "reward")
 Score = Literal["lambda_return", "reward"] | Callable[[Tensor], Tensor]
@@ -64,8 +66,9 @@ def cem(
         start: state 0, deter [B, D] and stoch [B, S].
         mean, std: [H, B, A], the Normal to start from.
         action_noise: [I, H, B, N, A] standard normal; with I = 0 the Normal is returned as given.
-        state_noise: [I, H, B, N, S] standard normal; [I, H, B, N, C] uniform in [0, 1) where the
-            latents are categorical.
+        state_noise: [I, H, B, N, S] standard normal; where the latents are categorical
+            [I, H, B, N, C] uniform in [0, 1), or with Gumbel-softmax samples [I, H, B, N, S]
+            standard Gumbel.
         num_elites: K in 1..N.
         min_std: the least standard deviation of a fitted Normal.
         sample_std: fit √(Σ(a − mean)²/(K − 1)), the sample's (0 of a single elite), as the report's
@@ -91,7 +94,7 @@ def cem(
     Source: report section 4, Algorithm 2; with ``score="reward"``, Hafner et al. 2019 (PlaNet),
     Algorithm 2.
     """
-    dims, like = params.dims(), params.gru.weight_hh
+    dims, like = params.dims(), params.like
     check_tensor("cem", "start.deter", start.deter, ("B", "D"), dims, like=like)
     check_tensor("cem", "start.stoch", start.stoch, ("B", "S"), dims, like=like)
     check_tensor("cem", "mean", mean, ("H", "B", "A"), dims, like=like)
@@ -124,17 +127,17 @@ def cem(
     depth = deepest(params.inp, params.prior)
     given = (*start, mean, std)
     if callable(score):
-        lacking = params.lacking()
-        roll = OPEN_LOOP.select(backend, *given, constant=noise, depth=depth, lacking=lacking)
+        missing = lacking(params)
+        roll = OPEN_LOOP.select(backend, *given, constant=noise, depth=depth, lacking=missing)
         body = partial(eager, roll=roll)
     else:
         heads = (returns.reward,) if score == "reward" else returns.heads()
         depth = max(depth, deepest(*heads))
         given += (proposals,) if proposals is not None and proposals.numel() else ()
         departs = returns.departure and score == "lambda_return"
-        lacking = dict.fromkeys(("native", "triton"), NO_DEPARTURE) if departs else {}
-        lacking |= params.lacking()
-        body = OP.select(backend, *given, constant=noise, depth=depth, lacking=lacking)
+        missing = dict.fromkeys(("native", "triton"), NO_DEPARTURE) if departs else {}
+        missing |= lacking(params, None, returns)
+        body = OP.select(backend, *given, constant=noise, depth=depth, lacking=missing)
     found = body(
         params, returns, start, mean, std, action_noise, state_noise,
         num_elites, float(min_std), float(clip), score, proposals, bool(sample_std),
@@ -190,12 +193,11 @@ def evaluate(returns: ReturnParams, first: Tensor, feat: Tensor, score: Score) -
         return score(feat)
     departs = returns.departure and score == "lambda_return"
     paid = torch.cat([first[None], feat[:-1]]) if departs else feat
-    # Cast first: under autocast the heads' outputs are bfloat16.
-    reward = mlp(returns.reward, paid).squeeze(-1).to(feat.dtype)  # [H, B]
+    reward = scalar(returns.reward, returns.reward_as, paid)  # [H, B]
     if score == "reward":
         return reward.sum(0)
-    value = mlp(returns.target or returns.critic, feat).squeeze(-1).to(feat.dtype)
-    discount = predicted_discount(returns.discount, returns.gamma, feat)
+    value = scalar(returns.target or returns.critic, returns.value_as, feat)
+    discount = predicted_discount(returns.discount, returns.gamma, feat, returns.hard_discount)
     if discount is None:
         discount = torch.full_like(reward, returns.gamma)
     return lambda_return(reward, value, discount, returns.lam, backend="eager")[0]

@@ -10,16 +10,10 @@ from torch import Tensor
 
 from fastdreamer.ops.backend import Op
 from fastdreamer.ops.checks import check_tensor
+from fastdreamer.ops.layers import MLPParams, deepest, embed_all
 from fastdreamer.ops.observe import obs_step
-from fastdreamer.ops.params import (
-    ActorParams,
-    MLPParams,
-    RSSMParams,
-    State,
-    chosen_action,
-    deepest,
-    embed_all,
-)
+from fastdreamer.ops.params import ActorParams, RSSMParams, State, chosen_action
+from fastdreamer.ops.vocabulary import lacking
 
 
 class Decision(NamedTuple):
@@ -55,9 +49,10 @@ def decide(
         state: of the decision before, deter [B, D] and stoch [B, S].
         action: [B, A], the one that led to this observation.
         embed: [B, E] of the observation, in any floating dtype; None where ``vector`` is all of it.
-        state_noise: [B, S] standard normal; [B, C] uniform in [0, 1) where the latents are
-            categorical.
-        action_noise: [B, A] standard normal; None takes the mode, tanh(mean).
+        state_noise: [B, S] standard normal; where the latents are categorical [B, C] uniform in
+            [0, 1), or with Gumbel-softmax samples [B, S] standard Gumbel.
+        action_noise: [B, A] standard normal, or one uniform number in [0, 1) a one-hot action;
+            None takes the mode, tanh(mean).
         encoder, vector: layers, and what they embed, [B, n]: act(mlp(symlog(vector))) goes behind
             ``embed``, which has so many columns fewer.
         backend: see ``fastdreamer.ops.backend``.
@@ -76,7 +71,7 @@ def decide(
         raise ValueError("decide: params.post is None, but a posterior is needed")
     if (encoder is None) != (vector is None) or (embed is None and vector is None):
         raise ValueError("decide: needs embed, or encoder and vector, or all of them")
-    dims, like = params.dims(), params.gru.weight_hh
+    dims, like = params.dims(), params.like
     check_tensor("decide", "state.deter", state.deter, ("B", "D"), dims, like=like)
     check_tensor("decide", "state.stoch", state.stoch, ("B", "S"), dims, like=like)
     check_tensor("decide", "action", action, ("B", "A"), dims, like=like)
@@ -94,13 +89,14 @@ def decide(
     elif columns:
         raise ValueError(f"decide: embed is None, but the posterior takes {columns} numbers of it")
     if action_noise is not None:
-        check_tensor("decide", "action_noise", action_noise, ("B", "A"), dims, like=like)
+        each = "A" if actor is None else actor.noise(dims["A"])
+        check_tensor("decide", "action_noise", action_noise, ("B", each), dims, like=like)
         given.append(action_noise)
     if actor is not None:
         depth = max(depth, len(actor.mlp.weights))
     if not dims["B"]:
         raise ValueError("decide: there is no row")
-    body = OP.select(backend, *given, depth=depth, lacking=params.lacking())
+    body = OP.select(backend, *given, depth=depth, lacking=lacking(params, actor, None, encoder))
     noises = (state_noise, action_noise)
     return Decision(*body(params, actor, state, action, embed, *noises, encoder, vector))
 

@@ -11,17 +11,10 @@ from torch import Tensor
 from fastdreamer.ops.backend import Op
 from fastdreamer.ops.checks import check_tensor
 from fastdreamer.ops.lambda_return import OP as LAMBDA_RETURN
-from fastdreamer.ops.params import (
-    ActorParams,
-    MLPParams,
-    ReturnParams,
-    RSSMParams,
-    State,
-    actor_dist,
-    deepest,
-    mlp,
-)
+from fastdreamer.ops.layers import MLPParams, deepest, mlp
+from fastdreamer.ops.params import ActorParams, ReturnParams, RSSMParams, State, act, scalar
 from fastdreamer.ops.rssm_step import eager as step
+from fastdreamer.ops.vocabulary import lacking
 
 NO_DEPARTURE = "it pairs rewards with values on arrival alone (ReturnParams.departure)"
 """Why a backend refuses."""
@@ -57,7 +50,8 @@ def imagine(
 ) -> Imagination:
     """Imagine H decisions of the actor from each start state.
 
-    One reparameterised action sample a step, a = tanh(mean + std·ε). The actor's input is
+    One reparameterised action sample a step, a = tanh(mean + std·ε), or as the actor's parameters
+    say. The actor's input is
     detached: gradients reach the actor through its actions, not through the features it looked
     at (as in the original Dreamer), unless ``actor.through_feat``.
 
@@ -66,9 +60,9 @@ def imagine(
             ``params.detach()`` for frozen dynamics.
         actor: the policy's tensors.
         start: state 0, deter [B, D] and stoch [B, S].
-        state_noise: [H, B, S] standard normal; [H, B, C] uniform in [0, 1) where the latents are
-            categorical.
-        action_noise: [H, B, A] standard normal.
+        state_noise: [H, B, S] standard normal; where the latents are categorical [H, B, C] uniform
+            in [0, 1), or with Gumbel-softmax samples [H, B, S] standard Gumbel.
+        action_noise: [H, B, A] standard normal; one uniform number in [0, 1) a one-hot action.
         returns: heads to evaluate on the way, critic included; its target, where given,
             bootstraps in the critic's place. A discount head is asked in the states 1..H, those
             of the bootstrap values.
@@ -84,11 +78,12 @@ def imagine(
 
     Source: report section 3, equation 3.1 and Algorithm 1, behaviour learning.
     """
-    dims, like = params.dims(), params.gru.weight_hh
+    dims, like = params.dims(), params.like
     check_tensor("imagine", "start.deter", start.deter, ("B", "D"), dims, like=like)
     check_tensor("imagine", "start.stoch", start.stoch, ("B", "S"), dims, like=like)
     check_tensor("imagine", "state_noise", state_noise, ("H", "B", params.noise), dims, like=like)
-    check_tensor("imagine", "action_noise", action_noise, ("H", "B", "A"), dims, like=like)
+    each = actor.noise(dims["A"])
+    check_tensor("imagine", "action_noise", action_noise, ("H", "B", each), dims, like=like)
     if not len(state_noise):
         raise ValueError(f"imagine: state_noise is empty, {list(state_noise.shape)}")
     if returns is not None and returns.critic is None:
@@ -97,10 +92,10 @@ def imagine(
         raise ValueError(f"imagine: returns.lam must be in [0, 1], got {returns.lam}")
     depth = deepest(params.inp, params.prior, actor.mlp, *(returns.heads() if returns else ()))
     noise = (state_noise, action_noise)
-    lacking = {"triton": NO_DEPARTURE} if returns is not None and returns.departure else {}
-    lacking |= params.lacking()
+    missing = {"triton": NO_DEPARTURE} if returns is not None and returns.departure else {}
+    missing |= lacking(params, actor, returns)
     body = OP.select(
-        backend, start.deter, start.stoch, constant=noise, depth=depth, lacking=lacking
+        backend, start.deter, start.stoch, constant=noise, depth=depth, lacking=missing
     )
     return Imagination(*body(params, actor, start, state_noise, action_noise, returns))
 
@@ -117,7 +112,7 @@ def eager(
     for state_noise_t, action_noise_t in zip(state_noise, action_noise, strict=True):
         feat = state.concat(actor.stoch_first)
         feat = feat if actor.through_feat else feat.detach()
-        action = torch.tanh(actor_dist(actor, feat).sample(action_noise_t))
+        action = act(actor, feat, action_noise_t)
         state, _ = step(params, state, action, state_noise_t)
         steps.append((*state, action))
     deter, stoch, action = (torch.stack(parts) for parts in zip(*steps, strict=True))
@@ -125,21 +120,23 @@ def eager(
         return deter, stoch, action
     feat = State(deter, stoch).concat(returns.stoch_first)  # [H, B, F], states 1..H
     before = torch.cat([start.concat(returns.stoch_first)[None], feat[:-1]])  # 0..H-1
-    # Cast first: under autocast the heads' outputs are bfloat16.
-    reward = mlp(returns.reward, before if returns.departure else feat)[..., 0].to(feat.dtype)
-    next_value = mlp((returns.target or returns.critic).detach(), feat)[..., 0].to(feat.dtype)
-    value = mlp(returns.critic, before.detach())[..., 0].to(feat.dtype)
-    discount = predicted_discount(returns.discount, returns.gamma, feat)
+    reward = scalar(returns.reward, returns.reward_as, before if returns.departure else feat)
+    next_value = scalar((returns.target or returns.critic).detach(), returns.value_as, feat)
+    value = scalar(returns.critic, returns.value_as, before.detach())
+    discount = predicted_discount(returns.discount, returns.gamma, feat, returns.hard_discount)
     factor = torch.full_like(reward, returns.gamma) if discount is None else discount
     total = LAMBDA_RETURN.eager(reward, next_value, factor, returns.lam)
     return deter, stoch, action, reward, value, total, discount
 
 
-def predicted_discount(head: MLPParams | None, gamma: float, feat: Tensor) -> Tensor | None:
-    """γ·sigmoid(head(feat)), [..., F] -> [...]; None without such a head."""
+def predicted_discount(
+    head: MLPParams | None, gamma: float, feat: Tensor, hard: bool = False
+) -> Tensor | None:
+    """γ·sigmoid(head(feat)), [..., F] -> [...], or γ and 0 by its sign; None without a head."""
     if head is None:
         return None
-    return gamma * torch.sigmoid(mlp(head, feat)[..., 0].to(feat.dtype))
+    logit = mlp(head, feat)[..., 0].to(feat.dtype)
+    return gamma * ((logit > 0).to(logit) if hard else torch.sigmoid(logit))
 
 
 def _load_native() -> Callable:

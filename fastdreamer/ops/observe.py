@@ -10,8 +10,10 @@ from torch import Tensor
 
 from fastdreamer.ops.backend import Op
 from fastdreamer.ops.checks import check_tensor
-from fastdreamer.ops.params import Latent, RSSMParams, State, deepest, latent_dist, mlp, stack
+from fastdreamer.ops.layers import deepest, mlp
+from fastdreamer.ops.params import Latent, RSSMParams, State, latent_dist, stack
 from fastdreamer.ops.rssm_step import deter_step
+from fastdreamer.ops.vocabulary import lacking
 
 RESETS = {
     "all": (True, True, True),
@@ -51,10 +53,11 @@ def observe(
             hands over bfloat16, which every backend takes.
         action: [T, B, A]; action[t] is the one that led to observation t.
         is_first: [T, B] bool; where true an episode begins.
-        noise: [T, B, S] standard normal; [T, B, C] uniform in [0, 1) where the latents are
-            categorical.
+        noise: [T, B, S] standard normal; where the latents are categorical [T, B, C] uniform in
+            [0, 1), or with Gumbel-softmax samples [T, B, S] standard Gumbel.
         reset: what is zeroed there before the step: ``"all"``, both halves of the state and the
-            action; ``"state"``, both halves; ``"stoch"`` or ``"deter"``, that half.
+            action; ``"state"``, both halves; ``"stoch"`` or ``"deter"``, that half. With
+            ``params.begin`` the state's halves become that one's.
         backend: see ``fastdreamer.ops.backend``.
 
     Returns:
@@ -68,7 +71,7 @@ def observe(
     """
     if params.post is None:
         raise ValueError("observe: params.post is None, but a posterior is needed")
-    dims, like = params.dims(), params.gru.weight_hh
+    dims, like = params.dims(), params.like
     check_tensor("observe", "start.deter", start.deter, ("B", "D"), dims, like=like)
     check_tensor("observe", "start.stoch", start.stoch, ("B", "S"), dims, like=like)
     check_tensor("observe", "embed", embed, ("T", "B", "E"), dims)
@@ -83,8 +86,7 @@ def observe(
     bits = embed.view(torch.int16) if embed.dtype == torch.bfloat16 else embed
     given = (start.deter, start.stoch, bits, action, is_first)
     depth = deepest(params.inp, params.prior, params.post)
-    lacking = params.lacking()
-    body = OP.select(backend, *given, constant=(noise,), depth=depth, lacking=lacking)
+    body = OP.select(backend, *given, constant=(noise,), depth=depth, lacking=lacking(params))
     return Observation(*body(params, start, embed, action, is_first, noise, RESETS[reset]))
 
 
@@ -100,13 +102,13 @@ def eager(
     first = is_first.unsqueeze(-1)  # [T, B, 1]
     *halves, of_action = resets
     action = action.masked_fill(first, 0) if of_action else action
+    begin = (start.deter.new_zeros(1), start.stoch.new_zeros(1))
+    begin = begin if params.begin is None else params.begin.state(params)
     states, posts, state = [], [], start
     for t in range(len(embed)):
+        parts = zip(state, begin, halves, strict=True)
         state = State(
-            *(
-                part.masked_fill(first[t], 0) if zeroed else part
-                for part, zeroed in zip(state, halves, strict=True)
-            )
+            *(torch.where(first[t], new, part) if reset else part for part, new, reset in parts)
         )
         state, post = obs_step(params, state, action[t], embed[t], noise[t])
         states.append(state)

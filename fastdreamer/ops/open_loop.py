@@ -9,8 +9,10 @@ from torch import Tensor
 
 from fastdreamer.ops.backend import Op
 from fastdreamer.ops.checks import check_tensor
-from fastdreamer.ops.params import RSSMParams, State, deepest
+from fastdreamer.ops.layers import deepest
+from fastdreamer.ops.params import RSSMParams, State
 from fastdreamer.ops.rssm_step import eager as step
+from fastdreamer.ops.vocabulary import lacking
 
 
 def open_loop(
@@ -22,8 +24,8 @@ def open_loop(
         params: the RSSM's tensors, of one floating dtype and device; so is all below.
         start: deter [B, D] and stoch [B, S].
         action: [H, B, A]; action[t] leads from state t to state t + 1 (the start is state 0).
-        noise: [H, B, S] standard normal; [H, B, C] uniform in [0, 1) where the latents are
-            categorical.
+        noise: [H, B, S] standard normal; where the latents are categorical [H, B, C] uniform in
+            [0, 1), or with Gumbel-softmax samples [H, B, S] standard Gumbel.
         backend: see ``fastdreamer.ops.backend``.
 
     Returns:
@@ -35,7 +37,7 @@ def open_loop(
 
     Source: report section 4, Algorithm 2.
     """
-    dims, like = params.dims(), params.gru.weight_hh
+    dims, like = params.dims(), params.like
     check_tensor("open_loop", "start.deter", start.deter, ("B", "D"), dims, like=like)
     check_tensor("open_loop", "start.stoch", start.stoch, ("B", "S"), dims, like=like)
     check_tensor("open_loop", "action", action, ("H", "B", "A"), dims, like=like)
@@ -43,8 +45,8 @@ def open_loop(
     if not len(action):
         raise ValueError(f"open_loop: action is empty, {list(action.shape)}")
     depth = deepest(params.inp, params.prior)
-    given, lacking = (start.deter, start.stoch, action), params.lacking()
-    body = OP.select(backend, *given, constant=(noise,), depth=depth, lacking=lacking)
+    given = (start.deter, start.stoch, action)
+    body = OP.select(backend, *given, constant=(noise,), depth=depth, lacking=lacking(params))
     return body(params, start, action, noise)
 
 

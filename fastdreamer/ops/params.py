@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = {"elu": F.elu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
+from fastdreamer.ops.cells import Recurrence
+from fastdreamer.ops.layers import MLPParams, mlp, symexp
+
 STDS = {"softplus": F.softplus, "sigmoid": torch.sigmoid, "exp": torch.exp}
 
 
@@ -44,12 +46,16 @@ class Normal(NamedTuple):
         """mean + std · noise, reparameterised; noise is standard normal."""
         return self.mean + self.std * noise
 
+    def mode(self) -> Tensor:
+        return self.mean
+
 
 class OneHot(NamedTuple):
     """Parameters of C independent categorical distributions over one-hot vectors of K."""
 
     logits: Tensor  # [..., C, K], raw
     unimix: float = 0.0
+    gumbel: bool = False
 
     @property
     def probs(self) -> Tensor:
@@ -57,18 +63,36 @@ class OneHot(NamedTuple):
         probs = torch.softmax(self.logits, -1)
         return (1 - self.unimix) * probs + self.unimix / probs.shape[-1] if self.unimix else probs
 
+    @property
+    def log_probs(self) -> Tensor:
+        """log p, [..., C, K]."""
+        return self.probs.log() if self.unimix else torch.log_softmax(self.logits, -1)
+
     def sample(self, noise: Tensor) -> Tensor:
         """One-hot vectors, straight-through, [..., C·K]; noise [..., C] is uniform in [0, 1).
 
         The class drawn is the one whose part of the cumulative sums of p holds the noise: class k
         from Σ_{j<k} p_j on and below Σ_{j≤k} p_j, the last one wherever rounding leaves a gap. The
-        gradient is that of p (Bengio et al. 2013; DreamerV2).
+        gradient is that of p (Bengio et al. 2013; DreamerV2). With ``gumbel`` the noise [..., C·K]
+        is standard Gumbel, the class the greatest of log p + noise, the first of equals, and the
+        gradient that of softmax(log p + noise) (Jang et al. 2017).
         """
+        if self.gumbel:
+            soft = torch.softmax(self.log_probs + noise.view_as(self.logits), -1)
+            return _straight_through(soft.argmax(-1, keepdim=True), soft)
         probs = self.probs
         below = (probs.detach().cumsum(-1) <= noise.unsqueeze(-1)).sum(-1, keepdim=True)
-        drawn = below.clamp(max=probs.shape[-1] - 1)
-        hard = torch.zeros_like(probs).scatter(-1, drawn, 1.0)
-        return (hard + (probs - probs.detach())).flatten(-2)
+        return _straight_through(below.clamp(max=probs.shape[-1] - 1), probs)
+
+    def mode(self) -> Tensor:
+        """The likeliest class, the first of equals, with the gradient of log p, [..., C·K]."""
+        return _straight_through(self.logits.argmax(-1, keepdim=True), self.log_probs)
+
+
+def _straight_through(chosen: Tensor, soft: Tensor) -> Tensor:
+    """One-hot vectors of the classes [..., C, 1] with the gradient of soft, [..., C·K]."""
+    hard = torch.zeros_like(soft).scatter(-1, chosen, 1.0)
+    return (hard + (soft - soft.detach())).flatten(-2)
 
 
 Latent = Normal | OneHot
@@ -80,29 +104,6 @@ def stack(dists: Sequence[Latent]) -> Latent:
     if isinstance(dists[0], Normal):
         return Normal(*(torch.stack(parts) for parts in zip(*dists, strict=True)))
     return dists[0]._replace(logits=torch.stack([dist.logits for dist in dists]))
-
-
-class MLPParams(NamedTuple):
-    """Linear layers with an activation between them (none behind the last)."""
-
-    weights: tuple[Tensor, ...]  # [out, in] each
-    biases: tuple[Tensor, ...]  # [out] each
-    activation: str
-
-    @property
-    def inputs(self) -> int:
-        return self.weights[0].shape[1]
-
-    @property
-    def outputs(self) -> int:
-        return self.weights[-1].shape[0]
-
-    def detach(self) -> MLPParams:
-        return MLPParams(
-            tuple(w.detach() for w in self.weights),
-            tuple(b.detach() for b in self.biases),
-            self.activation,
-        )
 
 
 class StdTransform(NamedTuple):
@@ -128,34 +129,61 @@ class Categorical(NamedTuple):
 
     classes: int  # K
     unimix: float = 0.0  # u, the part of the uniform distribution that is mixed in
+    gumbel: bool = False  # straight-through Gumbel-softmax samples
 
 
-class GRUParams(NamedTuple):
-    """The layout of ``torch.nn.GRUCell``: rows in the order reset, update, new."""
+class Branches(NamedTuple):
+    """Stochastic state and action, each through layers of its own, joined behind them."""
 
-    weight_ih: Tensor  # [3D, hidden]
-    weight_hh: Tensor  # [3D, D]
-    bias_ih: Tensor  # [3D]
-    bias_hh: Tensor  # [3D]
+    stoch: MLPParams
+    action: MLPParams
 
-    def detach(self) -> GRUParams:
-        return GRUParams(*(p.detach() for p in self))
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """Those of the deeper branch."""
+        return max(self.stoch.weights, self.action.weights, key=len)
+
+    def detach(self) -> Branches:
+        return Branches(self.stoch.detach(), self.action.detach())
+
+
+class Begin(NamedTuple):
+    """What an episode begins with in the place of zeros: h = tanh(w), s the mode of its prior."""
+
+    weight: Tensor  # w [D]
+    through: bool = True  # whether the mode of categoricals has a gradient, that of log p
+
+    def state(self, params: RSSMParams) -> State:
+        """That state, of one row; a gradient reaches w and the prior."""
+        deter = torch.tanh(self.weight)[None]
+        mode = latent_dist(mlp(params.prior, deter), params.latent, deter.dtype).mode()
+        return State(deter, mode if self.through else mode.detach())
+
+    def detach(self) -> Begin:
+        return self._replace(weight=self.weight.detach())
 
 
 class RSSMParams(NamedTuple):
     """Recurrent state-space model; ``post`` may be None where no observation is used."""
 
-    inp: MLPParams  # [stoch, action] -> hidden, the activation follows the last layer, too
-    gru: GRUParams
+    inp: MLPParams | Branches  # [stoch, action] -> hidden, an activation behind the last layer, too
+    gru: Recurrence
     prior: MLPParams  # deter -> hidden -> 2S, or S of categorical latents
     post: MLPParams | None  # [deter, embed] -> the same
     latent: StdTransform | Categorical  # what prior and posterior make of it
     action_first: bool = False  # inp takes [action, stoch]
     embed_first: bool = False  # post takes [embed, deter]
+    bound_action: bool = False  # inp takes a / max(1, |a|), the divisor without a gradient
+    begin: Begin | None = None  # zeros
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the parameters' dtype and device."""
+        return self.prior.weights[0]
 
     def dims(self) -> dict[str, int]:
         """Sizes that the weights fix: A, D, S; C of categorical latents; with a posterior E."""
-        deter, stoch = self.gru.weight_hh.shape[1], len(self.prior.biases[-1])
+        deter, stoch = self.prior.inputs, self.prior.outputs
         dims = {"D": deter}
         if isinstance(self.latent, Categorical):
             dims["C"], rest = divmod(stoch, self.latent.classes)
@@ -166,19 +194,14 @@ class RSSMParams(NamedTuple):
                 )
         else:
             stoch //= 2
-        dims |= {"A": self.inp.weights[0].shape[1] - stoch, "S": stoch}
-        return dims if self.post is None else dims | {"E": self.post.weights[0].shape[1] - deter}
+        split = isinstance(self.inp, Branches)
+        dims |= {"A": self.inp.action.inputs if split else self.inp.inputs - stoch, "S": stoch}
+        return dims if self.post is None else dims | {"E": self.post.inputs - deter}
 
     @property
     def noise(self) -> str:
-        """The letter of a step's noise: S standard normals, or C uniforms in [0, 1)."""
-        return "C" if isinstance(self.latent, Categorical) else "S"
-
-    def lacking(self) -> dict[str, str]:
-        """Backends without a body for these latents, and why."""
-        if not isinstance(self.latent, Categorical):
-            return {}
-        return dict.fromkeys(("native", "triton"), "it has Gaussian latents alone")
+        """The letter of a step's noise: S standard normals or Gumbels, or C uniforms in [0, 1)."""
+        return "C" if isinstance(self.latent, Categorical) and not self.latent.gumbel else "S"
 
     def detach(self) -> RSSMParams:
         """The same parameters, receiving no gradient: frozen dynamics."""
@@ -187,18 +210,35 @@ class RSSMParams(NamedTuple):
             self.gru.detach(),
             self.prior.detach(),
             self.post.detach() if self.post is not None else None,
-            *self[4:],
+            *self[4:8],
+            self.begin and self.begin.detach(),
         )
 
 
 class ActorParams(NamedTuple):
-    """A tanh-Normal policy: feat -> 2A, see ``actor_dist``."""
+    """A policy, feat -> 2A of a Normal or A of one-hot actions, see ``actor_dist`` and ``act``."""
 
     mlp: MLPParams
     mean_scale: float  # c; infinite: the mean is x itself
-    std: StdTransform
+    std: StdTransform | Categorical  # one-hot actions of as many classes, A = K or several of them
     stoch_first: bool = False  # mlp takes [stoch, deter]
     through_feat: bool = False  # whether imagined gradients pass through the features it looks at
+    squash: str = "tanh"  # what the Normal's sample passes through, of SQUASHES
+
+    def noise(self, size: int) -> str | int:
+        """How much noise an action takes: the letter A, or one uniform number a one-hot."""
+        return size // self.std.classes if isinstance(self.std, Categorical) else "A"
+
+
+class Readout(NamedTuple):
+    """How a head's raw outputs y become one number x: y_0, or with bins b Σ softmax(y)·b.
+
+    Of a Normal's mean and log std y_0 is the mean. With ``squashed`` the number is symexp(x):
+    a head in symlog space, or DreamerV3's two-hot head where its bins are.
+    """
+
+    bins: Tensor | None = None  # [n]
+    squashed: bool = False
 
 
 class ReturnParams(NamedTuple):
@@ -206,7 +246,8 @@ class ReturnParams(NamedTuple):
 
     ``critic`` may be None where rewards alone are summed; ``target`` bootstraps in its place
     where given (a slowly moving copy of the critic). With a ``discount`` head the factor of a
-    state is γ·sigmoid(discount(feat)), else γ. The reward that the λ-return pairs with the value of
+    state is γ·sigmoid(discount(feat)), with ``hard_discount`` γ or 0, whichever is likelier; else
+    γ. The reward that the λ-return pairs with the value of
     state t + 1 is that of arriving there, reward(feat_{t+1}); with ``departure``, as the report's
     code has it, that of the state before, reward(feat_t).
     """
@@ -219,6 +260,9 @@ class ReturnParams(NamedTuple):
     discount: MLPParams | None = None
     stoch_first: bool = False  # the heads take [stoch, deter]
     departure: bool = False
+    reward_as: Readout = Readout()
+    value_as: Readout = Readout()  # of critic and target
+    hard_discount: bool = False
 
     def heads(self) -> tuple[MLPParams | None, ...]:
         """Reward, critic, target and discount."""
@@ -248,42 +292,6 @@ class DecoderParams(NamedTuple):
     biases: tuple[Tensor, ...]  # [out]
 
 
-def deepest(*mlps: MLPParams | None) -> int:
-    """The layers of the deepest of them; None has none."""
-    return max([len(mlp.weights) for mlp in mlps if mlp is not None])
-
-
-def mlp(params: MLPParams, x: Tensor) -> Tensor:
-    """Apply the layers to x [..., in] -> [..., out]."""
-    act = ACTIVATIONS[params.activation]
-    last = len(params.weights) - 1
-    for i, (weight, bias) in enumerate(zip(params.weights, params.biases, strict=True)):
-        x = F.linear(x, weight, bias)
-        if i < last:
-            x = act(x)
-    return x
-
-
-def symlog(x: Tensor) -> Tensor:
-    """sign(x)·log(1 + |x|): keeps small values, tames large ones (DreamerV3)."""
-    return torch.sign(x) * torch.log1p(x.abs())
-
-
-def embed_vector(params: MLPParams, x: Tensor) -> Tensor:
-    """act(mlp(symlog(x))), the embedding of numbers observed, [..., n] -> [..., units]."""
-    return ACTIVATIONS[params.activation](mlp(params, symlog(x)))
-
-
-def gru_cell(params: GRUParams, x: Tensor, h: Tensor) -> Tensor:
-    """h' of a gated recurrent unit (Cho et al. 2014, the variant of ``torch.nn.GRUCell``)."""
-    xr, xz, xn = F.linear(x, params.weight_ih, params.bias_ih).chunk(3, -1)
-    hr, hz, hn = F.linear(h, params.weight_hh, params.bias_hh).chunk(3, -1)
-    reset = torch.sigmoid(xr + hr)
-    update = torch.sigmoid(xz + hz)
-    new = torch.tanh(xn + reset * hn)
-    return (1 - update) * new + update * h
-
-
 def std_of(transform: StdTransform, y: Tensor) -> Tensor:
     """The standard deviation of a raw output, see :class:`StdTransform`."""
     kind, scale, slope, offset, least, floor = transform
@@ -304,33 +312,62 @@ def latent_dist(raw: Tensor, latent: StdTransform | Categorical, dtype: torch.dt
     """
     raw = raw.to(dtype)
     if isinstance(latent, Categorical):
-        return OneHot(raw.unflatten(-1, (-1, latent.classes)), latent.unimix)
+        classes, unimix, gumbel = latent
+        return OneHot(raw.unflatten(-1, (-1, classes)), unimix, gumbel)
     mean, y = raw.chunk(2, -1)
     return Normal(mean, std_of(latent, y))
 
 
-def actor_dist(params: ActorParams, feat: Tensor) -> Normal:
-    """The policy's Normal before the squashing tanh.
+def bounded(action: Tensor) -> Tensor:
+    """a / max(1, |a|) with the divisor taken for a constant."""
+    return action / action.detach().abs().clamp(min=1)
+
+
+def _clipped(action: Tensor) -> Tensor:
+    """a within ±(1 − 1e-6), straight-through (DreamerV2)."""
+    return action + (action.clamp(-1 + 1e-6, 1 - 1e-6) - action).detach()
+
+
+SQUASHES = {"tanh": torch.tanh, "none": lambda a: a, "bound": bounded, "clip": _clipped}
+
+
+def actor_dist(params: ActorParams, feat: Tensor) -> Latent:
+    """The policy's Normal before the squashing tanh, or its one-hot distribution.
 
     mean = c·tanh(x/c), or x where c is infinite; an action is tanh(mean + std(y)·ε) (report section
-    3; c = 5 is the original Dreamer's). ``feat`` is in the order that ``params`` says.
+    3; c = 5 is the original Dreamer's, c = 1 and no tanh DreamerV3's). ``feat`` is in the order
+    that ``params`` says.
     """
-    x, y = mlp(params.mlp, feat).to(feat.dtype).chunk(2, -1)
+    raw = mlp(params.mlp, feat).to(feat.dtype)
+    if isinstance(params.std, Categorical):
+        return latent_dist(raw, params.std, raw.dtype)
+    x, y = raw.chunk(2, -1)
     c = params.mean_scale
     return Normal(x if math.isinf(c) else c * torch.tanh(x / c), std_of(params.std, y))
 
 
-def embed_all(embed: Tensor | None, encoder: MLPParams | None, vector: Tensor | None) -> Tensor:
-    """The embedding [B, E] of all that was observed."""
-    if encoder is None:
-        return embed
-    behind = embed_vector(encoder, vector)
-    return behind if embed is None else torch.cat([embed.to(behind.dtype), behind], -1)
+def act(params: ActorParams, feat: Tensor, noise: Tensor | None) -> Tensor:
+    """An action of the policy, [..., F] -> [..., A]; without noise that of its mode."""
+    dist = actor_dist(params, feat)
+    action = dist.mode() if noise is None else dist.sample(noise)
+    return action if isinstance(dist, OneHot) else SQUASHES[params.squash](action)
+
+
+def scalar(head: MLPParams, readout: Readout, feat: Tensor) -> Tensor:
+    """The number that a head gives, [..., F] -> [...], see :class:`Readout`.
+
+    The sum over bins is taken in mirrored pairs: equal probabilities of bins that stand
+    symmetrically about 0 give 0 exactly. Cast first: under autocast the outputs are bfloat16.
+    """
+    y = mlp(head, feat).to(feat.dtype)
+    if readout.bins is None:
+        x = y[..., 0]
+    else:
+        parts = torch.softmax(y, -1) * readout.bins.to(y)
+        x = 0.5 * (parts + parts.flip(-1)).sum(-1)
+    return symexp(x) if readout.squashed else x
 
 
 def chosen_action(actor: ActorParams | None, state: State, noise: Tensor | None) -> Tensor | None:
     """The action of a policy in a state; None without one."""
-    if actor is None:
-        return None
-    dist = actor_dist(actor, state.concat(actor.stoch_first))
-    return torch.tanh(dist.mean if noise is None else dist.sample(noise))
+    return None if actor is None else act(actor, state.concat(actor.stoch_first), noise)

@@ -8,16 +8,11 @@ import torch
 from torch import Tensor
 
 from fastdreamer.ops.backend import Op
+from fastdreamer.ops.cells import recur
 from fastdreamer.ops.checks import check_tensor
-from fastdreamer.ops.params import (
-    ACTIVATIONS,
-    Latent,
-    RSSMParams,
-    State,
-    gru_cell,
-    latent_dist,
-    mlp,
-)
+from fastdreamer.ops.layers import mlp, mlp_act
+from fastdreamer.ops.params import Branches, Latent, RSSMParams, State, bounded, latent_dist
+from fastdreamer.ops.vocabulary import lacking
 
 
 def rssm_step(
@@ -29,7 +24,8 @@ def rssm_step(
         params: the RSSM's tensors, of one floating dtype and device; so is all below.
         state: deter [B, D] and stoch [B, S].
         action: [B, A] in [-1, 1].
-        noise: [B, S] standard normal; [B, C] uniform in [0, 1) where the latents are categorical.
+        noise: [B, S] standard normal; where the latents are categorical [B, C] uniform in [0, 1),
+            or with Gumbel-softmax samples [B, S] standard Gumbel.
         backend: see ``fastdreamer.ops.backend``.
 
     Returns:
@@ -42,23 +38,26 @@ def rssm_step(
 
     Source: report section 2, f and P(s_t | h_t).
     """
-    dims, like = params.dims(), params.gru.weight_hh
+    dims, like = params.dims(), params.like
     check_tensor("rssm_step", "state.deter", state.deter, ("B", "D"), dims, like=like)
     check_tensor("rssm_step", "state.stoch", state.stoch, ("B", "S"), dims, like=like)
     check_tensor("rssm_step", "action", action, ("B", "A"), dims, like=like)
     check_tensor("rssm_step", "noise", noise, ("B", params.noise), dims, like=like)
     depth = max(len(params.inp.weights), len(params.prior.weights))
     given = (state.deter, state.stoch, action)
-    lacking = params.lacking()
-    body = OP.select(backend, *given, constant=(noise,), depth=depth, lacking=lacking)
+    body = OP.select(backend, *given, constant=(noise,), depth=depth, lacking=lacking(params))
     return body(params, state, action, noise)
 
 
 def deter_step(params: RSSMParams, state: State, action: Tensor) -> Tensor:
     """h' [B, D] of the previous state and action; the half of a step that observing shares."""
-    parts = (action, state.stoch) if params.action_first else (state.stoch, action)
-    x = mlp(params.inp, torch.cat(parts, -1))
-    return gru_cell(params.gru, ACTIVATIONS[params.inp.activation](x), state.deter)
+    stoch, action = state.stoch, bounded(action) if params.bound_action else action
+    if isinstance(params.inp, Branches):
+        stoch, action = mlp_act(params.inp.stoch, stoch), mlp_act(params.inp.action, action)
+    x = torch.cat((action, stoch) if params.action_first else (stoch, action), -1)
+    if not isinstance(params.inp, Branches):
+        x = mlp_act(params.inp, x)
+    return recur(params.gru, x, state.deter)
 
 
 def eager(params: RSSMParams, state: State, action: Tensor, noise: Tensor) -> tuple[State, Latent]:

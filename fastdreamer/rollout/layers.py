@@ -12,7 +12,8 @@ from torch.nn.modules import module as torch_module
 from torch.nn.parameter import is_lazy
 
 from fastdreamer.errors import ArgumentError
-from fastdreamer.ops.params import ACTIVATIONS, GRUParams, MLPParams
+from fastdreamer.ops.cells import GRUParams
+from fastdreamer.ops.layers import ACTIVATIONS, MLPParams
 
 _ACTIVATIONS = {nn.ELU: "elu", nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh"}
 _FIT = "Linear layers with bias and one of " + ", ".join(ACTIVATIONS) + " between them fit"

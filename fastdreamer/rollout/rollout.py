@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastdreamer.ops.cem import Plan, cem
 from fastdreamer.ops.imagine import Imagination, imagine
+from fastdreamer.ops.layers import mlp
 from fastdreamer.ops.observe import RESETS, Observation, observe
 from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.params import (
@@ -29,7 +30,6 @@ from fastdreamer.ops.params import (
     State,
     StdTransform,
     latent_dist,
-    mlp,
 )
 from fastdreamer.ops.rssm_step import rssm_step
 from fastdreamer.rollout.layers import MisfitError, Net, Reader, refuse_hooks

@@ -14,7 +14,9 @@ from fastdreamer.config import ConfigError, ExploreConfig, SafetyConfig, preset
 from fastdreamer.learning.barrier import barrier_losses, shortfall, update_multiplier
 from fastdreamer.learning.dreamer import Dreamer
 from fastdreamer.ops.backend import last_backend, use_backend
-from fastdreamer.ops.params import GRUParams, MLPParams, RSSMParams, State, StdTransform
+from fastdreamer.ops.cells import GRUParams
+from fastdreamer.ops.layers import MLPParams
+from fastdreamer.ops.params import RSSMParams, State, StdTransform
 from fastdreamer.training.pretrained import load
 from fastdreamer.training.trainer import Trainer, read_config
 

@@ -17,16 +17,10 @@ from fastdreamer.envs import make_env
 from fastdreamer.learning.dreamer import Dreamer
 from fastdreamer.nn.dists import greedy_action
 from fastdreamer.ops.backend import last_backend, use_backend
+from fastdreamer.ops.cells import GRUParams
+from fastdreamer.ops.layers import MLPParams
 from fastdreamer.ops.open_loop import open_loop
-from fastdreamer.ops.params import (
-    ActorParams,
-    GRUParams,
-    MLPParams,
-    ReturnParams,
-    RSSMParams,
-    State,
-    StdTransform,
-)
+from fastdreamer.ops.params import ActorParams, ReturnParams, RSSMParams, State, StdTransform
 from fastdreamer.training.checkpoint import load_checkpoint
 from fastdreamer.training.collector import collecting_controller
 from fastdreamer.training.episodes import episode_path, read_episode

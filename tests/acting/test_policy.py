@@ -10,8 +10,9 @@ import torch
 from fastdreamer.acting.policy import PolicyState, resolve_precision
 from fastdreamer.config import preset
 from fastdreamer.learning.dreamer import Dreamer
-from fastdreamer.nn.dists import greedy_action, symexp
+from fastdreamer.nn.dists import greedy_action
 from fastdreamer.ops.backend import last_backend, use_backend
+from fastdreamer.ops.layers import symexp
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.params import State

@@ -21,8 +21,9 @@ from fastdreamer.nn import MLP, Ensemble
 from fastdreamer.ops.backend import last_backend, use_backend
 from fastdreamer.ops.cem import cem
 from fastdreamer.ops.lambda_return import lambda_return
+from fastdreamer.ops.layers import MLPParams, mlp
 from fastdreamer.ops.open_loop import open_loop
-from fastdreamer.ops.params import MLPParams, State, mlp
+from fastdreamer.ops.params import State
 from fastdreamer.testing import Sizes, cem_inputs
 from fastdreamer.training.checkpoint import load_newest
 from fastdreamer.training.logger import read_metrics

@@ -24,10 +24,10 @@ from fastdreamer import _native
 from fastdreamer.ops.cem import cem
 from fastdreamer.ops.codec import decode, decode_error, encode
 from fastdreamer.ops.imagine import imagine
+from fastdreamer.ops.layers import MLPParams
 from fastdreamer.ops.native import packs
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.open_loop import open_loop
-from fastdreamer.ops.params import MLPParams
 from fastdreamer.ops.rssm_step import rssm_step
 from fastdreamer.testing import (
     REPORT_CODEC,

@@ -6,16 +6,10 @@ import math
 import pytest
 import torch
 
+from fastdreamer.ops.cells import GRUParams
 from fastdreamer.ops.cem import cem, top
-from fastdreamer.ops.params import (
-    GRUParams,
-    MLPParams,
-    ReturnParams,
-    RSSMParams,
-    State,
-    StdTransform,
-    mlp,
-)
+from fastdreamer.ops.layers import MLPParams, mlp
+from fastdreamer.ops.params import ReturnParams, RSSMParams, State, StdTransform
 from fastdreamer.ops.rssm_step import rssm_step
 from fastdreamer.testing import Sizes, cem_inputs
 

@@ -18,7 +18,8 @@ import torch
 
 from fastdreamer.ops.backend import BackendError, last_backend
 from fastdreamer.ops.cem import cem, top
-from fastdreamer.ops.params import MLPParams, ReturnParams, State
+from fastdreamer.ops.layers import MLPParams
+from fastdreamer.ops.params import ReturnParams, State
 from fastdreamer.testing import REPORT, Exact, Sizes, assert_accurate, cem_inputs, error
 
 nan, inf = math.nan, math.inf

@@ -19,9 +19,9 @@ from fastdreamer import _native, testing
 from fastdreamer.ops.backend import last_backend
 from fastdreamer.ops.cem import cem
 from fastdreamer.ops.imagine import imagine
+from fastdreamer.ops.layers import MLPParams
 from fastdreamer.ops.native import packs
 from fastdreamer.ops.observe import observe
-from fastdreamer.ops.params import MLPParams
 from fastdreamer.ops.rssm_step import rssm_step
 from fastdreamer.testing import Sizes
 

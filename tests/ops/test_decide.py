@@ -7,8 +7,9 @@ import torch
 
 from fastdreamer.ops.backend import last_backend
 from fastdreamer.ops.decide import decide
+from fastdreamer.ops.layers import MLPParams, mlp
 from fastdreamer.ops.observe import observe
-from fastdreamer.ops.params import ACTIVATIONS, MLPParams, State, StdTransform, actor_dist, mlp
+from fastdreamer.ops.params import State, StdTransform, actor_dist
 from fastdreamer.testing import REPORT, Sizes, assert_accurate, decide_inputs, evaluate
 
 SMALL = Sizes(3, 7, 5, 33, 17, 9, 1, 1, 2, "silu")
@@ -61,7 +62,7 @@ def test_native(batch, sees, bf16):
     check(REPORT, batch, sees=sees, bf16=bf16)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ["elu", "relu", "silu", "tanh"])
 @pytest.mark.parametrize("first", list(itertools.product([False, True], repeat=3)))
 def test_native_takes_every_order_and_activation(first, activation):
     pytest.importorskip("fastdreamer._native")

@@ -17,9 +17,9 @@ from fastdreamer.ops.backend import BackendError, last_backend
 from fastdreamer.ops.cem import cem
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.lambda_return import lambda_return
+from fastdreamer.ops.layers import MLPParams
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.open_loop import open_loop
-from fastdreamer.ops.params import MLPParams
 from fastdreamer.ops.rssm_step import rssm_step
 from fastdreamer.testing import Sizes
 

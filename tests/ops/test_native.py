@@ -16,10 +16,10 @@ from torch import Tensor
 
 from fastdreamer import testing
 from fastdreamer.ops.imagine import imagine
+from fastdreamer.ops.layers import MLPParams
 from fastdreamer.ops.native.packs import arrays, pack_gru, pack_mlp
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.open_loop import open_loop
-from fastdreamer.ops.params import MLPParams
 from fastdreamer.ops.rssm_step import rssm_step
 from fastdreamer.testing import REPORT, Sizes, assert_accurate, error, evaluate
 

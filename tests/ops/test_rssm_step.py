@@ -4,15 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import elu, softplus
 
-from fastdreamer.ops.params import (
-    ACTIVATIONS,
-    GRUParams,
-    State,
-    StdTransform,
-    actor_dist,
-    gru_cell,
-    latent_dist,
-)
+from fastdreamer.ops.cells import GRUParams, gru_cell
+from fastdreamer.ops.layers import ACTIVATIONS
+from fastdreamer.ops.params import State, StdTransform, actor_dist, latent_dist
 from fastdreamer.ops.rssm_step import rssm_step
 
 
@@ -50,6 +44,8 @@ def test_every_activation_is_the_one_named(new_case, activation):
     case = new_case(activation)
     params, state, action, noise = arguments(case)
     act = {"elu": torch.nn.ELU, "relu": torch.nn.ReLU, "silu": torch.nn.SiLU, "tanh": torch.nn.Tanh}
+    act |= {"gelu": torch.nn.GELU, "mish": torch.nn.Mish}
+    act["gelu_tanh"] = lambda: torch.nn.GELU(approximate="tanh")
     x = act[activation]()(case.rssm.inp.layers[0](torch.cat([state.stoch, action], -1)))
     new, _ = rssm_step(params, state, action, noise)
     torch.testing.assert_close(new.deter, case.rssm.gru(x, state.deter), rtol=1e-13, atol=1e-14)

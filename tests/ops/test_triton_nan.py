@@ -12,7 +12,7 @@ import torch
 
 from fastdreamer import testing
 from fastdreamer.ops.cem import cem
-from fastdreamer.ops.params import ACTIVATIONS, StdTransform
+from fastdreamer.ops.params import StdTransform
 from fastdreamer.ops.rssm_step import rssm_step
 
 nan = math.nan
@@ -75,7 +75,7 @@ def check_cem(activation: str) -> None:
     assert plans["triton"].mean.isfinite().all()
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ["elu", "relu", "silu", "tanh"])
 def test_nan(activation):
     done = subprocess.run(
         [sys.executable, __file__, activation],

@@ -14,17 +14,10 @@ from fastdreamer.ops.backend import BackendError, last_backend
 from fastdreamer.ops.cem import cem
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.lambda_return import lambda_return
+from fastdreamer.ops.layers import MLPParams, mlp
 from fastdreamer.ops.observe import RESETS, observe
 from fastdreamer.ops.open_loop import open_loop
-from fastdreamer.ops.params import (
-    MLPParams,
-    ReturnParams,
-    State,
-    StdTransform,
-    actor_dist,
-    mlp,
-    std_of,
-)
+from fastdreamer.ops.params import ReturnParams, State, StdTransform, actor_dist, std_of
 from fastdreamer.ops.rssm_step import rssm_step
 from fastdreamer.testing import Exact, Sizes, assert_accurate, evaluate
 

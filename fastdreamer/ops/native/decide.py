@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from fastdreamer import _native
+from fastdreamer.ops.layers import MLPParams
 from fastdreamer.ops.native.packs import arrays, autocast_bf16, pack_decider
-from fastdreamer.ops.params import ActorParams, MLPParams, RSSMParams, State
+from fastdreamer.ops.params import ActorParams, RSSMParams, State
 
 
 def decide(

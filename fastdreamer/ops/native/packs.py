@@ -22,7 +22,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 # first of all torch, so that the extension shares the OpenMP pool that torch loads
 from fastdreamer import _native
-from fastdreamer.ops.params import ActorParams, GRUParams, MLPParams, RSSMParams
+from fastdreamer.ops.cells import GRUParams
+from fastdreamer.ops.layers import MLPParams
+from fastdreamer.ops.params import ActorParams, RSSMParams
 
 LIMIT = 512
 """Packs kept at most; the oldest goes first."""

@@ -22,11 +22,7 @@ from fastdreamer.ops.native.packs import (
     pack_rssm,
     split,
 )
-from fastdreamer.ops.params import (
-    ActorParams,
-    ReturnParams,
-    RSSMParams,
-)
+from fastdreamer.ops.params import ActorParams, ReturnParams, RSSMParams
 
 
 class _Wants(NamedTuple):

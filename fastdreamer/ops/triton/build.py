@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdreamer.ops.params import GRUParams, MLPParams
+from fastdreamer.ops.cells import GRUParams
+from fastdreamer.ops.layers import MLPParams
 from fastdreamer.ops.triton import cells, mlp, tiles, weights
 from fastdreamer.ops.triton.layout import NO_STD, MlpShape, Std, StepShape
 from fastdreamer.ops.triton.program import Affine, Arg, Kernel, Launch, Loop, Program, Slot

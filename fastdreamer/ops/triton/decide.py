@@ -8,15 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdreamer.ops.layers import MLPParams, embed_all
 from fastdreamer.ops.observe import RESETS
-from fastdreamer.ops.params import (
-    ActorParams,
-    MLPParams,
-    RSSMParams,
-    State,
-    chosen_action,
-    embed_all,
-)
+from fastdreamer.ops.params import ActorParams, RSSMParams, State, chosen_action
 from fastdreamer.ops.triton.observe import observe
 
 

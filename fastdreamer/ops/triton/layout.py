@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fastdreamer.ops.params import STDS, MLPParams, RSSMParams, StdTransform
+from fastdreamer.ops.layers import MLPParams
+from fastdreamer.ops.params import STDS, RSSMParams, StdTransform
 
 
 def pad(n: int) -> int:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdreamer.ops.params import ActorParams, MLPParams, ReturnParams, RSSMParams, State
+from fastdreamer.ops.layers import MLPParams
+from fastdreamer.ops.params import ActorParams, ReturnParams, RSSMParams, State
 from fastdreamer.ops.triton import lambda_return, tiles
 from fastdreamer.ops.triton.build import (
     Action,
