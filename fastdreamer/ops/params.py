@@ -241,6 +241,18 @@ class Readout(NamedTuple):
     squashed: bool = False
 
 
+def two_hot(count: int, like: Tensor | None = None) -> Readout:
+    """DreamerV3's two-hot head: bins symexp(-20) to symexp(20), of an odd count 0 in the middle.
+
+    Args:
+        count: of bins.
+        like: whose dtype and device they have; float32 on the CPU.
+    """
+    half = symexp(torch.linspace(-20, 0, (count + 1) // 2, dtype=torch.float64))
+    bins = torch.cat([half, -half[: count // 2].flip(0)])
+    return Readout(bins.float() if like is None else bins.to(like))
+
+
 class ReturnParams(NamedTuple):
     """What values a trajectory of states 1..H: heads feat -> 1, and the λ-return's constants.
 
@@ -338,28 +350,42 @@ def actor_dist(params: ActorParams, feat: Tensor) -> Latent:
     3; c = 5 is the original Dreamer's, c = 1 and no tanh DreamerV3's). ``feat`` is in the order
     that ``params`` says.
     """
-    raw = mlp(params.mlp, feat).to(feat.dtype)
-    if isinstance(params.std, Categorical):
-        return latent_dist(raw, params.std, raw.dtype)
+    return policy_dist(mlp(params.mlp, feat).to(feat.dtype), params.mean_scale, params.std)
+
+
+def policy_dist(raw: Tensor, c: float, std: StdTransform | Categorical) -> Latent:
+    """The same of an actor's raw outputs."""
+    if isinstance(std, Categorical):
+        return latent_dist(raw, std, raw.dtype)
     x, y = raw.chunk(2, -1)
-    c = params.mean_scale
-    return Normal(x if math.isinf(c) else c * torch.tanh(x / c), std_of(params.std, y))
+    return Normal(x if math.isinf(c) else c * torch.tanh(x / c), std_of(std, y))
 
 
 def act(params: ActorParams, feat: Tensor, noise: Tensor | None) -> Tensor:
     """An action of the policy, [..., F] -> [..., A]; without noise that of its mode."""
-    dist = actor_dist(params, feat)
+    return choose(actor_dist(params, feat), params.squash, noise)
+
+
+def choose(dist: Latent, squash: str, noise: Tensor | None) -> Tensor:
+    """An action of its distribution."""
     action = dist.mode() if noise is None else dist.sample(noise)
-    return action if isinstance(dist, OneHot) else SQUASHES[params.squash](action)
+    return action if isinstance(dist, OneHot) else SQUASHES[squash](action)
 
 
 def scalar(head: MLPParams, readout: Readout, feat: Tensor) -> Tensor:
-    """The number that a head gives, [..., F] -> [...], see :class:`Readout`.
+    """The number that a head gives, [..., F] -> [...].
+
+    Cast first: under autocast the outputs are bfloat16.
+    """
+    return read_out(readout, mlp(head, feat).to(feat.dtype))
+
+
+def read_out(readout: Readout, y: Tensor) -> Tensor:
+    """The number of raw outputs, see :class:`Readout`.
 
     The sum over bins is taken in mirrored pairs: equal probabilities of bins that stand
-    symmetrically about 0 give 0 exactly. Cast first: under autocast the outputs are bfloat16.
+    symmetrically about 0 give 0 exactly.
     """
-    y = mlp(head, feat).to(feat.dtype)
     if readout.bins is None:
         x = y[..., 0]
     else:

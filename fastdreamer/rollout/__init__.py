@@ -3,10 +3,20 @@
 Needs torch and numpy alone.
 """
 
-from fastdreamer.ops.params import Categorical, StdTransform
+from fastdreamer.ops.params import Categorical, Readout, StdTransform, two_hot
 from fastdreamer.rollout.adapters import adapt
-from fastdreamer.rollout.layers import MisfitError
+from fastdreamer.rollout.layers import Joined, MisfitError
 from fastdreamer.rollout.rollout import Rollout
 from fastdreamer.rollout.verify import Verification
 
-__all__ = ["Categorical", "MisfitError", "Rollout", "StdTransform", "Verification", "adapt"]
+__all__ = [
+    "Categorical",
+    "Joined",
+    "MisfitError",
+    "Readout",
+    "Rollout",
+    "StdTransform",
+    "Verification",
+    "adapt",
+    "two_hot",
+]

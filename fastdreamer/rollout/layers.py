@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import is_lazy
 
 from fastdreamer.errors import ArgumentError
-from fastdreamer.ops.cells import GRUParams
-from fastdreamer.ops.layers import ACTIVATIONS, MLPParams
+from fastdreamer.ops.layers import ACTIVATIONS, MLPParams, Norm, normalise
+from fastdreamer.rollout.draws import relative_difference, tolerance
 
 _ACTIVATIONS = {nn.ELU: "elu", nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh"}
-_FIT = "Linear layers with bias and one of " + ", ".join(ACTIVATIONS) + " between them fit"
-_CELLS_FIT = "nn.GRUCell, or nn.GRU of one layer in one direction, with bias, fits"
-_KINDS = (nn.Linear, nn.GRUCell, nn.GRU, nn.Sequential, nn.Identity, *_ACTIVATIONS)
+_ACTIVATIONS |= {nn.GELU: "gelu", nn.Mish: "mish"}
+_NORMS = {nn.LayerNorm: "layer", nn.RMSNorm: "rms"}
+_FIT = (
+    "Linear layers, LayerNorm or RMSNorm behind them or not, and one of "
+    + ", ".join(ACTIVATIONS)
+    + " between them fit"
+)
+_KINDS = (nn.Linear, nn.GRUCell, nn.GRU, nn.Sequential, nn.Identity, *_ACTIVATIONS, *_NORMS)
 _SCRIPTED = {f"__torch__.{kind.__module__}.{kind.__name__}": kind for kind in _KINDS}
 
 _OWN_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -29,35 +35,104 @@ class MisfitError(ArgumentError):
     """A module has no fast loop; the message names it, why, and what would fit."""
 
 
-class Net:
-    """Linear layers, an activation, and the modules they came from."""
+class Joined(NamedTuple):
+    """Two Linear layers of the same inputs, the outputs of the second behind those of the first.
 
-    def __init__(
-        self, linears: Sequence[nn.Module], activation: str, given: object, act_last: bool
-    ) -> None:
-        self.linears, self.activation = tuple(linears), activation
-        self.given, self.act_last = given, act_last
-        self.inputs, self.out = linears[0].weight.shape[1], linears[-1].weight.shape[0]
+    Of policies and latents whose mean and std have a layer each: ``actor=[layers, Joined(m, s)]``.
+    """
+
+    first: nn.Module
+    second: nn.Module
+
+
+class NormOf:
+    """A module that is LayerNorm or RMSNorm, or gives the same."""
+
+    def __init__(self, module: nn.Module, kind: str) -> None:
+        self.module, self.kind = module, kind
+        names = [name for name, _ in module.named_parameters(recurse=False)]
+        self.scale = next((name for name in ("weight", "scale", "gamma") if name in names), None)
+        self.shift = next((name for name in ("bias", "beta") if name in names), None)
+        weight = None if self.scale is None else getattr(module, self.scale)
+        shape = getattr(module, "normalized_shape", None)
+        self.size = shape[-1] if shape else None if weight is None else weight.shape[-1]
+
+    def params(self, dtype: torch.dtype) -> Norm:
+        weight, bias = (
+            None if name is None else tensor_of(self.module, name)
+            for name in (self.scale, self.shift)
+        )
+        eps = self.module.eps
+        return Norm(self.kind, weight, bias, torch.finfo(dtype).eps if eps is None else float(eps))
+
+
+class Layer:
+    """A Linear layer, or two whose outputs are joined, and the norm behind it."""
+
+    def __init__(self, linear: nn.Module | Joined, norm: NormOf | None = None) -> None:
+        self.linear, self.norm = linear, norm
+        self.linears = tuple(linear) if isinstance(linear, Joined) else (linear,)
+        weight, *others = (part.weight for part in self.linears)
+        self.inputs = weight.shape[1]
+        self.out = weight.shape[0] + sum(other.shape[0] for other in others)
+
+    @property
+    def given(self) -> list[object]:
+        """The modules, what is joined as one."""
+        return [self.linear, *([] if self.norm is None else [self.norm.module])]
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
-        return self.linears
+        return self.linears if self.norm is None else (*self.linears, self.norm.module)
+
+    def tensors(self) -> tuple[Tensor, Tensor | None, Norm | None]:
+        """Weight, bias and norm as they are now; of one layer in place."""
+        weight, bias = (tensor_of(self.linears[0], name) for name in ("weight", "bias"))
+        norm = None if self.norm is None else self.norm.params(weight.dtype)
+        if len(self.linears) > 1:
+            weight, bias = (
+                torch.cat([tensor_of(part, name) for part in self.linears])
+                for name in ("weight", "bias")
+            )
+        if weight.ndim == 3 and hasattr(self.linears[0], "blocks"):
+            weight = weight.permute(2, 1, 0)  # r2dreamer's [out / G, in / G, G]
+        return weight, bias, norm
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """As the caller's own code runs it."""
+        x = torch.cat([part(x) for part in self.linears], -1)
+        return x if self.norm is None else self.norm.module(x)
+
+
+class Net:
+    """Linear layers, their norms, an activation, and the modules they came from."""
+
+    def __init__(
+        self, layers: Sequence[Layer], activation: str, given: object, act_last: bool
+    ) -> None:
+        self.layers, self.activation = tuple(layers), activation
+        self.given, self.act_last = given, act_last
+        self.inputs, self.out = layers[0].inputs, layers[-1].out
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        return tuple(part for layer in self.layers for part in layer.modules)
 
     def params(self) -> MLPParams:
         """The layers as they are now, in place."""
-        weights = tuple([_tensor(layer, "weight") for layer in self.linears])
-        return MLPParams(
-            weights, tuple([_tensor(layer, "bias") for layer in self.linears]), self.activation
-        )
+        weights, biases, norms = zip(*[layer.tensors() for layer in self.layers], strict=True)
+        count = len(norms) - (not self.act_last)
+        norms = norms[:count] if any(norm is not None for norm in norms) else ()
+        return MLPParams(weights, biases, self.activation, norms)
 
     def __call__(self, x: Tensor) -> Tensor:
         """As the caller's own code runs it: its module where that is one, else layer by layer."""
         if isinstance(self.given, nn.Module):
             return self.given(x)
         act = ACTIVATIONS[self.activation]
-        for i, layer in enumerate(self.linears):
+        for i, layer in enumerate(self.layers):
             x = layer(x)
-            if self.act_last or i < len(self.linears) - 1:
+            if self.act_last or i < len(self.layers) - 1:
                 x = act(x)
         return x
 
@@ -66,35 +141,6 @@ class Net:
         net = Reader().net("", given, self.activation, act_last=self.act_last)
         assert net is not None
         return net
-
-
-class Gru:
-    """A cell of ``torch.nn``."""
-
-    def __init__(self, module: nn.Module, kind: type[nn.GRUCell] | type[nn.GRU]) -> None:
-        self.module, self.given, self.kind, self.modules = module, module, kind, (module,)
-        suffix = "" if kind is nn.GRUCell else "_l0"
-        self.names = tuple(n + suffix for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-        self.inputs, self.deter = module.input_size, module.hidden_size
-
-    def params(self) -> GRUParams:
-        return GRUParams(*[_tensor(self.module, name) for name in self.names])
-
-    def __call__(self, x: Tensor, h: Tensor) -> Tensor:
-        """As the caller's own code runs it."""
-        if self.kind is nn.GRUCell:
-            return self.module(x, h)
-        module, dim = self.module, 1 if self.module.batch_first else 0
-        if isinstance(module, torch.jit.ScriptModule):  # its forward is for scripts alone
-            module = nn.GRU(self.inputs, self.deter, batch_first=bool(dim)).to(x)
-            tensors = dict(zip(self.names, self.params(), strict=True))
-            module = partial(torch.func.functional_call, module, tensors)
-            return module((x.unsqueeze(dim), h.unsqueeze(0)))[0].squeeze(dim)
-        return module(x.unsqueeze(dim), h.unsqueeze(0))[0].squeeze(dim)
-
-    def again(self, given: nn.Module) -> Gru:
-        """The same of a copy of its module."""
-        return Gru(given, self.kind)
 
 
 class Reader:
@@ -107,28 +153,6 @@ class Reader:
     def __init__(self) -> None:
         self.misfits: list[str] = []
         self.watched: list[tuple[str, nn.Module]] = []
-
-    def gru(self, name: str, module: nn.Module) -> Gru | None:
-        """A GRU, or None where it is none."""
-        module = self._uncompiled(name, module)
-        kind = kind_of(module)
-        if kind not in (nn.GRUCell, nn.GRU):
-            self.misfits.append(
-                f"{name}: {_describe_cell(module)} is no torch.nn GRU: a cell with normalisation, "
-                f"in blocks or with its reset before the product computes something else; "
-                f"{_CELLS_FIT}"
-            )
-            return None
-        if kind is nn.GRU and (module.num_layers != 1 or module.bidirectional):
-            self.misfits.append(
-                f"{name}: nn.GRU has more layers or directions than one; {_CELLS_FIT}"
-            )
-            return None
-        if not module.bias:
-            self.misfits.append(f"{name}: {describe(module)} has no bias; {_CELLS_FIT}")
-            return None
-        self.watched.append((name, module))
-        return Gru(module, kind)
 
     def net(
         self,
@@ -148,58 +172,76 @@ class Reader:
             act_last: whether an activation follows the last layer.
         """
         before = len(self.misfits)
+        given = list(given) if type(given) is nn.ModuleList else given  # has no forward()
         if activation is not None and activation not in ACTIVATIONS:
             self.misfits.append(
                 f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
             )
-        linears: list[nn.Module] = []
+        layers: list[Layer] = []
         pattern, found = "", set()
         for path, module in self._flatten(name, given):
             kind = kind_of(module)
-            if kind is nn.Linear:
-                reason = _why_no_layer(module, linears)
-                if reason:
-                    self.misfits.append(f"{path}: {reason}")
-                linears.append(module)
+            if isinstance(module, Joined) or is_linear(module):
+                reasons = [f"{path}: {why}" for why in _why_no_layer(module, layers)]
+                self.misfits += reasons
+                layers += [] if reasons else [Layer(module)]
                 pattern += "L"
             elif kind in _ACTIVATIONS and getattr(module, "alpha", 1.0) == 1.0:
-                found.add(_ACTIVATIONS[kind])
+                tanh = getattr(module, "approximate", "none") == "tanh"
+                found.add("gelu_tanh" if tanh else _ACTIVATIONS[kind])
                 pattern += "a"
+            elif (norm := norm_of(module)) is not None:
+                pattern += "n"
+                if layers:
+                    layers[-1].norm = norm
+                if layers and norm.size not in (None, layers[-1].out):
+                    self.misfits.append(
+                        f"{path}: normalises {norm.size} numbers, the layer before has "
+                        f"{layers[-1].out}"
+                    )
             elif kind is not nn.Identity:
                 own = isinstance(module, nn.Linear | nn.Sequential)
                 why = "has a forward() of its own" if own else "has no fast loop"
                 self.misfits.append(f"{path}: {describe(module)} {why}; {_FIT}")
         if len(self.misfits) > before:
             return None
-        count = len(linears)
-        bare = pattern == "L" * count and (count > 1 or act_last)
-        if not linears:
+        bare = not found and (len(layers) > 1 or act_last)
+        act = "" if bare else "a"
+        wanted = f"(Ln?{act})*" + (f"Ln?{act}" if act_last else "L")
+        if not layers:
             self.misfits.append(f"{name}: has no Linear layer; {_FIT}")
         elif len(found) > 1:
             several = ", ".join(sorted(found))
             self.misfits.append(f"{name}: has several activations, {several}; {_FIT}")
-        elif bare and activation is None:
+        elif bare and activation is None and re.fullmatch(wanted, pattern):
             self.misfits.append(
                 f"{name}: no activation follows its layers; name it with activation="
             )
-        elif not bare and pattern != "a".join("L" * count) + "a" * act_last:
+        elif not re.fullmatch(wanted, pattern):
             where = "and behind the last" if act_last else "and none behind the last"
             self.misfits.append(
-                f"{name}: its layers and activations stand as {pattern!r}, but one activation "
-                f"must stand between each two layers {where}"
+                f"{name}: its layers, norms and activations stand as {pattern!r}, but one "
+                f"activation must stand between each two layers {where}, norms before it"
             )
         if len(self.misfits) > before:
             return None
         own_activation = found.pop() if found else activation or "elu"
-        return Net(linears, own_activation, linears if bare else as_given(given), act_last)
+        parts = [part for layer in layers for part in layer.given]
+        return Net(layers, own_activation, parts if bare else as_given(given), act_last)
 
     def _flatten(self, name: str, given: object) -> Iterator[tuple[str, nn.Module]]:
         """The modules in their order, those that hold others opened."""
-        given = self._uncompiled(name, given)
+        given = self.uncompiled(name, given)
         if isinstance(given, nn.Module):
             self.watched.append((name, given))
             opened = kind_of(given) is nn.Sequential or _joins(given)
+            opened = opened or type(given) is nn.ModuleList
             parts = list(given.children()) if opened else None
+        elif isinstance(given, Joined):
+            for part in given:
+                self.watched.append((name, part))
+            yield name, given
+            return
         else:
             opened = isinstance(given, Sequence) and not isinstance(given, str)
             parts = list(given) if opened else None
@@ -213,7 +255,7 @@ class Reader:
         for i, part in enumerate(parts):
             yield from self._flatten(f"{name}[{i}]", part)
 
-    def _uncompiled(self, name: str, module: object) -> object:
+    def uncompiled(self, name: str, module: object) -> object:
         """The module that ``torch.compile`` was given, whose hooks it runs beside its own."""
         if is_compiled(module):
             self.watched.append((name, module))
@@ -245,6 +287,26 @@ def as_given(module: object) -> object:
     return module._orig_mod if is_compiled(module) else module  # type: ignore[attr-defined]
 
 
+class Held:
+    """A single tensor among the nets, in a module of its own: a parameter, or a buffer."""
+
+    def __init__(self, value: Tensor | nn.Module) -> None:
+        self.given = nn.Module() if isinstance(value, Tensor) else value
+        if isinstance(value, nn.Parameter):
+            self.given.register_parameter("value", value)
+        elif isinstance(value, Tensor):
+            self.given.register_buffer("value", value)
+        self.modules = (self.given,)
+
+    def params(self) -> Tensor:
+        """The numbers as they are now."""
+        return self.given.value.view(-1)
+
+    def again(self, given: nn.Module) -> Held:
+        """The same of a copy."""
+        return Held(given)
+
+
 def refuse_hooks(watched: Sequence[tuple[str, nn.Module]]) -> None:
     """Raise where a hook would not run: the loops call no module.
 
@@ -267,16 +329,91 @@ def _spoken(attribute: str) -> str:
     return attribute.strip("_").replace("_pre_", " pre-").replace("_", " ")
 
 
-def _why_no_layer(module: nn.Module, before: list[nn.Module]) -> str | None:
-    if is_lazy(module.weight):
-        return "LazyLinear has no weights yet; run one batch first"
-    if module.bias is None:
-        return f"Linear has no bias; {_FIT}"
-    if before and not is_lazy(before[-1].weight):
-        got, made = module.weight.shape[1], before[-1].weight.shape[0]
-        if got != made:
-            return f"takes {got} inputs, the layer before has {made} outputs"
+def _why_no_layer(module: nn.Module | Joined, before: list[Layer]) -> Iterator[str]:
+    parts = list(module) if isinstance(module, Joined) else [module]
+    if not all(is_linear(part) for part in parts):
+        yield f"only two Linear layers can be joined; {_FIT}"
+        return
+    if any(is_lazy(part.weight) for part in parts):
+        yield "LazyLinear has no weights yet; run one batch first"
+        return
+    if len({part.weight.shape[1] for part in parts}) > 1:
+        yield "the layers joined take other numbers of inputs"
+    if len({part.bias is None for part in parts}) > 1:
+        yield "of the layers joined one has a bias and one has none"
+    got, made = parts[0].weight.shape[1], before[-1].out if before else None
+    if made not in (None, got):
+        yield f"takes {got} inputs, the layer before has {made} outputs"
+
+
+def is_linear(module: object) -> bool:
+    """Whether it is ``nn.Linear``, or one of its children that gives the same."""
+    if kind_of(module) is nn.Linear:
+        return True
+    if not isinstance(module, nn.Linear) or is_lazy(module.weight):
+        return False
+
+    def same(draw: Callable[..., Tensor]) -> bool:
+        x = draw(3, module.weight.shape[1])
+        return near(module(x), F.linear(x, module.weight, module.bias))
+
+    return asked(module, same)
+
+
+def norm_of(module: object) -> NormOf | None:
+    """A norm over the last dimension, or None where it is none."""
+    kind = kind_of(module)
+    if kind in _NORMS:
+        return NormOf(module, _NORMS[kind]) if len(module.normalized_shape) == 1 else None
+    names = {name for name, _ in module.named_parameters()} if isinstance(module, nn.Module) else ()
+    if not names or not hasattr(module, "eps") or "." in "".join(names):
+        return None
+    for kind in _NORMS.values():
+        norm = NormOf(module, kind)
+        if norm.size is None or {norm.scale, norm.shift} - {None} != names:
+            continue
+
+        def same(draw: Callable[..., Tensor], norm: NormOf = norm) -> bool:
+            x = draw(3, norm.size) + 0.5
+            return near(module(x), normalise(norm.params(x.dtype), x))
+
+        if asked(module, same):
+            return norm
     return None
+
+
+def children_with_parameters(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules within that own parameters."""
+    for part in module.modules():
+        if any(True for _ in part.parameters(recurse=False)):
+            yield part
+
+
+def asked(module: nn.Module, agrees: Callable[[Callable[..., Tensor]], bool]) -> bool:
+    """Whether a module, called on a few numbers, agrees; one that cannot be called does not.
+
+    Args:
+        module: whose dtype and device the numbers have.
+        agrees: gets what draws standard normals of given sizes.
+    """
+    like = next(module.parameters())
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator).to(like)
+
+    alone = torch.random.fork_rng([like.device] if like.is_cuda else [])
+    with alone, torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+        try:
+            return agrees(draw)
+        except Exception:  # whatever somebody's code raises
+            return False
+
+
+def near(got: Tensor, want: Tensor) -> bool:
+    """Whether two results are the same but for rounding, which may be to float32 inside."""
+    same = isinstance(got, Tensor) and got.shape == want.shape
+    return same and relative_difference(got, want) <= tolerance(want.float())
 
 
 def _joins(module: nn.Module) -> bool:
@@ -294,14 +431,9 @@ def describe(module: object) -> str:
     )
 
 
-def _describe_cell(module: object) -> str:
-    """A cell with the parts that say what it computes."""
-    parts = [describe(part) for part in module.children()] if isinstance(module, nn.Module) else []
-    return describe(module) + (f" of {', '.join(parts)}" if parts else "")
-
-
-def _tensor(module: nn.Module, name: str) -> Tensor:
+def tensor_of(module: nn.Module, name: str) -> Any:
+    """A parameter as it is now, a parametrized one computed; None where it is none."""
     if isinstance(module, torch.jit.ScriptModule):
         return getattr(module, name)
     tensor = module._parameters.get(name)
-    return getattr(module, name) if tensor is None else tensor  # parametrized
+    return getattr(module, name, None) if tensor is None else tensor  # parametrized

@@ -17,14 +17,19 @@ from torch import Tensor, nn
 
 from fastdreamer.ops.cem import Plan, cem
 from fastdreamer.ops.imagine import Imagination, imagine
-from fastdreamer.ops.layers import mlp
+from fastdreamer.ops.layers import MLPParams, mlp
 from fastdreamer.ops.observe import RESETS, Observation, observe
 from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.params import (
+    SQUASHES,
     STDS,
     ActorParams,
+    Begin,
+    Branches,
     Categorical,
     Latent,
+    Normal,
+    Readout,
     ReturnParams,
     RSSMParams,
     State,
@@ -32,18 +37,21 @@ from fastdreamer.ops.params import (
     latent_dist,
 )
 from fastdreamer.ops.rssm_step import rssm_step
-from fastdreamer.rollout.layers import MisfitError, Net, Reader, refuse_hooks
+from fastdreamer.rollout.cells import read_cell
+from fastdreamer.rollout.draws import with_noise
+from fastdreamer.rollout.layers import Held, Joined, MisfitError, Net, Reader, refuse_hooks
 from fastdreamer.rollout.verify import Verification, verify
 
-Layers = nn.Module | Sequence[nn.Module]
+Layers = nn.Module | Sequence[nn.Module | Joined]
 HEADS = ("reward", "critic", "target", "discount")
 PAIRINGS = ("arrival", "departure")
 
 
 class _Options(NamedTuple):
     latent: StdTransform | Categorical
-    action_std: StdTransform
+    action_std: StdTransform | Categorical
     mean_scale: float
+    squash: str
     gamma: float
     lam: float
     action_first: bool
@@ -51,6 +59,11 @@ class _Options(NamedTuple):
     stoch_first: bool
     through_feat: bool
     pairing: str
+    bound_action: bool
+    begin_through: bool
+    reward_as: Readout
+    value_as: Readout
+    hard_discount: bool
 
 
 class Rollout:
@@ -79,9 +92,9 @@ class Rollout:
     def from_modules(
         cls,
         *,
-        inp: Layers,
-        gru: nn.GRUCell | nn.GRU,
+        gru: nn.Module,
         prior: Layers,
+        inp: Layers | None = None,
         post: Layers | None = None,
         actor: Layers | None = None,
         reward: Layers | None = None,
@@ -91,8 +104,9 @@ class Rollout:
         activation: str | None = None,
         std: StdTransform = StdTransform(min=0.1),  # noqa: B008 immutable
         latent: Categorical | None = None,
-        action_std: StdTransform = StdTransform(offset=5.0, min=1e-4),  # noqa: B008
+        action_std: StdTransform | Categorical = StdTransform(offset=5.0, min=1e-4),  # noqa: B008
         mean_scale: float = 5.0,
+        squash: Literal["tanh", "none", "bound", "clip"] = "tanh",
         gamma: float = 0.99,
         lam: float = 0.95,
         action_first: bool = False,
@@ -100,6 +114,12 @@ class Rollout:
         stoch_first: bool = False,
         through_feat: bool = False,
         pairing: Literal["arrival", "departure"] = "arrival",
+        bound_action: bool = False,
+        begin: Tensor | None = None,
+        begin_through: bool = True,
+        reward_as: Readout = Readout(),  # noqa: B008
+        value_as: Readout = Readout(),  # noqa: B008
+        hard_discount: bool = False,
         action_dim: int | None = None,
         batch_first: bool = False,
         reset: str = "all",
@@ -108,21 +128,30 @@ class Rollout:
         """Read a world model's layers.
 
         Args:
-            inp: [stoch, action] -> the GRU's input, its activation last: ``nn.Sequential``, an
-                ``nn.Linear``, or a list of these.
-            gru: ``nn.GRUCell`` or a one-layer ``nn.GRU``.
-            prior: deter -> 2S raw outputs [mean, y], or S = C·K logits.
-            post: [deter, embed] -> the same; ``observe`` needs it.
-            actor: [deter, stoch] -> 2A; ``imagine`` needs it.
-            reward, critic, target, discount: [deter, stoch] -> 1; for rewards, values and
-                λ-returns of ``imagine`` and the scores of ``plan``. ``discount`` gives a logit.
-            activation: elu, relu, silu or tanh between the layers of lists without activation
-                modules, and behind the last of such an ``inp``.
+            gru: ``nn.GRUCell``, a one-layer ``nn.GRU``, a cell that is DreamerV2's or V3's (one
+                Linear of x and h, perhaps normalised; asked for the order of columns and gates),
+                or DreamerV3's block-diagonal GRU (torchrl's, r2dreamer's).
+            prior: deter -> 2S raw outputs [mean, y], or S = C·K logits: ``nn.Sequential``, an
+                ``nn.Linear``, or a list of these, with LayerNorm or RMSNorm behind a Linear or not;
+                ``Joined`` are two Linear layers side by side.
+            inp: [stoch, action] -> the GRU's input likewise, its activation last. A block-diagonal
+                GRU has input layers of its own, of stoch and action (then ``inp`` is None) or of x.
+            post: [deter, embed] -> as the prior; ``observe`` needs it.
+            actor: [deter, stoch] -> 2A, or A of one-hot actions; ``imagine`` needs it.
+            reward, critic, target, discount: [deter, stoch] -> 1, or what ``reward_as`` and
+                ``value_as`` read; for rewards, values and λ-returns of ``imagine`` and the scores
+                of ``plan``. ``discount`` gives a logit.
+            activation: elu, relu, silu, tanh, gelu, gelu_tanh or mish between the layers of lists
+                without activation modules, and behind the last of such an ``inp``.
             std: of prior and posterior, see :class:`StdTransform`.
             latent: categorical latents in the place of Gaussian: their classes K and the uniform
                 part of their probabilities, see :class:`Categorical`.
             action_std, mean_scale: of the policy a = tanh(c·tanh(x/c) + std(y)·ε); an infinite
-                scale c leaves the mean x as it is.
+                scale c leaves the mean x as it is. ``Categorical(classes, unimix)`` in the place of
+                the std: one-hot actions with straight-through gradients.
+            squash: what the Normal's sample passes through: ``"tanh"``; ``"none"``; ``"bound"``,
+                a / max(1, |a|) with the divisor taken for a constant, as DreamerV3's; ``"clip"``,
+                into [-1, 1] with the gradient of the identity.
             gamma, lam: γ and λ.
             action_first, embed_first, stoch_first: inputs are [action, stoch], [embed, deter],
                 and for actor and heads [stoch, deter].
@@ -131,6 +160,13 @@ class Rollout:
             pairing: which reward the λ-return adds to the discounted value of state t + 1: that of
                 arriving there, r(s_{t+1}), as DreamerV3 and torchrl do, or ``"departure"``, that of
                 the state before, r(s_t), as most code of Dreamer V1 and V2 does.
+            bound_action: whether the dynamics see a / max(1, |a|); a block-diagonal GRU of stoch
+                and action does by itself.
+            begin: w [D], of which an episode begins with h = tanh(w) and the mode of its prior, in
+                the place of zeros; a parameter, or a buffer that does not learn.
+            begin_through: whether the mode of categorical latents has a gradient, that of log p.
+            reward_as, value_as: how heads are read, see :class:`Readout`.
+            hard_discount: whether the discount head says γ or 0, by the sign of its logit.
             action_dim: A. To be said where neither actor nor heads fix S = F - D and the layers
                 would fit categorical latents as well.
             batch_first: [B, T, ...] instead of [T, B, ...].
@@ -145,26 +181,33 @@ class Rollout:
             "critic": critic, "target": target, "discount": discount,
         }  # fmt: skip
         reader = Reader()
-        read = {"gru": reader.gru("gru", gru)}
+        read: dict[str, Any] = {"gru": read_cell(reader, "gru", gru)}
         for name, module in given.items():
             if module is not None:
                 read[name] = reader.net(name, module, activation, act_last=name == "inp")
         nets = {name: net for name, net in read.items() if net is not None}
-        dims, misfits = _fit(nets, action_dim, latent)
-        misfits = reader.misfits + misfits
+        if begin is not None:
+            nets["begin"] = Held(begin)
+        readouts = {"reward": reward_as, "critic": value_as, "target": value_as}
+        one_hot = action_std if isinstance(action_std, Categorical) else None
+        dims, misfits = _fit(nets, action_dim, latent, readouts, one_hot)
+        misfits = reader.misfits + _why_no_inputs(read, inp) + misfits
         for name, transform in {"std": std, "action_std": action_std}.items():
-            if transform.kind not in STDS:
+            if isinstance(transform, StdTransform) and transform.kind not in STDS:
                 kinds = ", ".join(STDS)
                 misfits.append(f"{name}: kind must be one of {kinds}, got {transform.kind!r}")
         if not mean_scale > 0:
             misfits.append(f"mean_scale must be positive (inf: no bound), got {mean_scale}")
-        for name, value, known in [("reset", reset, RESETS), ("pairing", pairing, PAIRINGS)]:
+        for name, value, known in [("reset", reset, RESETS), ("pairing", pairing, PAIRINGS),
+                                   ("squash", squash, SQUASHES)]:  # fmt: skip
             if value not in known:
                 misfits.append(f"{name} must be one of {', '.join(known)}, got {value!r}")
         if misfits:
             raise MisfitError("\n".join(dict.fromkeys(misfits)))
         flags = (action_first, embed_first, stoch_first, through_feat, pairing)
-        options = _Options(latent or std, action_std, mean_scale, gamma, lam, *flags)
+        bound_action = bound_action or getattr(nets["gru"], "bound", False)
+        flags += (bound_action, begin_through, reward_as, value_as, hard_discount)
+        options = _Options(latent or std, action_std, mean_scale, squash, gamma, lam, *flags)
         call = {"batch_first": batch_first, "reset": reset, "backend": backend}
         return cls(nets, options, dims, reader.watched, **call)
 
@@ -180,14 +223,33 @@ class Rollout:
         refuse_hooks(self.watched)
         nets, o = self.nets, self.options
         post = nets["post"].params() if "post" in nets else None
-        parts = nets["inp"].params(), nets["gru"].params(), nets["prior"].params(), post
-        return RSSMParams(*parts, o.latent, o.action_first, o.embed_first)
+        parts = self._inputs(), nets["gru"].params(), nets["prior"].params(), post
+        begin = Begin(nets["begin"].params(), o.begin_through) if "begin" in nets else None
+        flags = o.action_first, o.embed_first, o.bound_action, begin
+        return RSSMParams(*parts, o.latent, *flags)
+
+    def _inputs(self) -> MLPParams | Branches:
+        """The layers of stoch and action, those of the cell's own included."""
+        gru, inp = self.nets["gru"], self.nets.get("inp")
+        if gru.branches is not None:
+            return gru.branches()
+        if inp is None:
+            return gru.front.params()
+        params = inp.params()
+        if gru.front is None:
+            return params
+        front, norms = gru.front.params(), params.norms or (None,) * len(params.weights)
+        return MLPParams(
+            params.weights + front.weights, params.biases + front.biases, params.activation,
+            norms + (front.norms or (None,)),
+        )  # fmt: skip
 
     @property
     def policy(self) -> ActorParams:
         """The actor likewise."""
         net, o = self._need("actor", "imagine"), self.options
-        return ActorParams(net.params(), o.mean_scale, o.action_std, o.stoch_first, o.through_feat)
+        flags = o.stoch_first, o.through_feat, o.squash
+        return ActorParams(net.params(), o.mean_scale, o.action_std, *flags)
 
     @property
     def heads(self) -> ReturnParams:
@@ -197,9 +259,8 @@ class Rollout:
             self.nets[name].params() if name in self.nets else None for name in HEADS[1:]
         )
         departs = o.pairing == "departure"
-        return ReturnParams(
-            reward.params(), critic, target, o.gamma, o.lam, discount, o.stoch_first, departs
-        )
+        flags = o.stoch_first, departs, o.reward_as, o.value_as, o.hard_discount
+        return ReturnParams(reward.params(), critic, target, o.gamma, o.lam, discount, *flags)
 
     def parameters(self) -> list[nn.Parameter]:
         """Every parameter that the loops use, each once."""
@@ -209,9 +270,16 @@ class Rollout:
     # ---------------------------------------------------------------- loops
 
     def initial(self, batch: int) -> State:
-        """The state before an episode: zeros, deter [B, D] and stoch [B, S]."""
-        like = self.nets["gru"].params().weight_hh
-        return State(*(like.new_zeros(batch, self.dims[n]) for n in "DS"))
+        """The state before an episode, zeros or the learned one: deter [B, D], stoch [B, S]."""
+        if "begin" in self.nets:
+            params = self.rssm
+            return State(*(part.repeat(batch, 1) for part in params.begin.state(params)))
+        return State(*(self.like.new_zeros(batch, self.dims[n]) for n in "DS"))
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the parameters' dtype and device."""
+        return self.nets["prior"].params().weights[0]
 
     def step(
         self,
@@ -252,8 +320,8 @@ class Rollout:
     ) -> Observation:
         """Filter a sequence: embed [T, B, E], action [T, B, A] that led to each, is_first [T, B].
 
-        Without ``is_first`` nothing is reset, without ``start`` the sequence starts from zeros;
-        see ``ops.observe``.
+        Without ``is_first`` nothing is reset, without ``start`` the sequence starts from
+        :meth:`initial`; see ``ops.observe``.
         """
         self._need("post", "observe")
         embed, action = self._inward(embed), self._inward(action)
@@ -284,7 +352,8 @@ class Rollout:
             start: deter [B, D] and stoch [B, S].
             horizon: H; may be left out where noise is given.
             state_noise, action_noise: [H, B, S] and [H, B, A] standard normal (of categorical
-                latents [H, B, C] uniform in [0, 1)), drawn if not given.
+                latents [H, B, C] uniform in [0, 1), or standard Gumbel; of one-hot actions one
+                uniform number each), drawn if not given.
             generator: where from.
             returns: whether to add rewards, values and λ-returns; by default if the Rollout has
                 a reward head and a critic.
@@ -297,7 +366,7 @@ class Rollout:
             horizon = noises[0].shape[1 if self.batch_first else 0]
         lead = (horizon, len(start.deter))
         state_noise = self._state_noise(state_noise, lead, generator)
-        action_noise = self._noise(action_noise, (*lead, self.dims["A"]), generator)
+        action_noise = self._action_noise(action_noise, lead, generator)
         if returns is None:
             returns = "reward" in self.nets and "critic" in self.nets
         heads = self.heads if returns else None
@@ -363,6 +432,11 @@ class Rollout:
         params = self.rssm
         return latent_dist(mlp(params.prior, deter), params.latent, deter.dtype)
 
+    def draw(self, dist: Latent, generator: torch.Generator | None = None) -> Tensor:
+        """A sample of a prior or posterior, [..., S]."""
+        lead = dist.mean.shape[:-1] if isinstance(dist, Normal) else dist.logits.shape[:-2]
+        return dist.sample(self._state_noise(None, tuple(lead), generator))
+
     def verify(
         self,
         batch: Mapping[str, Tensor] | None = None,
@@ -399,6 +473,25 @@ class Rollout:
         """
         return verify(self, batch, own, own_dream, seed, repeats)
 
+    def serve(
+        self, function: Callable[[], Any], noise: Tensor, action_noise: Tensor | None = None
+    ) -> Any:
+        """Call somebody's loop with this noise in the place of what it draws, see ``draws``.
+
+        Args:
+            function: without arguments.
+            noise, action_noise: time-major, as ``observe`` and ``imagine`` take them.
+        """
+        latent, std = self.options.latent, self.options.action_std
+        kinds: dict[str, list[Tensor]] = {"normal": [], "uniform": [], "gumbel": []}
+        if action_noise is not None:
+            kinds["uniform" if isinstance(std, Categorical) else "normal"].append(action_noise)
+        if isinstance(latent, StdTransform):
+            kinds["normal"].append(noise)
+        else:
+            kinds["gumbel" if latent.gumbel else "uniform"].append(noise)
+        return with_noise(function, *kinds.pop("normal"), **kinds)
+
     # ---------------------------------------------------------------- inside
 
     def _need(self, name: str, what: str) -> Net:
@@ -416,16 +509,28 @@ class Rollout:
         """Noise of a shape that is time-major, as given or drawn."""
         if given is not None:
             return self._inward(given) if len(shape) == 3 else given
-        like = self.nets["gru"].params().weight_hh
+        like = self.like
         return draw(shape, generator=generator, dtype=like.dtype, device=like.device)
 
     def _state_noise(
         self, given: Tensor | None, lead: tuple[int, ...], generator: torch.Generator | None
     ) -> Tensor:
-        """[*lead, S] standard normal, or [*lead, C] uniform of categorical latents."""
-        if "C" in self.dims:
-            return self._noise(given, (*lead, self.dims["C"]), generator, torch.rand)
-        return self._noise(given, (*lead, self.dims["S"]), generator)
+        """[*lead, S] standard normal, or [*lead, C] uniform of categorical latents; or Gumbel."""
+        latent = self.options.latent
+        if isinstance(latent, StdTransform):
+            return self._noise(given, (*lead, self.dims["S"]), generator)
+        if latent.gumbel:
+            return self._noise(given, (*lead, self.dims["S"]), generator, _gumbel)
+        return self._noise(given, (*lead, self.dims["C"]), generator, torch.rand)
+
+    def _action_noise(
+        self, given: Tensor | None, lead: tuple[int, ...], generator: torch.Generator | None
+    ) -> Tensor:
+        """[*lead, A] standard normal, or one uniform number a one-hot action."""
+        size, std = self.dims["A"], self.options.action_std
+        if isinstance(std, Categorical):
+            return self._noise(given, (*lead, size // std.classes), generator, torch.rand)
+        return self._noise(given, (*lead, size), generator)
 
     def _inward(self, x: Tensor) -> Tensor:
         """[B, T, ...] to time-major, contiguous."""
@@ -438,13 +543,42 @@ class Rollout:
         return type(x)(*map(self._outward, x)) if isinstance(x, tuple) else x
 
 
+def _gumbel(shape: tuple[int, ...], **options: Any) -> Tensor:
+    """Standard Gumbel numbers, −log e of standard exponential e."""
+    generator = options.pop("generator")
+    return torch.empty(shape, **options).exponential_(generator=generator).log().neg()
+
+
+def _why_no_inputs(read: dict[str, Any], inp: object) -> list[str]:
+    """What is wrong with the input layers beside those of the cell."""
+    gru, net = read["gru"], read.get("inp")
+    if gru is None:
+        return []
+    if gru.branches is not None:
+        given = "inp: the cell has layers of stoch and action of its own; leave it out"
+        return [given] if inp is not None else []
+    if gru.front is None:
+        return ["inp: must be given, the layers of [stoch, action]"] if inp is None else []
+    if net is not None and net.activation != gru.front.activation:
+        return [
+            f"inp: its activation is {net.activation}, that of the cell's own input layer "
+            f"{gru.front.activation}; one for both fits"
+        ]
+    return []
+
+
 def _fit(
-    nets: dict[str, Any], action_dim: int | None, latent: Categorical | None
+    nets: dict[str, Any],
+    action_dim: int | None,
+    latent: Categorical | None,
+    readouts: dict[str, Readout],
+    one_hot: Categorical | None,
 ) -> tuple[dict[str, int], list[str]]:
     """Sizes by letter, and what does not fit together of the parts that could be read."""
     if "gru" not in nets or "prior" not in nets:
         return {}, []
     D, hidden, out = nets["gru"].deter, nets["gru"].inputs, nets["prior"].out
+    inputs = nets["inp"].inputs if "inp" in nets else hidden
     if latent is not None:
         K, u = latent.classes, latent.unimix
         if K < 1 or out % K or not 0 <= u < 1:
@@ -454,25 +588,37 @@ def _fit(
             ]
         S, dims = out, {"D": D, "S": out, "C": out // K}
     else:
-        if reason := _why_not_gaussian(nets, action_dim):
+        if reason := _why_not_gaussian(nets, action_dim, inputs):
             return {}, [reason]
         S = out // 2
         dims = {"D": D, "S": S}
     misfits = []
-    if "inp" in nets:
-        dims["A"] = nets["inp"].inputs - S
+    if nets["gru"].branches is not None:
+        taken = nets["gru"].nets["stoch"].inputs
+        if taken != S:
+            return {}, [f"prior: its {out} outputs are no state of {taken}, which the cell takes"]
+    if "inp" in nets or nets["gru"].front is not None or nets["gru"].branches is not None:
+        dims["A"] = inputs - S
         if dims["A"] < 1 or action_dim not in (None, dims["A"]):
             action = "an action" if action_dim is None else f"an action of {action_dim}"
             half = "" if latent else " (half of the prior's outputs)"
             return {}, [
-                f"inp: takes {nets['inp'].inputs} inputs, which a state of {S}{half} and {action} "
+                f"inp: takes {inputs} inputs, which a state of {S}{half} and {action} "
                 "do not make" + ("" if latent else "; are the latents categorical?")
             ]
     A = dims.get("A", 0)
     if "post" in nets:
         dims["E"] = nets["post"].inputs - D
     wanted = {"inp": (None, hidden), "prior": (D, out), "post": (None, out)}
-    wanted |= {"actor": (D + S, 2 * A if A else None)} | dict.fromkeys(HEADS, (D + S, 1))
+    wanted |= {"actor": (D + S, (A if one_hot else 2 * A) if A else None)}
+    for name in HEADS:
+        bins = readouts.get(name, Readout()).bins
+        one = 1 if name not in nets or nets[name].out > 2 else nets[name].out  # mean and log std
+        wanted[name] = D + S, one if bins is None else len(bins)
+    if one_hot is not None and A and (one_hot.classes < 1 or A % one_hot.classes):
+        misfits.append(f"action_std: {A} actions make no one-hot actions of {one_hot.classes}")
+    if "begin" in nets and nets["begin"].params().numel() != D:
+        misfits.append(f"begin: must have D={D} numbers, got {nets['begin'].params().numel()}")
     for name, (inputs, outputs) in wanted.items():
         if name not in nets:
             continue
@@ -486,7 +632,7 @@ def _fit(
     return dims, misfits
 
 
-def _why_not_gaussian(nets: dict[str, Any], action_dim: int | None) -> str | None:
+def _why_not_gaussian(nets: dict[str, Any], action_dim: int | None, inputs: int) -> str | None:
     """Why the prior's outputs are no mean and std, or may be none.
 
     C·K logits are as many as the classes that follow in the state; of a Gaussian state half as many
@@ -506,7 +652,6 @@ def _why_not_gaussian(nets: dict[str, Any], action_dim: int | None) -> str | Non
                 f"prior: its {out} outputs are the logits of categorical latents ({name} takes "
                 f"{nets[name].inputs} features, deter and one input for each of them); {say}"
             )
-    inputs = nets["inp"].inputs if "inp" in nets else 0
     if action_dim is not None and inputs - action_dim == out:
         return (
             f"prior: its {out} outputs are the logits of categorical latents (inp takes as many "

@@ -13,8 +13,18 @@ import torch
 from torch import Tensor
 
 from fastdreamer.ops.observe import RESETS
-from fastdreamer.ops.params import Latent, Normal, State, latent_dist, stack, std_of
-from fastdreamer.rollout.draws import with_noise
+from fastdreamer.ops.params import (
+    Categorical,
+    Latent,
+    Normal,
+    State,
+    bounded,
+    choose,
+    latent_dist,
+    policy_dist,
+    read_out,
+    stack,
+)
 
 _TOLERANCE = 32  # eps, beside twice the loop's own error: sums in another order
 
@@ -140,7 +150,7 @@ def _double(nets: dict[str, Any]) -> dict[str, Any]:
 
 def _inputs(rollout: Any, batch: dict[str, Tensor], seed: int) -> dict[str, Any]:
     """The batch, time-major, and what it lacks, drawn."""
-    like, dims = rollout.nets["gru"].params().weight_hh, rollout.dims
+    like, dims, options = rollout.like, rollout.dims, rollout.options
     generator = torch.Generator().manual_seed(seed)
     unknown = set(batch) - {"embed", "action", "is_first"}
     if unknown:
@@ -159,15 +169,22 @@ def _inputs(rollout: Any, batch: dict[str, Tensor], seed: int) -> dict[str, Any]
         first = torch.rand(T, B, generator=generator) < 0.1
         given["is_first"] = first.to(like.device)
 
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator).to(like)
+
     def drawn(*lead: int) -> Tensor:
-        if "C" in dims:
-            return torch.rand(*lead, dims["C"], generator=generator).to(like)
-        return randn(*lead, dims["S"])
+        if not isinstance(options.latent, Categorical):
+            return randn(*lead, dims["S"])
+        if options.latent.gumbel:
+            return -(-uniform(*lead, dims["S"]).clamp(min=1e-30).log()).log()
+        return uniform(*lead, dims["C"])
 
     given |= {"noise": drawn(T, B), "deter": randn(B, dims["D"]).tanh()}
     given |= {"stoch": randn(B, dims["S"])}
-    given |= {"state_noise": drawn(15, B), "action_noise": randn(15, B, dims["A"])}
-    return given
+    one_hot = isinstance(options.action_std, Categorical)
+    chosen = uniform(15, B, dims["A"] // options.action_std.classes) if one_hot else None
+    action_noise = randn(15, B, dims["A"]) if chosen is None else chosen
+    return given | {"state_noise": drawn(15, B), "action_noise": action_noise}
 
 
 def _results(
@@ -220,32 +237,27 @@ def _own(function: Callable, r: Any, x: dict[str, Any]) -> dict[str, Tensor]:
     """The caller's filter with the batch's noise, time-major."""
     inputs = [r._outward(x[name]) for name in ("embed", "action", "is_first")]
     start = State(x["deter"], x["stoch"])
-    normal, uniform = _split(r, x["noise"])
-    seen = with_noise(lambda: function(*inputs, start), *normal, uniform=uniform)
+    seen = r.serve(lambda: function(*inputs, start), x["noise"])
     return {name: r._inward(out) for name, out in seen.items()}
 
 
 def _own_dream(function: Callable, r: Any, x: dict[str, Any]) -> dict[str, Tensor]:
     """The caller's imagination likewise."""
-    normal, uniform = _split(r, x["state_noise"])
     start, horizon = State(x["deter"], x["stoch"]), len(x["action_noise"])
-    noises = x["action_noise"], *normal
-    dream = with_noise(lambda: function(start, horizon), *noises, uniform=uniform)
+    dream = r.serve(lambda: function(start, horizon), x["state_noise"], x["action_noise"])
     return {name: r._inward(out) for name, out in dream.items()}
-
-
-def _split(r: Any, noise: Tensor) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """The states' noise as ``with_noise`` takes it."""
-    return ((), noise) if "C" in r.dims else ((noise,), None)
 
 
 def _observe_loop(r: Any, x: dict[str, Any]) -> dict[str, Tensor]:
     deter, stoch = x["deter"], x["stoch"]
     keep = (~x["is_first"]).unsqueeze(-1).to(deter)
+    begins = *_begin(r, deter, stoch), torch.zeros_like(x["action"][0])
     states, posts, priors = [], [], []
     for t in range(len(x["action"])):
-        zeroed = zip((deter, stoch, x["action"][t]), RESETS[r.reset], strict=True)
-        deter, stoch, action = (part * keep[t] if zero else part for part, zero in zeroed)
+        parts = zip((deter, stoch, x["action"][t]), begins, RESETS[r.reset], strict=True)
+        deter, stoch, action = (
+            part * keep[t] + begin * (1 - keep[t]) if zero else part for part, begin, zero in parts
+        )
         deter = _next(r, deter, stoch, action)
         priors.append(_dist(r, r.nets["prior"](deter)))
         seen = (x["embed"][t], deter) if r.options.embed_first else (deter, x["embed"][t])
@@ -268,10 +280,9 @@ def _imagine_loop(r: Any, x: dict[str, Any]) -> dict[str, Tensor]:
     o, state, steps = r.options, State(x["deter"], x["stoch"]), []
     for state_noise, action_noise in zip(x["state_noise"], x["action_noise"], strict=True):
         feat = state.concat(o.stoch_first)
-        mean, y = r.nets["actor"](feat if o.through_feat else feat.detach()).chunk(2, -1)
-        if o.mean_scale != float("inf"):
-            mean = o.mean_scale * torch.tanh(mean / o.mean_scale)
-        action = torch.tanh(mean + std_of(o.action_std, y) * action_noise)
+        raw = r.nets["actor"](feat if o.through_feat else feat.detach())
+        dist = policy_dist(raw, o.mean_scale, o.action_std)
+        action = choose(dist, o.squash, action_noise)
         deter = _next(r, *state, action)
         state = State(deter, _dist(r, r.nets["prior"](deter)).sample(state_noise))
         steps.append((*state, action))
@@ -283,18 +294,19 @@ def _imagine_loop(r: Any, x: dict[str, Any]) -> dict[str, Tensor]:
     first = State(x["deter"], x["stoch"]).concat(o.stoch_first)
     before, critic = torch.cat([first[None], feat[:-1]]), r.nets["critic"]
     paid = before if o.pairing == "departure" else feat
-    outputs["reward"] = reward = r.nets["reward"](paid)[..., 0]
-    outputs["value"] = critic(before.detach())[..., 0]
+    outputs["reward"] = reward = read_out(o.reward_as, r.nets["reward"](paid))
+    outputs["value"] = read_out(o.value_as, critic(before.detach()))
     bootstrap = r.nets.get("target", critic)
     frozen = [p for m in bootstrap.modules for p in m.parameters() if p.requires_grad]
     for p in frozen:  # its parameters get no gradient from the returns
         p.requires_grad_(False)
-    following = bootstrap(feat)[..., 0]
+    following = read_out(o.value_as, bootstrap(feat))
     for p in frozen:
         p.requires_grad_(True)
     discount = torch.full_like(reward, o.gamma)
     if "discount" in r.nets:
-        discount = o.gamma * torch.sigmoid(r.nets["discount"](feat)[..., 0])
+        logit = r.nets["discount"](feat)[..., 0]
+        discount = o.gamma * ((logit > 0).to(logit) if o.hard_discount else torch.sigmoid(logit))
     total, returns = following[-1], []
     for t in reversed(range(len(reward))):
         total = reward[t] + discount[t] * ((1 - o.lam) * following[t] + o.lam * total)
@@ -304,8 +316,21 @@ def _imagine_loop(r: Any, x: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _next(r: Any, deter: Tensor, stoch: Tensor, action: Tensor) -> Tensor:
-    parts = (action, stoch) if r.options.action_first else (stoch, action)
-    return r.nets["gru"](r.nets["inp"](torch.cat(parts, -1)), deter)
+    gru = r.nets["gru"]
+    if gru.branches is not None:  # bounds the action itself
+        return gru(stoch, deter, action)
+    action = bounded(action) if r.options.bound_action else action
+    x = torch.cat((action, stoch) if r.options.action_first else (stoch, action), -1)
+    return gru(r.nets["inp"](x) if "inp" in r.nets else x, deter)
+
+
+def _begin(r: Any, deter: Tensor, stoch: Tensor) -> tuple[Tensor, Tensor]:
+    """What an episode begins with."""
+    if "begin" not in r.nets:
+        return torch.zeros_like(deter), torch.zeros_like(stoch)
+    h = torch.tanh(r.nets["begin"].params())[None]
+    mode = _dist(r, r.nets["prior"](h)).mode()
+    return h.expand_as(deter), (mode if r.options.begin_through else mode.detach()).expand_as(stoch)
 
 
 def _dist(r: Any, raw: Tensor) -> Latent:

@@ -12,12 +12,16 @@ from typing import Any
 
 from torch import nn
 
+from fastdreamer.rollout.adapters.blocks import BlocksLoop
 from fastdreamer.rollout.adapters.grusa import GrusaLoop
 from fastdreamer.rollout.adapters.loop import check_loop
+from fastdreamer.rollout.adapters.mlps import MlpsLoop
+from fastdreamer.rollout.adapters.natural import NaturalLoop
 from fastdreamer.rollout.adapters.nonterms import NontermsLoop
 from fastdreamer.rollout.adapters.representation import RepresentationLoop
-from fastdreamer.rollout.adapters.sheeprl import DynamicLoop
+from fastdreamer.rollout.adapters.sheeprl import CategoricalLoop, DynamicLoop
 from fastdreamer.rollout.adapters.simple import SimpleLoop
+from fastdreamer.rollout.adapters.stats import StatsLoop
 from fastdreamer.rollout.adapters.transition import TransitionLoop
 from fastdreamer.rollout.layers import MisfitError, as_given, is_compiled, refuse_hooks
 
@@ -31,12 +35,14 @@ def adapt(model: nn.Module, **options: Any) -> nn.Module:
     is refused.
 
     Args:
-        model: torchrl's ``RSSMRollout`` or ``RSSMRolloutV3``; a ``TransitionModel`` with
+        model: torchrl's ``RSSMRollout``, ``RSSMRolloutV3`` or ``RSSMPriorV3``; sheeprl's ``RSSM``
+            of Dreamer V1, V2 or V3; the ``RSSM`` of dreamerv3-torch and dreamer-torch
+            (``_obs_stat_layer``), r2dreamer (``_deter_net``), burchim (``mlp_img1``, ...) or
+            SimpleDreamer; NaturalDreamer's ``Dreamer``; a ``TransitionModel`` with
             ``fc_embed_state_action``, ``rnn``, ``fc_embed_belief_prior``, ...; an ``RSSMRollout``
             with ``representation_model`` and ``transition_model``; an RSSM with ``grusa``, ``gru``,
-            ``prior`` and ``posterior``, or with ``fc_state_action`` and ``observe_rollout``;
-            sheeprl's Dreamer-V1 ``RSSM``; SimpleDreamer's ``RSSM``. Compiled by ``torch.compile``
-            or ``torch.jit.script``, or not.
+            ``prior`` and ``posterior``, or with ``fc_state_action`` and ``observe_rollout``.
+            Compiled by ``torch.compile`` or ``torch.jit.script``, or not.
         options: of :meth:`Rollout.from_modules`, instead of what is read off the model; ``actor``
             and the heads may be the peer's own. A policy's constants that its object does not keep
             are asked for.
@@ -53,13 +59,21 @@ def adapt(model: nn.Module, **options: Any) -> nn.Module:
             made = loop(model, **options)
             check_loop(made)
             return made
+    if _torchrl("RSSMPosteriorV3")(model):
+        raise MisfitError(
+            "adapt: RSSMPosteriorV3 alone is no loop; with its prior RSSMRolloutV3 fits, or its "
+            "obs_rnn_to_post_projector as post= of Rollout.from_modules()"
+        )
     raise MisfitError(
-        f"adapt: {type(model).__name__} is no peer known here: torchrl's RSSMRollout or "
-        "RSSMRolloutV3, a TransitionModel (fc_embed_state_action, rnn, ...), an RSSMRollout "
-        "(representation_model, transition_model), an RSSM with grusa, gru, prior and posterior, "
-        "or with fc_state_action and observe_rollout, sheeprl's RSSM (recurrent_model.mlp and "
-        ".rnn, representation_model, transition_model) or SimpleDreamer's (recurrent_model.linear "
-        "and .recurrent); where the layers fit, Rollout.from_modules() takes those of any other"
+        f"adapt: {type(model).__name__} is no peer known here: torchrl's RSSMRollout, "
+        "RSSMRolloutV3 or RSSMPriorV3, sheeprl's RSSM (recurrent_model.mlp and .rnn, "
+        "representation_model, transition_model), an RSSM with _cell and _obs_stat_layer, with "
+        "_deter_net, _img_net and _obs_net, with mlp_img1, mlp_img2, mlp_obs1 and gru, with grusa, "
+        "gru, prior and posterior, with fc_state_action and observe_rollout, or SimpleDreamer's "
+        "(recurrent_model.linear and .recurrent), NaturalDreamer's (recurrentModel, priorNet, "
+        "posteriorNet), a TransitionModel (fc_embed_state_action, rnn, ...), an RSSMRollout "
+        "(representation_model, transition_model); where the layers fit, Rollout.from_modules() "
+        "takes those of any other"
     )
 
 
@@ -97,13 +111,25 @@ def _third(model: Any, **options: Any) -> nn.Module:
     return TorchrlRolloutV3(model, **options)
 
 
+def _third_prior(model: Any, **options: Any) -> nn.Module:
+    from fastdreamer.rollout.adapters.torchrl_v3 import PriorLoop
+
+    return PriorLoop(model, **options)
+
+
 _PARTS = ("representation_model", "transition_model")
 _PEERS: list[tuple[Callable[[Any], bool], Callable[..., nn.Module]]] = [
     (_torchrl("RSSMRollout"), _first),
     (_torchrl("RSSMRolloutV3"), _third),
+    (_torchrl("RSSMPriorV3"), _third_prior),
+    (_has("_cell", "_obs_stat_layer", "_obs_out_layers", "_img_out_layers"), StatsLoop),
+    (_has("_deter_net._dyn_gru", "_img_net", "_obs_net"), BlocksLoop),
+    (_has("mlp_img1", "mlp_img2", "mlp_obs1", "gru"), MlpsLoop),
+    (_has("recurrentModel.recurrent", "priorNet", "posteriorNet"), NaturalLoop),
     (_has("fc_embed_state_action", "fc_embed_belief_prior", "rnn"), TransitionLoop),
     (_has("fc_state_action", "rnn", "observe_rollout"), NontermsLoop),
     (_has("grusa", "gru", "prior", "posterior"), GrusaLoop),
+    (_has("recurrent_model.mlp", "recurrent_model.rnn", "discrete", *_PARTS), CategoricalLoop),
     (_has("recurrent_model.mlp", "recurrent_model.rnn", *_PARTS), DynamicLoop),
     (_has("recurrent_model.linear", "recurrent_model.recurrent", *_PARTS), SimpleLoop),
     (_has("representation_model._transition_model", *_PARTS), RepresentationLoop),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,14 +11,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastdreamer.ops.params import State, StdTransform, actor_dist
+from fastdreamer.ops.params import (
+    Categorical,
+    Normal,
+    Readout,
+    State,
+    StdTransform,
+    choose,
+    policy_dist,
+    read_out,
+    two_hot,
+)
 from fastdreamer.rollout.draws import relative_difference, tolerance, with_noise
-from fastdreamer.rollout.layers import MisfitError, describe, is_compiled, kind_of, refuse_hooks
+from fastdreamer.rollout.layers import (
+    Joined,
+    MisfitError,
+    describe,
+    is_compiled,
+    kind_of,
+    refuse_hooks,
+)
 from fastdreamer.rollout.rollout import HEADS, Rollout
 
 _FUNCTIONS = {F.elu: nn.ELU, F.relu: nn.ReLU, F.silu: nn.SiLU, F.tanh: nn.Tanh}
-_FUNCTIONS |= {torch.relu: nn.ReLU, torch.tanh: nn.Tanh}
+_FUNCTIONS |= {torch.relu: nn.ReLU, torch.tanh: nn.Tanh, F.gelu: nn.GELU, F.mish: nn.Mish}
 _HOLDERS = ("_model", "model", "network", "feedforward_model", "action_model")
+_LAST = ("mean_layer", "last", "linear_proj")
 _PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 
 Watched = list[tuple[str, nn.Module]]
@@ -41,10 +60,15 @@ def read_with_heads(options: dict[str, Any]) -> Rollout:
             policies = [known | _policy(options) for known in policies]
         else:
             options[name] = layers_of(name, module, bypassed)
+            read = "reward_as" if name == "reward" else "value_as"
+            if name != "discount" and (readout := _readout(name, module)) is not None:
+                options.setdefault(read, readout)
         if options[name] is not module and not _of_torchrl(module):
             asked[name] = module
     if options.get("actor") is not None:
-        lacking = [what for what in ("mean_scale", "action_std") if what not in policies[0]]
+        one_hot = isinstance(policies[0].get("action_std"), Categorical)
+        demanded = ("action_std",) if one_hot else ("mean_scale", "action_std")
+        lacking = [what for what in demanded if what not in policies[0]]
         if lacking:
             raise MisfitError(
                 f"actor: its layers do not say {' and '.join(lacking)}; give them: the policy is "
@@ -93,6 +117,19 @@ def layers_of(name: str, module: Any, bypassed: Watched) -> Any:
     """The layers of a module that holds them, as Sequential or as ``fc1`` to ``fcN``."""
     if not isinstance(module, nn.Module) or kind_of(module) in (nn.Sequential, nn.Linear):
         return module
+    if getattr(module, "_symlog_inputs", False) or getattr(
+        getattr(module, "mlp", None), "_symlog_inputs", False
+    ):
+        raise MisfitError(f"{name}: takes the symlog of its inputs; features as they are fit")
+    last = next((n for n in _LAST if isinstance(getattr(module, n, None), nn.Linear)), None)
+    if last is not None:  # dreamerv3-torch's MLP, r2dreamer's and burchim's heads
+        bypassed.append((name, module))
+        inner = module if last == "mean_layer" else module.mlp
+        if inner is not module:
+            bypassed.append((name, inner))
+        std = getattr(module, "std_layer", None)
+        final = getattr(module, last)
+        return [inner.layers, final if std is None else Joined(final, std)]
     if hasattr(module, "fc1"):
         bypassed.append((name, module))
         count = next(i for i in range(1, 100) if not hasattr(module, f"fc{i + 1}"))
@@ -114,7 +151,9 @@ def function_of(module: nn.Module) -> nn.Module:
         return function
     if function not in _FUNCTIONS:
         name = getattr(function, "__name__", repr(function))
-        raise MisfitError(f"act_fn: {name} has no fast loop; elu, relu, silu and tanh fit")
+        raise MisfitError(
+            f"act_fn: {name} has no fast loop; elu, relu, silu, tanh, gelu and mish fit"
+        )
     return _FUNCTIONS[function]()
 
 
@@ -139,7 +178,8 @@ def split_extractor(name: str, layers: nn.Sequential) -> tuple[nn.Sequential, St
 
 
 def _policy(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: options[name] for name in ("mean_scale", "action_std") if name in options}
+    constants = ("mean_scale", "action_std", "squash")
+    return {name: options[name] for name in constants if name in options}
 
 
 def _read_actor(module: Any, bypassed: Watched) -> tuple[Any, list[dict[str, Any]]]:
@@ -148,14 +188,13 @@ def _read_actor(module: Any, bypassed: Watched) -> tuple[Any, list[dict[str, Any
         layers, std = split_extractor("backbone", module.backbone)
         bypassed.append(("actor", module))
         return layers, [{"action_std": std} | _mean_scale_of_torchrl(bypassed)]
-    if hasattr(module, "mlp_heads"):  # sheeprl: the offset is init_std itself
-        if len(module.mlp_heads) != 1 or getattr(module, "distribution", "") != "tanh_normal":
-            raise MisfitError("actor: one tanh_normal head fits, not discrete or other actions")
+    if hasattr(module, "mlp_heads"):
         bypassed.append(("actor", module))
         hidden = bare("actor", module.model, bypassed)
         layers = [layers_of("actor", hidden, bypassed), module.mlp_heads[0]]
-        std = StdTransform(offset=float(module.init_std), min=float(module.min_std))
-        return layers, [{"action_std": std, "mean_scale": 5.0}]
+        return layers, [_policy_of_sheeprl(module)]
+    if any(isinstance(getattr(module, name, None), nn.Linear) for name in _LAST):
+        return layers_of("actor", module, bypassed), [_policy_of_v3(module)]
     kind = getattr(module, "dist", None)
     discrete = any(getattr(module, n, None) is True for n in ("discrete", "discrete_action_bool"))
     if discrete or kind not in (None, "tanh_normal"):
@@ -168,6 +207,80 @@ def _read_actor(module: Any, bypassed: Watched) -> tuple[Any, list[dict[str, Any
     # init_std is the std at y = 0, or what is added to y
     offsets = math.log(math.expm1(init)), init
     return layers, [known | {"action_std": StdTransform(offset=x, min=least)} for x in offsets]
+
+
+def _policy_of_sheeprl(module: Any) -> dict[str, Any]:
+    """What the actor of Dreamer V1, V2 or V3 makes of its outputs; init_std is an offset itself."""
+    kind, heads = getattr(module, "distribution", ""), module.mlp_heads
+    if len(heads) != 1:
+        raise MisfitError("actor: one head fits, not several discrete actions")
+    if kind == "discrete":
+        unimix = float(getattr(module, "_unimix", 0.0))
+        return {"action_std": Categorical(heads[0].weight.shape[0], unimix)}
+    init, least = float(module.init_std), float(module.min_std)
+    bound = {"squash": "bound"} if float(getattr(module, "_action_clip", 0.0)) == 1.0 else {}
+    if float(getattr(module, "_action_clip", 0.0)) not in (0.0, 1.0):
+        raise MisfitError(f"actor: action_clip = {module._action_clip}; 1.0, or 0.0 for none, fits")
+    softplus = StdTransform(offset=init, min=least)
+    if kind == "tanh_normal":
+        return {"action_std": softplus, "mean_scale": 5.0}
+    if kind == "normal":
+        return {"action_std": softplus, "mean_scale": math.inf, "squash": "none"} | bound
+    if kind == "scaled_normal":
+        std = StdTransform("sigmoid", float(module.max_std) - least, offset=init, min=least)
+        return {"action_std": std, "mean_scale": 1.0, "squash": "none"} | bound
+    raise MisfitError(
+        f"actor: a policy {kind!r} is drawn by its inverse CDF; tanh_normal, normal, scaled_normal "
+        "and discrete fit"
+    )
+
+
+def _policy_of_v3(module: Any) -> dict[str, Any]:
+    """The same of dreamerv3-torch's MLP, r2dreamer's MLPHead and burchim's PolicyNetwork."""
+    if hasattr(module, "_dist_name"):
+        kind, said = module._dist_name, module._dist.keywords
+        constants = said.get("min_std"), said.get("max_std"), said.get("unimix_ratio", 0.0), None
+    elif hasattr(module, "_dist"):
+        kind = module._dist
+        names = ("_min_std", "_max_std", "_unimix_ratio", "_absmax")
+        constants = tuple(getattr(module, name) for name in names)
+    else:
+        kind = "onehot" if module.discrete else "normal"
+        names = ("min_std", "max_std", "uniform_mix")
+        constants = *(getattr(module, name) for name in names), None
+    least, most, unimix, absmax = constants
+    if kind == "onehot":
+        last = next(getattr(module, name) for name in _LAST if hasattr(module, name))
+        return {"action_std": Categorical(last.weight.shape[0], float(unimix))}
+    if absmax not in (None, 1.0):
+        raise MisfitError(f"actor: absmax = {absmax}; 1.0, or None, fits")
+    bounded = {"mean_scale": 1.0, "squash": "none" if absmax is None else "bound"}
+    if kind in ("normal", "bounded_normal"):
+        std = StdTransform("sigmoid", float(most) - float(least), offset=2.0, min=float(least))
+        return bounded | {"action_std": std}
+    if kind == "tanh_normal" and absmax is None:
+        return {"mean_scale": 1.0, "action_std": StdTransform(min=float(least))} | (
+            {"squash": "tanh"}
+        )
+    raise MisfitError(
+        f"actor: a policy {kind!r} has no fast loop; normal, bounded_normal, tanh_normal and "
+        "onehot fit"
+    )
+
+
+def _readout(name: str, module: Any) -> Readout | None:
+    """How a head of those repositories is read; None where nothing says so."""
+    kind = getattr(module, "_dist_name", None) or getattr(module, "_dist", None)
+    if kind == "symlog_disc" or (kind is None and hasattr(module, "linear_proj")):
+        last = module.mean_layer if hasattr(module, "mean_layer") else module.linear_proj
+        like = last.weight
+        bins = torch.linspace(-20, 20, like.shape[0], dtype=like.dtype, device=like.device)
+        return Readout(bins, squashed=True) if like.shape[0] > 1 else None
+    if kind == "symexp_twohot":
+        return two_hot(module.last.weight.shape[0], module.last.weight)
+    if kind == "symlog_mse":
+        return Readout(None, squashed=True)
+    return None
 
 
 def _constant(module: Any, name: str) -> float | None:
@@ -218,18 +331,27 @@ def _as_asked(rollout: Rollout, name: str, module: nn.Module) -> bool:
 
 def _gives(rollout: Rollout, name: str, module: nn.Module, scale: float) -> bool:
     generator = torch.Generator().manual_seed(0)
-    like, dims = rollout.nets["gru"].params().weight_hh, rollout.dims
+    like, dims, o = rollout.like, rollout.dims, rollout.options
     deter, stoch, noise = (torch.randn(2, dims[n], generator=generator).to(like) for n in "DSA")
     state, noise = State(scale * deter, scale * stoch), 0.3 * noise
-    feat, reasons = state.concat(rollout.options.stoch_first), []
+    uniform: tuple[Tensor, ...] = ()
+    feat, reasons = state.concat(o.stoch_first), []
     with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
-        wanted = [[rollout.nets[name](feat)]]
+        raw = rollout.nets[name](feat)
+        wanted = [[raw]]
         if name == "actor":
-            dist = actor_dist(rollout.policy, feat)
-            wanted = [[torch.tanh(dist.sample(noise))], [*dist]]
+            dist = policy_dist(raw, o.mean_scale, o.action_std)
+            if isinstance(dist, Normal):
+                wanted = [[choose(dist, o.squash, noise)], [*dist]]
+            else:
+                noise = noise[:, : dims["A"] // o.action_std.classes].sigmoid()
+                uniform, wanted = (noise[None],), [[dist.sample(noise), dist.probs]]
+        elif name != "discount":
+            wanted.append([read_out(o.reward_as if name == "reward" else o.value_as, raw)])
         for given in ((state.deter, state.stoch), (state.stoch, state.deter), (feat,)):
+            normal = () if uniform else (noise[None],)
             try:
-                answers = with_noise(_asking(module, *given), noise[None])
+                answers = with_noise(_asking(module, *given), *normal, uniform=uniform)
             except Exception as error:  # whatever somebody's code raises
                 reasons.append(f"{type(error).__name__}: {error}")
                 continue
@@ -248,19 +370,24 @@ def _asking(module: nn.Module, *given: Tensor) -> Callable[[], list[Tensor]]:
 
 
 def _answers(result: Any) -> Iterator[Tensor]:
-    """What a head may mean: its tensors, or its distribution's sample, mean and logits."""
+    """What a head may mean: its tensors, or its distribution's samples, mean, mode and so on."""
     if isinstance(result, Tensor):
         yield result
     elif isinstance(result, tuple | list):
         for part in result:
             yield from _answers(part)
     else:
-        if getattr(result, "has_rsample", False):
-            yield result.rsample()
+        for draw in ("rsample", "sample"):
+            with contextlib.suppress(NotImplementedError, AttributeError, ValueError):
+                yield getattr(result, draw)()
         while hasattr(result, "base_dist"):
             result = result.base_dist
-        yield from (x for x in (getattr(result, n, None) for n in ("mean", "logits"))
-                    if isinstance(x, Tensor))  # fmt: skip
+        for name in ("mean", "mode", "logits", "probs"):
+            with contextlib.suppress(NotImplementedError, AttributeError):
+                part = getattr(result, name)
+                part = part() if callable(part) else part
+                if isinstance(part, Tensor):
+                    yield part
 
 
 def _near(want: Tensor) -> Callable[[Tensor], bool]:

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions.utils import probs_to_logits
 
+from fastdreamer.ops.observe import Observation
+from fastdreamer.ops.params import Categorical, OneHot
 from fastdreamer.rollout.adapters.heads import read_with_heads
-from fastdreamer.rollout.draws import relative_difference, tolerance, with_noise
+from fastdreamer.rollout.draws import relative_difference, tolerance
 from fastdreamer.rollout.layers import MisfitError, refuse_hooks
 from fastdreamer.rollout.rollout import Rollout
 
@@ -70,15 +73,37 @@ class Loop(nn.Module):
         """What the peer itself returns."""
         return self.model(*inputs)
 
+    def noise(self, draw: Callable[..., Tensor], steps: int) -> Tensor:
+        """Noise of that many steps of two rows; any numbers do for Gumbels."""
+        latent = self.rollout.options.latent
+        uniform = isinstance(latent, Categorical) and not latent.gumbel
+        return draw(steps, 2, "C").sigmoid() if uniform else draw(steps, 2, "S")
+
     def example(self, draw: Callable[..., Tensor]) -> tuple[tuple[Any, ...], Tensor]:
         """Arguments of the loop, some steps of two rows, and the noise of its samples.
 
-        That is [T, 2, S], or [T, 2, C] uniform of categorical latents.
+        That is [T, 2, S], or [T, 2, C] uniform of categorical latents, or Gumbel.
 
         Args:
             draw: gives standard normals of the sizes named, numbers or letters of ``dims``.
         """
         raise NotImplementedError
+
+
+def latent_loop(rollout: Rollout, seen: Observation, logits: str = "logit") -> tuple[dict, dict]:
+    """Posterior and prior as dictionaries, as ``observe`` of V2- and V3-style code returns them."""
+    states = []
+    for dist, stoch in ((seen.post, seen.state.stoch), (seen.prior, rollout.draw(seen.prior))):
+        given = dist._asdict()
+        if isinstance(dist, OneHot):
+            stoch, given = stoch.reshape(dist.logits.shape), {logits: dist.logits}
+        states.append({"stoch": stoch, "deter": seen.state.deter} | given)
+    return states[0], states[1]
+
+
+def mixed_logits(dist: OneHot) -> Tensor:
+    """log p with the uniform part mixed in, bounded as ``torch.distributions`` does."""
+    return probs_to_logits(dist.probs)
 
 
 def check_loop(loop: Any) -> None:
@@ -106,23 +131,22 @@ def agrees(loop: Any) -> bool:
 def largest_difference(loop: Any) -> tuple[float, str]:
     """The largest relative difference, and of what."""
     rollout, generator = loop.rollout, torch.Generator().manual_seed(0)
-    like = rollout.nets["gru"].params().weight_hh
+    like = rollout.like
 
     def draw(*sizes: int | str) -> Tensor:
         shape = [rollout.dims[n] if isinstance(n, str) else n for n in sizes]
         return torch.randn(shape, generator=generator).to(like)
 
     inputs, noise = loop.example(draw)
-    normal, uniform = ((), noise) if "C" in rollout.dims else ((noise,), None)
     with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
         try:
-            want = dict(_tensors(with_noise(lambda: loop.own(*inputs), *normal, uniform=uniform)))
+            want = dict(_tensors(rollout.serve(lambda: loop.own(*inputs), noise)))
         except Exception as error:  # whatever somebody's code raises
             raise MisfitError(
                 f"adapt: {type(loop.model).__name__} is not called as the one known here: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        got = dict(_tensors(with_noise(lambda: loop(*inputs), *normal, uniform=uniform)))
+        got = dict(_tensors(rollout.serve(lambda: loop(*inputs), noise)))
     if want.keys() != got.keys() or any(want[k].shape != got[k].shape for k in want):
         raise MisfitError(
             f"adapt: {type(loop.model).__name__} returns something else than the one known here: "
@@ -132,7 +156,7 @@ def largest_difference(loop: Any) -> tuple[float, str]:
 
 
 def _tolerance(loop: Any) -> float:
-    return tolerance(loop.rollout.nets["gru"].params().weight_hh)
+    return tolerance(loop.rollout.like)
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> str:

@@ -1,4 +1,4 @@
-"""sheeprl's ``RSSM`` of Dreamer V1, and why those of V2 and V3 have no fast loop."""
+"""sheeprl's ``RSSM`` of Dreamer V1, and those of V2 and V3."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdreamer.ops.params import State, StdTransform
+from fastdreamer.ops.params import Categorical, OneHot, State, StdTransform
 from fastdreamer.rollout.adapters.heads import bare, layers_of
-from fastdreamer.rollout.adapters.loop import Loop
-from fastdreamer.rollout.layers import MisfitError
-from fastdreamer.rollout.rollout import Rollout
+from fastdreamer.rollout.adapters.loop import Loop, mixed_logits
 
 
 class DynamicLoop(Loop):
@@ -23,20 +21,7 @@ class DynamicLoop(Loop):
     """
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
-        bypassed: list = []
-        layers = {
-            name: layers_of(name, bare(name, getattr(model, name), bypassed), bypassed)
-            for name in ("transition_model", "representation_model")
-        }
-        given = {
-            "inp": model.recurrent_model.mlp,
-            "gru": model.recurrent_model.rnn,
-            "prior": layers["transition_model"],
-            "post": layers["representation_model"],
-            "stoch_first": True,
-        }
-        if hasattr(model, "discrete"):
-            raise MisfitError(_why_not(given, int(model.discrete)))
+        given, bypassed = _layers(model)
         given["std"] = StdTransform(min=float(model.min_std))
         super().__init__(model, given, options, "recurrent_model")
         self.rollout.watched += bypassed
@@ -80,11 +65,75 @@ class DynamicLoop(Loop):
         return (draw(1, 2, "S"), draw(1, 2, "D").tanh(), *sequences), draw(3, 2, "S")
 
 
-def _why_not(given: dict[str, Any], classes: int) -> str:
-    """All that keeps a model of V2 or V3 from the loop."""
-    reasons = [f"representation_model: categorical latents of {classes} classes have no fast loop"]
-    try:
-        Rollout.from_modules(**given)
-    except MisfitError as misfit:
-        reasons.append(str(misfit))
-    return "\n".join(reasons)
+class CategoricalLoop(Loop):
+    """The same of V2 and V3, whose states are one-hot, [T, B, C, K].
+
+    V3's ``dynamic`` takes ``initial_states`` (they are the learned ones here) and, since 0.8.4,
+    returns no priors: ``prior_logits`` computes those of all states at once.
+    """
+
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        given, bypassed = _layers(model)
+        given["latent"] = Categorical(int(model.discrete), float(getattr(model, "unimix", 0.0)))
+        if hasattr(model, "initial_recurrent_state"):
+            given |= {"begin": model.initial_recurrent_state, "begin_through": False}
+        super().__init__(model, given, options, "recurrent_model")
+        self.rollout.watched += bypassed
+        self.mixes = hasattr(model, "_uniform_mix") and model.unimix > 0
+        self.posterior_only = hasattr(model, "prior_logits")
+
+    def forward(
+        self,
+        posterior: Tensor,
+        recurrent_state: Tensor,
+        action: Tensor,
+        embedded_obs: Tensor,
+        is_first: Tensor,
+        initial_states: tuple[Tensor, Tensor] | None = None,
+        *,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """What ``dynamic`` returns, stacked: action [T, B, A], posterior [1, B, C, K]."""
+        first = is_first.reshape(action.shape[:2]) != 0
+        start = State(recurrent_state[0], posterior[0].flatten(-2))
+        seen = self.rollout.observe(embedded_obs, action, first, start, noise)
+        h, z = seen.state.deter, seen.state.stoch.reshape(seen.post.logits.shape)
+        logits = [self._logits(dist) for dist in (seen.post, seen.prior)]
+        if self.posterior_only:
+            return h, z, logits[0]
+        prior = self.rollout.draw(seen.prior).reshape(z.shape)
+        return h, z, prior, *logits
+
+    def _logits(self, dist: OneHot) -> Tensor:
+        return (mixed_logits(dist) if self.mixes else dist.logits).flatten(-2)
+
+    def own(self, posterior: Tensor, recurrent_state: Tensor, *sequences: Tensor) -> Any:
+        steps, state = [], (posterior, recurrent_state)
+        for t in range(len(sequences[0])):
+            steps.append(self.model.dynamic(*state, *(x[t : t + 1] for x in sequences)))
+            state = steps[-1][1], steps[-1][0]
+        return tuple(map(torch.cat, zip(*steps, strict=True)))
+
+    def example(self, draw: Callable[..., Tensor]) -> tuple[tuple[Any, ...], Tensor]:
+        first = torch.zeros_like(draw(3, 2, 1))
+        first[0, 1] = first[1, 0] = 1
+        start = draw(1, 2, "C", int(self.model.discrete)), draw(1, 2, "D").tanh()
+        return (*start, draw(3, 2, "A").tanh(), draw(3, 2, "E"), first), self.noise(draw, 3)
+
+
+def _layers(model: nn.Module) -> tuple[dict[str, Any], list[tuple[str, nn.Module]]]:
+    """What was read off a model, and the modules around it."""
+    bypassed: list[tuple[str, nn.Module]] = []
+    prior, post = (
+        layers_of(name, bare(name, getattr(model, name), bypassed), bypassed)
+        for name in ("transition_model", "representation_model")
+    )
+    recurrent = bare("recurrent_model", model.recurrent_model, bypassed)
+    given = {
+        "inp": layers_of("inp", recurrent.mlp, bypassed),
+        "gru": recurrent.rnn,
+        "prior": prior,
+        "post": post,
+        "stoch_first": True,
+    }
+    return given, bypassed

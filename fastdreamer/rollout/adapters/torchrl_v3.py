@@ -1,4 +1,4 @@
-"""torchrl's ``RSSMRolloutV3`` (DreamerV3's latents over a GRU), TensorDict in and out."""
+"""torchrl's ``RSSMRolloutV3`` (DreamerV3), TensorDict in and out, and ``RSSMPriorV3``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from fastdreamer.ops.params import Categorical, State
-from fastdreamer.rollout.adapters.loop import make_rollout
+from fastdreamer.rollout.adapters.loop import Loop, make_rollout
 from fastdreamer.rollout.layers import MisfitError
 
 
 class TorchrlRolloutV3(TensorDictModuleBase):
-    """In the place of torchrl's ``RSSMRolloutV3``: TensorDict [*batch, T] in and out.
+    """In the place of torchrl's ``RSSMRolloutV3``, over either recurrent model.
+
+    TensorDict [*batch, T] in and out.
 
     The same keys as the original's, the inputs that a reset zeroes included. The prior's sample,
     which nothing reads, is not drawn.
@@ -29,25 +31,12 @@ class TorchrlRolloutV3(TensorDictModuleBase):
         self.reset_key, self.action_key = model.reset_key, model.action_key
         self.__dict__["model"] = model  # not a child: its parts are
         prior, post = self.rssm_prior.module, self.rssm_posterior.module
-        if prior.recurrent_model != "gru":
-            raise MisfitError(
-                f"rssm_prior: recurrent_model={prior.recurrent_model!r} is a block-diagonal GRU "
-                "with RMSNorm and has no fast loop; 'gru' fits"
-            )
         if prior.unimix != post.unimix:
             raise MisfitError(
                 f"rssm_posterior: its unimix is {post.unimix}, the prior's is {prior.unimix}; one "
                 "for both fits"
             )
-        given = {
-            "inp": prior.action_state_projector,
-            "gru": prior.rnn,
-            "prior": prior.rnn_to_prior_projector,
-            "post": post.obs_rnn_to_post_projector,
-            "latent": Categorical(prior.num_classes, float(prior.unimix)),
-            "stoch_first": True,  # heads are MLP(state, belief)
-            "through_feat": True,
-        }
+        given = _of_prior(prior) | {"post": post.obs_rnn_to_post_projector}
         parts = ("rssm_prior", "rssm_posterior", "rssm_prior.module", "rssm_posterior.module")
         bypassed = [("RSSMRolloutV3", model)]
         bypassed += [(name, model.get_submodule(name)) for name in parts]
@@ -107,3 +96,41 @@ class TorchrlRolloutV3(TensorDictModuleBase):
             first[0, 1] = first[1, 0] = True
             given.set(self.reset_key, first)
         return (given,), draw(3, 2, "C").sigmoid()
+
+
+class PriorLoop(Loop):
+    """In the place of torchrl's ``RSSMPriorV3``: a step without an observation.
+
+    The posterior has no recurrence: of the two together ``RSSMRolloutV3`` is the loop.
+    """
+
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        super().__init__(model, _of_prior(model), options)
+
+    def forward(
+        self, state: Tensor, belief: Tensor, action: Tensor, *, _uniform: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Prior logits [..., C, K], its sample and the belief, of any leading sizes."""
+        lead, dims = action.shape[:-1], self.rollout.dims
+        rows = State(belief.reshape(-1, dims["D"]), state.reshape(-1, dims["S"]))
+        noise = None if _uniform is None else _uniform.reshape(-1, dims["C"])
+        action = action.to(belief.dtype).reshape(-1, dims["A"])
+        new, prior = self.rollout.step(rows, action, noise)
+        logits = prior.logits.reshape(*lead, *prior.logits.shape[1:])
+        return logits, new.stoch.reshape(*lead, -1), new.deter.reshape(*lead, -1)
+
+    def example(self, draw: Callable[..., Tensor]) -> tuple[tuple[Any, ...], Tensor]:
+        given = draw(2, "S"), draw(2, "D").tanh(), 1.5 * draw(2, "A")
+        return given, self.noise(draw, 1)
+
+
+def _of_prior(prior: nn.Module) -> dict[str, Any]:
+    """What ``RSSMPriorV3`` holds; a block-diagonal GRU has the input layers in itself."""
+    return {
+        "inp": prior.action_state_projector,
+        "gru": prior.rnn,
+        "prior": prior.rnn_to_prior_projector,
+        "latent": Categorical(prior.num_classes, float(prior.unimix)),
+        "stoch_first": True,  # heads are MLP(state, belief)
+        "through_feat": True,
+    }
