@@ -49,7 +49,9 @@ NARROW = {
     "acting/noise": set(),
     "analysis/viz": {"analysis/viz", "errors", "files", "training/logger", "video"},  # reads files
     "machine/cores": set(),  # runs before torch is loaded
-    "ops/params": set(),
+    "ops/cells": {"ops/layers"},
+    "ops/layers": set(),
+    "ops/params": {"ops/cells", "ops/layers"},
     "ops/triton/program": set(),
     "training/checkpoint": {"config", "_version", "errors", "files"},
     "training/episodes": {"errors", "files"},
