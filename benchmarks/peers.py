@@ -1,0 +1,407 @@
+"""The fast rollout in public Dreamers' places: `python -m benchmarks.peers`.
+
+Each peer's own filter and the one that ``adapt`` puts in its place: compared first (values and all
+gradients, with the same noise), then timed, forward and backward, interleaved. torchrl's and
+sheeprl's own classes where they are installed, the minimal models of ``tests/rollout`` for the
+others, all at the sizes of the repositories. Nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import machine, report
+from benchmarks.timing import cell, summary
+from fastdreamer.ops.backend import last_backend
+from fastdreamer.rollout import adapt
+from fastdreamer.rollout.draws import relative_difference
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "rollout"))
+import modern  # noqa: E402
+import peers as first  # noqa: E402
+
+V1 = {"A": 6, "D": 200, "S": 30, "E": 1024, "H": 200}
+V3 = modern.Sizes(6, 512, 32, 32, 4096, 512)
+TOLERANCE = 1e-4, 2e-3
+"""Relative differences of values and gradients in float32, over a few steps: one rounding apart."""
+Inputs = Callable[[int, int], tuple[Any, ...]]
+"""Of steps and rows: the arguments of a peer's filter."""
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape)
+
+
+def resets(*shape: int) -> Tensor:
+    return (torch.rand(*shape) < 0.05).float()
+
+
+def onehot(s: modern.Sizes, *lead: int) -> Tensor:
+    index = torch.randint(s.classes, (*lead, s.latents))
+    return nn.functional.one_hot(index, s.classes).float()
+
+
+# ---------------------------------------------------------------- Gaussian latents, torch's GRU
+
+
+def transition(model: Any, masked: bool = True) -> tuple[Any, Inputs]:
+    A, D, S, E = (V1[n] for n in "ADSE")
+
+    def inputs(T: int, B: int) -> tuple[Any, ...]:
+        goes_on = (1 - resets(T, B, 1),) if masked else ()
+        return normal(B, S), normal(T, B, A).tanh(), normal(B, D).tanh(), normal(T, B, E), *goes_on
+
+    return model, inputs
+
+
+def grusa() -> tuple[Any, Inputs]:
+    given = lambda T, B: (normal(B, T, V1["E"]), normal(B, T - 1, V1["A"]).tanh())  # noqa: E731
+    return first.GrusaRSSM(0.1), given
+
+
+def representation() -> tuple[Any, Inputs]:
+    A, D, S, E = (V1[n] for n in "ADSE")
+
+    def inputs(T: int, B: int) -> tuple[Any, ...]:
+        state = first.RSSMState(*(normal(B, S) for _ in range(3)), normal(B, D).tanh())
+        return T, normal(T, B, E), normal(T, B, A).tanh(), state
+
+    return first.RSSMRollout(), inputs
+
+
+def nonterms() -> tuple[Any, Inputs]:
+    A, D, S, E = (V1[n] for n in "ADSE")
+
+    def inputs(T: int, B: int) -> tuple[Any, ...]:
+        state = {"stoch": normal(B, S), "deter": normal(B, D).tanh()}
+        return normal(T, B, E), normal(T, B, A).tanh(), 1 - resets(T, B, 1), state, T
+
+    return first.NontermsRSSM(), inputs
+
+
+def simple() -> tuple[Any, Inputs]:
+    given = lambda T, B: (normal(B, T + 1, V1["E"]), normal(B, T + 1, V1["A"]).tanh())  # noqa: E731
+    return first.SimpleRSSM(), given
+
+
+def sheeprl_v1() -> tuple[Any, Inputs]:
+    A, D, S, E = (V1[n] for n in "ADSE")
+    try:
+        from sheeprl.algos.dreamer_v1 import agent
+        from sheeprl.models.models import MLP
+    except ImportError:
+        model: Any = first.SheepRSSMOfToday()
+    else:
+        mlps = (MLP(n, 2 * S, [V1["H"]], activation=nn.ELU) for n in (D + E, D))
+        model = agent.RSSM(agent.RecurrentModel(S + A, D), *mlps, {"validate_args": False})
+
+    def inputs(T: int, B: int) -> tuple[Any, ...]:
+        sequences = normal(T, B, A).tanh(), normal(T, B, E), resets(T, B, 1)
+        return normal(1, B, S), normal(1, B, D).tanh(), *sequences
+
+    return model, inputs
+
+
+def torchrl_v1() -> tuple[Any, Inputs]:
+    from tensordict import TensorDict
+    from tensordict.nn import TensorDictModule
+    from torchrl.modules.models.model_based import RSSMPosterior, RSSMPrior, RSSMRollout
+
+    A, D, S, E, H = V1.values()
+    sizes = {"hidden_dim": H, "rnn_hidden_dim": D, "state_dim": S}
+    n = lambda *names: [("next", name) for name in names]  # noqa: E731
+    prior = TensorDictModule(
+        RSSMPrior(action_spec=torch.zeros(A), action_dim=A, **sizes), ["state", "belief", "action"],
+        n("prior_mean", "prior_std") + ["_"] + n("belief"),
+    )  # fmt: skip
+    post = TensorDictModule(
+        RSSMPosterior(hidden_dim=H, state_dim=S, rnn_hidden_dim=D, obs_embed_dim=E),
+        n("belief", "encoded_latents"), n("posterior_mean", "posterior_std", "state"),
+    )  # fmt: skip
+
+    def inputs(T: int, B: int) -> tuple[Any, ...]:
+        data = {"state": normal(B, T, S), "belief": normal(B, T, D).tanh()}
+        data |= {"action": normal(B, T, A).tanh(), ("next", "encoded_latents"): normal(B, T, E)}
+        return (TensorDict(data, [B, T]),)
+
+    return RSSMRollout(prior, post), inputs
+
+
+# ---------------------------------------------------------------- today's
+
+
+def stats(kind: Any, s: modern.Sizes, masked: bool, **options: Any) -> tuple[Any, Inputs]:
+    def inputs(T: int, B: int) -> tuple[Any, ...]:
+        state = {"logit": normal(B, s.latents, s.classes), "stoch": onehot(s, B)}
+        state["deter"] = normal(B, s.deter).tanh()
+        first = (resets(B, T),) if masked else ()
+        return normal(B, T, s.embed), normal(B, T, s.action).tanh(), *first, state
+
+    return kind(s, **options), inputs
+
+
+def mlps() -> tuple[Any, Inputs]:
+    s = V3
+
+    def inputs(T: int, B: int) -> tuple[Any, ...]:
+        state = {"logits": normal(B, s.latents, s.classes), "stoch": onehot(s, B)}
+        state["deter"] = normal(B, s.deter).tanh()
+        return normal(B, T, s.embed), normal(B, T, s.action).tanh(), resets(B, T), state
+
+    return modern.MlpsRSSM(s), inputs
+
+
+def blocks() -> tuple[Any, Inputs]:
+    s = modern.Sizes(6, 2048, 32, 16, 4096, 256, 8)  # its size12M
+
+    def inputs(T: int, B: int) -> tuple[Any, ...]:
+        state = onehot(s, B), normal(B, s.deter).tanh()
+        return normal(B, T, s.embed), normal(B, T, s.action), state, resets(B, T) > 0
+
+    return modern.BlocksRSSM(s), inputs
+
+
+def natural() -> tuple[Any, Inputs]:
+    s = modern.Sizes(3, 512, 16, 16, 1024, 200)
+    given = lambda T, B: (normal(B, T + 1, s.embed), normal(B, T + 1, s.action).tanh())  # noqa: E731
+    return modern.Natural(s), given
+
+
+def sheeprl_later(third: bool) -> tuple[Any, Inputs]:
+    s = V3 if third else modern.Sizes(6, 600, 32, 32, 1536, 400)
+    try:
+        from sheeprl.algos.dreamer_v2 import agent as v2
+        from sheeprl.algos.dreamer_v3 import agent as v3
+        from sheeprl.models.models import MLP, LayerNorm
+    except ImportError:
+        model: Any = (modern.SheepV3 if third else modern.SheepV2)(s)
+    else:
+        agent = v3 if third else v2
+        recurrent = agent.RecurrentModel(s.stoch + s.action, s.deter, s.hidden)
+        kind: dict[str, Any] = {"activation": nn.SiLU if third else nn.ELU}
+        if third:
+            kind |= {"layer_args": {"bias": False}, "norm_layer": [LayerNorm]}
+            kind |= {"norm_args": [{"normalized_shape": s.hidden, "eps": 1e-3}]}
+        widths = s.deter + s.embed, s.deter
+        nets = (MLP(n, s.stoch, [s.hidden], **kind) for n in widths)
+        model = agent.RSSM(recurrent, *nets, {"validate_args": False}, discrete=s.classes)
+
+    def inputs(T: int, B: int) -> tuple[Any, ...]:
+        sequences = normal(T, B, s.action).tanh(), normal(T, B, s.embed), resets(T, B, 1)
+        return onehot(s, 1, B), normal(1, B, s.deter).tanh(), *sequences
+
+    return model, inputs
+
+
+def torchrl_v3(recurrent: str) -> tuple[Any, Inputs]:
+    from tensordict import TensorDict
+    from tensordict.nn import TensorDictModule
+    from torchrl.modules.models.model_based import RSSMPosteriorV3, RSSMPriorV3, RSSMRolloutV3
+
+    s, rms = V3._replace(embed=1024), recurrent == "block_gru"
+    sizes = {"num_categoricals": s.latents, "num_classes": s.classes, "rnn_hidden_dim": s.deter}
+    sizes |= {"hidden_dim": s.hidden}
+    n = lambda *names: [("next", name) for name in names]  # noqa: E731
+    prior = RSSMPriorV3(action_shape=(s.action,), action_dim=s.action, recurrent_model=recurrent,
+                        **sizes)  # fmt: skip
+    post = RSSMPosteriorV3(obs_embed_dim=s.embed, use_rms_norm=rms, **sizes)
+    # another name of the logits: its loop over TensorDicts, whose draws can be served
+    names = n("belief", "encoded_latents"), n("logits", "state")
+    model = RSSMRolloutV3(
+        TensorDictModule(
+            prior, ["state", "belief", "action"], n("prior_logits", "state", "belief")
+        ),
+        TensorDictModule(post, *names),
+    )
+
+    def inputs(T: int, B: int) -> tuple[Any, ...]:
+        data = {"state": onehot(s, B, T).flatten(-2), "belief": normal(B, T, s.deter).tanh()}
+        data |= {"action": normal(B, T, s.action).tanh(), "is_init": resets(B, T, 1) > 0}
+        return (TensorDict(data | {("next", "encoded_latents"): normal(B, T, s.embed)}, [B, T]),)
+
+    return model, inputs
+
+
+def scripted() -> tuple[Any, Inputs]:
+    return transition(first.ScriptedTransition())
+
+
+PEERS: dict[str, Callable[[], tuple[Any, Inputs]]] = {
+    "bstars/Dreamer-Walker": grusa,
+    "yusukeurakami/dreamer-pytorch": scripted,
+    "juliusfrost/dreamer-pytorch": representation,
+    "Kaixhin/PlaNet": scripted,
+    "zhaoyi11/dreamer-pytorch": lambda: transition(first.TransitionModel(lag=True)),
+    "adityabingi/Dreamer": nonterms,
+    "jsikyoon/dreamer-torch": functools.partial(stats, modern.OldStatsRSSM, V3, False),
+    "NM512/dreamerv3-torch": functools.partial(stats, modern.StatsRSSM, V3, True),
+    "NM512/r2dreamer": blocks,
+    "burchim/DreamerV3-PyTorch": mlps,
+    "InexperiencedMe/NaturalDreamer": natural,
+    "kc-ml2/SimpleDreamer": simple,
+    "sheeprl V1": sheeprl_v1,
+    "sheeprl V2": functools.partial(sheeprl_later, False),
+    "sheeprl V3": functools.partial(sheeprl_later, True),
+    "torchrl V1": torchrl_v1,
+    "torchrl V3, gru": functools.partial(torchrl_v3, "gru"),
+    "torchrl V3, block_gru": functools.partial(torchrl_v3, "block_gru"),
+}
+
+
+# ---------------------------------------------------------------- the two loops
+
+
+def fresh(part: Any) -> Any:
+    """Arguments that a loop may change."""
+    if isinstance(part, Tensor) or hasattr(part, "batch_size"):
+        return part.clone()
+    if isinstance(part, dict):
+        return {key: fresh(value) for key, value in part.items()}
+    if isinstance(part, tuple):
+        parts = map(fresh, part)
+        return type(part)(*parts) if hasattr(part, "_fields") else tuple(parts)
+    return part
+
+
+def outputs(result: Any) -> Iterator[Tensor]:
+    """What a loop returns and gradients flow from."""
+    if isinstance(result, Tensor):
+        if result.requires_grad:
+            yield result
+    elif isinstance(result, torch.distributions.Distribution):
+        yield from (result.mean, result.stddev)
+    elif hasattr(result, "batch_size"):
+        for key in sorted(result.keys(True, True), key=str):
+            yield from outputs(result[key])
+    else:
+        for part in [result[k] for k in sorted(result)] if isinstance(result, dict) else result:
+            yield from outputs(part)
+
+
+def gradients(result: Any, parameters: list[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs, and the parameters' gradients for a fixed weighting of them."""
+    found = list(outputs(result))
+    generator = torch.Generator().manual_seed(1)
+    loss = sum((torch.randn(x.shape, generator=generator) * x).sum() for x in found)
+    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+    zeros = (
+        torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters, strict=True)
+    )
+    return [x.detach() for x in found], list(zeros)
+
+
+def differences(loop: Any, given: tuple[Any, ...], noise: Tensor) -> tuple[float, float]:
+    """The largest of values and gradients between the two loops, with the same noise."""
+    parameters = [p for p in loop.parameters() if p.requires_grad]
+    sides = (
+        gradients(loop.rollout.serve(lambda run=run: run(*fresh(given)), noise), parameters)
+        for run in (loop, loop.own)
+    )
+    (got, of_got), (want, of_want) = sides
+    assert len(got) == len(want), "another number of outputs"
+    pairs = [zip(got, want, strict=True), zip(of_got, of_want, strict=True)]
+    return tuple(max(relative_difference(a, b) for a, b in side) for side in pairs)  # type: ignore[return-value]
+
+
+def race(loop: Any, given: tuple[Any, ...], bf16: bool, repeats: int) -> dict[str, Any]:
+    """Seconds of both, forward and backward, by turns."""
+    parameters = [p for p in loop.parameters() if p.requires_grad]
+
+    def run(side: Callable[..., Any]) -> float:
+        arguments = fresh(given)
+        for p in parameters:
+            p.grad = None
+        begin = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            result = side(*arguments)
+        sum(x.float().sum() for x in outputs(result)).backward()
+        return time.perf_counter() - begin
+
+    seconds: dict[str, list[float]] = {"own": [], "fast": []}
+    for turn in range(repeats + 1):
+        for name, side in (("own", loop.own), ("fast", loop)):
+            taken = run(side)
+            if turn:  # the first warms up
+                seconds[name].append(taken)
+    return {name: summary(values) for name, values in seconds.items()}
+
+
+def measure(names: list[str], threads: int, steps: int, rows: int, repeats: int) -> dict[str, Any]:
+    """Compare and time the peers by name; with no repeats compare alone."""
+    torch.set_num_threads(threads)
+    for name, size in V1.items():
+        setattr(first, name, size)
+    result: dict[str, Any] = {"machine": machine.record(), "sizes": [steps, rows], "peers": {}}
+    for name in names:
+        torch.manual_seed(0)
+        try:
+            model, inputs = PEERS[name]()
+        except ImportError as error:
+            result["peers"][name] = {"missing": str(error)}
+            continue
+        loop = adapt(model)
+        few = inputs(8, 4)
+        values, grads = differences(loop, few, loop.rollout._state_noise(None, (8, 4), None))
+        assert values <= TOLERANCE[0], f"{name}: values differ by {values:.1e}"
+        assert grads <= TOLERANCE[1], f"{name}: gradients differ by {grads:.1e}"
+        found = {"values": values, "gradients": grads, "backend": last_backend("observe")}
+        for precision, bf16 in (("fp32", False), ("bf16", True)) if repeats else ():
+            found[precision] = race(loop, inputs(steps, rows), bf16, repeats)
+        result["peers"][name] = found
+        print(name, found, file=sys.stderr, flush=True)
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the result as a Markdown table."""
+    lines = []
+    for name, found in result["peers"].items():
+        if "missing" in found:
+            lines.append([name, f"not installed: {found['missing']}", *[""] * 7])
+            continue
+        line = [name, found["backend"], f"{found['values']:.0e}", f"{found['gradients']:.0e}"]
+        for precision in ("fp32", "bf16"):
+            times = found.get(precision)
+            if times is None:
+                line += ["–"] * 3
+                continue
+            ratio = times["own"]["median_ms"] / times["fast"]["median_ms"]
+            line += [cell(times["own"]), cell(times["fast"]), f"{ratio:.2f}×"]
+        lines.append(line)
+    steps, rows = result["sizes"]
+    heads = [
+        f"observe, T {steps}, B {rows}, forward and backward, ms",
+        "runs",
+        "values",
+        "gradients",
+    ]
+    heads += [f"{side} {p}" for p in ("fp32", "bf16") for side in ("own", "fast", "ratio")]
+    return report.table(heads, lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="of peers; all by default", metavar="PEER")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5, help="0: compare alone")
+    parser.add_argument("--write", action="store_true", help="keep the result: JSON and README")
+    args = parser.parse_args()
+    if unknown := set(args.names) - PEERS.keys():
+        parser.error(f"no such peer: {', '.join(sorted(unknown))}; of {', '.join(PEERS)}")
+    sizes = args.threads, args.steps, args.rows, args.repeats
+    report.publish("peers", measure(args.names or list(PEERS), *sizes), write=args.write)
+
+
+if __name__ == "__main__":
+    main()
