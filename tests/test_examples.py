@@ -56,3 +56,21 @@ def test_bench_says_what_disagrees(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "path", list(sys.path))
     assert main(["bench", "--module", "wrong_model:make", "--repeats", "1"]) == 1
     assert "does not agree" in capsys.readouterr().out
+
+
+def test_torchrl_s_script_with_its_change():
+    """The same model either way: losses agree but for the draws, and verify says so."""
+    pytest.importorskip("torchrl", reason="the extra torchrl is not installed")
+    found = []
+    for flags in ([], ["--own"]):
+        done = subprocess.run(
+            [sys.executable, EXAMPLES / "torchrl_v3.py", *flags],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.splitlines()
+        found.append([float(line.split()[1]) for line in lines if line.startswith("loss")])
+        assert flags or lines[-1] == "agrees"
+    assert len(found[0]) == len(found[1]) == 3
+    for ours, own in zip(*found, strict=True):
+        assert ours == pytest.approx(own, rel=0.1)
