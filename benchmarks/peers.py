@@ -362,29 +362,22 @@ def measure(names: list[str], threads: int, steps: int, rows: int, repeats: int)
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the result as a Markdown table."""
+    """Return the result as a Markdown table, without the times where none were taken."""
+    timed = [p for p in ("fp32", "bf16") if any(p in found for found in result["peers"].values())]
     lines = []
     for name, found in result["peers"].items():
         if "missing" in found:
-            lines.append([name, f"not installed: {found['missing']}", *[""] * 7])
+            lines.append([name, "not installed", *["–"] * (2 + 3 * len(timed))])
             continue
         line = [name, found["backend"], f"{found['values']:.0e}", f"{found['gradients']:.0e}"]
-        for precision in ("fp32", "bf16"):
-            times = found.get(precision)
-            if times is None:
-                line += ["–"] * 3
-                continue
-            ratio = times["own"]["median_ms"] / times["fast"]["median_ms"]
-            line += [cell(times["own"]), cell(times["fast"]), f"{ratio:.2f}×"]
+        for precision in timed:
+            own, fast = (found[precision][side] for side in ("own", "fast"))
+            line += [cell(own), cell(fast), f"{own['median_ms'] / fast['median_ms']:.2f}×"]
         lines.append(line)
     steps, rows = result["sizes"]
-    heads = [
-        f"observe, T {steps}, B {rows}, forward and backward, ms",
-        "runs",
-        "values",
-        "gradients",
-    ]
-    heads += [f"{side} {p}" for p in ("fp32", "bf16") for side in ("own", "fast", "ratio")]
+    what = f"observe, T {steps}, B {rows}, forward and backward, ms" if timed else "observe"
+    heads = [what, "runs", "values", "gradients"]
+    heads += [f"{side} {p}" for p in timed for side in ("own", "fast", "ratio")]
     return report.table(heads, lines)
 
 

@@ -31,6 +31,7 @@ MEASUREMENTS = (
     "collection",
     "planning",
     "rollout",
+    "peers",
     "options",
     "memory",
     "random_policy",
