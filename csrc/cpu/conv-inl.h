@@ -8,8 +8,6 @@
 // reads, kernel × channels elements of an image row, lies side by side.
 #pragma once
 
-#include <type_traits>
-
 #include "cpu/gemm-inl.h"
 
 namespace fastdreamer {
@@ -233,19 +231,24 @@ FD_INLINE bool ends_in_error(const ConvArgs& x) {
   return E == Ending::any ? x.target != nullptr : E == Ending::error;
 }
 
-// Calls body(std::integral_constant<Ending>) with how a call ends.
+template <Ending E>
+struct EndingIs {
+  static constexpr Ending value = E;
+};
+
+// Calls body(EndingIs<how a call ends>()).
 template <class Body>
 FD_INLINE void by_ending(const ConvArgs& x, Body body) {
   const bool out = x.out.data != nullptr && x.out32.data == nullptr;
   const bool bias = x.bias != nullptr, slope = x.slope_of.data != nullptr;
   if (out && bias && x.relu && !slope && x.target == nullptr) {
-    body(std::integral_constant<Ending, Ending::hidden>());
+    body(EndingIs<Ending::hidden>());
   } else if (out && !bias && !x.relu && slope && x.target == nullptr) {
-    body(std::integral_constant<Ending, Ending::gradient>());
+    body(EndingIs<Ending::gradient>());
   } else if (out && bias && !x.relu && !slope && x.target != nullptr) {
-    body(std::integral_constant<Ending, Ending::error>());
+    body(EndingIs<Ending::error>());
   } else {
-    body(std::integral_constant<Ending, Ending::any>());
+    body(EndingIs<Ending::any>());
   }
 }
 
