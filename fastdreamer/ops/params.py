@@ -183,7 +183,7 @@ class RSSMParams(NamedTuple):
 
     def dims(self) -> dict[str, int]:
         """Sizes that the weights fix: A, D, S; C of categorical latents; with a posterior E."""
-        deter, stoch = self.prior.inputs, self.prior.outputs
+        deter, stoch = self.prior.weights[0].shape[1], self.prior.weights[-1].shape[0]
         dims = {"D": deter}
         if isinstance(self.latent, Categorical):
             dims["C"], rest = divmod(stoch, self.latent.classes)
@@ -195,8 +195,9 @@ class RSSMParams(NamedTuple):
         else:
             stoch //= 2
         split = isinstance(self.inp, Branches)
-        dims |= {"A": self.inp.action.inputs if split else self.inp.inputs - stoch, "S": stoch}
-        return dims if self.post is None else dims | {"E": self.post.inputs - deter}
+        taken = self.inp.action.inputs + stoch if split else self.inp.weights[0].shape[1]
+        dims |= {"A": taken - stoch, "S": stoch}
+        return dims if self.post is None else dims | {"E": self.post.weights[0].shape[1] - deter}
 
     @property
     def noise(self) -> str:

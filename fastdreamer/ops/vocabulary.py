@@ -10,7 +10,14 @@ from collections.abc import Iterator
 
 from fastdreamer.ops.cells import BlockGRUParams, GRUParams
 from fastdreamer.ops.layers import MLPParams
-from fastdreamer.ops.params import ActorParams, Branches, Categorical, ReturnParams, RSSMParams
+from fastdreamer.ops.params import (
+    ActorParams,
+    Branches,
+    Categorical,
+    ReturnParams,
+    RSSMParams,
+    StdTransform,
+)
 
 BODIES: dict[str, frozenset[str]] = {"native": frozenset(), "triton": frozenset()}
 """What each compiled backend has besides, in the words of :func:`lacking`."""
@@ -26,18 +33,42 @@ def lacking(
 ) -> dict[str, str]:
     """Backends without a body for a model, and all that each has not."""
     mlps: list[MLPParams | None] = list(others)
+    plain = True
     if params is not None:
-        split = isinstance(params.inp, Branches)
-        mlps += [*(params.inp if split else (params.inp,)), params.prior, params.post]
+        inp, gru, prior, post, latent, _, _, bound, begin = params
+        split = isinstance(inp, Branches)
+        mlps += [*(inp if split else (inp,)), prior, post]
+        plain = type(gru) is GRUParams and type(latent) is StdTransform and not split
+        plain = plain and not bound and begin is None
     if actor is not None:
         mlps.append(actor.mlp)
+        plain = plain and type(actor.std) is StdTransform and actor.squash == "tanh"
     if returns is not None:
         mlps += returns.heads()
-    words = dict.fromkeys((*_of_layers(mlps), *_of_model(params), *_of_heads(actor, returns)))
-    if not words:
+        plain = plain and _plain_heads(returns)
+    if plain and all([mlp is None or _plain(mlp) for mlp in mlps]):  # every call asks: at once
         return {}
+    words = dict.fromkeys((*_of_layers(mlps), *_of_model(params), *_of_heads(actor, returns)))
     missing = {name: [word for word in words if word not in has] for name, has in BODIES.items()}
     return {name: f"it has no {', no '.join(what)}" for name, what in missing.items() if what}
+
+
+def _plain(mlp: MLPParams) -> bool:
+    """Whether every body has such layers."""
+    if mlp.norms or mlp.activation not in _BASE:
+        return False
+    return all([bias is not None for bias in mlp.biases])  # `in` would compare tensors
+
+
+def _plain_heads(returns: ReturnParams) -> bool:
+    """Whether every body reads such heads."""
+    for readout in (returns.reward_as, returns.value_as):
+        if readout.bins is not None or readout.squashed:
+            return False
+    if returns.hard_discount:
+        return False
+    numbers = returns.reward, returns.critic, returns.target
+    return all([head is None or head.weights[-1].shape[0] == 1 for head in numbers])
 
 
 def _of_layers(mlps: list[MLPParams | None]) -> Iterator[str]:
