@@ -7,6 +7,17 @@ import os
 import sys
 from typing import Any
 
+GYM = "gym:"
+"""What a registered environment of gymnasium's is named by."""
+
+
+def names_code(name: str) -> bool:
+    """Whether a task's or a safety signal's name is "module:function", code that using it imports.
+
+    Nothing that a file alone names so is imported: the user has to name it again.
+    """
+    return ":" in name and not name.startswith(GYM)
+
 
 def named(name: str) -> Any:
     """What "module:attribute" names, looked up on Python's path and in the current directory.

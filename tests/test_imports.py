@@ -32,7 +32,7 @@ ALLOWED = {
     "machine": {"_native", "_version", "config", "envs", "errors", "ops"},
     "acting": MODEL | {"envs", "machine", "named", "video"},
     "learning": MODEL | {"acting"},
-    "training": RUN - {"training"},
+    "training": RUN - {"training"} | {"named"},
     "analysis": RUN | {"video"},
     "rollout": {"errors", "ops"},
     "testing": {"ops", "nn"},

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdreamer.acting.noise import Source, normal
-from fastdreamer.acting.signals import Signal, Violations, load_signal, own_signal, refuse_signal
+from fastdreamer.acting.signals import Signal, Violations, load_signal, refuse_signal
 from fastdreamer.config import Config, SafetyConfig
+from fastdreamer.named import names_code
 from fastdreamer.nn import MLP, RSSM
 from fastdreamer.ops.cem import top
 from fastdreamer.ops.layers import MLPParams, mlp
@@ -51,7 +52,7 @@ class Guard(nn.Module):
         first use, and not at all where nobody ``asked`` for it, but a file alone names it."""
         self.__dict__.pop("signal", None)
         self._load = lambda: load_signal(config, self._state_size)
-        if own_signal(config.safety) and not asked:
+        if names_code(config.safety.signal) and not asked:
             self._load = lambda: refuse_signal(config.safety, "load(..., safety=...)")
 
     @functools.cached_property

@@ -32,11 +32,6 @@ def walker_signal(min_height: float, max_joint_speed: float) -> Signal:
     return signal
 
 
-def own_signal(safety: SafetyConfig) -> bool:
-    """Whether the signal is a function of the user's, ``module:function``."""
-    return ":" in safety.signal
-
-
 def refuse_signal(safety: SafetyConfig, how: str) -> NoReturn:
     """Raise ConfigError: a file names a module, and files import nothing by themselves."""
     raise ConfigError(

@@ -142,7 +142,9 @@ def write_report(
     files = _draw(out, about, controllers, rows)
     good = [frames for frames in snapshots if frames not in lost]
     if good:
-        files.append(_draw_dream(load(snapshots[good[-1]], plan=plan), env, seed, out))
+        if loaded != good[-1]:
+            agent = load(snapshots[good[-1]], plan=plan)
+        files.append(_draw_dream(agent, env, seed, out))
     return [episodes_file, *files]
 
 

@@ -15,12 +15,13 @@ from tyro.conf import Positional
 
 from fastdreamer.acting.play import Recorder, episode_seed, evaluate_together, more_envs
 from fastdreamer.acting.shield import safety_rates
-from fastdreamer.acting.signals import Violations, load_signal, own_signal
+from fastdreamer.acting.signals import Violations, load_signal
 from fastdreamer.analysis.calibration import calibrate_episodes
 from fastdreamer.analysis.viz.calibration import calibration_figure, write_calibration
 from fastdreamer.cli.run import Backend, config_of
 from fastdreamer.config import ConfigError, PlanConfig, SafetyConfig
 from fastdreamer.learning.dreamer import Dreamer
+from fastdreamer.named import names_code
 from fastdreamer.training.pretrained import load
 
 _CONTROLLERS = {
@@ -70,7 +71,7 @@ def run_eval(command: Eval, say: Callable[[str], None]) -> None:
     shield = agent.make_shield() if command.shield else None
     violations, recorders = None, []
     own = config_of(command.run).safety
-    if own_signal(own) and command.safety.signal == "none":
+    if names_code(own.signal) and command.safety.signal == "none":
         say(
             f"{command.run} names {own.signal} as its safety signal: with --safety {own.signal} it "
             "is imported, and violations are counted"

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from fastdreamer.acting.play import on_cpu, run_backend
-from fastdreamer.acting.signals import own_signal
 from fastdreamer.config import Config, ConfigError, SafetyConfig, from_dict
-from fastdreamer.envs import names_code
+from fastdreamer.named import names_code
 from fastdreamer.ops.backend import check_backend, use_backend
 from fastdreamer.training.checkpoint import load_meta
 from fastdreamer.training.pretrained import find_agent
@@ -49,7 +48,7 @@ def allow_task(config: Config, run: Path, given: str) -> None:
 
 def named_by_file(safety: SafetyConfig) -> SafetyConfig:
     """A run's settings as what options start from: a module has to be named again."""
-    return replace(safety, signal="none") if own_signal(safety) else safety
+    return replace(safety, signal="none") if names_code(safety.signal) else safety
 
 
 def playing_backend(config: Config, backend: Backend) -> contextlib.AbstractContextManager[None]:

@@ -17,13 +17,14 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
-from fastdreamer.acting.signals import own_signal, refuse_signal
+from fastdreamer.acting.signals import refuse_signal
 from fastdreamer.cli.run import allow_task, named_by_file
 from fastdreamer.config import PRESETS, Config, ConfigError, preset
-from fastdreamer.envs import canonical_task, is_foreign, names_code
+from fastdreamer.envs import canonical_task, is_foreign
 from fastdreamer.files import DiskFullError
 from fastdreamer.learning.dreamer import NonFiniteLoss
 from fastdreamer.machine.device import resolve_config
+from fastdreamer.named import names_code
 from fastdreamer.ops.gpu import why_no_cuda
 from fastdreamer.training import preflight
 from fastdreamer.training.checkpoint import list_checkpoints
@@ -77,7 +78,7 @@ def run_train(command: Train, say: Callable[[str], None]) -> int:
     say(f"run directory: {run_dir}")
     named = f" {config.env.task}" if names_code(config.env.task) else ""
     again = f"fastdreamer train{named} --resume {shlex.quote(str(run_dir))}"
-    if own_signal(config.safety):
+    if names_code(config.safety.signal):
         again += f" --safety {config.safety.signal}"
     try:
         Trainer(run_dir, config).train()
@@ -145,7 +146,7 @@ def _resumed_run(command: Train, say: Callable[[str], None]) -> tuple[Path, Conf
         )
     old, new = read_config(run_dir), command.config
     allow_task(old, run_dir, command.task)
-    if own_signal(old.safety) and new.safety.signal == "none":
+    if names_code(old.safety.signal) and new.safety.signal == "none":
         refuse_signal(old.safety, f"--safety {old.safety.signal}")
     new.validate()
     if new.device == old.device != "cpu" and (reason := why_no_cuda()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastdreamer.envs.dmc import EnvError, SuiteTask, canonical_suite_task, list_tasks
-from fastdreamer.envs.foreign import GymTask, canonical_foreign, is_foreign, names_code
+from fastdreamer.envs.foreign import GymTask, canonical_foreign, is_foreign
 from fastdreamer.envs.wrappers import Env
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "is_foreign",
     "list_tasks",
     "make_env",
-    "names_code",
 ]
 
 

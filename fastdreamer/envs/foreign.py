@@ -13,9 +13,8 @@ import numpy as np
 
 from fastdreamer.envs.dmc import MAX_STEPS, steps_in
 from fastdreamer.errors import ArgumentError
-from fastdreamer.named import named
+from fastdreamer.named import GYM, named
 
-GYM = "gym:"
 _FUNCTION = re.compile(r"[\w.]+:\w+")
 _STEP = 0.05  # seconds of a control step where the environment does not say
 
@@ -23,11 +22,6 @@ _STEP = 0.05  # seconds of a control step where the environment does not say
 def is_foreign(name: str) -> bool:
     """Whether a task is none of the suite's: "gym:ID" or "module:function"."""
     return ":" in name
-
-
-def names_code(name: str) -> bool:
-    """Whether a task's name is code of the user's, which making it imports."""
-    return is_foreign(name) and not name.startswith(GYM)
 
 
 def canonical_foreign(name: str) -> str:

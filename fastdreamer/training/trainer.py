@@ -28,7 +28,7 @@ from torch import Tensor
 from fastdreamer._version import __version__
 from fastdreamer.acting.parts import acting_weights
 from fastdreamer.acting.play import run_backend
-from fastdreamer.acting.signals import own_signal, refuse_signal
+from fastdreamer.acting.signals import refuse_signal
 from fastdreamer.config import (
     Config,
     ConfigError,
@@ -41,6 +41,7 @@ from fastdreamer.errors import FastdreamerError
 from fastdreamer.files import replacing
 from fastdreamer.learning.dreamer import Dreamer
 from fastdreamer.machine.device import describe_choice, resolve_config
+from fastdreamer.named import names_code
 from fastdreamer.ops.backend import describe_kernels, kernel_choice
 from fastdreamer.training import checkpoint
 from fastdreamer.training.collector import Collector, Job, Result
@@ -198,7 +199,7 @@ class Trainer:
         """
         run_dir, own = self.run_dir, read_config(self.run_dir)
         config = resolve_config(self._asked or own)
-        if self._asked is None and own_signal(own.safety):
+        if self._asked is None and names_code(own.safety.signal):
             refuse_signal(own.safety, "Trainer(run_dir, config)")
         loaded = checkpoint.load_newest(run_dir / "checkpoints")
         _refuse_lost(run_dir, own, loaded)
