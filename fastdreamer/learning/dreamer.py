@@ -106,9 +106,8 @@ class Dreamer(Policy):
         watching, *dreaming = self._noise(*batch["reward"].shape, generator)
         # Dynamics learning: the model's states of the batch; a step up the evidence lower bound.
         seen = self.world_model.watch(batch, watching)
-        metrics = self._learn(
-            "model", self.world_model.losses(batch, seen, health=health), optimizers
-        )
+        found = self.world_model.losses(batch, seen, health=health)
+        metrics = self._learn("model", found, optimizers)
         feat, dream = seen.state.feat, None
         # Behaviour learning: imagine from each state, predict rewards and values, λ-returns; a step
         # of actor and critic.
