@@ -1,4 +1,4 @@
-"""Policy: the networks of an agent, and how it acts with them, in the world and in a dream.
+"""Policy: the networks that choose an agent's actions, and how it acts with them.
 
 With ``config.agent == "planet"`` there is no actor and no critic: a planner acts.
 """

@@ -1,4 +1,4 @@
-"""Dreamer: a policy that learns; ``update()`` from replay.
+"""Dreamer: a policy that learns; ``update()`` from replay, ``dream()`` of what it would see.
 
 With ``config.agent == "planet"`` it is PlaNet: the same world model, and a planner for an actor.
 """
