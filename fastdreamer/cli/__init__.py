@@ -32,6 +32,7 @@ from fastdreamer.cli.export import Export, run_export
 from fastdreamer.cli.plot import Plot, run_plot
 from fastdreamer.cli.report import Report, run_report
 from fastdreamer.cli.run import allow_task, config_of, named_by_file, playing_backend
+from fastdreamer.cli.tasks import Tasks, run_tasks
 from fastdreamer.cli.train import Train, run_train, train_defaults
 from fastdreamer.config import Config
 from fastdreamer.errors import ArgumentError, FastdreamerError
@@ -46,6 +47,7 @@ _COMMANDS = {
     Export: run_export,
     Bench: run_bench,
     Compare: run_compare,
+    Tasks: run_tasks,
     Doctor: run_doctor,
 }
 
@@ -121,6 +123,7 @@ def _parse(argv: list[str], config: Config | None = None) -> Any:
         | Annotated[Export, subcommand("export")]
         | Annotated[Bench, subcommand("bench")]
         | Annotated[Compare, subcommand("compare")]
+        | Annotated[Tasks, subcommand("tasks")]
         | Annotated[Doctor, subcommand("doctor")]
     )
     return tyro.cli(

@@ -41,8 +41,8 @@ def allow_task(config: Config, run: Path, given: str) -> None:
     task = config.env.task
     if names_code(task) and given != task:
         raise ConfigError(
-            f"{run} was trained in an environment of its owner's code, which is not imported "
-            f"unasked; if you trust it, name it as well: {task}"
+            f"{run} names an environment of its owner's code, which is not imported unasked; if "
+            f"you trust it, name it as well: {task}"
         )
 
 

@@ -29,7 +29,13 @@ from fastdreamer.ops.gpu import why_no_cuda
 from fastdreamer.training import preflight
 from fastdreamer.training.checkpoint import list_checkpoints
 from fastdreamer.training.collector import CollectorError
-from fastdreamer.training.trainer import Stopped, Trainer, create_run, read_config
+from fastdreamer.training.trainer import (
+    Stopped,
+    Trainer,
+    create_run,
+    read_config,
+    read_settings,
+)
 
 _PRESET = "walker"
 
@@ -50,6 +56,9 @@ class Train:
     preset: Annotated[str | None, tyro.conf.arg(metavar="|".join(PRESETS))] = None
     """Where the settings of a new run start from, walker by default; the options below change
     single ones."""
+    file: Annotated[Path | None, tyro.conf.arg(name="config", metavar="JSON")] = None
+    """Settings of a new run in place of the preset's: config.json of a run, or a part of one. TASK
+    and the options below win."""
     run: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Run directory to make; default: runs/TASK-DATE-TIME-seedSEED."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
@@ -64,12 +73,25 @@ def train_defaults(argv: list[str]) -> Train:
         return Train(config=PRESETS[_PRESET])
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", default=_PRESET)
+    early.add_argument("--config", type=Path)
     early.add_argument("--resume", type=Path)
     known, _ = early.parse_known_args(argv[1:])
     if known.resume is not None:
         config = read_config(known.resume)
-        return Train(config=dataclasses.replace(config, safety=named_by_file(config.safety)))
-    return Train(config=preset(known.preset))
+    else:
+        config = _starting_point(known.preset, known.config)
+    return Train(config=dataclasses.replace(config, safety=named_by_file(config.safety)))
+
+
+def _starting_point(name: str, file: Path | None) -> Config:
+    """A preset, with what a file says in place of its settings."""
+    config = preset(name)
+    if file is None:
+        return config
+    try:
+        return preset(name, read_settings(file))
+    except ConfigError as error:
+        raise ConfigError(f"--config {file}: {error}") from error
 
 
 def run_train(command: Train, say: Callable[[str], None]) -> int:
@@ -104,10 +126,17 @@ def run_train(command: Train, say: Callable[[str], None]) -> int:
 
 
 def _new_run(command: Train, say: Callable[[str], None]) -> tuple[Path, Config]:
-    if not command.task:
+    config, name = command.config, command.task
+    if command.file is not None:
+        theirs = _starting_point(command.preset or _PRESET, command.file)
+        if not name and "task" in read_settings(command.file).get("env", {}):
+            allow_task(theirs, command.file, name)
+            name = theirs.env.task
+        if names_code(theirs.safety.signal) and config.safety.signal == "none":
+            refuse_signal(theirs.safety, f"--safety {theirs.safety.signal}")
+    if not name:
         raise ConfigError("train needs a TASK (for example: fastdreamer train walker) or --resume")
-    task = canonical_task(command.task)
-    config = command.config
+    task = canonical_task(name)
     config = dataclasses.replace(config, env=dataclasses.replace(config.env, task=task))
     if config.model.discount is None:
         model = dataclasses.replace(config.model, discount=is_foreign(task))
@@ -139,11 +168,12 @@ def _resumed_run(command: Train, say: Callable[[str], None]) -> tuple[Path, Conf
     run_dir = command.resume
     if command.run is not None:
         raise ConfigError("--run makes a new run and --resume goes on with one: give one of them")
-    if command.preset is not None:
-        raise ConfigError(
-            f"--preset is where a new run starts from, and --resume goes on with the settings of "
-            f"{run_dir}: leave it out, and change single ones by their own options"
-        )
+    for option, value in (("--preset", command.preset), ("--config", command.file)):
+        if value is not None:
+            raise ConfigError(
+                f"{option} is where a new run starts from, and --resume goes on with the settings "
+                f"of {run_dir}: leave it out, and change single ones by their own options"
+            )
     old, new = read_config(run_dir), command.config
     allow_task(old, run_dir, command.task)
     if names_code(old.safety.signal) and new.safety.signal == "none":

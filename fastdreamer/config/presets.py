@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from fastdreamer.config.config import Config
-from fastdreamer.config.schema import ConfigError
+from fastdreamer.config.schema import ConfigError, build, check_types
 from fastdreamer.config.sections import (
     BehaviorConfig,
     CollectConfig,
@@ -109,8 +110,19 @@ PRESETS = {"report": Config(), "walker": _walker(), "state": _state(), "tiny": _
 """Named starting points; the ``walker`` preset is the default of ``fastdreamer train``."""
 
 
-def preset(name: str) -> Config:
-    """Return the preset of that name; ConfigError lists the valid names."""
+def preset(name: str, changes: dict[str, Any] | None = None) -> Config:
+    """The preset of that name.
+
+    Args:
+        changes: what to have in place of its settings, as a part of a ``config.json``:
+            ``{"env": {"obs": "state"}, "seed": 3}``. Whether they fit together ``validate()`` says.
+
+    Raises:
+        ConfigError: an unknown name, which lists the valid ones; an unknown field, or a value of
+            another type.
+    """
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}; valid presets: {', '.join(PRESETS)}")
-    return PRESETS[name]
+    config = build(Config, changes or {}, base=PRESETS[name])
+    check_types(config)
+    return config

@@ -14,8 +14,12 @@ class ConfigError(FastdreamerError, ValueError):
     """A setting that cannot run; the message names the field and the values it accepts."""
 
 
-def build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
+def build(cls: type, values: dict[str, Any], prefix: str = "", base: Any = None) -> Any:
     """Make a dataclass of a table of its fields, nested ones too; lists become tuples.
+
+    Args:
+        values: by the names of fields; those of ``base`` where it has not all of them, or else the
+            defaults.
 
     Raises:
         ConfigError: a field that the class does not have; the message names the nearest.
@@ -35,11 +39,11 @@ def build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
     made = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]):
-            value = build(hints[name], value, f"{prefix}{name}.")
+            value = build(hints[name], value, f"{prefix}{name}.", base and getattr(base, name))
         elif isinstance(value, list):
             value = tuple(value)
         made[name] = value
-    return cls(**made)
+    return cls(**made) if base is None else dataclasses.replace(base, **made)
 
 
 _TYPES = {

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fastdreamer.config import PlanConfig, SafetyConfig, architecture, differences, from_dict
 from fastdreamer.learning.dreamer import Dreamer
+from fastdreamer.machine.device import resolve_device
+from fastdreamer.ops.backend import check_backend
 from fastdreamer.training.checkpoint import (
     CheckpointError,
     load_checkpoint,
@@ -72,6 +74,7 @@ def load(
     *,
     plan: PlanConfig | None = None,
     safety: SafetyConfig | None = None,
+    device: str | torch.device = "cpu",
 ) -> Dreamer:
     """Load a trained agent.
 
@@ -81,16 +84,20 @@ def load(
         plan: settings of the planner in place of the run's own.
         safety: settings of the shield and the safety signal in place of the run's own; the barrier
             stays the run's. A module that only the file names as signal is never imported.
+        device: where it computes: cpu, cuda, cuda:N, or auto, as in ``train``.
 
     Returns:
-        The agent on the CPU, ready for ``act(obs, state)``.
+        The agent, ready for ``act(obs, state)``.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged or foreign, or of another agent
-            than its settings.
+            than its settings. ConfigError: no device has such a name. BackendError: there is no
+            such device here.
     """
     path, tensors, meta = read_agent(run_or_file)
-    config = dataclasses.replace(from_dict(meta["config"]), device="cpu")
+    config = dataclasses.replace(from_dict(meta["config"]), device=str(device)).validate()
+    config = dataclasses.replace(config, device=resolve_device(config.device, config.backend))
+    check_backend("auto", config.device)
     # A checkpoint of before the architecture was written down says nothing.
     if wrong := differences(meta.get("architecture", {}), architecture(config)):
         raise CheckpointError(

@@ -127,12 +127,27 @@ def read_config(run_dir: Path) -> Config:
     if not path.is_file():
         raise RunError(f"{run_dir} is not a run directory (no config.json)")
     try:
-        told = json.loads(path.read_text())
-        if isinstance(told, dict):
-            told.pop(_CHOSEN, None)
-        return from_dict(told)
-    except (ConfigError, ValueError, TypeError) as error:
+        return from_dict(read_settings(path))
+    except ConfigError as error:
         raise RunError(f"{path}: {error}") from error
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a ``config.json``, or a file like a part of one, sets; unchecked.
+
+    Raises:
+        ConfigError: no such file, or not a table of JSON.
+    """
+    try:
+        told = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}") from error
+    except ValueError as error:  # of UTF-8 or of JSON
+        raise ConfigError(f"not JSON: {error}") from error
+    if not isinstance(told, dict):
+        raise ConfigError(f"config must be a table of fields, got {told!r}")
+    told.pop(_CHOSEN, None)
+    return told
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
@@ -26,6 +27,7 @@ from fastdreamer.machine import doctor
 from fastdreamer.machine.doctor import kernel_reasons
 from fastdreamer.ops.backend import describe_kernels, last_backend
 from fastdreamer.ops.gpu import driver_state
+from fastdreamer.training import pretrained
 from fastdreamer.training.trainer import Trainer, read_config
 
 PIXELS = ["--preset", "tiny", "--obs", "pixels", "--render-quality", "fast"]
@@ -124,6 +126,94 @@ def test_load_and_act(run):
         obs, _, terminated, truncated, _ = env.step(action)
         done, decisions = terminated or truncated, decisions + 1
     assert decisions == 10
+
+
+def test_tasks_are_listed_one_a_line_and_others_explained(capsys):
+    assert main(["tasks"]) == 0
+    listed, _, others = capsys.readouterr().out.partition("\n\n")
+    assert tuple(listed.splitlines()) == fastdreamer.list_tasks()
+    assert "gym:ID " in others and "module:function " in others
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    """Write a file for --config, and start a run that does not train; what its settings are."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Trainer, "train", lambda self: None)
+
+    def train(told, *options):
+        if told is not None:
+            Path("told.json").write_text(told if isinstance(told, str) else json.dumps(told))
+        assert main(["train", *options, "--config", "told.json", "--run", "made"]) == 0
+        return read_config(Path("made"))
+
+    return train
+
+
+def test_a_part_of_a_configuration_replaces_the_preset_and_options_replace_it(settings):
+    told = {"env": {"task": "walker-stand", "time_limit": 2.5}, "model": {"deter": 24}, "seed": 5}
+    told["model"]["encoder_channels"] = [8, 8, 8, 8]
+    made = settings(told, "--preset", "tiny", "--seed", "6", "--model.stoch", "7")
+    tiny = fastdreamer.preset("tiny")
+    env = dataclasses.replace(tiny.env, task="walker-stand", time_limit=2.5)
+    model = dataclasses.replace(
+        tiny.model, deter=24, stoch=7, encoder_channels=(8, 8, 8, 8), discount=False
+    )
+    want = dataclasses.replace(tiny, env=env, model=model, seed=6, device=made.device)
+    assert made == want
+
+
+def test_the_configuration_of_a_run_makes_another_like_it(run, settings):
+    made = settings((run / "config.json").read_text(), "cheetah-run", "--seed", "9")
+    old = read_config(run)
+    env = dataclasses.replace(old.env, task="cheetah-run")
+    assert made == dataclasses.replace(old, env=env, seed=9) and made.env.time_limit == 0.5
+
+
+@pytest.mark.parametrize(
+    ("told", "options", "says"),
+    [
+        ({"env": {"obz": "state"}}, [], "unknown field env.obz (did you mean env.obs?)"),
+        ({"modle": {}}, [], "unknown field modle (did you mean model?)"),
+        ({"model": {"deter": "many"}}, [], "model.deter must be a whole number, got 'many'"),
+        ({"model": 3}, [], "model must be a table of fields, got 3"),
+        ([1], [], "config must be a table of fields, got [1]"),
+        ("{", [], "--config told.json: not JSON"),
+        (None, [], "--config told.json: cannot be read: No such file"),
+        ({"model": {"deter": 0}}, ["walker"], "model.deter must be > 0, got 0"),
+        ({}, [], "train needs a TASK"),
+        ({"env": {"task": "nosuch:make"}}, [], "told.json names an environment of its owner's"),
+        (
+            {"env": {"task": "walker-walk", "obs": "state"}, "safety": {"signal": "nosuch:signal"}},
+            [],
+            "safety.signal 'nosuch:signal' is named by a file alone",
+        ),
+        ({}, ["walker", "--preset", "nosuch"], "fastdreamer: unknown preset 'nosuch'"),
+    ],
+)
+def test_what_is_wrong_with_a_configuration_is_said(
+    told, options, says, settings, capsys, tmp_path
+):
+    with pytest.raises(AssertionError):
+        settings(told, *options)
+    text = output(capsys)
+    assert says in text and "Traceback" not in text, text
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_loaded_agent_computes_where_it_is_told(run, monkeypatch):
+    assert fastdreamer.load(run).device == torch.device("cpu")
+    with pytest.raises(fastdreamer.ConfigError, match="device must be auto, cpu, cuda or cuda:N"):
+        fastdreamer.load(run, device="tpu")
+    if not torch.cuda.is_available():
+        assert fastdreamer.load(run, device="auto").device == torch.device("cpu")
+        with pytest.raises(fastdreamer.BackendError, match="cannot run"):
+            fastdreamer.load(run, device=torch.device("cuda"))
+    moved = []
+    monkeypatch.setattr(pretrained, "check_backend", lambda backend, device: None)
+    monkeypatch.setattr(pretrained.Dreamer, "to", lambda self, device: moved.append(device))
+    fastdreamer.load(run, device="cuda:1")
+    assert moved == ["cuda:1"]
 
 
 def test_resume_a_finished_run_and_extend_it(run, capsys):
@@ -246,11 +336,13 @@ def test_fewer_frames_than_there_are_leave_nothing_to_do(run, capsys):
     assert (run / "config.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("preset", ["tiny", "nosuch"])
-def test_a_preset_is_no_setting_of_a_run_that_goes_on(preset, run, capsys):
+@pytest.mark.parametrize(
+    "option", [["--preset", "tiny"], ["--preset", "nosuch"], ["--config", "nosuch.json"]]
+)
+def test_a_starting_point_is_no_setting_of_a_run_that_goes_on(option, run, capsys):
     before = (run / "config.json").read_bytes()
-    assert main(["train", "--resume", str(run), "--preset", preset]) == 1
-    assert "--preset is where a new run starts from" in output(capsys)
+    assert main(["train", "--resume", str(run), *option]) == 1
+    assert f"{option[0]} is where a new run starts from" in output(capsys)
     assert (run / "config.json").read_bytes() == before
 
 
