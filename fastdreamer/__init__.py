@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from fastdreamer.ops.lambda_return import lambda_return
     from fastdreamer.training.checkpoint import CheckpointError
     from fastdreamer.training.pretrained import load
+    from fastdreamer.training.replay import Replay
+    from fastdreamer.training.trainer import RunError, Stopped, Trainer
 
 _HOMES = {
     "acting.planning": ("PlanningError",),
@@ -31,6 +33,8 @@ _HOMES = {
     "ops.lambda_return": ("lambda_return",),
     "training.checkpoint": ("CheckpointError",),
     "training.pretrained": ("load",),
+    "training.replay": ("Replay",),
+    "training.trainer": ("RunError", "Stopped", "Trainer"),
 }
 
 __all__ = [
@@ -44,6 +48,10 @@ __all__ = [
     "PlanConfig",
     "PlanningError",
     "PolicyState",
+    "Replay",
+    "RunError",
+    "Stopped",
+    "Trainer",
     "__version__",
     "canonical_task",
     "lambda_return",

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fastdreamer.training.trainer import read_config
 
 from fastdreamer.cli import main
 
@@ -19,6 +20,21 @@ def test_rollout():
     *losses, _ = [line for line in done.stdout.splitlines() if line.startswith("loss")] + [""]
     assert len(losses) == 3
     assert done.stdout.splitlines()[-1] == "agrees"
+
+
+def test_train(tmp_path):
+    """Trains, and called again finds nothing left to do; the batch is of what was collected."""
+    command = [sys.executable, EXAMPLES / "train.py", tmp_path / "run", "tiny"]
+    printed = []
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout)
+    assert "resumed from" not in printed[0] and "resumed from" in printed[1]
+    *_, batch = printed[0].splitlines()
+    assert "'state': (8, 16, 24)" in batch and "'action': (8, 16, 6)" in batch
+    assert batch == printed[1].splitlines()[-1]
+    assert read_config(tmp_path / "run").env.task == "walker-stand"
 
 
 def test_bench_from_the_shell(monkeypatch, capsys):

@@ -20,7 +20,7 @@ from tyro.conf import Positional
 from fastdreamer.acting.signals import refuse_signal
 from fastdreamer.cli.run import allow_task, named_by_file
 from fastdreamer.config import PRESETS, Config, ConfigError, preset
-from fastdreamer.envs import canonical_task, is_foreign
+from fastdreamer.envs import canonical_task
 from fastdreamer.files import DiskFullError
 from fastdreamer.learning.dreamer import NonFiniteLoss
 from fastdreamer.machine.device import resolve_config
@@ -33,6 +33,7 @@ from fastdreamer.training.trainer import (
     Stopped,
     Trainer,
     create_run,
+    new_settings,
     read_config,
     read_settings,
 )
@@ -136,14 +137,10 @@ def _new_run(command: Train, say: Callable[[str], None]) -> tuple[Path, Config]:
             refuse_signal(theirs.safety, f"--safety {theirs.safety.signal}")
     if not name:
         raise ConfigError("train needs a TASK (for example: fastdreamer train walker) or --resume")
-    task = canonical_task(name)
-    config = dataclasses.replace(config, env=dataclasses.replace(config.env, task=task))
-    if config.model.discount is None:
-        model = dataclasses.replace(config.model, discount=is_foreign(task))
-        config = dataclasses.replace(config, model=model)
-    config = resolve_config(config.validate())
+    config = dataclasses.replace(config, env=dataclasses.replace(config.env, task=name))
+    config = new_settings(config)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = re.sub(r"[^\w.-]+", "-", task)
+    name = re.sub(r"[^\w.-]+", "-", config.env.task)
     run_dir = command.run or Path("runs") / f"{name}-{stamp}-seed{config.seed}"
     preflight.check(config, run_dir, say)
     if command.run is None:

@@ -39,7 +39,8 @@ class Replay:
     directory: of the episode files; created if absent. Temporary files that a killed writer left
         there are removed.
     capacity: env frames; the oldest episodes beyond it leave, at least one stays.
-    fields: name -> (dtype, shape without T) of every array that an episode must have.
+    fields: name -> (dtype, shape without T) of every array that an episode must have; None: those
+        of the first that enters.
     task: if given, meta["task"] must equal it.
     """
 
@@ -47,17 +48,19 @@ class Replay:
         self,
         directory: str | os.PathLike,
         *,
-        capacity: int,
-        fields: Fields,
+        capacity: int = 1_000_000,
+        fields: Fields | None = None,
         task: str | None = None,
     ):
         if capacity < 1:
             raise ValueError(f"replay: capacity must be at least 1 env frame, got {capacity}")
         self.directory = Path(directory)
         self.capacity = capacity
-        self.fields = {name: (np.dtype(d), tuple(shape)) for name, (d, shape) in fields.items()}
+        self.fields: Fields | None = None
+        if fields is not None:
+            self.fields = {n: (np.dtype(d), tuple(shape)) for n, (d, shape) in fields.items()}
+            check_fields("replay fields", {n: (d, (2, *s)) for n, (d, s) in self.fields.items()})
         self.task = task
-        check_fields("replay fields", {n: (d, (2, *s)) for n, (d, s) in self.fields.items()})
         self._episodes: dict[int, EpisodeInfo] = {}  # sorted by index
         self.directory.mkdir(parents=True, exist_ok=True)
         remove_stale(self.directory)
@@ -95,13 +98,14 @@ class Replay:
         path = episode_path(self.directory, index)
         info = check_episode(path, index)
         found = {name: (f.dtype, f.shape[1:]) for name, f in info.layout.items()}
-        if found != self.fields:
+        if self.fields not in (None, found):
             found, expected = describe(found), describe(self.fields)
             raise EpisodeError(f"{path}: is of another environment: {found}; expected {expected}")
         if self.task is not None and info.meta.get("task") != self.task:
             task = info.meta.get("task")
             raise EpisodeError(f"{path}: is of task {task!r}, expected {self.task!r}")
         last = next(reversed(self._episodes), -1)
+        self.fields = found
         self._episodes[index] = info
         if index < last:
             self._episodes = dict(sorted(self._episodes.items()))
@@ -167,6 +171,7 @@ class Replay:
         """
         if batch < 1 or length < 1:
             raise ValueError(f"replay: batch and length must be positive, got {batch}, {length}")
+        indices, bounds = self._starts(length)
         want = {n: (d, (length, batch, *s)) for n, (d, s) in self.fields.items()}
         want["is_first"] = (np.dtype(np.bool_), (length, batch))
         if out is None:
@@ -176,7 +181,6 @@ class Replay:
         out = dict(out)
         out["is_first"][...] = False
         rows = {n: np.empty((length, *s), d) for n, (d, s) in self.fields.items()}
-        indices, bounds = self._starts(length)
         for b in range(batch):
             done = 0
             while done < length:

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import os
 import signal
 import time
 from collections import deque
@@ -37,6 +38,7 @@ from fastdreamer.config import (
     from_dict,
     to_dict,
 )
+from fastdreamer.envs import canonical_task, is_foreign
 from fastdreamer.errors import FastdreamerError
 from fastdreamer.files import replacing
 from fastdreamer.learning.dreamer import Dreamer
@@ -85,6 +87,21 @@ class Stopped(Exception):
     def __init__(self, *, saved: bool = True) -> None:
         super().__init__()
         self.saved = saved
+
+
+def new_settings(config: Config) -> Config:
+    """The settings of a run that starts here: the task's full name, whether its end is predicted,
+    and what each ``auto`` that lasts came to.
+
+    Raises:
+        ConfigError: what cannot run, or contradicts itself. ArgumentError: no such task.
+        BackendError: the backend or device cannot run here.
+    """
+    task, model = canonical_task(config.env.task), config.model
+    if model.discount is None:
+        model = replace(model, discount=is_foreign(task))
+    config = replace(config, env=replace(config.env, task=task), model=model)
+    return resolve_config(config.validate())
 
 
 def create_run(run_dir: Path, config: Config) -> None:
@@ -162,20 +179,26 @@ def lock_run(run_dir: Path) -> Iterator[None]:
 
 
 class Trainer:
-    """One run, from wherever its newest checkpoint left it.
+    """One run, from nothing or from wherever its newest checkpoint left it.
+
+    Its collector is a process of its own, which imports the main module again: a script that
+    trains has an ``if __name__ == "__main__":``.
 
     Args:
-        run_dir: made by ``create_run``.
-        config: settings to go on with in place of the run's own; they become its own when training
-            starts, if they fit.
+        run_dir: of a run, or where a new one goes.
+        config: of a new run; of one that is there, settings to go on with in place of its own,
+            which become its own when training starts, if they fit.
 
     Raises:
-        RunError: not a run.
+        RunError: not a run, and no settings for a new one. Of a new one what ``new_settings``
+            does.
     """
 
-    def __init__(self, run_dir: Path, config: Config | None = None) -> None:
-        self.run_dir = run_dir
-        self.config = read_config(run_dir)
+    def __init__(self, run_dir: str | os.PathLike, config: Config | None = None) -> None:
+        self.run_dir = Path(run_dir)
+        if config is not None and not (self.run_dir / "config.json").exists():
+            create_run(self.run_dir, new_settings(config))
+        self.config = read_config(self.run_dir)
         self._asked = config
 
     def train(self, until: int | None = None) -> None:

@@ -359,7 +359,7 @@ def test_a_fault_of_ours_keeps_its_traceback_and_a_user_s_is_one_line(
         def fails(*args, fault=fault):
             raise fault
 
-        monkeypatch.setattr("fastdreamer.cli.train.canonical_task", fails)
+        monkeypatch.setattr("fastdreamer.training.trainer.canonical_task", fails)
         with pytest.raises(type(fault), match=str(fault)):
             main(["train", "walker"])
 

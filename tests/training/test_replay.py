@@ -67,6 +67,22 @@ def test_load_restores_and_add_refuses_twice(tmp_path):
         again.add(1)
 
 
+def test_without_fields_those_of_the_first_episode_count(tmp_path):
+    fill(tmp_path, [11, 21])
+    replay = Replay(tmp_path)
+    with pytest.raises(EpisodeError, match="holds no episode to sample from"):
+        replay.sample(2, 3, np.random.default_rng(0))
+    assert replay.load() == [] and replay.indices == [0, 1]
+    told = Replay(tmp_path, fields=FIELDS)
+    told.load()
+    same = [r.sample(4, 6, np.random.default_rng(3)) for r in (replay, told)]
+    assert_same(*same)
+    other = {n: a for n, a in episode(9, seed=2).items() if n != "pixels"}
+    write_episode(tmp_path, 2, other | {"state": np.zeros((9, 2), np.float32)}, {"env_frames": 16})
+    with pytest.raises(EpisodeError, match="is of another environment"):
+        replay.add(2)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -27,7 +27,7 @@ import torch
 
 from fastdreamer.acting.play import agent_policy, collect, episode_seed, random_policy
 from fastdreamer.acting.policy import Policy
-from fastdreamer.config import preset, to_dict
+from fastdreamer.config import ConfigError, preset, to_dict
 from fastdreamer.envs import make_env
 from fastdreamer.envs.gl import GLError, select_gl
 from fastdreamer.learning.dreamer import Dreamer, NonFiniteLoss
@@ -921,6 +921,18 @@ def test_create_run_refuses_a_directory_that_holds_one(tmp_path):
     with pytest.raises(RunError, match="holds a run already; resume it with .*--resume"):
         create_run(run_dir, TINY)
     assert read_config(run_dir) == resolved
+
+
+def test_a_trainer_with_settings_makes_the_run_that_is_not_there(tmp_path):
+    env = dataclasses.replace(CONFIG.env, task="walker")
+    made = Trainer(str(tmp_path / "run"), dataclasses.replace(CONFIG, env=env))
+    assert made.config == read_config(tmp_path / "run")
+    assert (made.config.env.task, made.config.model.discount) == ("walker-walk", False)
+    other = dataclasses.replace(CONFIG, threads=2)
+    assert Trainer(tmp_path / "run", other).config == made.config  # its own until it trains
+    with pytest.raises(ConfigError, match="model.deter must be > 0"):
+        Trainer(tmp_path / "new", change("model", deter=0))
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_is_no_run_is_an_error(tmp_path):
