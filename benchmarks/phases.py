@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import nvtx
 import torch
 
 from benchmarks import machine, report, synthetic
 from benchmarks.learner import Learner, variants
 from benchmarks.timing import MIN_REPEATS, PhaseRecorder, cell, summary
+from fastdreamer.machine import nvtx
 
 # The phases are the ranges that the trainer and the agent mark for profilers. While a recorder
 # stands in for nvtx.annotate, the code that runs is the code that trains, to the letter; there is

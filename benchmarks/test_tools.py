@@ -34,7 +34,7 @@ def test_time_of_nested_ranges_is_counted_once(monkeypatch):
         recorder.repeat(containers=["update"]),  # 0 … 28
         recorder.annotate("update"),  # 1 … 21
         recorder.annotate("backward"),  # 3 … 15
-        recorder.annotate("optimizer", color="red"),  # 6 … 10
+        recorder.annotate("optimizer"),  # 6 … 10
     ):
         pass
     assert recorder.samples == {

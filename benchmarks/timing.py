@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -29,8 +28,8 @@ class PhaseRecorder:
         self._last = 0.0
 
     @contextlib.contextmanager
-    def annotate(self, message: str, *_: Any, **__: Any) -> Iterator[None]:
-        """A range of that name; takes and ignores nvtx's colours, domains and payloads."""
+    def annotate(self, message: str) -> Iterator[None]:
+        """A range of that name."""
         self._charge()
         self._stack.append(message)
         try:

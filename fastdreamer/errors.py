@@ -5,6 +5,8 @@ The command line prints them as one line; every other exception is a fault and k
 
 from __future__ import annotations
 
+import sys
+
 _EXTRAS = {
     "train": (
         "PIL",
@@ -12,7 +14,6 @@ _EXTRAS = {
         "imageio_ffmpeg",
         "matplotlib",
         "mujoco",
-        "nvtx",
         "rich",
         "safetensors",
         "tensorboard",
@@ -33,7 +34,14 @@ class ArgumentError(FastdreamerError, ValueError):
 
 def how_to_install(error: ImportError) -> str | None:
     """The remedy for a missing package that an extra brings; None where it is another one."""
+    if not isinstance(error, ModuleNotFoundError):
+        return None
+    module = (error.name or "").split(".")[0]
     for extra, modules in _EXTRAS.items():
-        if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in modules:
-            return f"{error.name} is not installed: pip install 'fastdreamer[{extra}]'"
+        if module in modules:
+            how = f"pip install 'fastdreamer[{extra}]'"
+            if module == "dm_control" and sys.version_info >= (3, 13):
+                # one of its needs has no wheel there, labmaze, which the suite does without
+                how += " && pip install --no-deps 'dm_control>=1.0.50,<2'"
+            return f"{error.name} is not installed: {how}"
     return None

@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from fastdreamer.training.trainer import read_config
 
 from fastdreamer.cli import main
+from fastdreamer.training.trainer import read_config
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -22,7 +22,7 @@ from fastdreamer.errors import ArgumentError, FastdreamerError, how_to_install
 DEFAULT_TASKS = {"walker": "walker-walk"}  # names that stand for a task
 QUALITIES = ("full", "fast")
 SHADOW_SIZE = 256  # texels a side; the suite's own 2048 costs about as much as all the rest
-MAX_STEPS = 1000  # control steps of a task that sets no time limit of its own (lqr, for one)
+MAX_STEPS = 1000  # control steps of an episode: those of every task of the suite
 
 _CAMERAS = {"quadruped": 2}  # camera 0 looks from far away there; elsewhere it follows the body
 _NEEDS_GL = {"quadruped-escape"}  # uploads its terrain to the GL context at every reset
@@ -132,6 +132,17 @@ def _plain(name: str) -> str:
     return name.strip().lower().replace("_", "-")
 
 
+def _frees_contexts(physics) -> bool:
+    """Whether this dm_control lets a GL context be made anew, with another framebuffer."""
+    return hasattr(physics, "_free_rendering_contexts")
+
+
+def _free_contexts(physics) -> None:
+    """Give up the GL context, which is made again at the next use; nothing where there is none."""
+    if getattr(physics, "_contexts", None):
+        physics._free_rendering_contexts()
+
+
 def steps_in(time_limit: float, control_step: float, name: str) -> int:
     """Control steps in so many seconds; ArgumentError where they are less than one of the task."""
     if not time_limit >= control_step:
@@ -169,18 +180,18 @@ class SuiteTask:
         domain, task = _tasks()[self.name]
         # The model itself may be drawn at random (lqr): always from the same generator, so that
         # an episode depends on nothing but the seed given to reset and the actions.
+        # The limit is ours: in whole steps, whatever seconds round to.
         with _fitting_pair():
-            self._env = _suite().load(domain, task, task_kwargs={"random": 0})
+            self._env = _suite().load(
+                domain, task, task_kwargs={"random": 0, "time_limit": float("inf")}
+            )
         self._env.task.random.seed(seed)
 
         self.control_step = control_step = self._env.control_timestep()
+        self.max_steps = MAX_STEPS
         if time_limit is not None:
             self.max_steps = steps_in(time_limit, control_step, self.name)
-        elif np.isfinite(self._env._step_limit):
-            self.max_steps = round(self._env._step_limit)
-        else:
-            self.max_steps = MAX_STEPS
-        self._env._step_limit = self.max_steps  # whole steps, whatever seconds round to
+        self._steps = 0
 
         spec = self._env.action_spec()
         unbounded = spec.maximum - spec.minimum > 1e9  # lqr: no limits, written as ±1e10
@@ -195,20 +206,23 @@ class SuiteTask:
         if render_quality == "fast":
             visual.quality.offsamples = 0
         # A framebuffer of the size in use (see render) is faster than the suite's 640 × 480.
-        visual.global_.offwidth = visual.global_.offheight = 1
+        if _frees_contexts(self._env.physics):
+            visual.global_.offwidth = visual.global_.offheight = 1
 
     def reset(self, seed: int | None = None) -> None:
         """Start an episode; with a seed it depends on nothing that happened before."""
         if seed is not None:
             self._env.task.random.seed(seed)
-        self._state = self._env.reset().observation
+        self._state, self._steps = self._env.reset().observation, 0
 
     def step(self, action: np.ndarray) -> tuple[float, bool, bool]:
         """One control step: reward, terminated (a true end), truncated (the time limit)."""
         result = self._env.step(action)
         self._state = result.observation
-        terminated = result.last() and result.discount == 0.0
-        return float(result.reward), terminated, result.last() and not terminated
+        self._steps += 1
+        late = self._steps >= self.max_steps
+        terminated = result.last() and result.discount == 0.0 and not late
+        return float(result.reward), terminated, (result.last() or late) and not terminated
 
     def state(self) -> np.ndarray:
         """The task's observations, flattened in its own order: float32 [state_size]."""
@@ -231,13 +245,13 @@ class SuiteTask:
         A large one costs every image, however small: all of it is cleared and resolved.
         """
         others = [size for size in self._cameras if size != (height, width)]
-        if not others:
+        if not others or not _frees_contexts(self._env.physics):
             return
         for size in others:
             self._cameras.pop(size).scene.free()
         buffer = self._env.physics.model.vis.global_
         buffer.offheight, buffer.offwidth = (height, width) if self._cameras else (1, 1)
-        self._env.physics._free_rendering_contexts()  # made again at the next use
+        _free_contexts(self._env.physics)
 
     def _make_camera(self, height: int, width: int):
         if min(height, width) < 1:
@@ -249,10 +263,14 @@ class SuiteTask:
         physics = self._env.physics
         buffer = physics.model.vis.global_
         if height > buffer.offheight or width > buffer.offwidth:
+            if not _frees_contexts(physics):
+                raise GLError(
+                    f"images of {width} × {height} do not fit the {buffer.offwidth} × "
+                    f"{buffer.offheight} that dm_control {version('dm_control')} draws in"
+                )
             buffer.offheight = max(height, buffer.offheight)
             buffer.offwidth = max(width, buffer.offwidth)
-            if physics._contexts:  # made again at the next use, with the larger framebuffer
-                physics._free_rendering_contexts()
+            _free_contexts(physics)
         try:
             camera = mujoco.Camera(physics, height, width, self._camera_id)
             camera.render()

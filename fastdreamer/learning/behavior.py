@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import nvtx
 import torch
 from torch import Tensor, nn
 
 from fastdreamer.learning import losses
 from fastdreamer.learning.learner import Learner, Losses
+from fastdreamer.machine import nvtx
 from fastdreamer.nn.dists import squashed_entropy
 from fastdreamer.ops.imagine import Imagination, imagine
 from fastdreamer.ops.params import State

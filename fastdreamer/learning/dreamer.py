@@ -6,7 +6,6 @@ With ``config.agent == "planet"`` it is PlaNet: the same world model, and a plan
 from __future__ import annotations
 
 import numpy as np
-import nvtx
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from fastdreamer.learning.behavior import BehaviorLearner
 from fastdreamer.learning.exploration import ExplorerLearner
 from fastdreamer.learning.learner import Learner, Losses
 from fastdreamer.learning.world_model import WorldModelLearner
+from fastdreamer.machine import nvtx
 from fastdreamer.nn.codec import float_to_pixels
 from fastdreamer.ops.backend import release_memory
 from fastdreamer.ops.gpu import capturing

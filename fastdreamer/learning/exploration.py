@@ -5,7 +5,6 @@ The networks and the bound are :mod:`fastdreamer.acting.exploration`'s.
 
 from __future__ import annotations
 
-import nvtx
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +12,7 @@ from fastdreamer.acting.exploration import Explorer, spread, upper_bound
 from fastdreamer.learning import losses
 from fastdreamer.learning.behavior import Dream
 from fastdreamer.learning.learner import Learner, Losses
+from fastdreamer.machine import nvtx
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.layers import MLPParams, mlp
 from fastdreamer.ops.params import ActorParams, RSSMParams, State

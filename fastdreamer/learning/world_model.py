@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import nvtx
 import torch
 from torch import Tensor, nn
 
 from fastdreamer.learning import losses
 from fastdreamer.learning.learner import Learner, Losses
+from fastdreamer.machine import nvtx
 from fastdreamer.nn.dists import entropy
 from fastdreamer.ops.observe import Observation, observe
 

@@ -22,7 +22,7 @@ from fastdreamer.envs.gl import GL, GLError, probe_all, select_gl
 from fastdreamer.ops.backend import BACKENDS, OPS, describe_kernels, last_backend, why_slow
 from fastdreamer.ops.gpu import driver_state
 
-_PACKAGES = ("torch", "triton", "numpy", "mujoco", "dm_control", "safetensors", "nvtx", "tyro")
+_PACKAGES = ("torch", "triton", "numpy", "mujoco", "dm_control", "safetensors", "tyro")
 
 
 def report(console: Console) -> None:

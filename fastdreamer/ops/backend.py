@@ -38,10 +38,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastdreamer.errors import ArgumentError, FastdreamerError, how_to_install
 from fastdreamer.ops.gpu import interpreting, why_no_cuda, why_no_kernels
+from fastdreamer.ops.private import forward_mode, transforms_active
 
 BACKENDS = ("eager", "native", "triton")
 _NAMES = (*BACKENDS, "auto")
@@ -341,9 +341,9 @@ class Op:
         if backend == "eager":
             return None
         # first of all: a transform's tensors answer few questions
-        if torch._C._are_functorch_transforms_active():
+        if transforms_active(tensors):
             return f"a transform of torch.func is active, {backend} has reverse mode alone"
-        if forward_ad._current_level >= 0:  # the tangent may be a parameter's
+        if forward_mode():  # the tangent may be a parameter's
             return f"forward-mode differentiation is active, {backend} has reverse mode alone"
         device = tensors[0].device
         for tensor in tensors:

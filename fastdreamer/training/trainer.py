@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-import nvtx
 import torch
 from torch import Tensor
 
@@ -42,6 +41,7 @@ from fastdreamer.envs import canonical_task, is_foreign
 from fastdreamer.errors import FastdreamerError
 from fastdreamer.files import replacing
 from fastdreamer.learning.dreamer import Dreamer
+from fastdreamer.machine import nvtx
 from fastdreamer.machine.device import describe_choice, resolve_config
 from fastdreamer.named import names_code
 from fastdreamer.ops.backend import describe_kernels, kernel_choice

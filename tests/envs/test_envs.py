@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fastdreamer.envs import EnvError, canonical_task, dmc, list_tasks, make_env
+from fastdreamer.envs.gl import GLError
 
 
 def play(env, seed, decisions=4):
@@ -244,6 +245,17 @@ def test_a_true_end_is_no_time_limit(monkeypatch):
     env.reset(seed=0)
     monkeypatch.setattr(env._task._env.task, "get_termination", lambda physics: 0.0)
     assert env.step(np.zeros(6))[2:] == (True, False, 1)
+    env = make_env("walker", obs="state", time_limit=0.1)  # four control steps
+    env.reset(seed=0)
+    env.step(np.zeros(6))
+    monkeypatch.setattr(env._task._env.task, "get_termination", lambda physics: 1.0)
+    assert env.step(np.zeros(6))[2:] == (False, True, 1)  # given up, neither end nor limit
+    env.reset(seed=0)
+    monkeypatch.undo()
+    env.step(np.zeros(6))
+    count = iter([None, 0.0])  # at the limit itself nobody asks for an end
+    monkeypatch.setattr(env._task._env.task, "get_termination", lambda physics: next(count))
+    assert env.step(np.zeros(6))[2:] == (False, True, 2)
 
 
 # ---- observations
@@ -316,6 +328,20 @@ def test_render_for_videos(obs):
     assert env.reset(seed=0).keys() == first.keys()
     for kind, value in env.reset(seed=0).items():
         np.testing.assert_array_equal(value, first[kind])
+
+
+def test_a_dm_control_that_keeps_its_framebuffer(monkeypatch):
+    """It draws in the suite's own from the start; what does not fit there is refused."""
+    expected = make_env("walker").reset(seed=0)["pixels"]
+    monkeypatch.setattr(dmc, "_frees_contexts", lambda physics: False)
+    monkeypatch.setattr(dmc, "_free_contexts", lambda physics: pytest.fail("it cannot"))
+    env = make_env("walker")
+    np.testing.assert_array_equal(env.reset(seed=0)["pixels"], expected)
+    assert env.render().shape == (240, 320, 3)
+    env.end_video()
+    np.testing.assert_array_equal(env.reset(seed=0)["pixels"], expected)
+    with pytest.raises(GLError, match="1000 × 480 do not fit the 640 × 480 that dm_control"):
+        env.render(480, 1000)
 
 
 def test_the_framebuffer_after_a_video():

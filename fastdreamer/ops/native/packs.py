@@ -25,6 +25,7 @@ from fastdreamer import _native
 from fastdreamer.ops.cells import GRUParams
 from fastdreamer.ops.layers import MLPParams
 from fastdreamer.ops.params import ActorParams, RSSMParams
+from fastdreamer.ops.private import expired
 
 LIMIT = 512
 """Packs kept at most; the oldest goes first."""
@@ -37,7 +38,6 @@ class _Entry(NamedTuple):
 
 
 _packs: dict[tuple, _Entry] = {}
-_expired = torch.UntypedStorage._expired
 _sweep_at = 32
 _step_counter = itertools.count(1)
 _steps = 0
@@ -242,7 +242,7 @@ def cached(key: tuple, tensors: Sequence[Tensor], gradients: bool, make: Callabl
     stamp.append(_steps)
     entry = _packs.get(key)
     if entry is not None:
-        if entry.stamp == stamp and not any([_expired(s.cdata) for s in entry.storages]):
+        if entry.stamp == stamp and not expired(entry.storages):
             if entry.pack.gradients or not gradients:
                 _counts["reused"] += 1
                 return entry.pack
@@ -263,7 +263,7 @@ def _make_room() -> None:
     global _sweep_at
     if len(_packs) >= _sweep_at:
         for key, entry in list(_packs.items()):
-            if any([_expired(s.cdata) for s in entry.storages]):
+            if expired(entry.storages):
                 _packs.pop(key, None)  # another thread may have been faster, here and below
         _sweep_at = max(32, 2 * len(_packs))
     for key in list(_packs)[: len(_packs) - LIMIT + 1] if len(_packs) >= LIMIT else ():
