@@ -1,5 +1,7 @@
 """Everything there is to measure on an NVIDIA GPU: `python -m benchmarks.gpu [--write]`.
 
+`benchmarks/gpu_day.sh` is what a first visit runs: this, and what comes before it.
+
 Correctness against eager in float64 comes first: nothing that is wrong is timed. Then every op and
 a whole update: Triton kernels from graphs of their own, and in torch's CUDA graph; eager, and eager
 in torch's CUDA graph; ``torch.compile(mode="reduce-overhead")``; what the device can do at most;
@@ -12,12 +14,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,6 +51,11 @@ from fastdreamer.ops.gpu import driver_state
 ROUNDS = 50  # at least, of an op
 PRESET = "report"  # of the whole update
 NO_PRODUCTS = "no matrix product that could be bfloat16"
+FIRST = (
+    "imagine + heads", "observe + backward", UPDATE, "actor + critic update", "cem, one action",
+    "open_loop", "rssm_step, B 400", "observe", "imagine",
+)  # fmt: skip
+"""The works that tell most, so that they are there where the time runs out."""
 
 
 def cases() -> list[Case]:
@@ -129,9 +138,10 @@ def measure(
     update: str | None = "report",
     rounds: int | None = None,
     limits: dict[str, float] | None = None,
+    until: float = math.inf,
     done: Callable[[dict[str, Any]], object] = lambda result: None,
 ) -> dict[str, Any]:
-    """Check and time every variant of every case.
+    """Check and time every variant of every case, those of :data:`FIRST` first.
 
     Args:
         works: the cases.
@@ -139,23 +149,28 @@ def measure(
         update: preset of the whole update; None leaves it out.
         rounds: instead of each case's own number.
         limits: what :func:`ceilings` returned; None measures it.
+        until: on ``time.monotonic``; a work that would begin later is left out.
         done: called with the result so far behind every work, so that a run that is cut off
             keeps what it had.
 
     Returns:
-        JSON types: ``machine``, ``device``, ``ceilings``, ``variants``, their names, and
-        ``works[name]`` with ``gflop``, ``bytes``, ``times[variant]`` (a ``summary`` with
-        ``gflop_per_s``, ``gb_per_s`` and their shares of the ceilings; no FLOP where there is no
-        product), ``left_out[variant]``, a reason, and ``wrong``: None, or what a check of ours
-        found. Then nothing of the work is timed.
+        JSON types: ``machine``, ``device``, ``ceilings``, ``variants``, their names,
+        ``not_reached``, names of works, and ``works[name]`` with ``gflop``, ``bytes``,
+        ``times[variant]`` (a ``summary`` with ``gflop_per_s``, ``gb_per_s`` and their shares of the
+        ceilings; no FLOP where there is no product), ``left_out[variant]``, a reason, and
+        ``wrong``: None, or what a check of ours found. Then nothing of the work is timed.
     """
     device = next(iter(variants.values())).device
     limits = limits or ceilings(device)
     result = {"machine": machine.record(), "device": describe(device), "ceilings": limits}
     result["variants"] = list(variants)
-    results = result["works"] = {}
+    results, not_reached = {}, []
+    result |= {"works": results, "not_reached": not_reached}
 
     def add(name: str, prepare: Callable[[], tuple[int, int, Entries]], **options: Any) -> None:
+        if time.monotonic() > until:
+            not_reached.append(name)
+            return
         print(f"{name} …", file=sys.stderr, flush=True)
         work = results[name] = {"gflop": 0.0, "bytes": 0, "times": {}, "left_out": {}}
         work["wrong"] = None
@@ -176,26 +191,28 @@ def measure(
             work["left_out"] = entries.left_out
         done(result)
 
-    for case in works:
+    def prepare_case(case: Case) -> tuple[int, int, Entries]:
         able = {n: v for n, v in variants.items() if case.flops or not v.bf16}
         rest = dict.fromkeys((n for n in variants if n not in able), NO_PRODUCTS)
+        entries = case.entries(able)
+        return case.flops, least_bytes(case), Entries(entries.run, entries.left_out | rest)
 
-        def prepare(case: Case = case, able: Any = able, rest: Any = rest) -> tuple:
-            entries = case.entries(able)
-            return case.flops, least_bytes(case), Entries(entries.run, entries.left_out | rest)
+    def prepare_update(folder: str) -> tuple[int, int, Entries]:
+        replay = bench_train.open_replay(Path(folder))
+        asked = demand(Learner(bench_train.REFERENCE, replay, update, variants))
+        return *asked, bench_train.entries(replay, update, variants)
 
-        add(
-            case.name, prepare, rounds=rounds or case.rounds, calls=case.calls, pause=case.pause
-        )  # fmt: skip
-    if update:
-        with tempfile.TemporaryDirectory() as folder:
-            replay = bench_train.open_replay(Path(folder))
-
-            def prepare_update() -> tuple[int, int, Entries]:
-                asked = demand(Learner(bench_train.REFERENCE, replay, update, variants))
-                return *asked, bench_train.entries(replay, update, variants)
-
-            add(UPDATE, prepare_update, rounds=rounds or MIN_REPEATS, warmup=3)
+    by_name = {case.name: case for case in works}
+    names = [*by_name, *([UPDATE] if update else [])]
+    for name in [*(n for n in FIRST if n in names), *(n for n in names if n not in FIRST)]:
+        if case := by_name.get(name):
+            options = {"rounds": rounds or case.rounds, "calls": case.calls, "pause": case.pause}
+            add(name, partial(prepare_case, case), **options)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                options = {"rounds": rounds or MIN_REPEATS, "warmup": 3}
+                add(name, partial(prepare_update, folder), **options)
+    done(result)
     return result
 
 
@@ -255,6 +272,8 @@ def table(result: dict[str, Any]) -> str:
     text = f"{times}\n\n{rates}\n\nDevice: {device}. Ceilings measured: {most}."
     if wrong:
         text = "\n".join(["Wrong, so not timed:", *wrong]) + f"\n\n{text}"
+    if result["not_reached"]:
+        text += f"\n\nNot reached in time: {'; '.join(result['not_reached'])}."
     if left_out:
         lines = (f"- {'; '.join(places)}: {reason}" for reason, places in left_out.items())
         text += "\n\nLeft out:\n" + "\n".join(lines)
@@ -274,6 +293,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("only", nargs="*", help="words in the names of cases; all without")
     parser.add_argument("--write", action="store_true", help="keep the result: gpu.json, gpu.md")
+    parser.add_argument("--out", type=Path, help="keep it in this folder instead of results/")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no work later")
+    parser.add_argument(
+        "--without", metavar="WORD", help="leave out the variants with it: reduce-overhead compiles"
+    )
     parser.add_argument(
         "--device",
         choices=("cuda", "cpu"),
@@ -281,12 +305,15 @@ def main(arguments: list[str] | None = None) -> None:
         help="cpu: a rehearsal with the variants that run there; its numbers are no GPU's",
     )
     args = parser.parse_args(arguments)
+    until = time.monotonic() + 60 * args.minutes
     if args.write and args.device == "cpu":
         parser.error("--write keeps what a GPU did, not a rehearsal")
     wanted = lambda name: not args.only or any(word in name for word in args.only)  # noqa: E731
     works = [case for case in cases() if wanted(case.name)]
     update = PRESET if wanted(UPDATE) else None
     variants = gpu_variants(args.device)
+    if args.without:
+        variants = {name: v for name, v in variants.items() if args.without not in name}
     if args.device == "cuda" and (reason := why_no_cuda()):
         count = f"{len(works)} ops' works{' and a whole update' if update else ''}"
         print(f"Ready: {count}, in up to {len(variants)} variants each.")
@@ -297,13 +324,14 @@ def main(arguments: list[str] | None = None) -> None:
         return f"{table(result)}\n\nMeasured on: {machine.describe(result['machine'])}."
 
     def keep(result: dict[str, Any]) -> None:
-        report.RESULTS.mkdir(exist_ok=True)
-        (report.RESULTS / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
-        (report.RESULTS / "gpu.md").write_text(show(result) + "\n")
+        folder = args.out or report.RESULTS
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
+        (folder / "gpu.md").write_text(show(result) + "\n")
 
-    done = keep if args.write else lambda result: None
+    done = keep if args.write or args.out else lambda result: None
     rounds = MIN_REPEATS if args.device == "cpu" else None
-    result = measure(works, variants, update=update, rounds=rounds, done=done)
+    result = measure(works, variants, update=update, rounds=rounds, until=until, done=done)
     print(f"\n{show(result)}")
     if any(work["wrong"] for work in result["works"].values()):
         raise SystemExit(1)

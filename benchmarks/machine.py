@@ -7,7 +7,7 @@ import platform
 import re
 import subprocess
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from fastdreamer.ops.backend import describe_kernels, kernel_choice
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "mujoco", "dm_control", "numpy")
 _ISA = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")  # as the kernel says
 
 
@@ -38,7 +39,7 @@ def record() -> dict[str, Any]:
         "os": f"{platform.system()} {platform.release()}",
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "mujoco", "dm_control", "numpy")},
+            **{name: found for name in PACKAGES if (found := _version(name))},
         },
         "commit": commit(),
         "date": datetime.now(timezone.utc).date().isoformat(),
@@ -68,6 +69,14 @@ def describe(machine: dict[str, Any]) -> str:
         f"{' '.join(machine['isa'])}), {machine['cores']} cores, {threads}{native}; {versions}; "
         f"commit {machine['commit']}; {machine['date']}; load average before {machine['load']}"
     )
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed; ops want no simulator."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -10,11 +10,15 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import importlib
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
+import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -137,10 +141,12 @@ def test_everything_is_checked_timed_and_told(monkeypatch, tmp_path, capsys, sta
     text = (tmp_path / "results" / "gpu.md").read_text()
     assert text.strip() in capsys.readouterr().out
     result = json.loads((tmp_path / "results" / "gpu.json").read_text())
-    assert result.keys() == {"machine", "device", "ceilings", "variants", "works"}
+    told = {"machine", "device", "ceilings", "variants", "works", "not_reached"}
+    assert result.keys() == told and not result["not_reached"]
     assert f"| {' | '.join(['ms: median (p20–p80)', *variants])} |" in text
     assert result["device"].keys() >= {"name", "driver", "cuda", "cudnn", "torch", "triton"}
-    assert list(result["works"]) == [*(case.name for case in works), gpu.UPDATE]
+    assert set(result["works"]) == {*(case.name for case in works), gpu.UPDATE}
+    assert next(iter(result["works"])) == gpu.FIRST[0]
     for name, work in result["works"].items():
         assert work["wrong"] is None and work["bytes"] > 0, (name, work)
         products = "lambda_return" not in name
@@ -183,6 +189,28 @@ def test_what_is_wrong_is_told_and_nothing_else_is_lost(monkeypatch, capsys, sta
     assert "| rssm_step |" in out
 
 
+def test_a_rehearsal_in_little_time_keeps_what_it_had(monkeypatch, tmp_path, capsys, standins):
+    """The most important work first; what is not reached is named; no variant that compiles."""
+    monkeypatch.setattr(race_module, "MIN_REPEATS", 2)
+    step = dataclasses.replace(small(monkeypatch, "rssm_step")._case("rssm_step", 2), rounds=2)
+    works = [dataclasses.replace(step, name=name) for name in ("a", "open_loop", "b", "imagine")]
+    monkeypatch.setattr(gpu, "cases", lambda: works)
+    monkeypatch.setattr(gpu, "ceilings", lambda device: dict.fromkeys(("fp32", "bf16"), 1.0)
+                        | {"gb_per_s": 1.0})  # fmt: skip
+    monkeypatch.setattr(gpu, "FIRST", ("imagine", "no such work", "open_loop"))
+    clock = iter([0.0, 1.0, 59.0, 61.0, 62.0, *[63.0] * 9])
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    options = ["--minutes", "1", "--without", "reduce", "--out", str(tmp_path / "new" / "out")]
+    gpu.main(["--device", "cpu", *options])
+    result = json.loads((tmp_path / "new" / "out" / "gpu.json").read_text())
+    assert list(result["works"]) == ["imagine", "open_loop"]
+    assert result["not_reached"] == ["a", "b", gpu.UPDATE]
+    assert not [name for name in result["variants"] if "reduce" in name]
+    text = (tmp_path / "new" / "out" / "gpu.md").read_text()
+    assert f"Not reached in time: a; b; {gpu.UPDATE}." in text
+    assert text.strip() in capsys.readouterr().out
+
+
 def test_a_rehearsal_is_not_kept(capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--device", "cpu", "--write"])
@@ -215,6 +243,100 @@ def test_a_race_waits_within_the_clock():
     race({"a": work, "b": work}, rounds=20, warmup=1, wait=lambda: log.append("wait"))
     assert log == ["wait", "run", "wait"] * 2 * 21
     assert gpu.waiter("cuda") is torch.cuda.synchronize
+
+
+# --------------------------------------------------------------------------- the first day
+
+
+@pytest.fixture
+def day(tmp_path):
+    """Run gpu_day.sh with a stand-in for Python: exit status, summary, what Python was asked."""
+
+    def run(python, *options, out="out"):
+        stub, log = tmp_path / "python", tmp_path / "log"
+        asked = 'echo "${*//$\'\\n\'/ }" >> "$LOG"\n'
+        stub.write_text(f"#!/usr/bin/env bash\nREAL={sys.executable} LOG={log}\n{asked}{python}\n")
+        stub.chmod(0o755)
+        command = [ROOT / "benchmarks" / "gpu_day.sh", "--out", tmp_path / out, *options]
+        done = subprocess.run(
+            command, env={**os.environ, "PYTHON": str(stub)}, capture_output=True, text=True
+        )
+        summary = (tmp_path / out / "summary.txt").read_text().splitlines()
+        return done.returncode, [line[8:] for line in summary], log.read_text().splitlines()
+
+    return run
+
+
+def test_the_first_day_goes_from_what_is_there_to_what_is_fast(day, tmp_path):
+    status, summary, asked = day('echo "says $3"', "--device", "cpu", "--minutes", "2")
+    assert status == 0
+    assert summary[0].startswith("missing, so that some of it will fail: says")  # what it is told
+    steps = ["doctor", "correctness", "ops", "compiled"]
+    assert summary[1:] == [*(f"{step}: done" for step in steps), f"results: {tmp_path / 'out'}"]
+    assert "says" in (tmp_path / "out" / "doctor.txt").read_text()
+    tests, ops, compiled = asked[-3:]
+    assert tests == ("-m pytest -v -p no:cacheprovider tests/test_gpu.py -k under_the_interpreter")
+    own = f"-m benchmarks.gpu --device cpu --out {tmp_path / 'out'}"
+    assert re.fullmatch(rf"{own}/ops --minutes 1\.[89]\d* --without reduce-overhead", ops)
+    assert re.fullmatch(rf"{own}/compiled --minutes 1\.[89]\d*", compiled)
+
+
+def test_the_first_day_fails_where_a_step_does_and_goes_on(day):
+    python = 'case "$*" in "-m pytest"*) exit 3;; *importlib*) echo;; esac'
+    status, summary, asked = day(python, "--device", "cpu")
+    assert status == 1
+    assert summary[1:3] == ["correctness: FAILED (3), see correctness.txt", "ops: done"]
+
+
+def test_the_first_day_ends_where_there_is_no_gpu(day):
+    python = 'case "$*" in *why_no_kernels*) echo no driver; exit 1;; *importlib*) echo;; esac'
+    status, summary, asked = day(python)
+    assert status == 1 and summary == ["doctor: done", "gpu: FAILED (1), see gpu.txt"]
+    python = 'case "$*" in *_native*|*build_ext*) exit 1;; *importlib*) echo;; esac'
+    status, summary, asked = day(python)
+    assert status == 1 and summary == ["build: FAILED (1), see build.txt"]
+    assert asked[-1] == "setup.py -q build_ext --inplace"
+
+
+def test_the_first_day_stops_by_itself(day):
+    python = 'case "$*" in *benchmarks.gpu*) echo begun; sleep 60;; *importlib*) echo;; esac'
+    begin = time.monotonic()
+    status, summary, asked = day(python, "--device", "cpu", "--minutes", "0.07")
+    assert status == 0 and time.monotonic() - begin < 30
+    assert re.fullmatch(r"ops: cut off after \d s; what it had is kept", summary[2])
+    assert summary[3] == "compiled: not reached"
+
+
+def test_the_first_day_takes_what_is_missing_from_wheels(day, tmp_path):
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for name in ("carried-1.0", "numpy-99.0"):  # one of them is installed
+        with zipfile.ZipFile(wheels / f"{name}-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{name.split('-')[0]}/__init__.py", "")
+            wheel.writestr(f"{name.split('-')[0]}/binaries/tool", "")
+    python = 'case "$*" in *zipfile*) exec $REAL "$@";; *importlib*) echo;; esac'
+    status, summary, _ = day(python, "--device", "cpu", "--wheels", wheels)
+    assert (status, summary[0]) == (0, "wheels: done")
+    site = tmp_path / "out" / "site"
+    assert sorted(path.name for path in site.iterdir()) == ["carried"]
+    assert os.access(site / "carried" / "binaries" / "tool", os.X_OK)
+
+
+def test_the_first_day_imports_what_there_is():
+    script = (ROOT / "benchmarks" / "gpu_day.sh").read_text()
+    found = re.findall(r"^from (fastdreamer[\w.]*) import (\w+)$", script, re.M)
+    assert len(found) == 2
+    for module, name in found:
+        assert hasattr(importlib.import_module(module), name)
+    assert all((ROOT / path).is_file() for path in re.findall(r"tests/\w+\.py|setup\.py", script))
+
+
+@pytest.mark.parametrize(
+    "options", [["--device", "tpu"], ["--minutes", "ten"], ["--fast"], ["--out"]]
+)
+def test_the_first_day_refuses(options):
+    done = subprocess.run([ROOT / "benchmarks" / "gpu_day.sh", *options], capture_output=True)
+    assert done.returncode == 2 and options[0].encode() in done.stderr
 
 
 # --------------------------------------------------------------------------- captured work

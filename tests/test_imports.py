@@ -311,6 +311,23 @@ def test_the_drop_in_needs_pytorch_and_numpy_alone():
     assert needs in out.splitlines()[-1]
 
 
+def test_the_doctor_does_without_a_simulator():
+    """As on a machine that is lent with PyTorch and little else."""
+    code = (
+        "sys.modules.update(mujoco=None, dm_control=None)\n"  # absent to find_spec, too
+        "from rich.console import Console\n"
+        "from fastdreamer.machine import doctor\n"
+        "doctor._backends = lambda: ''\n"  # takes seconds
+        "doctor.report(Console(width=200))\n"
+    )
+    status, out, err = without({"tyro"}, code)
+    assert status == 0, err
+    needs = "is not installed: pip install 'fastdreamer[train]'"
+    lines = [line.strip().split(maxsplit=1) for line in out.splitlines() if line]
+    assert ["rendering", f"no: mujoco {needs}"] in lines
+    assert ["simulator", f"no: dm_control {needs}"] in lines
+
+
 def test_the_command_line_says_once_what_to_install():
     code = "from fastdreamer.__main__ import main\nsys.argv[1:] = ['--version']\nsys.exit(main())"
     told = without({"tyro"}, code)

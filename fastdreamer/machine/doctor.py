@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import pkgutil
 import platform
@@ -19,6 +20,7 @@ from fastdreamer import ops
 from fastdreamer._version import __version__
 from fastdreamer.envs import EnvError, make_env
 from fastdreamer.envs.gl import GL, GLError, probe_all, select_gl
+from fastdreamer.errors import how_to_install
 from fastdreamer.ops.backend import BACKENDS, OPS, describe_kernels, last_backend, why_slow
 from fastdreamer.ops.gpu import driver_state
 
@@ -128,6 +130,10 @@ def _simulator() -> Iterator[tuple[str, str]]:
 
 
 def _rendering() -> Iterator[tuple[str, str]]:
+    if importlib.util.find_spec("mujoco") is None:
+        missing = ModuleNotFoundError(name="mujoco")
+        yield "rendering", f"no: {how_to_install(missing)}"
+        return
     try:
         yield "rendering", str(select_gl())
     except GLError as error:
