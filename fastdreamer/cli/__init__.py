@@ -34,6 +34,7 @@ from fastdreamer.cli.report import Report, run_report
 from fastdreamer.cli.run import allow_task, config_of, named_by_file, playing_backend
 from fastdreamer.cli.tasks import Tasks, run_tasks
 from fastdreamer.cli.train import Train, run_train, train_defaults
+from fastdreamer.cli.watch import Watch, run_watch
 from fastdreamer.config import Config
 from fastdreamer.errors import ArgumentError, FastdreamerError
 from fastdreamer.training.trainer import Stopped
@@ -42,6 +43,7 @@ _COMMANDS = {
     Train: run_train,
     Eval: run_eval,
     Dream: run_dream,
+    Watch: run_watch,
     Report: run_report,
     Plot: run_plot,
     Export: run_export,
@@ -91,7 +93,7 @@ def _run(argv: list[str]) -> int:
     try:
         command = _parse(argv)
         with contextlib.ExitStack() as stack:
-            if isinstance(command, Eval | Dream | Report):
+            if isinstance(command, Eval | Dream | Watch | Report):
                 config = config_of(command.run)
                 if hasattr(command, "plan"):  # again: its options start from what the run says
                     command = _parse(argv, config)
@@ -118,6 +120,7 @@ def _parse(argv: list[str], config: Config | None = None) -> Any:
         Annotated[Train, subcommand("train", default=train_defaults(argv))]
         | Annotated[Eval, subcommand("eval", default=Eval(**planned, safety=safety))]
         | Annotated[Dream, subcommand("dream")]
+        | Annotated[Watch, subcommand("watch")]
         | Annotated[Report, subcommand("report", default=Report(**planned))]
         | Annotated[Plot, subcommand("plot")]
         | Annotated[Export, subcommand("export")]

@@ -184,6 +184,31 @@ class Dreamer(Policy):
         return action[:, 0].cpu().numpy(), _observed(means)
 
     @torch.no_grad()
+    def decode(self, state: PolicyState) -> dict[str, np.ndarray]:
+        """The observations that the decoder makes of a state.
+
+        Returns:
+            ``pixels`` uint8 [B, 64, 64, 3] and/or ``state`` [B, n] in its own units.
+        """
+        return _observed(self.model.decoder(State(state.deter, state.stoch).feat))
+
+    @torch.no_grad()
+    def foresee(self, state: PolicyState, generator: torch.Generator | None = None) -> PolicyState:
+        """The state behind a state's action, without looking: one step of the dynamics.
+
+        Args:
+            state: as ``act`` returned it; its action is the one that is taken.
+            generator: of the latent sample; None uses the agent's own.
+        """
+        rssm = self.model.rssm
+        noise = torch.randn(
+            1, len(state.deter), rssm.stoch, generator=generator or self._act_generator
+        ).to(self.device)
+        now = State(state.deter, state.stoch)
+        ahead = open_loop(rssm.params(), now, state.action[None], noise)
+        return state._replace(deter=ahead.deter[0], stoch=ahead.stoch[0])
+
+    @torch.no_grad()
     def predict(
         self, batch: dict[str, Tensor], context: int, generator: torch.Generator | None = None
     ) -> dict[str, np.ndarray]:
