@@ -70,7 +70,7 @@ missing='
 import importlib.util, sys
 needs = {"pybind11": "pybind11", "setuptools": "setuptools", "rich": "rich", "pytest": "pytest",
          "hypothesis": "hypothesis", "safetensors": "safetensors", "matplotlib": "matplotlib",
-         "PIL": "pillow", "imageio_ffmpeg": "imageio-ffmpeg", "triton": "triton"}
+         "PIL": "pillow", "triton": "triton"}
 print(*(name for module, name in needs.items() if importlib.util.find_spec(module) is None))
 '
 doctor='

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 
-from fastdreamer.errors import ArgumentError
+from fastdreamer.errors import ArgumentError, FastdreamerError, how_to_install
 from fastdreamer.files import replacing
 
 
@@ -17,8 +16,13 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: float) -> Path:
 
     path: .mp4; appears only when complete. frames: uint8 [h, w, 3], all of one size; an odd size
     is padded to even by repeating the last row or column. fps: frames per second.
-    Returns path. Raises ValueError when there is no frame or one of another type or size.
+    Returns path. Raises ValueError when there is no frame or one of another type or size,
+    FastdreamerError where the encoder is not installed.
     """
+    try:  # not before: it brings an ffmpeg of tens of megabytes
+        import imageio_ffmpeg
+    except ModuleNotFoundError as error:
+        raise FastdreamerError(how_to_install(error) or str(error)) from error
     path = Path(path)
     if path.suffix != ".mp4":
         raise ArgumentError(f"write_video: the file name must end in .mp4, got {path}")

@@ -20,6 +20,7 @@ from fastdreamer.analysis.viz.curves import (
     write_curve,
 )
 from fastdreamer.analysis.viz.dreams import dream_figure, dream_video
+from fastdreamer.errors import FastdreamerError
 from fastdreamer.training.logger import Logger
 from fastdreamer.video import write_video
 
@@ -256,6 +257,13 @@ def test_dream_video_stacks_imagined_over_real(tmp_path):
     assert frames[0][:250].mean() < 10
     assert abs(frames[0][262:].mean() - 90) < 10
     assert frames[0][256:260].mean() > 150
+
+
+def test_a_video_without_its_encoder_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    with pytest.raises(FastdreamerError, match="is not installed: pip install 'fastdreamer"):
+        write_video(tmp_path / "v.mp4", ramp(2), 20)
+    assert not list(tmp_path.iterdir())
 
 
 def test_failed_video_leaves_nothing(tmp_path):
