@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fastdreamer import ops
@@ -31,7 +32,7 @@ def report(console: Console) -> None:
     """Print everything; a part that fails is printed with its reason."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in (*_machine(), *_simulator(), *_rendering(), *_versions()):
-        table.add_row(name, value)
+        table.add_row(name, escape(value))  # brackets are no markup
     console.print(table)
     console.print()
     console.print(_backends())
@@ -166,5 +167,5 @@ def _backends() -> Table:
             reasons["native"] = why_slow()
         op.select("auto", torch.zeros(1, device=device))
         others = "; ".join(f"{b}: {why}" for b, why in reasons.items() if why is not None)
-        table.add_row(name, last_backend(name), others or "-")
+        table.add_row(name, last_backend(name), escape(others) or "-")
     return table
