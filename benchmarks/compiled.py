@@ -200,6 +200,7 @@ def _prior(params: RSSMParams, deter: Tensor, dtype: torch.dtype) -> Normal:
 
 def cem(*args: Any, **kwargs: Any) -> cem_module.Plan:
     with mock.patch.object(cem_module, "evaluate", compiled(cem_module.evaluate)):
-        return cem_module.OP.eager(
+        found = cem_module.OP.eager(
             *args, **{"proposals": None, "sample_std": False} | kwargs, roll=open_loop
         )
+        return cem_module.Plan(*found)

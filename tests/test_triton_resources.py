@@ -1,9 +1,11 @@
 """The largest Triton kernels, compiled ahead; ``python -m tests.triton_resources`` for all."""
 
+from importlib.metadata import version as version_of
+
 import pytest
 from triton_resources import compile_for, faults, kernels, label, memory_order
 
-from fastdreamer.ops.triton import aot
+from fastdreamer.ops.triton import aot, tiles
 from fastdreamer.ops.triton.build import Precision
 from fastdreamer.testing import REPORT
 
@@ -26,6 +28,22 @@ def test_kernel(name, options):
     assert found, name
     used = compile_for(found[0], arch)
     assert not faults(found[0], used), used
+
+
+def test_a_tile_may_be_of_newer_versions_alone(monkeypatch):
+    def columns(kind, arch, rows):
+        return tiles.choose(kind, rows, bf16=True, arch=arch).columns
+
+    taken = {}
+    for version in ((3, 6), (3, 7), (3, 9), (3, 10)):
+        monkeypatch.setattr(tiles, "_triton", lambda version=version: version)
+        taken[version] = [columns("step_backward", 90, rows) for rows in (50, 2500)]
+        others = [columns("step_backward", arch, 50) for arch in (80, 100, 120)]
+        assert others == [64, 64, 64]
+        assert tiles.choose("step", 50, bf16=True, arch=100).registers is None
+    assert taken == {(3, 6): [64, 64], (3, 7): [64, 64], (3, 9): [32, 32], (3, 10): [32, 32]}
+    monkeypatch.undo()
+    assert tiles._triton() == tuple(map(int, version_of("triton").split(".")[:2]))
 
 
 def test_faults_are_seen():
