@@ -1,4 +1,4 @@
-"""``fastdreamer train``: a new run, or one that goes on."""
+"""``fastdreamer train``: a new run, or one that goes on; of several seeds, one after the other."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import tyro
 from tyro.conf import Positional
 
 from fastdreamer.acting.signals import refuse_signal
+from fastdreamer.cli import seeds
 from fastdreamer.cli.run import allow_task, named_by_file
 from fastdreamer.config import PRESETS, Config, ConfigError, preset
 from fastdreamer.envs import canonical_task
@@ -62,6 +63,9 @@ class Train:
     and the options below win."""
     run: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Run directory to make; default: runs/TASK-DATE-TIME-seedSEED."""
+    seeds: Annotated[str | None, tyro.conf.arg(metavar="0,1,2")] = None
+    """Make a run of each of these seeds, one after the other, in directories seed0, seed1, ... of
+    one folder (--run), and draw their curves together; --resume FOLDER goes on with them."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
     """Go on with this run; options given here replace its settings, except those that decide its
     networks, what they see and the random numbers."""
@@ -78,7 +82,8 @@ def train_defaults(argv: list[str]) -> Train:
     early.add_argument("--resume", type=Path)
     known, _ = early.parse_known_args(argv[1:])
     if known.resume is not None:
-        config = read_config(known.resume)
+        of_seeds = list(seeds.runs_of(known.resume).values())
+        config = read_config(of_seeds[0] if of_seeds else known.resume)
     else:
         config = _starting_point(known.preset, known.config)
     return Train(config=dataclasses.replace(config, safety=named_by_file(config.safety)))
@@ -96,11 +101,23 @@ def _starting_point(name: str, file: Path | None) -> Config:
 
 
 def run_train(command: Train, say: Callable[[str], None]) -> int:
+    if command.resume is not None and (runs := seeds.runs_of(command.resume)):
+        return _resume_seeds(command, runs, say)
+    if command.seeds is not None:
+        return _train_seeds(command, say)
     make = _resumed_run if command.resume else _new_run
     run_dir, config = make(command, say)
     say(f"run directory: {run_dir}")
+    status = _train(run_dir, config, run_dir, say)
+    if status == 0:
+        say(f"done; try: fastdreamer eval {run_dir}, fastdreamer plot {run_dir}")
+    return status
+
+
+def _train(run_dir: Path, config: Config, whole: Path, say: Callable[[str], None]) -> int:
+    """Train a run to its end; ``whole`` is what --resume takes to go on, it or its folder."""
     named = f" {config.env.task}" if names_code(config.env.task) else ""
-    again = f"fastdreamer train{named} --resume {shlex.quote(str(run_dir))}"
+    again = f"fastdreamer train{named} --resume {shlex.quote(str(whole))}"
     if names_code(config.safety.signal):
         again += f" --safety {config.safety.signal}"
     try:
@@ -122,11 +139,79 @@ def run_train(command: Train, say: Callable[[str], None]) -> int:
     videos = sorted((run_dir / "videos").glob("eval-*.mp4"))
     if videos:
         say(f"video of the final evaluation's first episode: {videos[-1]}")
-    say(f"done; try: fastdreamer eval {run_dir}, fastdreamer plot {run_dir}")
+    return 0
+
+
+def _train_seeds(command: Train, say: Callable[[str], None]) -> int:
+    """New runs of several seeds, all of them made before the first is trained."""
+    if command.resume is not None:
+        raise ConfigError(f"--seeds makes new runs, and {command.resume} is one run, or none")
+    numbers = seeds.parse_seeds(command.seeds)
+    config = _new_settings(command)
+    configs = [dataclasses.replace(config, seed=seed).validate() for seed in numbers]
+    folder = command.run or _default_dir(config, "-".join(["seeds", *map(str, numbers)]))
+    if seeds.runs_of(folder):
+        raise ConfigError(
+            f"{folder} holds runs of several seeds already; go on with them by `fastdreamer train "
+            f"--resume {folder}`, or choose another --run"
+        )
+    preflight.check(config, folder, say)
+    if command.run is None:
+        folder = _claim(folder)
+    runs = {c.seed: seeds.seed_dir(folder, c.seed) for c in configs}
+    for own in configs:
+        create_run(runs[own.seed], own)
+    return _one_by_one(folder, runs, lambda seed: (runs[seed], read_config(runs[seed])), say)
+
+
+def _resume_seeds(command: Train, runs: dict[int, Path], say: Callable[[str], None]) -> int:
+    if command.seeds is not None or command.config.seed != next(iter(runs)):
+        raise ConfigError(
+            f"{command.resume} holds runs of the seeds {', '.join(map(str, runs))}; --resume goes "
+            "on with these: leave --seeds and --seed out"
+        )
+
+    def settle(seed: int) -> tuple[Path, Config]:
+        config = dataclasses.replace(command.config, seed=seed)
+        one = dataclasses.replace(command, resume=runs[seed], config=config)
+        return _resumed_run(one, say)
+
+    return _one_by_one(command.resume, runs, settle, say)
+
+
+def _one_by_one(
+    folder: Path,
+    runs: dict[int, Path],
+    settle: Callable[[int], tuple[Path, Config]],
+    say: Callable[[str], None],
+) -> int:
+    """Train those runs of a folder that have not ended; conclude when all of them have."""
+    say(f"folder of runs: {folder}")
+    for i, seed in enumerate(runs, 1):
+        run_dir, config = settle(seed)
+        if seeds.is_finished(run_dir, config):
+            say(f"seed {seed} ({i} of {len(runs)}) has ended already: {run_dir}")
+            continue
+        say(f"seed {seed} ({i} of {len(runs)}): {run_dir}")
+        status = _train(run_dir, config, folder, say)
+        if status:
+            return status
+    seeds.conclude(folder, runs, say)
     return 0
 
 
 def _new_run(command: Train, say: Callable[[str], None]) -> tuple[Path, Config]:
+    config = _new_settings(command)
+    run_dir = command.run or _default_dir(config, f"seed{config.seed}")
+    preflight.check(config, run_dir, say)
+    if command.run is None:
+        run_dir = _claim(run_dir)
+    create_run(run_dir, config)
+    return run_dir, config
+
+
+def _new_settings(command: Train) -> Config:
+    """Of a new run: what preset, file, TASK and options come to."""
     config, name = command.config, command.task
     if command.file is not None:
         theirs = _starting_point(command.preset or _PRESET, command.file)
@@ -138,15 +223,13 @@ def _new_run(command: Train, say: Callable[[str], None]) -> tuple[Path, Config]:
     if not name:
         raise ConfigError("train needs a TASK (for example: fastdreamer train walker) or --resume")
     config = dataclasses.replace(config, env=dataclasses.replace(config.env, task=name))
-    config = new_settings(config)
+    return new_settings(config)
+
+
+def _default_dir(config: Config, end: str) -> Path:
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = re.sub(r"[^\w.-]+", "-", config.env.task)
-    run_dir = command.run or Path("runs") / f"{name}-{stamp}-seed{config.seed}"
-    preflight.check(config, run_dir, say)
-    if command.run is None:
-        run_dir = _claim(run_dir)
-    create_run(run_dir, config)
-    return run_dir, config
+    task = re.sub(r"[^\w.-]+", "-", config.env.task)
+    return Path("runs") / f"{task}-{stamp}-{end}"
 
 
 def _claim(path: Path) -> Path:

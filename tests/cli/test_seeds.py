@@ -1,0 +1,94 @@
+"""``fastdreamer train --seeds``: several runs of one setting, one after the other."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastdreamer.cli import main
+from fastdreamer.cli.seeds import is_finished, parse_seeds, runs_of
+from fastdreamer.config import ConfigError
+from fastdreamer.training.logger import read_metrics
+from fastdreamer.training.trainer import Stopped, Trainer, read_config
+
+TINY = ["--preset", "tiny", "--train.frames", "120", "--eval.every", "60"]
+
+
+def returns(run_dir):
+    return [line["return"] for line in read_metrics(run_dir, "episode")]
+
+
+def output(capsys):
+    captured = capsys.readouterr()
+    return " ".join((captured.out + captured.err).split())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Runs of two seeds, the second interrupted in its middle."""
+    folder = tmp_path_factory.mktemp("runs") / "seeds"
+    train = Trainer.train
+
+    def interrupted(self):
+        if self.run_dir.name == "seed3":
+            train(self, until=80)
+            raise Stopped
+        train(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train", interrupted)
+        assert main(["train", "walker", *TINY, "--seeds", "1,3", "--run", str(folder)]) == 130
+    return folder
+
+
+def test_seeds_go_on_where_they_stopped_and_end_in_one_picture(folder, tmp_path, capsys):
+    one, three = runs_of(folder).values()
+    assert [read_config(run).seed for run in (one, three)] == [1, 3]
+    assert is_finished(one, read_config(one)) and not is_finished(three, read_config(three))
+    assert not (folder / "curves.png").exists()
+    before = (one / "metrics.jsonl").read_bytes()
+    assert main(["train", "--resume", str(folder)]) == 0
+    said = output(capsys)
+    assert "seed 1 (1 of 2) has ended already" in said and "2 seeds: return" in said, said
+    assert (one / "metrics.jsonl").read_bytes() == before
+    assert is_finished(three, read_config(three)) and (folder / "curves.png").stat().st_size > 1000
+    alone = tmp_path / "alone"
+    assert main(["train", "walker", *TINY, "--seed", "3", "--run", str(alone)]) == 0
+    assert returns(three) == returns(alone) != returns(one)
+
+
+def test_a_folder_of_seeds_goes_on_with_other_settings(folder, capsys, monkeypatch):
+    trained = []
+    monkeypatch.setattr(Trainer, "train", lambda self: trained.append(self._asked))
+    assert main(["train", "--resume", str(folder), "--train.frames", "200"]) == 0
+    assert [(c.seed, c.train.frames) for c in trained] == [(1, 200), (3, 200)]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["walker", "--seeds", "1,2", "--run", "{folder}"], "holds runs of several seeds already"),
+        (["--resume", "{folder}", "--seeds", "1,4"], "holds runs of the seeds 1, 3; --resume goes"),
+        (["--resume", "{folder}", "--seed", "7"], "holds runs of the seeds 1, 3; --resume goes"),
+        (["--resume", "{folder}/seed1", "--seeds", "1,4"], "--seeds makes new runs"),
+        (["walker", "--seeds", "1;2"], "numbers with commas between them"),
+        (["walker", "--seeds", "1,,2"], "numbers with commas between them"),
+        (["walker", "--seeds", "2,2"], "differ from each other"),
+        (["walker", "--seeds", "0,4294967296"], "seed must be < 2**32"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_changes_nothing(folder, options, says, capsys, monkeypatch,
+                                                       tmp_path):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Trainer, "train", lambda self: pytest.fail("trained"))
+    before = {run: (run / "config.json").read_text() for run in runs_of(folder).values()}
+    argv = [option.format(folder=folder) for option in options]
+    assert main(["train", *argv, *([] if "--resume" in argv else TINY)]) == 1
+    assert says in output(capsys)
+    assert not list(tmp_path.iterdir())
+    assert before == {run: (run / "config.json").read_text() for run in before}
+
+
+def test_seeds_are_read_in_their_order():
+    assert parse_seeds("3,0, 12") == (3, 0, 12)
+    with pytest.raises(ConfigError, match="got ''"):
+        parse_seeds("")
