@@ -452,8 +452,8 @@ class Rollout:
         orders and with the constants that the Rollout was told. Whether these are right, only the
         caller's own code can say: ``own`` and ``own_dream`` run it, on the same inputs and with the
         same noise. Every standard normal that they draw (of categorical latents every uniform
-        number or class) comes from that noise, step by step; of several such draws in a step all
-        are equal.
+        number or class, of Gumbel-softmax samples every exponential number) comes from that noise,
+        step by step; of several such draws in a step all are equal.
 
         Args:
             batch: ``embed``, ``action`` and ``is_first`` as ``observe`` takes them; what is
