@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -31,8 +32,10 @@ from fastdreamer.ops.cells import GRUParams
 from fastdreamer.ops.layers import MLPParams
 from fastdreamer.ops.params import (
     ActorParams,
+    Categorical,
     DecoderParams,
     EncoderParams,
+    OneHot,
     ReturnParams,
     RSSMParams,
     State,
@@ -324,6 +327,62 @@ def cem_inputs(
         "num_elites": max(1, N // 5),
         "score": "lambda_return",
     }
+
+
+def categorical(inputs: Mapping[str, Any], latent: Categorical, *, seed: int = 0) -> dict[str, Any]:
+    """Return arguments of a recurrent op with categorical latents instead of Gaussian.
+
+    The S of the sizes is split into categoricals, whose logits are what were the means. The states
+    given are one-hot, the noise is uniform in [0, 1): see :func:`away_from_borders`.
+    """
+    inputs = dict(inputs)
+    generator = torch.Generator().manual_seed(2 + seed)
+    params = inputs["params"]
+    S, K = params.dims()["S"], latent.classes
+
+    def logits(mlp: MLPParams) -> MLPParams:
+        return mlp._replace(weights=(*mlp.weights[:-1], mlp.weights[-1][:S].clone()),
+                            biases=(*mlp.biases[:-1], mlp.biases[-1][:S].clone()))  # fmt: skip
+
+    post = params.post and logits(params.post)
+    inputs["params"] = params._replace(prior=logits(params.prior), post=post, latent=latent)
+    state = "start" if "start" in inputs else "state"
+    deter, stoch = inputs[state]
+    classes = torch.randint(K, (len(stoch), S // K), generator=generator)
+    inputs[state] = State(deter, torch.nn.functional.one_hot(classes, K).flatten(-2).to(stoch))
+    noise = "noise" if "noise" in inputs else "state_noise"
+    uniform = torch.rand(*inputs[noise].shape[:-1], S // K, generator=generator)
+    return inputs | {noise: uniform.to(stoch)}
+
+
+def away_from_borders(op: Callable, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments with noise in the middle of what draws the class that it draws.
+
+    Or the likeliest, if that is an improbable one: roundings are not to draw another. Found by a
+    run in float64.
+    """
+    noise = "noise" if "noise" in inputs else "state_noise"
+    double = tree_map_only(
+        Tensor, lambda t: t.double() if t.is_floating_point() else t, dict(inputs)
+    )
+    double[noise] = double[noise].clone()
+    with torch.no_grad(), mock.patch.object(OneHot, "sample", _moving(OneHot.sample)):
+        op(**double, backend="eager")
+    return dict(inputs) | {noise: double[noise].to(inputs[noise])}
+
+
+def _moving(sample: Callable) -> Callable:
+    """That method of OneHot, which first moves its noise in place."""
+
+    def moved(dist: OneHot, noise: Tensor) -> Tensor:
+        probs = dist.probs
+        drawn = sample(dist, noise).view_as(probs).argmax(-1, keepdim=True)
+        improbable = probs.gather(-1, drawn) < 1 / probs.shape[-1]
+        drawn = torch.where(improbable, probs.argmax(-1, keepdim=True), drawn)
+        noise.copy_((probs.cumsum(-1) - probs / 2).gather(-1, drawn).squeeze(-1))
+        return sample(dist, noise)
+
+    return moved
 
 
 class CodecSizes(NamedTuple):

@@ -6,9 +6,9 @@
 namespace fastdreamer {
 namespace {
 
-// rssm: (inp, gru, prior, std). heads: (reward, bootstrap or None, discount or None, gamma, lam);
-// without a bootstrap the score is the sum of the rewards. proposals: an array or None. Arrays as
-// in cpu/cem.h; mean and std are changed.
+// rssm: (inp, gru, prior, latent). heads: (reward, bootstrap or None, discount or None, gamma,
+// lam); without a bootstrap the score is the sum of the rewards. proposals: an array or None.
+// Arrays as in cpu/cem.h; mean and std are changed.
 void cem(py::tuple rssm, py::tuple heads, py::handle start_deter, py::handle start_stoch,
          py::handle mean, py::handle std, py::handle action_noise, py::handle state_noise,
          py::handle scores, py::handle proposals, Index num_elites, double min_std, bool sample_std,
@@ -16,7 +16,7 @@ void cem(py::tuple rssm, py::tuple heads, py::handle start_deter, py::handle sta
   const char* op = "cem";
   if (rssm.size() != 4 || heads.size() != 5) {
     fail(
-        "cem: rssm must be (inp, gru, prior, std), heads (reward, bootstrap, discount, gamma, "
+        "cem: rssm must be (inp, gru, prior, latent), heads (reward, bootstrap, discount, gamma, "
         "lam)");
   }
   const PackedGru& gru = rssm[1].cast<const PackedGru&>();
@@ -59,7 +59,7 @@ void cem(py::tuple rssm, py::tuple heads, py::handle start_deter, py::handle sta
   x.start_deter = arrays.in("start.deter", start_deter, {B, D});
   x.start_stoch = arrays.in("start.stoch", start_stoch, {B, S});
   x.action_noise = arrays.in("action_noise", action_noise, {I, H, B, N, A});
-  x.state_noise = arrays.in("state_noise", state_noise, {I, H, B, N, S});
+  x.state_noise = arrays.in("state_noise", state_noise, {I, H, B, N, model.noise()});
   if (!proposals.is_none()) {
     const Array given(op, "proposals", proposals);
     if (given.ndim() != 4 || given.size(2) > N) fail("cem: proposals must be [H, B, P <= N, A]");

@@ -13,8 +13,8 @@ class PackedDecider {
  public:
   // encoder: of vectors, the activation last, or None. actor: (mlp, mean_scale, std), its layers
   // packed for [stoch, deter], or None.
-  PackedDecider(py::object inp, py::object gru, py::object post, py::tuple std, py::object encoder,
-                py::object actor)
+  PackedDecider(py::object inp, py::object gru, py::object post, py::tuple latent,
+                py::object encoder, py::object actor)
       : inp_(inp),
         gru_(gru),
         post_(post),
@@ -23,12 +23,14 @@ class PackedDecider {
     const PackedGru& cell = gru.cast<const PackedGru&>();
     const PackedMlp& posterior = post.cast<const PackedMlp&>();
     precision_ = cell.precision();
-    const Index D = cell.gru().forward.D, S = posterior.mlp().out() / 2;
+    const Index D = cell.gru().forward.D, outputs = posterior.mlp().out();
+    const Latent made = make_latent(kOp, latent, outputs);
+    const Index S = made.classes > 0 ? outputs : outputs / 2;
     const Index A = in.mlp().in() - S, E = posterior.mlp().in() - D;
     if (A < 1 || S < 1 || E < 1) fail("decide: the model has no action, state or embedding");
     check_mlp(kOp, "inp", in, precision_, S + A, cell.gru().forward.K, false);
-    check_mlp(kOp, "post", posterior, precision_, D + E, 2 * S, false);
-    decider_.rssm = {A, D, S, in.mlp(), cell.gru(), {}, make_std(kOp, std)};
+    decider_.rssm = {A, D, S, in.mlp(), cell.gru(), {}, made};
+    check_mlp(kOp, "post", posterior, precision_, D + E, decider_.rssm.raw(), false);
     decider_.post = posterior.mlp();
     decider_.sees = !encoder.is_none();
     decider_.acts = !actor.is_none();
@@ -67,7 +69,8 @@ void decide(const PackedDecider& packed, py::handle deter, py::handle stoch, py:
   const Decider& d = packed.decider();
   const Index A = d.rssm.A, D = d.rssm.D, S = d.rssm.S;
   const Array shape(kOp, "state_noise", state_noise);
-  if (shape.ndim() != 2 || shape.size(0) < 1) fail("decide: state_noise must be [B, S], B not 0");
+  if (shape.ndim() != 2 || shape.size(0) < 1)
+    fail("decide: state_noise must have 2 dimensions, none of them 0");
   DecideArgs x{};
   x.kernels = &kernels(packed.precision());
   x.decider = &d;
@@ -78,7 +81,7 @@ void decide(const PackedDecider& packed, py::handle deter, py::handle stoch, py:
   x.action = arrays.in("action", action, {B, A});
   if (d.embed() > 0) x.embed = arrays.in("embed", embed, {B, d.embed()});
   if (d.sees) x.vector = arrays.in("vector", vector, {B, d.vector()});
-  x.state_noise = arrays.in("state_noise", state_noise, {B, S});
+  x.state_noise = arrays.in("state_noise", state_noise, {B, d.rssm.noise()});
   x.action_noise = arrays.maybe_in("action_noise", action_noise, {B, A});
   x.next_deter = arrays.out("deter", outputs[0], {B, D});
   x.next_stoch = arrays.out("stoch", outputs[1], {B, S});
@@ -95,7 +98,7 @@ void decide(const PackedDecider& packed, py::handle deter, py::handle stoch, py:
 void bind_decide(py::module_& m) {
   py::class_<PackedDecider>(m, "PackedDecider", "Packed weights of a decision.")
       .def(py::init<py::object, py::object, py::object, py::tuple, py::object, py::object>(),
-           py::arg("inp"), py::arg("gru"), py::arg("post"), py::arg("std"), py::arg("encoder"),
+           py::arg("inp"), py::arg("gru"), py::arg("post"), py::arg("latent"), py::arg("encoder"),
            py::arg("actor"))
       .def_property_readonly_static("gradients", [](py::object) { return false; });
   m.def("decide", &decide, py::arg("decider"), py::arg("deter"), py::arg("stoch"),

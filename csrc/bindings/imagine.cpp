@@ -25,7 +25,7 @@ struct ImagineRun {
 
 const PackedMlp& mlp_of(const py::object& pack) { return pack.cast<const PackedMlp&>(); }
 
-// rssm: (inp, gru, prior, std). actor: (mlp, mean_scale, std, through_feat) or None. heads:
+// rssm: (inp, gru, prior, latent). actor: (mlp, mean_scale, std, through_feat) or None. heads:
 // (reward, critic or None, target or None, discount or None, gamma, lam, departure) or None. wants:
 // None, or (through, actor, rssm, reward, critic, discount). Arrays as in cpu/imagine.h; `outputs`
 // are deter, stoch, prior_mean, prior_std, reward, next_value, returns, value, discount, each an
@@ -60,10 +60,10 @@ std::unique_ptr<ImagineRun> imagine_forward(const char* op, py::tuple rssm, py::
   x.rssm = &t.rssm;
   const Array shape(op, "state_noise", state_noise);
   if (shape.ndim() != 3 || shape.size(0) < 1 || shape.size(1) < 1) {
-    fail(std::string(op) + ": state_noise must be [H, B, S], none of them 0");
+    fail(std::string(op) + ": state_noise must have 3 dimensions, none of them 0");
   }
   const Index H = x.H = shape.size(0), B = x.B = shape.size(1);
-  x.state_noise = t.arrays.in("state_noise", state_noise, {H, B, S});
+  x.state_noise = t.arrays.in("state_noise", state_noise, {H, B, t.rssm.noise()});
   x.start_deter = t.arrays.in("start.deter", start_deter, {B, D});
   x.start_stoch = t.arrays.in("start.stoch", start_stoch, {B, S});
   if (actor.is_none()) {
@@ -141,7 +141,8 @@ void rssm_step_forward(py::tuple rssm, py::handle deter, py::handle stoch, py::h
   const Index A = model.A, D = model.D, S = model.S;
   Arrays arrays(op);
   const Array shape(op, "noise", noise);
-  if (shape.ndim() != 2 || shape.size(0) < 1) fail("rssm_step: noise must be [B, S], B not 0");
+  if (shape.ndim() != 2 || shape.size(0) < 1)
+    fail("rssm_step: noise must have 2 dimensions, none of them 0");
   ImagineArgs x{};
   x.kernels = &kernels(gru.precision());
   x.rssm = &model;
@@ -150,11 +151,11 @@ void rssm_step_forward(py::tuple rssm, py::handle deter, py::handle stoch, py::h
   x.start_deter = arrays.in("state.deter", deter, {B, D});
   x.start_stoch = arrays.in("state.stoch", stoch, {B, S});
   x.action = const_cast<float*>(arrays.in("action", action, {B, A}));
-  x.state_noise = arrays.in("noise", noise, {B, S});
+  x.state_noise = arrays.in("noise", noise, {B, model.noise()});
   x.deter = arrays.out("deter", outputs[0], {B, D});
   x.stoch = arrays.out("stoch", outputs[1], {B, S});
   x.prior_mean = arrays.out("prior_mean", outputs[2], {B, S});
-  x.prior_std = arrays.out("prior_std", outputs[3], {B, S});
+  if (model.latent.classes == 0) x.prior_std = arrays.out("prior_std", outputs[3], {B, S});
   arrays.check_overlap();
   Arena scratch;
   const Imagine pass(x, {}, nullptr, scratch, threads);

@@ -20,11 +20,11 @@ struct ObserveRun {
   ObserveTape tape;
 };
 
-// rssm: (inp, gru, prior, std, post, embed): `post` is packed without the first layer's bias
+// rssm: (inp, gru, prior, latent, post, embed): `post` is packed without the first layer's bias
 // from deter's columns, `embed` is the first layer alone from the embedding's. embed_array: [T, B,
 // E] float32, or int16 (the bits of bfloat16) with bfloat16 weights. resets: whether is_first
 // zeroes deter, stoch and action. outputs: deter, stoch, mean and std of the posterior, and of the
-// prior.
+// prior; of categorical latents logits and None.
 std::unique_ptr<ObserveRun> observe_forward(py::tuple rssm, py::handle start_deter,
                                             py::handle start_stoch, py::handle embed_array,
                                             py::handle action, py::handle is_first,
@@ -43,7 +43,7 @@ std::unique_ptr<ObserveRun> observe_forward(py::tuple rssm, py::handle start_det
   t.rssm = make_rssm(kOp, inp, gru, prior, rssm[3].cast<py::tuple>());
   const Precision precision = gru.precision();
   const Index A = t.rssm.A, D = t.rssm.D, S = t.rssm.S, E = embed.mlp().in();
-  check_mlp(kOp, "post", post, precision, D, 2 * S, keep);
+  check_mlp(kOp, "post", post, precision, D, t.rssm.raw(), keep);
   check_mlp(kOp, "embed", embed, precision, E, post.mlp().layers[0].out, keep);
   if (embed.mlp().depth != 1) fail("observe: embed must be one layer");
   if (keep && !(inp.gradients() && gru.gradients() && prior.gradients())) {
@@ -54,7 +54,7 @@ std::unique_ptr<ObserveRun> observe_forward(py::tuple rssm, py::handle start_det
 
   const Array shape(kOp, "noise", noise);
   if (shape.ndim() != 3 || shape.size(0) < 1 || shape.size(1) < 1) {
-    fail("observe: noise must be [T, B, S], none of them 0");
+    fail("observe: noise must have 3 dimensions, none of them 0");
   }
   const Index T = shape.size(0), B = shape.size(1);
   ObserveArgs x{};
@@ -78,13 +78,14 @@ std::unique_ptr<ObserveRun> observe_forward(py::tuple rssm, py::handle start_det
   if (resets.size() != 3) fail("observe: resets must be (deter, stoch, action)");
   const auto where = [&](std::size_t i) { return resets[i].cast<bool>() ? first : nullptr; };
   x.first_deter = where(0), x.first_stoch = where(1), x.first_action = where(2);
-  x.noise = t.arrays.in("noise", noise, {T, B, S});
+  x.noise = t.arrays.in("noise", noise, {T, B, t.rssm.noise()});
+  const bool gaussian = t.rssm.latent.classes == 0;
   x.deter = t.arrays.out("deter", outputs[0], {T, B, D});
   x.stoch = t.arrays.out("stoch", outputs[1], {T, B, S});
   x.post_mean = t.arrays.out("post.mean", outputs[2], {T, B, S});
-  x.post_std = t.arrays.out("post.std", outputs[3], {T, B, S});
+  if (gaussian) x.post_std = t.arrays.out("post.std", outputs[3], {T, B, S});
   x.prior_mean = t.arrays.out("prior.mean", outputs[4], {T, B, S});
-  x.prior_std = t.arrays.out("prior.std", outputs[5], {T, B, S});
+  if (gaussian) x.prior_std = t.arrays.out("prior.std", outputs[5], {T, B, S});
   t.arrays.check_overlap();
   Arena scratch;
   const Observe pass(x, keep ? &t.tape : nullptr, scratch, threads);

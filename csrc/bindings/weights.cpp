@@ -205,14 +205,28 @@ StdTransform make_std(const char* op, py::tuple std) {
   return t;
 }
 
+Latent make_latent(const char* op, py::tuple latent, Index outputs) {
+  if (latent.size() != 2) return {0, 0.0f, make_std(op, latent)};
+  const Index classes = latent[0].cast<Index>();
+  const float unimix = latent[1].cast<float>();
+  if (classes < 1 || outputs % classes != 0 || !(unimix >= 0 && unimix <= 1)) {
+    fail(std::string(op) + ": " + std::to_string(outputs) + " logits make no categoricals of " +
+         std::to_string(classes) + " classes, " + std::to_string(unimix) + " of them uniform");
+  }
+  return {classes, unimix, {}};
+}
+
 Rssm make_rssm(const char* op, const PackedMlp& inp, const PackedGru& gru, const PackedMlp& prior,
-               py::tuple std) {
-  const Index D = gru.gru().forward.D, S = prior.mlp().out() / 2;
+               py::tuple latent) {
+  const Index D = gru.gru().forward.D, outputs = prior.mlp().out();
+  const Latent made = make_latent(op, latent, outputs);
+  const Index S = made.classes > 0 ? outputs : outputs / 2;
   const Index A = inp.mlp().in() - S;
   if (A < 1 || S < 1) fail(std::string(op) + ": the model has no action or no stochastic state");
+  const Rssm rssm{A, D, S, inp.mlp(), gru.gru(), prior.mlp(), made};
   check_mlp(op, "inp", inp, gru.precision(), S + A, gru.gru().forward.K, false);
-  check_mlp(op, "prior", prior, gru.precision(), D, 2 * S, false);
-  return {A, D, S, inp.mlp(), gru.gru(), prior.mlp(), make_std(op, std)};
+  check_mlp(op, "prior", prior, gru.precision(), D, rssm.raw(), false);
+  return rssm;
 }
 
 double check_lam(const char* op, double lam) {

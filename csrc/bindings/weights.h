@@ -62,10 +62,12 @@ void pack_all(const Kernels& k, const std::vector<PackArgs>& matrices, const Gru
 
 // Of (kind, scale, slope, offset, min, floor).
 StdTransform make_std(const char* op, py::tuple std);
+// Of the same, or of (classes, unimix), for prior or posterior with so many outputs.
+Latent make_latent(const char* op, py::tuple latent, Index outputs);
 
 // Puts the parts of a model together; throws if their sizes or precisions do not fit.
 Rssm make_rssm(const char* op, const PackedMlp& inp, const PackedGru& gru, const PackedMlp& prior,
-               py::tuple std);
+               py::tuple latent);
 void check_mlp(const char* op, const char* name, const PackedMlp& mlp, Precision precision,
                Index in, Index out, bool gradients);
 

@@ -77,7 +77,7 @@ struct StdOf {
 template <class P, StdKind kind>
 void sample_kind(const SampleArgs& x) {
   const Index S = x.S;
-  const StdOf<P, kind> std_of(x.transform);
+  const StdOf<P, kind> std_of(x.latent.std);
   for (Index row = 0; row < x.rows; ++row) {
     const float* raw = at(x.raw, row);
     by_vectors(0, S, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
@@ -94,9 +94,64 @@ void sample_kind(const SampleArgs& x) {
   }
 }
 
+FD_INLINE void put_one(float* p) { *p = 1.0f; }
+FD_INLINE void put_one(Bfloat16* p) { *p = 0x3f80; }
+
+// Sums of a row's probabilities are made in order, whatever the vectors' width: every instruction
+// set draws the same class but for what rounding does at a border.
+template <class P>
+void sample_classes(const SampleArgs& x) {
+  using Elem = typename P::Elem;
+  const Index K = x.latent.classes;
+  const float own = 1.0f - x.latent.unimix, even = x.latent.unimix / static_cast<float>(K);
+  for (Index row = 0; row < x.rows; ++row) {
+    float* raw = at(x.raw, row);
+    if (x.mean.data != nullptr) {
+      by_vectors(0, x.S, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
+        put(at(x.mean, row) + c, get(raw + c));
+      });
+    }
+    if (x.noise.data == nullptr) continue;
+    const float* noise = at(x.noise, row);
+    for (Index first = 0; first < x.S; first += K, ++noise) {
+      const Index end = first + K;
+      const Vec most = fill(largest(raw + first, K));
+      by_vectors(first, end, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
+        put(raw + c, exp<P::fast>(get(raw + c) - most));
+      });
+      Vec total = fill(0.0f);
+      by_vectors(first, end, [&](Index c, auto get, auto) __attribute__((always_inline)) {
+        total = total + get(raw + c);
+      });
+      const Vec inverse = fill(1.0f / sum(total));
+      by_vectors(first, end, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
+        const Vec p = get(raw + c) * inverse, none = p - p;  // NaN where p is
+        put(raw + c, p);
+        if (x.slope.data != nullptr) put(at(x.slope, row) + c, p);
+        if (x.out.data != nullptr) put(at<Elem>(x.out, row) + c, none);
+        if (x.out32.data != nullptr) put(at(x.out32, row) + c, none);
+      });
+      const bool undefined = raw[first] != raw[first];
+      Index drawn = first;
+      float below = 0.0f;
+      for (Index c = first; c < end - 1; ++c) {  // the last one wherever rounding leaves a gap
+        below += own * raw[c] + even;
+        drawn += below <= *noise;
+      }
+      if (x.ones != nullptr) {
+        x.ones[row * (x.S / K) + first / K] = undefined ? Ones::undefined : static_cast<int>(drawn);
+      }
+      if (undefined) continue;
+      if (x.out.data != nullptr) put_one(at<Elem>(x.out, row) + drawn);
+      if (x.out32.data != nullptr) put_one(at(x.out32, row) + drawn);
+    }
+  }
+}
+
 template <class P>
 void sample(const SampleArgs& x) {
-  switch (x.transform.kind) {
+  if (x.latent.classes > 0) return sample_classes<P>(x);
+  switch (x.latent.std.kind) {
     case StdKind::softplus:
       return sample_kind<P, StdKind::softplus>(x);
     case StdKind::sigmoid:
@@ -107,7 +162,33 @@ void sample(const SampleArgs& x) {
 }
 
 template <class P>
+void sample_classes_backward(const SampleBackwardArgs& x) {
+  const Index K = x.latent.classes;
+  const Vec own = fill(1.0f - x.latent.unimix), zero = fill(0.0f);
+  for (Index row = 0; row < x.rows; ++row) {
+    auto* out = at<typename P::Elem>(x.raw_grad, row);
+    for (Index first = 0; first < x.S; first += K) {
+      Vec total = zero;  // Σ p dp of the softmax
+      by_vectors(first, x.grad.data == nullptr ? first : first + K,
+                 [&](Index c, auto get, auto) __attribute__((always_inline)) {
+                   total = fma(get(at(x.slope, row) + c), get(at(x.grad, row) + c), total);
+                 });
+      const Vec mean = fill(sum(total));
+      by_vectors(first, first + K, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
+        Vec d = zero;
+        if (x.grad.data != nullptr) {
+          d = own * get(at(x.slope, row) + c) * (get(at(x.grad, row) + c) - mean);
+        }
+        if (x.mean_grad.data != nullptr) d = d + get(at(x.mean_grad, row) + c);
+        put(out + c, d);
+      });
+    }
+  }
+}
+
+template <class P>
 void sample_backward(const SampleBackwardArgs& x) {
+  if (x.latent.classes > 0) return sample_classes_backward<P>(x);
   const Index S = x.S;
   for (Index row = 0; row < x.rows; ++row) {
     auto* out = at<typename P::Elem>(x.raw_grad, row);

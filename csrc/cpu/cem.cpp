@@ -67,10 +67,11 @@ Cem::Cem(const CemArgs& args, Arena& scratch, int threads) : args_(args) {
 
   const Index rows = threads_ * tile_, head_rows = threads_ * head_tile_;
   states_ = take_rows(scratch, k, slots_ * (args.H + 1) * tile_, rssm.width());
+  drawn_ = take_drawn(scratch, rssm, slots_ * (args.H + 1) * tile_);
   h_ = take_floats(scratch, 2 * rows, rssm.D);
   deter_ = take_deter(scratch, k, rssm, rows, false);
   prior_ = take_mlp(scratch, k, rssm.prior, rows, false);
-  raw_ = take_floats(scratch, rows, 2 * rssm.S);
+  raw_ = take_floats(scratch, rows, rssm.raw());
   reward_hidden_ = take_mlp(scratch, k, *args.reward, head_rows, false);
   reward_ = take_floats(scratch, slots_, args.H * tile_);
   if (args.bootstrap != nullptr) {
@@ -183,12 +184,14 @@ void Cem::roll(Index i, const Tile& tile, int thread) const {
     by_start(tile.begin, rows, N, [&](Index first, Index count, Index b) {
       candidates(i, t, b, tile.begin + first - b * N, count, states_, place(t) + first, {});
     });
-    deter_step(k, rssm, states(t, 0), h_.at(turn(t)), rows, deter_, scratch, states(t + 1, 0),
-               h_.at(turn(t + 1)));
+    const Drawn drawn = t == 0 ? Drawn{} : drawn_.at(place(t));  // the start is anybody's
+    deter_step(k, rssm, states(t, 0), drawn, h_.at(turn(t)), rows, deter_, scratch,
+               states(t + 1, 0), h_.at(turn(t + 1)));
     forward(k, rssm.prior, states(t + 1, 0), rows, prior_, scratch, raw_.at(scratch));
     const Index row = (i * H + t) * B * N + tile.begin;  // in the noise
-    k.sample({S, rows, raw_.at(scratch), rows_of(x.state_noise, S).at(row), rssm.std,
-              states(t + 1, D), kNoFloats, kNoFloats, kNoFloats, kNoFloats});
+    k.sample({S, rows, raw_.at(scratch), rows_of(x.state_noise, rssm.noise()).at(row), rssm.latent,
+              states(t + 1, D), kNoFloats, kNoFloats, kNoFloats, kNoFloats,
+              drawn_.at(place(t + 1)).data});
   }
 }
 
@@ -199,17 +202,19 @@ void Cem::evaluate(const Tile& tile, Index part, int thread) const {
   const Index rows = std::min(tile.head_rows, H * tile.rows - first);
   const Task task(*x.kernels, x.B * x.N, rows);
   const Kernels& k = task.kernels;
-  const Rows feat = states_.at(tile.slot * (H + 1) * tile_ + tile.rows + first);
+  const Index place = tile.slot * (H + 1) * tile_ + tile.rows + first;
+  const Rows feat = states_.at(place);
+  const Ones ones = drawn_.at(place).ones(*x.rssm, x.rssm->D);
   const Index scratch = thread * head_tile_;
   float* reward = reward_.at(tile.slot).data + first;
-  forward(k, *x.reward, feat, rows, reward_hidden_, scratch, {reward, 1});
+  forward(k, *x.reward, feat, rows, reward_hidden_, scratch, {reward, 1}, kNoFloats, ones);
   if (x.bootstrap != nullptr) {
     float* value = value_.at(tile.slot).data + first;
-    forward(k, *x.bootstrap, feat, rows, bootstrap_hidden_, scratch, {value, 1});
+    forward(k, *x.bootstrap, feat, rows, bootstrap_hidden_, scratch, {value, 1}, kNoFloats, ones);
   }
   if (x.discount != nullptr) {
     float* discount = discount_.at(tile.slot).data + first;
-    forward(k, *x.discount, feat, rows, discount_hidden_, scratch, {discount, 1});
+    forward(k, *x.discount, feat, rows, discount_hidden_, scratch, {discount, 1}, kNoFloats, ones);
     k.discount({rows, x.gamma, discount, nullptr});
   }
 }

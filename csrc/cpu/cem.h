@@ -20,8 +20,9 @@ struct CemArgs {
   Index I, H, B, N, K, P;         // I and P may be 0; 1 <= K <= N; P <= N
   float min_std, clip;
   bool sample_std;  // the refit divides by one elite less, unless there is only one
-  const float *start_deter, *start_stoch;   // [B, D], [B, S]
-  const float *action_noise, *state_noise;  // [I, H, B, N, A], [I, H, B, N, S]
+  const float *start_deter, *start_stoch;  // [B, D], [B, S]
+  // [I, H, B, N, A], [I, H, B, N, S or one a categorical]
+  const float *action_noise, *state_noise;
   const float* proposals;  // [H, B, P, A], the first P candidates of every iteration; null if P = 0
   float *mean, *std;       // [H, B, A]; in: the Normal to start from, out: the last
   float* scores;           // [I, B, N]
@@ -61,6 +62,7 @@ class Cem {
   std::vector<Job> jobs_;  // of an iteration
   // of one tile a slot
   Buffer states_;                                    // [H + 1, rows] rows [h | s | a]
+  Drawn drawn_;                                      // likewise
   FloatBuffer reward_, value_, discount_, returns_;  // [H, rows]
   // scratch of one tile a thread
   FloatBuffer h_;  // twice: h in float

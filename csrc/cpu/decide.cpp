@@ -20,7 +20,8 @@ Decide::Decide(const DecideArgs& args, Arena& scratch, int threads)
   h_ = take_floats(scratch, rows, d.rssm.D);
   deter_ = take_deter(scratch, k, d.rssm, rows, false);
   post_ = take_mlp(scratch, k, d.post, rows, false);
-  raw_ = take_floats(scratch, rows, 2 * d.rssm.S);
+  raw_ = take_floats(scratch, rows, d.rssm.raw());
+  drawn_ = take_drawn(scratch, d.rssm, rows);
   if (d.sees) {
     vector_ = take_rows(scratch, k, rows, d.vector());
     vector32_ = take_floats(scratch, rows, d.vector());
@@ -66,14 +67,16 @@ void Decide::tile(Index begin, Index rows, int thread) const {
     forward(k, d.encoder, vector_.at(row), rows, encoder_, row, kNoFloats);
   }
   // h' = GRU(act(W [s, a]), h); s' from the posterior of [h', embedding]
-  deter_step(k, rssm, used_.at(row), h_.at(row), rows, deter_, row, found_.at(row, S),
+  deter_step(k, rssm, used_.at(row), {}, h_.at(row), rows, deter_, row, found_.at(row, S),
              rows_of(x.next_deter, D).at(begin));
   forward(k, d.post, found_.at(row, S), rows, post_, row, raw_.at(row));
-  k.sample({S, rows, raw_.at(row), rows_of(x.state_noise, S).at(begin), rssm.std, found_.at(row),
-            rows_of(x.next_stoch, S).at(begin), kNoFloats, kNoFloats, kNoFloats});
+  k.sample({S, rows, raw_.at(row), rows_of(x.state_noise, rssm.noise()).at(begin), rssm.latent,
+            found_.at(row), rows_of(x.next_stoch, S).at(begin), kNoFloats, kNoFloats, kNoFloats,
+            drawn_.at(row).data});
   // a' = tanh(mean + std ε)
   if (!d.acts) return;
-  forward(k, d.actor.mlp, found_.at(row), rows, actor_, row, actor_raw_.at(row));
+  forward(k, d.actor.mlp, found_.at(row), rows, actor_, row, actor_raw_.at(row), kNoFloats,
+          drawn_.at(row).ones(rssm, 0));
   const Floats raw = actor_raw_.at(row);
   Floats noise = rows_of(x.action_noise, A).at(begin);
   if (noise.data == nullptr) {  // 0 · std is 0 whatever the policy's std is: it is left out

@@ -9,7 +9,7 @@ namespace fastdreamer {
 // The layers of a decision.
 struct Decider {
   Rssm rssm;  // without a prior: nothing is imagined
-  Mlp post;   // [h, embed, embedded vector] -> 2S
+  Mlp post;   // [h, embed, embedded vector] -> rssm.raw()
   bool sees, acts;
   Mlp encoder;  // symlog(vector) -> its embedding, the activation last; none unless it sees
   Actor actor;  // of [s, h]; none unless it acts
@@ -26,7 +26,7 @@ struct DecideArgs {
   Index B;
   const float *deter, *stoch, *action;  // [B, D], [B, S], [B, A]: before, and what was done
   const float *embed, *vector;          // * [B, embed()], * [B, vector()]
-  const float* state_noise;             // [B, S]
+  const float* state_noise;             // [B, rssm.noise()]
   const float* action_noise;            // * [B, A], or null: the mode
   float *next_deter, *next_stoch, *next_action;  // [B, D], [B, S], * [B, A]
 };
@@ -49,6 +49,7 @@ class Decide {
   // [s' | h' | embed | embedded vector]: what posterior and policy take are slices of it
   Buffer found_, vector_;
   FloatBuffer h_, raw_, actor_raw_, vector32_;
+  Drawn drawn_;
   DeterBuffers deter_;
   MlpBuffers encoder_, post_, actor_;
   float* zeros_ = nullptr;  // [A], the mode's noise

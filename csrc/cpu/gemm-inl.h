@@ -27,12 +27,18 @@ struct Operand {
   Index row, step;
 };
 
-// sums[r][v] = Σ_k a[r, k] w[k, v] for R rows and V vectors. noinline: each gets its registers.
+// Which k of a product are multiplied.
+struct Range {
+  Index begin, size;  // begin: a multiple of a step, with tiles of a block
+};
+
+// sums[r][v] = Σ_k a[r, k] w[k, v] for R rows, V vectors and K of the k of the panels, whose
+// vectors have `size` elements. noinline: each gets its registers.
 template <class P, int R, int V>
 __attribute__((noinline)) void multiply(Operand<typename P::Elem> a, Index K,
-                                        const typename P::Elem* w, float* sums) {
+                                        const typename P::Elem* w, Index size, float* sums) {
   // panels of one vector lie one behind the other
-  const Index next = P::vectors == 1 ? vector_size<P>(K) : kLanes * P::pair;
+  const Index next = P::vectors == 1 ? size : kLanes * P::pair;
   constexpr int step = (P::vectors == 1 ? 1 : V) * kLanes * P::pair;
   Vec acc[R][V];
 #pragma GCC unroll 16
@@ -70,14 +76,14 @@ __attribute__((noinline)) void multiply(Operand<typename P::Elem> a, Index K,
 // multiply<P, R, V> with R <= rows of the kernel and V <= its vectors, known at run time.
 template <class P, int R = kRows, int V = kVectors>
 FD_INLINE void multiply_any(int rows, int vectors, Operand<typename P::Elem> a, Index K,
-                            const typename P::Elem* w, float* sums) {
+                            const typename P::Elem* w, Index size, float* sums) {
   if constexpr (V > 1) {
-    if (vectors < V) return multiply_any<P, R, V - 1>(rows, vectors, a, K, w, sums);
+    if (vectors < V) return multiply_any<P, R, V - 1>(rows, vectors, a, K, w, size, sums);
   }
   if constexpr (R > 1) {
-    if (rows < R) return multiply_any<P, R - 1, V>(rows, vectors, a, K, w, sums);
+    if (rows < R) return multiply_any<P, R - 1, V>(rows, vectors, a, K, w, size, sums);
   }
-  multiply<P, R, V>(a, K, w, sums);
+  multiply<P, R, V>(a, K, w, size, sums);
 }
 
 #if FD_AMX
@@ -241,21 +247,22 @@ FD_INLINE void by_tiles(Index rows, int most, Body body) {
 
 // product() with tiles. Rows are the outer loop: theirs stay in L1 while the panels stream past.
 template <class Epilogue, class Prologue>
-FD_INLINE void tile_product(Operand<Bfloat16> a, Index rows, const Panels& w, Epilogue epilogue,
-                            Prologue prologue) {
+FD_INLINE void tile_product(Operand<Bfloat16> a, Index rows, const Panels& w, Range k,
+                            Epilogue epilogue, Prologue prologue) {
   const Index next = vector_size<Amx>(w.K), all = vectors(w.N);
   Parts<Epilogue> parts(epilogue);
   const Meanwhile meanwhile = parts.meanwhile();
   by_tiles(rows, 2 * amx::kRows,
            [&](Index row, int R, int height, int again) __attribute__((always_inline)) {
-             const TileRows in(a.data + (row - again) * a.row, a.row, w.K, R + again, height);
+             const TileRows in(a.data + (row - again) * a.row, a.row, k.size, R + again, height);
              const bool two = R > amx::kRows;
              const int most = two ? 2 : 4;
              for (Index vector = 0; vector < all; vector += most) {
                const int V = static_cast<int>(least(most, all - vector));
-               const Bfloat16* panel = static_cast<const Bfloat16*>(w.data) + vector * next;
+               const Bfloat16* panel =
+                   static_cast<const Bfloat16*>(w.data) + vector * next + k.begin * kLanes;
                prologue(row, R, vector * kLanes, V);
-               parts.spread(steps(w.K, Amx::block));
+               parts.spread(steps(k.size, Amx::block));
                switch (two ? 4 + V : V) {
                  case 1:
                    multiply_tiles<1, 1>(in, panel, next, parts.sums, meanwhile);
@@ -283,22 +290,24 @@ FD_INLINE void tile_product(Operand<Bfloat16> a, Index rows, const Panels& w, Ep
 }
 #endif
 
-// The whole product, part by part: epilogue(row, rows, first column, vectors, sums), and before the
-// part's sums are made, for prefetching, prologue(row, rows, first column, vectors). With tiles,
-// `a` has rows, between enter() and leave().
+// The product over a range of k, whose first `a` begins with, part by part: epilogue(row, rows,
+// first column, vectors, sums), and before the part's sums are made, for prefetching, prologue(row,
+// rows, first column, vectors). With tiles, `a` has rows, between enter() and leave().
 template <class P, class Epilogue, class Prologue>
-FD_INLINE void product(Operand<typename P::Elem> a, Index rows, const Panels& w, Epilogue epilogue,
-                       Prologue prologue) {
+FD_INLINE void product(Operand<typename P::Elem> a, Index rows, const Panels& w, Range k,
+                       Epilogue epilogue, Prologue prologue) {
   using Elem = typename P::Elem;
 #if FD_AMX
-  if constexpr (P::tiles) return tile_product(a, rows, w, epilogue, prologue);
+  if constexpr (P::tiles) return tile_product(a, rows, w, k, epilogue, prologue);
 #endif
+  const Index size = vector_size<P>(w.K);
   alignas(64) float sums[kRows * kVectors * kLanes];
   evenly(vectors(w.N), kVectors, [&](Index first_vector, int V) __attribute__((always_inline)) {
-    const Elem* panel = static_cast<const Elem*>(w.data) + first_vector * vector_size<P>(w.K);
+    const Elem* panel = static_cast<const Elem*>(w.data) + first_vector * size +
+                        k.begin * kLanes * (P::vectors == 1 ? 1 : V);
     evenly(rows, kRows, [&](Index row, int R) __attribute__((always_inline)) {
       prologue(row, R, first_vector * kLanes, V);
-      multiply_any<P>(R, V, {a.data + row * a.row, a.row, a.step}, w.K, panel, sums);
+      multiply_any<P>(R, V, {a.data + row * a.row, a.row, a.step}, k.size, panel, size, sums);
       epilogue(row, R, first_vector * kLanes, V, sums);
     });
   });
@@ -315,7 +324,7 @@ double peak_of_vectors(Index iterations) {
   double flop = 0;
   for (; iterations > 0; iterations -= K / P::pair) {
     asm volatile("" : "+r"(a), "+r"(w) : "r"(sums) : "memory");  // nothing is known, all is used
-    multiply<P, kRows, kVectors>({a, K, P::pair}, K, w, sums);
+    multiply<P, kRows, kVectors>({a, K, P::pair}, K, w, vector_size<P>(K), sums);
     flop += 2.0 * kRows * kVectors * kLanes * K;
   }
   return flop;
@@ -365,17 +374,79 @@ FD_INLINE Vec through(Vec grad, Vec y) {
   return grad * slope_at<act>(y);
 }
 
+// The inputs that are multiplied: without those that are one-hot, where the range begins with a
+// step (with tiles, whose last block is a whole one, with a block).
+template <class P>
+FD_INLINE Range multiplied(const LinearArgs& x) {
+  if (x.ones.at == nullptr) return {0, x.w.K};
+  const Index begin = x.ones.begin == 0 ? x.ones.size : 0;
+  if (begin % (P::tiles ? P::block : P::pair) != 0) return {0, x.w.K};
+  return {begin, x.w.K - x.ones.size};
+}
+
+// Where row k of w begins in the V vectors of columns from the first on, and from one vector to the
+// next.
+template <class P>
+struct Picked {
+  using Elem = typename P::Elem;
+  const Elem* panel;
+  Index step, next;
+
+  FD_METHOD Picked(const Panels& w, Index first_vector, int V)
+      : panel(static_cast<const Elem*>(w.data) + first_vector * vector_size<P>(w.K)),
+        step((P::vectors == 1 ? 1 : V) * kLanes * P::pair),
+        next(P::vectors == 1 ? vector_size<P>(w.K) : kLanes * P::pair) {}
+  FD_METHOD const Elem* row(Index k) const { return panel + k / P::pair * step; }
+};
+
+// sums = the rows of w that the ones of row r pick, added up.
+template <class P, int V>
+__attribute__((noinline)) void pick(const LinearArgs& x, Index r, const Picked<P>& from,
+                                    float* sums) {
+  Vec acc[V];
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) acc[v] = fill(0.0f);
+  const std::int32_t* one = x.ones.at + r * x.ones.count;
+  for (Index i = 0; i < x.ones.count; ++i) {
+    if (one[i] == Ones::none) continue;
+    const bool undefined = one[i] == Ones::undefined;
+    const Index k = x.ones.begin + (undefined ? 0 : one[i]);
+    const auto* row = from.row(k);
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      const Vec some = step_row(row + v * from.next, k % P::pair);
+      acc[v] = acc[v] + (undefined ? fill(__builtin_nanf("")) : some);
+    }
+  }
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) store(sums + v * kLanes, acc[v]);
+}
+
+template <class P, int V = kVectors>
+FD_INLINE void pick_any(int vectors, const LinearArgs& x, Index r, const Picked<P>& from,
+                        float* sums) {
+  if constexpr (V > 1) {
+    if (vectors < V) return pick_any<P, V - 1>(vectors, x, r, from, sums);
+  }
+  pick<P, V>(x, r, from, sums);
+}
+
 template <class P, Activation act>
 void linear_act(const LinearArgs& x) {
   using Elem = typename P::Elem;
-  const Operand<Elem> in{static_cast<const Elem*>(x.in.data), x.in.stride, P::pair};
+  const Range k = multiplied<P>(x);
+  const bool picks = k.size < x.w.K;
+  const Operand<Elem> in{static_cast<const Elem*>(x.in.data) + k.begin, x.in.stride, P::pair};
   product<P>(
-      in, x.rows, x.w,
+      in, x.rows, x.w, k,
       [&](Index row, int R, Index column, int V, const float* sums) __attribute__((always_inline)) {
         const Index end = least(column + V * kLanes, x.w.N);
+        alignas(64) float picked[kVectors * kLanes];
         for (Index r = row; r < row + R; ++r, sums += V * kLanes) {
+          if (picks) pick_any<P>(V, x, r, Picked<P>(x.w, column / kLanes, V), picked);
           by_vectors(column, end, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
             Vec y = load(sums + (c - column));
+            if (picks) y = y + load(picked + (c - column));
             if (x.bias != nullptr) y = y + get(x.bias + c);
             if (x.add.data != nullptr) y = y + get(at(x.add, r) + c);
             if (x.slope_of.data != nullptr) {
@@ -395,7 +466,13 @@ void linear_act(const LinearArgs& x) {
       // what a forward pass has left is far by now, and so is where it goes
       [&](Index row, int R, Index column, int V) __attribute__((always_inline)) {
         const Index end = least(column + V * kLanes, x.w.N);
+        const Picked<P> from(x.w, column / kLanes, V);
         for (Index r = row; r < row + R; ++r) {
+          for (Index i = 0; picks && i < x.ones.count; ++i) {  // so are most rows of w
+            const std::int32_t one = x.ones.at[r * x.ones.count + i];
+            const Elem* w = from.row(x.ones.begin + (one < 0 ? 0 : one));
+            for (int v = 0; v < V; ++v, w += from.next) __builtin_prefetch(w);
+          }
           if (x.slope_of.data != nullptr) {
             const Elem* saved = at<const Elem>(x.slope_of, r);
             prefetch(saved + column, saved + end);
@@ -750,7 +827,7 @@ void weight_gradient(const WeightGradientArgs& x) {
       w.K = panel_steps<P>(rows) * P::pair;
     }
     product<P>(
-        delta, x.out, w,
+        delta, x.out, w, {0, w.K},
         [&](Index row, int R, Index column, int V, const float* sums)
             __attribute__((always_inline)) {
               const Index end = least(column + V * kLanes, x.in);

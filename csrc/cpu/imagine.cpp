@@ -46,8 +46,9 @@ Imagine::Imagine(const ImagineArgs& args, const ImagineWants& wants, ImagineTape
   t.deter = take_deter(arena, k, rssm, rows, sweep);
   t.prior = take_mlp(arena, k, rssm.prior, rows, sweep);
   if (sweep) t.slope = take_floats(arena, all, rssm.S);
-  raw_ = take_floats(scratch, tiles, 2 * rssm.S);
+  raw_ = take_floats(scratch, tiles, rssm.raw());
   if (args.deter == nullptr) h_ = take_floats(scratch, 2 * tiles, rssm.D);
+  drawn_ = take_drawn(scratch, rssm, 2 * tiles);
   if (args.reward == nullptr) return;
 
   const bool critic = taped_ && wants.critic, reward = sweep && wants.reward;
@@ -95,6 +96,10 @@ void Imagine::tile(Index begin, Index rows, int thread) const {
     if (x.deter != nullptr) return rows_of(x.deter, D).at((t - 1) * B + begin);
     return h_.at((2 * thread + t % 2) * tile_);
   };
+  const auto drawn = [&](Index t) {  // in state t; the start is anybody's
+    return t == 0 ? Drawn{} : drawn_.at((2 * thread + t % 2) * tile_);
+  };
+  const auto ones = [&](Index t) { return drawn(t).ones(rssm, D); };  // of its features
   const Floats raw = raw_.at(scratch);
   const auto unit = [&](const Buffer& of, Index t) {
     return sweep ? of.at(t * B + begin) : kNoRows;
@@ -108,44 +113,46 @@ void Imagine::tile(Index begin, Index rows, int thread) const {
     // value[t] = v(feat_t)
     if (x.value != nullptr) {
       const bool bootstraps = x.target == nullptr && t > 0;
-      evaluate(k, tape.critic, t, begin, rows, thread, states(t, 0), x.value + row,
+      evaluate(k, tape.critic, t, begin, rows, thread, states(t, 0), ones(t), x.value + row,
                bootstraps ? unit(tape.value_unit, t - 1) : kNoRows, tape.wants.critic);
       if (bootstraps) std::copy_n(x.value + row, rows, x.next_value + row - B);
     }
     // r_t = reward(feat_t) or, below, reward(feat_{t+1})
     const auto pay = [&](Index state) {
-      evaluate(k, tape.reward, state, begin, rows, thread, states(state, 0), x.reward_out + row,
-               unit(tape.reward_unit, t), tape.wants.reward);
+      evaluate(k, tape.reward, state, begin, rows, thread, states(state, 0), ones(state),
+               x.reward_out + row, unit(tape.reward_unit, t), tape.wants.reward);
     };
     if (x.reward != nullptr && x.departure) pay(t);
     // a_t = tanh(mean + std ε), from the actor or as given
     const Floats action = rows_of(x.action, A).at(row);
     if (x.actor != nullptr) {
       const Floats actor_raw = tape.actor_raw.at(kept);
-      forward(k, x.actor->mlp, states(t, 0), rows, tape.actor, kept, actor_raw);
+      forward(k, x.actor->mlp, states(t, 0), rows, tape.actor, kept, actor_raw, kNoFloats, ones(t));
       k.act({A, rows, actor_raw, rows_of(x.action_noise, A).at(row), x.actor->mean_scale,
              x.actor->std, states(t, F), action});
     } else {
       k.copy({action, nullptr, A, rows, states(t, F), kNoFloats, false});
     }
     // h_{t+1} = GRU(act(W [s_t, a_t]), h_t), s_{t+1} from the prior of it
-    deter_step(k, rssm, states(t, 0), h(t), rows, tape.deter, kept, states(t + 1, 0), h(t + 1));
+    deter_step(k, rssm, states(t, 0), drawn(t), h(t), rows, tape.deter, kept, states(t + 1, 0),
+               h(t + 1));
     forward(k, rssm.prior, states(t + 1, 0), rows, tape.prior, kept, raw);
-    k.sample({S, rows, raw, rows_of(x.state_noise, S).at(row), rssm.std, states(t + 1, D),
-              rows_of(x.stoch, S).at(row), rows_of(x.prior_mean, S).at(row),
-              rows_of(x.prior_std, S).at(row), sweep ? tape.slope.at(row) : kNoFloats});
+    k.sample({S, rows, raw, rows_of(x.state_noise, rssm.noise()).at(row), rssm.latent,
+              states(t + 1, D), rows_of(x.stoch, S).at(row), rows_of(x.prior_mean, S).at(row),
+              rows_of(x.prior_std, S).at(row), sweep ? tape.slope.at(row) : kNoFloats,
+              drawn(t + 1).data});
     if (x.reward != nullptr && !x.departure) pay(t + 1);
     if (x.discount != nullptr) {
-      evaluate(k, tape.discount, t + 1, begin, rows, thread, states(t + 1, 0), x.discount_out + row,
-               unit(tape.discount_unit, t), tape.wants.discount);
+      evaluate(k, tape.discount, t + 1, begin, rows, thread, states(t + 1, 0), ones(t + 1),
+               x.discount_out + row, unit(tape.discount_unit, t), tape.wants.discount);
       k.discount(
           {rows, x.gamma, x.discount_out + row, sweep ? tape.discount_slope.data + row : nullptr});
     }
     // and the bootstrap value there, if it is not the critic's own at the next turn
     const Head& bootstrap = x.target != nullptr ? tape.target : tape.critic;
     if (x.next_value != nullptr && (x.target != nullptr || x.value == nullptr || t == x.H - 1)) {
-      evaluate(k, bootstrap, t + 1, begin, rows, thread, states(t + 1, 0), x.next_value + row,
-               unit(tape.value_unit, t), false);
+      evaluate(k, bootstrap, t + 1, begin, rows, thread, states(t + 1, 0), ones(t + 1),
+               x.next_value + row, unit(tape.value_unit, t), false);
     }
   }
   if (x.returns != nullptr) {
@@ -163,10 +170,11 @@ void Imagine::tile(Index begin, Index rows, int thread) const {
 // out = head(feat_t); with `unit` its gradient by feat_t, which with `deltas` leaves those of the
 // layers on the tape.
 void Imagine::evaluate(const Kernels& k, const Head& head, Index t, Index begin, Index rows,
-                       int thread, Rows feat, float* out, Rows unit, bool deltas) const {
+                       int thread, Rows feat, const Ones& ones, float* out, Rows unit,
+                       bool deltas) const {
   const ImagineArgs& x = tape_->args;
   const Index row = head.kept ? (t - head.first) * x.B + begin : thread * tile_;
-  forward(k, *head.mlp, feat, rows, head.hidden, row, {out, 1});
+  forward(k, *head.mlp, feat, rows, head.hidden, row, {out, 1}, kNoFloats, ones);
   if (unit.data == nullptr && !(deltas && head.kept)) return;
   backward(k, *head.mlp, head.hidden, row, head.deltas, row, rows, kNoFloats, false, unit);
 }
@@ -297,9 +305,10 @@ void ImagineBackward::tile(Index begin, Index rows, int thread) const {
       }
     }
     // s_{t+1} ~ prior(h_{t+1})
-    k.sample_backward({S, rows, ds, rows_of(g.prior_mean, S).at(row),
-                       rows_of(g.prior_std, S).at(row), rows_of(x.state_noise, S).at(row),
-                       tape_.slope.at(row), prior_.hidden[rssm.prior.depth - 1].at(delta)});
+    k.sample_backward({S, rows, rssm.latent, ds, rows_of(g.prior_mean, S).at(row),
+                       rows_of(g.prior_std, S).at(row),
+                       rows_of(x.state_noise, rssm.noise()).at(row), tape_.slope.at(row),
+                       prior_.hidden[rssm.prior.depth - 1].at(delta)});
     backward(k, rssm.prior, tape_.prior, row, prior_, delta, rows, dh, true);
     // h_{t+1} = GRU(act(W [s_t, a_t]), h_t)
     deter_step_backward(k, rssm, tape_.states.at(row), tape_.deter, row, deter_, delta, rows, dh,

@@ -31,10 +31,10 @@ struct ImagineArgs {
   bool departure;                       // rewards are of states 0..H-1, else of 1..H
   Index H, B;
   const float *start_deter, *start_stoch;    // [B, D], [B, S]
-  const float *state_noise, *action_noise;   // action_noise *
+  const float *state_noise, *action_noise;   // [S] or one a categorical; action_noise *
   float *deter, *stoch;                      // * of states 1..H
   float* action;                             // out, or in without an actor
-  float *prior_mean, *prior_std;             // *
+  float *prior_mean, *prior_std;             // *, the mean of categorical latents the logits
   float *reward_out, *next_value, *returns;  // * [H, B]: reward; bootstrap of states 1..H
   float* value;                              // * [H, B]: the critic's of states 0..H-1
   float* discount_out;                       // * [H, B]: γ sigmoid(logit), with a discount head
@@ -57,7 +57,7 @@ struct ImagineTape {
   FloatBuffer actor_raw;
   DeterBuffers deter;
   MlpBuffers prior;
-  FloatBuffer slope;  // d std / d raw of the latent
+  FloatBuffer slope;  // as SampleArgs
   // d / d feat of the states they are of: of the reward, the bootstrap and the discount's logit
   Buffer reward_unit, value_unit, discount_unit;
   Head reward, critic, target, discount;
@@ -77,7 +77,7 @@ class Imagine {
  private:
   void tile(Index begin, Index rows, int thread) const;
   void evaluate(const Kernels& k, const Head& head, Index t, Index begin, Index rows, int thread,
-                Rows feat, float* out, Rows unit, bool deltas) const;
+                Rows feat, const Ones& ones, float* out, Rows unit, bool deltas) const;
 
   ImagineTape own_;  // where there is no tape: buffers of one tile a thread
   ImagineTape* tape_;
@@ -86,6 +86,7 @@ class Imagine {
   Index tile_;       // rows
   FloatBuffer raw_;  // of one tile a thread
   FloatBuffer h_;    // likewise, twice: h where the caller does not want it
+  Drawn drawn_;      // likewise
 };
 
 // Gradients that reach the outputs (null: none) and where those of the inputs go (null: not

@@ -11,6 +11,8 @@
 // length of the call.
 #pragma once
 
+#include <cstdint>
+
 #include "common/view.h"
 #include "cpu/isa.h"
 
@@ -60,6 +62,16 @@ struct GruPackArgs {
   GruPanels to;
 };
 
+// Inputs [begin, begin + size), at the beginning or the end of a row, that are one-hot vectors side
+// by side: `count` ones a row, `at[row * count + i]` from `begin` on, the rest zeros.
+struct Ones {
+  const std::int32_t* at;  // null: there are none
+  Index count, begin, size;
+
+  static constexpr std::int32_t none = -1;       // zeros alone
+  static constexpr std::int32_t undefined = -2;  // NaN
+};
+
 // out = act(in · w + bias + add), or with `slope_of` the product times the derivative of the
 // activation at those saved outputs (for SiLU: `slope_of` holds the derivative itself).
 struct LinearArgs {
@@ -73,6 +85,7 @@ struct LinearArgs {
   Rows out;        // null data: not wanted
   Floats out32;    // likewise
   Rows out_slope;  // SiLU's derivative, likewise
+  Ones ones{};     // of in: their part of the product is a sum of rows of w
 };
 
 // h' = GRU(x, h) with the equations of torch.nn.GRUCell.
@@ -105,19 +118,32 @@ struct StdTransform {
   float scale, slope, offset, min, floor;
 };
 
-// mean, y = raw; sample = mean + std(y) * noise.
-struct SampleArgs {
-  Index S, rows;
-  Floats raw;    // [2S]
-  Floats noise;  // null data: only the distribution is wanted
-  StdTransform transform;
-  Rows out;                        // the sample as Elem, and
-  Floats out32, mean, std, slope;  // slope: d std / d y; each null data: not wanted
+// How raw outputs become a stochastic state.
+struct Latent {
+  Index classes;     // of every categorical, which divides S; 0: Gaussian
+  float unimix;      // u, the part of the uniform distribution in a categorical
+  StdTransform std;  // of a Gaussian
 };
 
-// raw_grad [2S] of the gradient of the sample, of mean and of std (null data: none).
+// Gaussian: mean, y = raw [2S]; sample = mean + std(y) * noise.
+// Categorical: p = (1 - u) softmax(raw [S]) + u / classes in each of its C = S / classes parts; the
+// sample is one-hot, the class whose part of the cumulative sums of p holds the noise.
+struct SampleArgs {
+  Index S, rows;
+  Floats raw;    // categorical: scratch afterwards
+  Floats noise;  // [S] or [C], in [0, 1); null data: only the distribution is wanted
+  Latent latent;
+  Rows out;                        // the sample as Elem, and
+  Floats out32, mean, std, slope;  // each null data: not wanted. mean: or logits; std: of Gaussian
+                                   // latents alone; slope: d std / d y, or the softmax
+  std::int32_t* ones = nullptr;    // [rows, C], as Ones has them; null: not wanted
+};
+
+// raw_grad of the gradient of the sample (categorical: as if it were p, straight-through), of mean
+// (or logits) and of std (null data: none).
 struct SampleBackwardArgs {
   Index S, rows;
+  Latent latent;
   Floats grad, mean_grad, std_grad, noise, slope;
   Rows raw_grad;
 };

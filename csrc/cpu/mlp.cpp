@@ -62,7 +62,7 @@ MlpBuffers take_unit_deltas(Arena& arena, const Kernels& k, const Mlp& mlp, Inde
 }
 
 void forward(const Kernels& k, const Mlp& mlp, Rows in, Index rows, const MlpBuffers& buffers,
-             Index row, Floats out, Floats add) {
+             Index row, Floats out, Floats add, const Ones& ones) {
   for (int i = 0; i < mlp.depth; ++i) {
     const Layer& layer = mlp.layers[i];
     const bool raw = i == mlp.depth - 1 && !mlp.act_last;
@@ -70,11 +70,11 @@ void forward(const Kernels& k, const Mlp& mlp, Rows in, Index rows, const MlpBuf
       k.dot({in, layer.in, rows, layer.row, layer.bias == nullptr ? 0.0f : *layer.bias, out.data});
     } else if (raw) {
       k.linear({layer.forward, in, rows, layer.bias, i == 0 ? add : kNoFloats, Activation::none,
-                kNoRows, kNoRows, out, kNoRows});
+                kNoRows, kNoRows, out, kNoRows, i == 0 ? ones : Ones{}});
     } else {
       const Rows hidden = buffers.hidden[i].at(row);
       k.linear({layer.forward, in, rows, layer.bias, i == 0 ? add : kNoFloats, mlp.act, kNoRows,
-                hidden, kNoFloats, buffers.slope[i].at(row)});
+                hidden, kNoFloats, buffers.slope[i].at(row), i == 0 ? ones : Ones{}});
       in = hidden;
     }
   }

@@ -84,9 +84,10 @@ MlpBuffers take_deltas(Arena& arena, const Kernels& k, const Mlp& mlp, Index row
 MlpBuffers take_unit_deltas(Arena& arena, const Kernels& k, const Mlp& mlp, Index rows);
 
 // Runs `rows` rows. A last layer without activation goes to `out` [rows, out]; `add` (or null
-// data) is added before the first activation. `row` is where in the buffers the tile lies.
+// data) is added before the first activation; `ones` are those of `in`. `row` is where in the
+// buffers the tile lies.
 void forward(const Kernels& k, const Mlp& mlp, Rows in, Index rows, const MlpBuffers& buffers,
-             Index row, Floats out, Floats add = kNoFloats);
+             Index row, Floats out, Floats add = kNoFloats, const Ones& ones = {});
 
 // From deltas.hidden[depth - 1] (without data: from 1, the single output's) to the deltas of all
 // layers before, and the gradient of the input: into `in_grad` (or null), added to it with

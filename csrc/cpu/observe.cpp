@@ -5,6 +5,17 @@
 #include "cpu/task.h"
 
 namespace fastdreamer {
+namespace {
+
+// Where an episode begins, nothing was drawn.
+void forget(const Drawn& drawn, const unsigned char* first, Index rows) {
+  for (Index r = 0; drawn.data != nullptr && first != nullptr && r < rows; ++r) {
+    if (first[r] != 0) std::fill_n(drawn.at(r).data, drawn.count, Ones::none);
+  }
+}
+
+}  // namespace
+
 Observe::Observe(const ObserveArgs& args, ObserveTape* tape, Arena& scratch, int threads)
     : tape_(tape != nullptr ? tape : &own_),
       taped_(tape != nullptr),
@@ -32,11 +43,12 @@ Observe::Observe(const ObserveArgs& args, ObserveTape* tape, Arena& scratch, int
   t.prior = take_mlp(arena, k, rssm.prior, taped_ ? all : by_row.threads * batch_tile_, taped_);
   if (taped_) {
     t.post_slope = take_floats(arena, all, rssm.S);
-    t.prior_slope = take_floats(arena, all, rssm.S);
+    if (rssm.latent.classes == 0) t.prior_slope = take_floats(arena, all, rssm.S);
   }
   projected_ = take_floats(scratch, all, args.embed->out);
-  raw_ = take_floats(scratch, std::max(tiles, by_row.threads * batch_tile_), 2 * rssm.S);
+  raw_ = take_floats(scratch, std::max(tiles, by_row.threads * batch_tile_), rssm.raw());
   h32_ = take_floats(scratch, tiles, rssm.D);
+  drawn_ = take_drawn(scratch, rssm, tiles);
 }
 
 void Observe::run() const {
@@ -71,6 +83,7 @@ void Observe::scan(Index begin, Index rows, int thread) const {
   const Rssm& rssm = *x.rssm;
   const Index A = rssm.A, D = rssm.D, S = rssm.S, B = x.B;
   const Floats raw = raw_.at(thread * scan_tile_), h32 = h32_.at(thread * scan_tile_);
+  const Drawn drawn = drawn_.at(thread * scan_tile_);
   for (Index t = 0; t < x.T; ++t) {
     const Index row = t * B + begin, kept = taped_ ? row : thread * scan_tile_;
     const auto first = [&](const unsigned char* all) { return all == nullptr ? all : all + row; };
@@ -80,13 +93,14 @@ void Observe::scan(Index begin, Index rows, int thread) const {
     k.copy({s, first(x.first_stoch), S, rows, tape.used.at(kept, D), kNoFloats, false});
     k.copy({rows_of(x.action, A).at(row), first(x.first_action), A, rows, tape.used.at(kept, D + S),
             kNoFloats, false});
+    forget(drawn, first(x.first_stoch), rows);
     // h' = GRU(act(W [s, a]), h); s' from the posterior of [h', embedding]
-    deter_step(k, rssm, tape.used.at(kept), h32, rows, tape.deter, kept, tape.h.at(row),
-               rows_of(x.deter, D).at(row));
+    deter_step(k, rssm, tape.used.at(kept), t == 0 ? Drawn{} : drawn, h32, rows, tape.deter, kept,
+               tape.h.at(row), rows_of(x.deter, D).at(row));
     forward(k, *x.post, tape.h.at(row), rows, tape.post, kept, raw, projected_.at(row));
-    k.sample({S, rows, raw, rows_of(x.noise, S).at(row), rssm.std, kNoRows,
+    k.sample({S, rows, raw, rows_of(x.noise, rssm.noise()).at(row), rssm.latent, kNoRows,
               rows_of(x.stoch, S).at(row), rows_of(x.post_mean, S).at(row),
-              rows_of(x.post_std, S).at(row), tape.post_slope.at(row)});
+              rows_of(x.post_std, S).at(row), tape.post_slope.at(row), drawn.data});
   }
 }
 
@@ -100,7 +114,7 @@ void Observe::prior(Index begin, Index rows, int thread) const {
   const Floats raw = raw_.at(thread * batch_tile_);
   forward(k, rssm.prior, tape.h.at(begin), rows, tape.prior, taped_ ? begin : thread * batch_tile_,
           raw);
-  k.sample({S, rows, raw, kNoFloats, rssm.std, kNoRows, kNoFloats,
+  k.sample({S, rows, raw, kNoFloats, rssm.latent, kNoRows, kNoFloats,
             rows_of(x.prior_mean, S).at(begin), rows_of(x.prior_std, S).at(begin),
             tape.prior_slope.at(begin)});
 }
@@ -160,7 +174,7 @@ void ObserveBackward::prior(Index begin, Index rows) const {
   const Kernels& k = task.kernels;
   const Rssm& rssm = *x.rssm;
   const Index S = rssm.S;
-  k.sample_backward({S, rows, kNoFloats, rows_of(grads_.prior_mean, S).at(begin),
+  k.sample_backward({S, rows, rssm.latent, kNoFloats, rows_of(grads_.prior_mean, S).at(begin),
                      rows_of(grads_.prior_std, S).at(begin), kNoFloats, tape_.prior_slope.at(begin),
                      prior_deltas_.hidden[rssm.prior.depth - 1].at(begin)});
   backward(k, rssm.prior, tape_.prior, begin, prior_deltas_, begin, rows, prior_dh_.at(begin),
@@ -185,9 +199,9 @@ void ObserveBackward::scan(Index begin, Index rows, int thread) const {
     add_rows(k, rows_of(g.deter, D).at(row), D, rows, dh);
     add_rows(k, rows_of(prior_dh_.data, D).at(row), D, rows, dh);
     add_rows(k, rows_of(g.stoch, S).at(row), S, rows, ds);
-    k.sample_backward({S, rows, ds, rows_of(g.post_mean, S).at(row), rows_of(g.post_std, S).at(row),
-                       rows_of(x.noise, S).at(row), tape_.post_slope.at(row),
-                       post_deltas_.hidden[x.post->depth - 1].at(row)});
+    k.sample_backward({S, rows, rssm.latent, ds, rows_of(g.post_mean, S).at(row),
+                       rows_of(g.post_std, S).at(row), rows_of(x.noise, rssm.noise()).at(row),
+                       tape_.post_slope.at(row), post_deltas_.hidden[x.post->depth - 1].at(row)});
     backward(k, *x.post, tape_.post, row, post_deltas_, row, rows, dh, true);
     deter_step_backward(k, rssm, tape_.used.at(row), tape_.deter, row, deter_, row, rows, dh,
                         ds_da);

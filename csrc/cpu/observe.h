@@ -12,7 +12,7 @@ namespace fastdreamer {
 struct ObserveArgs {
   const Kernels* kernels;
   const Rssm* rssm;
-  const Mlp* post;     // h -> 2S, its first layer without bias, the embedding's part being added
+  const Mlp* post;     // h -> raw(), its first layer without bias, the embedding's part being added
   const Layer* embed;  // that part, with the bias
   Index T, B;
   const float *start_deter, *start_stoch;  // [B, D], [B, S]
@@ -21,7 +21,8 @@ struct ObserveArgs {
   const float* action;
   // * [T, B]: where an episode begins and that part of what was is forgotten
   const unsigned char *first_deter, *first_stoch, *first_action;
-  const float* noise;
+  const float* noise;  // [S], or of categorical latents one a categorical
+  // of categorical latents the means are the logits, and the stds null
   float *deter, *stoch, *post_mean, *post_std, *prior_mean, *prior_std;
 };
 
@@ -57,6 +58,7 @@ class Observe {
   FloatBuffer projected_;  // [T * B] of the embeddings
   FloatBuffer raw_;        // of one tile a thread, and
   FloatBuffer h32_;
+  Drawn drawn_;
 };
 
 // Gradients that reach the outputs (null: none) and where those of the inputs go (null: not

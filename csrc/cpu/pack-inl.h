@@ -153,6 +153,12 @@ FD_INLINE void put_step(Bfloat16* to, Vec low, Vec high) {
   word_store(to, to_bfloat16(low) | up16(to_bfloat16(high)));
 }
 
+// Row `odd` of the one or two rows that a step holds.
+FD_INLINE Vec step_row(const float* step, Index) { return load(step); }
+FD_INLINE Vec step_row(const Bfloat16* step, Index odd) {
+  return floats(up(word_load(step), odd == 0 ? 16 : 0) & word_fill(0xffff0000u));
+}
+
 // Fills the last block of V vectors of K.
 template <class P>
 FD_INLINE void fill_block(Index K, int V, typename P::Elem* to) {

@@ -8,9 +8,15 @@ DeterBuffers take_deter(Arena& arena, const Kernels& k, const Rssm& rssm, Index 
   return buffers;
 }
 
-void deter_step(const Kernels& k, const Rssm& rssm, Rows state, Floats h32, Index rows,
-                const DeterBuffers& to, Index row, Rows next, Floats out32) {
-  forward(k, rssm.inp, columns(k, state, rssm.D), rows, to.inp, row, kNoFloats);
+Drawn take_drawn(Arena& arena, const Rssm& rssm, Index rows) {
+  if (rssm.latent.classes == 0) return {};
+  return {arena.take<std::int32_t>(rows * rssm.noise()), rssm.noise()};
+}
+
+void deter_step(const Kernels& k, const Rssm& rssm, Rows state, const Drawn& drawn, Floats h32,
+                Index rows, const DeterBuffers& to, Index row, Rows next, Floats out32) {
+  forward(k, rssm.inp, columns(k, state, rssm.D), rows, to.inp, row, kNoFloats, kNoFloats,
+          drawn.ones(rssm, 0));
   const Rows x = to.inp.hidden[rssm.inp.depth - 1].at(row);
   k.gru({rssm.gru.forward, rssm.gru.bias, x, state, h32, rows, next, out32, to.gates.at(row)});
 }

@@ -19,10 +19,12 @@ struct Rssm {
   Index A, D, S;
   Mlp inp;  // [s, a] -> hidden, activation last
   Gru gru;
-  Mlp prior;  // h -> 2S
-  StdTransform std;
+  Mlp prior;  // h -> raw()
+  Latent latent;
 
   Index hidden() const { return inp.out(); }
+  Index raw() const { return latent.classes > 0 ? S : 2 * S; }                 // of a distribution
+  Index noise() const { return latent.classes > 0 ? S / latent.classes : S; }  // of a sample
   Index width() const { return D + S + A; }
   Index feat() const { return D + S; }
 };
@@ -41,10 +43,21 @@ struct DeterBuffers {
 };
 DeterBuffers take_deter(Arena& arena, const Kernels& k, const Rssm& rssm, Index rows, bool keep);
 
+// Which classes were drawn, of rows of states: as Ones has them, [rows, C].
+struct Drawn {
+  std::int32_t* data = nullptr;  // null: latents are Gaussian, or the states are anybody's
+  Index count = 0;               // C
+
+  Drawn at(Index row) const { return {data == nullptr ? nullptr : data + row * count, count}; }
+  // Of rows whose stochastic state begins at a column.
+  Ones ones(const Rssm& rssm, Index begin) const { return {data, count, begin, rssm.S}; }
+};
+Drawn take_drawn(Arena& arena, const Rssm& rssm, Index rows);
+
 // h' = GRU(act(W [s, a]), h): from the rows `state` (and h in float, `h32`) to the first D columns
 // of the rows `next`, and to `out32`.
-void deter_step(const Kernels& k, const Rssm& rssm, Rows state, Floats h32, Index rows,
-                const DeterBuffers& to, Index row, Rows next, Floats out32);
+void deter_step(const Kernels& k, const Rssm& rssm, Rows state, const Drawn& drawn, Floats h32,
+                Index rows, const DeterBuffers& to, Index row, Rows next, Floats out32);
 
 // Gradients before the activations that the steps' weight gradients need, or scratch for one step.
 struct DeterDeltas {

@@ -59,6 +59,7 @@ FD_INLINE Vec reciprocal14(Vec a) { return {_mm512_rcp14_ps(a.v)}; }  // 2^-14 r
 FD_INLINE Mask operator<(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 FD_INLINE Vec select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_ps(m.v, b.v, a.v)}; }
 FD_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+FD_INLINE float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
 FD_INLINE Words words(Vec a) { return {_mm512_castps_si512(a.v)}; }
 FD_INLINE Vec floats(Words a) { return {_mm512_castsi512_ps(a.v)}; }
@@ -69,6 +70,7 @@ FD_INLINE Words operator&(Words a, Words b) { return {_mm512_and_si512(a.v, b.v)
 FD_INLINE Words operator|(Words a, Words b) { return {_mm512_or_si512(a.v, b.v)}; }
 FD_INLINE Words operator+(Words a, Words b) { return {_mm512_add_epi32(a.v, b.v)}; }
 FD_INLINE Words up16(Words a) { return {_mm512_slli_epi32(a.v, 16)}; }
+FD_INLINE Words up(Words a, int bits) { return {_mm512_sll_epi32(a.v, _mm_cvtsi32_si128(bits))}; }
 FD_INLINE Words down16(Words a) { return {_mm512_srli_epi32(a.v, 16)}; }
 FD_INLINE Mask is_nan(Vec a) { return {_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q)}; }
 FD_INLINE Words widen(const Bfloat16* p) {
@@ -165,6 +167,11 @@ FD_INLINE float sum(Vec a) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+FD_INLINE float largest(Vec a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
 
 FD_INLINE Words words(Vec a) { return {_mm256_castps_si256(a.v)}; }
 FD_INLINE Vec floats(Words a) { return {_mm256_castsi256_ps(a.v)}; }
@@ -177,6 +184,7 @@ FD_INLINE Words operator&(Words a, Words b) { return {_mm256_and_si256(a.v, b.v)
 FD_INLINE Words operator|(Words a, Words b) { return {_mm256_or_si256(a.v, b.v)}; }
 FD_INLINE Words operator+(Words a, Words b) { return {_mm256_add_epi32(a.v, b.v)}; }
 FD_INLINE Words up16(Words a) { return {_mm256_slli_epi32(a.v, 16)}; }
+FD_INLINE Words up(Words a, int bits) { return {_mm256_sll_epi32(a.v, _mm_cvtsi32_si128(bits))}; }
 FD_INLINE Words down16(Words a) { return {_mm256_srli_epi32(a.v, 16)}; }
 FD_INLINE Mask is_nan(Vec a) { return {_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)}; }
 FD_INLINE Words widen(const Bfloat16* p) {
@@ -271,6 +279,7 @@ FD_INLINE Vec reciprocal14(Vec a) { return {1.0f / a.v}; }
 FD_INLINE Mask operator<(Vec a, Vec b) { return {a.v < b.v}; }
 FD_INLINE Vec select(Mask m, Vec a, Vec b) { return m.v ? a : b; }
 FD_INLINE float sum(Vec a) { return a.v; }
+FD_INLINE float largest(Vec a) { return a.v; }
 
 FD_INLINE Words words(Vec a) {
   Words w;
@@ -293,6 +302,7 @@ FD_INLINE Words operator&(Words a, Words b) { return {a.v & b.v}; }
 FD_INLINE Words operator|(Words a, Words b) { return {a.v | b.v}; }
 FD_INLINE Words operator+(Words a, Words b) { return {a.v + b.v}; }
 FD_INLINE Words up16(Words a) { return {a.v << 16}; }
+FD_INLINE Words up(Words a, int bits) { return {a.v << bits}; }
 FD_INLINE Words down16(Words a) { return {a.v >> 16}; }
 // Saturating, NaN to 0: a cast of what does not fit is undefined.
 FD_INLINE Words to_int(Vec a) {
@@ -346,6 +356,18 @@ FD_INLINE Words to_bfloat16(Vec a) {
 FD_INLINE void store(Bfloat16* p, Vec a) { narrow(p, to_bfloat16(a)); }
 FD_INLINE void store(Bfloat16* p, Vec a, Index n) { narrow(p, to_bfloat16(a), n); }
 #endif
+
+// The largest of n >= 1 numbers; NaN among them may be passed over.
+FD_INLINE float largest(const float* p, Index n) {
+  if (n < kLanes) {
+    float most = *p;
+    for (Index i = 1; i < n; ++i) most = most > p[i] ? most : p[i];
+    return most;
+  }
+  Vec most = load(p + n - kLanes);
+  for (Index i = 0; i + kLanes < n; i += kLanes) most = max(most, load(p + i));
+  return largest(most);
+}
 
 // Asks for the cache lines of [begin, end).
 template <class T>

@@ -19,7 +19,10 @@ from fastdreamer.ops.params import (
     StdTransform,
 )
 
-BODIES: dict[str, frozenset[str]] = {"native": frozenset(), "triton": frozenset()}
+BODIES: dict[str, frozenset[str]] = {
+    "native": frozenset(("categorical latents",)),
+    "triton": frozenset(),
+}
 """What each compiled backend has besides, in the words of :func:`lacking`."""
 
 _BASE = frozenset(("elu", "relu", "silu", "tanh"))

@@ -1,4 +1,4 @@
-"""Categorical latents in every recurrent op: the sampler, its gradient, and what refuses them."""
+"""Categorical latents in every recurrent op, eager: sampler, gradient, and what refuses them."""
 
 import itertools
 
@@ -16,6 +16,7 @@ from fastdreamer.ops.observe import observe
 from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.params import Categorical, OneHot, State, latent_dist
 from fastdreamer.ops.rssm_step import rssm_step
+from fastdreamer.ops.vocabulary import lacking
 
 C, K = 3, 4
 SIZES = testing.Sizes(2, 5, C * K, 4, 6, 6, 1, 1, 1, "silu")
@@ -199,7 +200,7 @@ def test_logits_are_float32_under_autocast():
     ).probs.dtype == (torch.float32)
 
 
-def test_compiled_backends_refuse_them():
+def test_triton_refuses_them_and_native_takes_them():
     (params, actor, returns), x = model(dtype=torch.float32), Inputs(dtype=torch.float32)
     mean, noises = torch.zeros(4, 3, 2), (torch.zeros(1, 4, 3, 7, 2), torch.rand(1, 4, 3, 7, C))
     calls = [
@@ -212,9 +213,11 @@ def test_compiled_backends_refuse_them():
         lambda b: cem(params, returns, x.start, mean, mean, *noises, num_elites=2, backend=b,
                       score=lambda feat: feat.sum((0, 2))),
     ]  # fmt: skip
+    assert lacking(params) == {"triton": "it has no categorical latents"}
     for call in calls:
-        with pytest.raises(BackendError, match="native.*it has no categorical latents"):
-            call("native")
+        with pytest.raises(BackendError, match="triton"):
+            call("triton")
+        call("native")
         call("auto")
 
 

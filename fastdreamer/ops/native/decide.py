@@ -25,7 +25,7 @@ def decide(
     """See ``fastdreamer.ops.decide``."""
     if embed is not None and embed.dtype == torch.bfloat16:
         embed = embed.float()
-    new = State(torch.empty_like(state.deter), torch.empty_like(state_noise))
+    new = State(*map(torch.empty_like, state))
     chosen = None if actor is None else torch.empty_like(action)
     _native.decide(
         pack_decider(params, actor, encoder, bf16=autocast_bf16()),

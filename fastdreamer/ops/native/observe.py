@@ -14,12 +14,14 @@ from fastdreamer.ops.native.packs import (
     autocast_bf16,
     first_order,
     flat,
+    latent_of,
     layers,
+    new_latent,
     pack_mlp,
     pack_rssm,
     split,
 )
-from fastdreamer.ops.params import Normal, RSSMParams, State
+from fastdreamer.ops.params import Latent, RSSMParams, State
 
 
 def observe(
@@ -30,7 +32,7 @@ def observe(
     is_first: Tensor,
     noise: Tensor,
     resets: tuple[bool, bool, bool],
-) -> tuple[State, Normal, Normal]:
+) -> tuple[State, Latent, Latent]:
     """See ``fastdreamer.ops.observe``: posterior states, posterior and prior."""
     bf16 = autocast_bf16()
     if embed.dtype == torch.bfloat16 and not bf16:
@@ -44,16 +46,17 @@ def observe(
     else:  # without the node, which takes as long as a step of one row
         outputs, _ = _run(params, bf16, resets, inputs, keep=False)
     deter, stoch, *rest = outputs
-    return State(deter, stoch), Normal(*rest[:2]), Normal(*rest[2:])
+    return State(deter, stoch), latent_of(params, *rest[:2]), latent_of(params, *rest[2:])
 
 
 def _run(
     params: RSSMParams, bf16: bool, resets: tuple, inputs: Sequence[Tensor], *, keep: bool
-) -> tuple[tuple[Tensor, ...], Any]:
-    """deter, stoch, mean and std of posterior and prior; and the tape, if it is to be kept."""
+) -> tuple[tuple[Tensor | None, ...], Any]:
+    """deter, stoch, mean and std (or logits and None) of posterior and prior; and the tape, if it
+    is to be kept."""
     deter, stoch, embed, action, is_first, noise = inputs
     T, B, _ = noise.shape
-    D, E = deter.shape[1], embed.shape[2]
+    D, S, E = deter.shape[1], stoch.shape[1], embed.shape[2]
     of_deter, of_embed = (E, 0) if params.embed_first else (0, D)  # first columns
     pack = {"bf16": bf16, "gradients": keep}
     first = params.post._replace(weights=params.post.weights[:1], biases=params.post.biases[:1])
@@ -62,7 +65,9 @@ def _run(
         pack_mlp(params.post, columns=(of_deter, D), bias=False, **pack),
         pack_mlp(first, columns=(of_embed, E), **pack),
     )
-    outputs = (noise.new_empty(T, B, D), *(torch.empty_like(noise) for _ in range(5)))
+    drawn = noise.new_empty(T, B, S)
+    post, prior = new_latent(params, drawn), new_latent(params, drawn)
+    outputs = (noise.new_empty(T, B, D), drawn, *post, *prior)
     bits = embed.view(torch.int16) if embed.dtype == torch.bfloat16 else embed
     tape = _native.observe_forward(
         model,

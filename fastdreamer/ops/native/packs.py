@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from fastdreamer import _native
 from fastdreamer.ops.cells import GRUParams
 from fastdreamer.ops.layers import MLPParams
-from fastdreamer.ops.params import ActorParams, RSSMParams
+from fastdreamer.ops.params import ActorParams, Categorical, Latent, Normal, OneHot, RSSMParams
 from fastdreamer.ops.private import expired
 
 LIMIT = 512
@@ -155,7 +155,7 @@ def pack_gru(params: GRUParams, *, bf16: bool, gradients: bool) -> Any:
 
 
 def pack_rssm(params: RSSMParams, *, bf16: bool, gradients: bool) -> tuple:
-    """Input layer, GRU, prior and the std's transform: the dynamics as the extension takes them.
+    """Input layer, GRU, prior and what latents are: the dynamics as the extension takes them.
 
     One look-up where nothing has changed: a single step of one row takes less time than three.
     """
@@ -171,7 +171,7 @@ def pack_rssm(params: RSSMParams, *, bf16: bool, gradients: bool) -> tuple:
                 pack_mlp(params.inp, act_last=True, rotate=dims["A"], **pack),
                 pack_gru(params.gru, **pack),
                 pack_mlp(params.prior, **pack),
-                params.latent,
+                latent_as_given(params),
             ),
             gradients,
         )
@@ -204,12 +204,31 @@ def pack_decider(
             ),
             pack_gru(params.gru, **pack),
             pack_mlp(params.post, rotate=dims["E"] if params.embed_first else 0, **pack),
-            params.latent,
+            latent_as_given(params),
             encoder and pack_mlp(encoder, act_last=True, **pack),
             chooses,
         )
 
     return cached(key, tensors, False, make)
+
+
+def latent_as_given(params: RSSMParams) -> tuple:
+    """What latents are, as the extension takes it: a std's transform, or (classes, unimix)."""
+    latent = params.latent
+    return (latent.classes, latent.unimix) if isinstance(latent, Categorical) else latent
+
+
+def new_latent(params: RSSMParams, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Memory for a distribution as the extension leaves it: mean and std, or logits and None."""
+    gaussian = not isinstance(params.latent, Categorical)
+    return torch.empty_like(like), torch.empty_like(like) if gaussian else None
+
+
+def latent_of(params: RSSMParams, mean: Tensor, std: Tensor | None) -> Latent:
+    """That distribution."""
+    if not isinstance(params.latent, Categorical):
+        return Normal(mean, std)
+    return OneHot(mean.unflatten(-1, (-1, params.latent.classes)), params.latent.unimix)
 
 
 class _Model(NamedTuple):

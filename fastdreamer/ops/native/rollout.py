@@ -18,6 +18,7 @@ from fastdreamer.ops.native.packs import (
     first_order,
     flat,
     layers,
+    new_latent,
     pack_mlp,
     pack_rssm,
     split,
@@ -89,7 +90,8 @@ class Call:
         *,
         wants: _Wants,
     ) -> tuple[Tensor | None, ...]:
-        """deter, stoch, action, prior mean, std, reward, next_value, returns, value, discount."""
+        """deter, stoch, action, prior (mean and std, or logits and None), reward, next_value,
+        returns, value, discount."""
         keep = wants.through or wants.critic
         pack = {"bf16": self.bf16, "gradients": keep}
         model = pack_rssm(self.params, **pack)
@@ -104,14 +106,14 @@ class Call:
             four = (returns.reward, returns.critic, returns.target, returns.discount)
             heads = [head and pack_mlp(head, rotate=rotate, **pack) for head in four]
             heads = (*heads, returns.gamma, returns.lam, returns.departure)
-        H, B, S = state_noise.shape
+        H, B, _ = state_noise.shape
         new = state_noise.new_empty  # torch.empty would ask torch's default dtype and device
         if action is None:
             action = new(action_noise.shape)
-        deter, stoch = new(H, B, start_deter.shape[1]), new(H, B, S)
+        deter, stoch = new(H, B, start_deter.shape[1]), new(H, B, start_stoch.shape[1])
         mean = std = reward = next_value = total = value = discount = None
         if self.prior:
-            mean, std = new(H, B, S), new(H, B, S)
+            mean, std = new_latent(self.params, stoch)
         if heads is not None:
             reward, next_value, total, value = new(H, B), new(H, B), new(H, B), new(H, B)
             if returns.discount is not None:
