@@ -9,7 +9,7 @@ import sys
 from benchmarks.machine import ROOT
 from benchmarks.report import MEASUREMENTS
 
-INCOMPLETE = ("ops", "curves", "phases", "memory")
+INCOMPLETE = ("ops", "categorical", "curves", "phases", "memory")
 """Those that can go on without a variant; the others need none but native, or no native at all."""
 
 

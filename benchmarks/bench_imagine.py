@@ -108,9 +108,12 @@ def _both_losses(out: Imagined) -> Tensor:
 def heads_case(H: int, B: int, sizes: testing.Sizes) -> Case:
     """The rollout and its heads, forward; ``curves`` varies the sizes."""
     arguments = functools.partial(inputs, H, B, sizes, heads=True)
-    x = arguments()
-    count = flops.imagine(x["params"], x["actor"], H, B, x["returns"])
-    return Case("imagine + heads", OP, arguments, count, with_heads, _compiled)
+    return _heads_case(arguments(), arguments)
+
+
+def _heads_case(x: dict[str, Any], arguments: Callable[[], dict[str, Any]], of: str = "") -> Case:
+    count = flops.imagine(x["params"], x["actor"], *x["action_noise"].shape[:2], x["returns"])
+    return Case(f"imagine + heads{of}", OP, arguments, count, with_heads, _compiled)
 
 
 def everything_case(B: int, sizes: testing.Sizes = testing.REPORT) -> Case:
@@ -134,9 +137,16 @@ def everything_case(B: int, sizes: testing.Sizes = testing.REPORT) -> Case:
     )
 
 
-def _cases(sizes: testing.Sizes) -> list[Case]:
-    x = inputs(H, B, sizes, heads=True)
+def cases(x: dict[str, Any], make: Callable[..., dict[str, Any]], of: str = "") -> list[Case]:
+    """Everything that an update imagines.
+
+    Args:
+        x: arguments, heads included, whose sizes count.
+        make: ``make(heads=...)`` returns those that the op gets.
+        of: the end of every name.
+    """
     params, actor, returns = x["params"], x["actor"], x["returns"]
+    H, B, _ = x["action_noise"].shape
     # Trained together, the two get their gradients from one pass: no term of the sum of the
     # losses reaches the other's parameters.
     both = functools.partial(with_heads, value=True)
@@ -144,21 +154,21 @@ def _cases(sizes: testing.Sizes) -> list[Case]:
     update = functools.partial(
         Case,
         op=OP,
-        inputs=functools.partial(inputs, H, B, sizes, heads=True),
+        inputs=functools.partial(make, heads=True),
         learning_rate=LEARNING_RATE,
     )
     return [
         Case(
-            "imagine",
+            f"imagine{of}",
             OP,
-            functools.partial(inputs, H, B, sizes, heads=False),
+            functools.partial(make, heads=False),
             flops.imagine(params, actor, H, B),
             _rollout,
             compiled.imagine,
         ),
-        heads_case(H, B, sizes),
+        _heads_case(x, functools.partial(make, heads=True), of),
         update(
-            name="actor update",
+            name=f"actor update{of}",
             flops=flops.actor_update(params, actor, H, B, returns),
             call=with_heads,
             compiled=_compiled,
@@ -166,7 +176,7 @@ def _cases(sizes: testing.Sizes) -> list[Case]:
             loss=_actor_loss,
         ),
         update(
-            name="actor + critic update",
+            name=f"actor + critic update{of}",
             flops=flops.actor_critic_update(params, actor, H, B, returns),
             call=both,
             compiled=both_compiled,
@@ -176,7 +186,9 @@ def _cases(sizes: testing.Sizes) -> list[Case]:
     ]
 
 
-CASES = _cases(testing.REPORT)
+CASES = cases(
+    inputs(H, B, testing.REPORT, heads=True), functools.partial(inputs, H, B, testing.REPORT)
+)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

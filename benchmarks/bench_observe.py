@@ -17,7 +17,7 @@ from fastdreamer.ops.observe import OP, observe
 T, B = 50, 8
 
 
-def _leaves(inputs: dict[str, Any]) -> list[list[Tensor]]:
+def leaves(inputs: dict[str, Any]) -> list[list[Tensor]]:
     """What the world model's loss trains: the parameters, and the encoder behind the embedding."""
     params = [x for x in pytree.tree_leaves(inputs["params"]) if isinstance(x, Tensor)]
     return [[*params, inputs["embed"]]]
@@ -26,8 +26,8 @@ def _leaves(inputs: dict[str, Any]) -> list[list[Tensor]]:
 def _case(name: str, *, backward: bool = False, **options: object) -> Case:
     inputs = functools.partial(testing.observe_inputs, testing.REPORT, T, B)
     count = flops.observe(inputs()["params"], T, B, backward=backward)
-    leaves = _leaves if backward else None
-    return Case(name, OP, inputs, count, observe, compiled.observe, leaves=leaves, **options)
+    grads = leaves if backward else None
+    return Case(name, OP, inputs, count, observe, compiled.observe, leaves=grads, **options)
 
 
 CASES = [

@@ -33,12 +33,13 @@ from fastdreamer.ops.params import (
     ActorParams,
     DecoderParams,
     EncoderParams,
-    Normal,
+    Latent,
     ReturnParams,
     RSSMParams,
     State,
     actor_dist,
     latent_dist,
+    stack,
 )
 from fastdreamer.ops.rssm_step import deter_step
 from fastdreamer.ops.rssm_step import eager as img_step
@@ -110,7 +111,7 @@ def decide(**arguments: Any) -> Decision:
 
 def rssm_step(
     params: RSSMParams, state: State, action: Tensor, noise: Tensor
-) -> tuple[State, Normal]:
+) -> tuple[State, Latent]:
     return compiled(img_step)(params, state, action, noise)
 
 
@@ -174,18 +175,19 @@ def observe(
     resets: tuple[bool, bool, bool] = RESETS["all"],
 ) -> Observation:
     assert resets == RESETS["all"], "an episode's beginning zeroes all, as in training"
-    steps, state = [], start
+    states, posts, state = [], [], start
     for t in range(len(embed)):
         state, post = compiled(_filter)(params, state, embed[t], action[t], is_first[t], noise[t])
-        steps.append((*state, *post))
-    deter, stoch, mean, std = (torch.stack(parts) for parts in zip(*steps, strict=True))
-    prior = compiled(_prior)(params, deter, noise.dtype)
-    return Observation(State(deter, stoch), Normal(mean, std), prior)
+        states.append(state)
+        posts.append(post)
+    state = State(*(torch.stack(parts) for parts in zip(*states, strict=True)))
+    prior = compiled(_prior)(params, state.deter, noise.dtype)
+    return Observation(state, stack(posts), prior)
 
 
 def _filter(
     params: RSSMParams, state: State, embed: Tensor, action: Tensor, first: Tensor, noise: Tensor
-) -> tuple[State, Normal]:
+) -> tuple[State, Latent]:
     first = first.unsqueeze(-1)
     state = State(*(part.masked_fill(first, 0) for part in state))
     deter = deter_step(params, state, action.masked_fill(first, 0))
@@ -194,7 +196,7 @@ def _filter(
     return State(deter, post.sample(noise)), post
 
 
-def _prior(params: RSSMParams, deter: Tensor, dtype: torch.dtype) -> Normal:
+def _prior(params: RSSMParams, deter: Tensor, dtype: torch.dtype) -> Latent:
     return latent_dist(mlp(params.prior, deter), params.latent, dtype)
 
 

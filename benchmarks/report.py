@@ -25,6 +25,7 @@ from benchmarks.machine import ROOT, cpu, cpu_slug, describe
 MEASUREMENTS = (
     "ops",
     "avx2",
+    "categorical",
     "curves",
     "phases",
     "run",
