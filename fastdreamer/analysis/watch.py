@@ -118,10 +118,12 @@ def write(show: Show, out: Path) -> Path:
     """Write one episode as .gif or .mp4, at the speed of the simulation.
 
     Raises:
-        ArgumentError: another ending.
+        ArgumentError: another ending, or nowhere to write it.
     """
     if out.suffix not in (".gif", ".mp4"):
         raise ArgumentError(f"--out must end in .gif or .mp4, got {out}")
+    if out.is_dir() or any(path.exists() and not path.is_dir() for path in out.parents):
+        raise ArgumentError(f"--out {out}: it is a directory, or a file is where its own should be")
     images = (frame.image for frame in show.frames(1))
     if out.suffix == ".mp4":
         return write_video(out, images, fps=1 / show.env.decision_seconds)
@@ -173,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.OK, "text/html; charset=utf-8", _PAGE.encode())
         elif path == "/frame":
             number = query.removeprefix("after=")
-            self._frame(int(number) if number.lstrip("-").isdecimal() else -1)
+            self._frame(int(number) if number.isdecimal() else -1)
         else:
             self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"there are / and /frame\n")
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fastdreamer.analysis.viz.curves import plot_runs
-from fastdreamer.config import Config, ConfigError
+from fastdreamer.config import Config, ConfigError, from_dict, to_dict
+from fastdreamer.files import replacing
 from fastdreamer.training.checkpoint import list_checkpoints, load_meta
 from fastdreamer.training.logger import METRICS_FILE, read_metrics
-from fastdreamer.training.trainer import read_config
+from fastdreamer.training.trainer import RunError
+
+_FILE = "seeds.json"
+"""What such a folder has beside its runs: their seeds, in the order of training."""
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -28,19 +34,46 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return seeds
 
 
-def seed_dir(folder: Path, seed: int) -> Path:
-    """The run directory of a seed."""
-    return folder / f"seed{seed}"
+def make_folder(folder: Path, seeds: Sequence[int]) -> dict[int, Path]:
+    """Write down whose runs a folder is for; where each of them goes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / _FILE) as temporary:
+        temporary.write_text(json.dumps(list(seeds)) + "\n")
+    return {seed: folder / f"seed{seed}" for seed in seeds}
 
 
 def runs_of(folder: Path) -> dict[int, Path]:
-    """The run directories of a folder by seed, from the lowest; none where it is no such folder."""
-    if (folder / "config.json").exists():  # a run itself
+    """The run directories of a folder by seed; none where it is no such folder.
+
+    Raises:
+        RunError: one of them is gone, or the folder's list of them is damaged.
+    """
+    file = folder / _FILE
+    if not file.is_file():
         return {}
-    found = {
-        read_config(path.parent).seed: path.parent for path in folder.glob("seed*/config.json")
-    }
-    return {seed: path for seed, path in sorted(found.items()) if path == seed_dir(folder, seed)}
+    try:
+        runs = {int(seed): folder / f"seed{int(seed)}" for seed in json.loads(file.read_text())}
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{file}: {error}") from error
+    gone = [str(run) for run in runs.values() if not (run / "config.json").is_file()]
+    if gone:
+        raise RunError(f"{folder} lacks what {file.name} says is there: {', '.join(gone)}")
+    return runs
+
+
+def changed(own: Config, before: Config, asked: Config) -> Config:
+    """A run's own settings, but for what ``asked`` says otherwise than ``before``, and the seed."""
+    return from_dict(_changed(to_dict(own), to_dict(before), to_dict(asked)) | {"seed": own.seed})
+
+
+def _changed(own: dict[str, Any], before: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    new = dict(own)
+    for name, value in asked.items():
+        if isinstance(value, dict):
+            new[name] = _changed(own[name], before[name], value)
+        elif value != before[name]:
+            new[name] = value
+    return new
 
 
 def is_finished(run_dir: Path, config: Config) -> bool:
@@ -67,3 +100,4 @@ def conclude(folder: Path, runs: Mapping[int, Path], say: Callable[[str], None])
         say(f"{len(ends)} seeds: return {mean:.1f} ± {spread:.1f} (standard deviation over seeds)")
     everyone = len(ends) == len(runs) > 1
     say(f"picture: {plot_runs(list(runs.values()), folder / 'curves.png', band=everyone)}")
+    say(f"done; try: fastdreamer eval {next(iter(runs.values()))}")

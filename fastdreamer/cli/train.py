@@ -86,7 +86,12 @@ def train_defaults(argv: list[str]) -> Train:
         config = read_config(of_seeds[0] if of_seeds else known.resume)
     else:
         config = _starting_point(known.preset, known.config)
-    return Train(config=dataclasses.replace(config, safety=named_by_file(config.safety)))
+    return Train(config=_as_defaults(config))
+
+
+def _as_defaults(config: Config) -> Config:
+    """What options start from: code that a file names has to be named again."""
+    return dataclasses.replace(config, safety=named_by_file(config.safety))
 
 
 def _starting_point(name: str, file: Path | None) -> Config:
@@ -126,6 +131,9 @@ def _train(run_dir: Path, config: Config, whole: Path, say: Callable[[str], None
         how = "nothing is lost" if stopped.saved else "at once: the newest checkpoint stands"
         say(f"stopped, {how}; go on with: {again}")
         return 130
+    except KeyboardInterrupt:  # before the trainer takes it
+        say(f"stopped before it began; go on with: {again}")
+        return 130
     except NonFiniteLoss as error:
         kept = list_checkpoints(run_dir / "checkpoints")
         where = f"The last good checkpoint is {kept[-1]}." if kept else "No checkpoint was due yet."
@@ -147,34 +155,39 @@ def _train_seeds(command: Train, say: Callable[[str], None]) -> int:
     if command.resume is not None:
         raise ConfigError(f"--seeds makes new runs, and {command.resume} is one run, or none")
     numbers = seeds.parse_seeds(command.seeds)
+    if command.config.seed != _starting_point(command.preset or _PRESET, command.file).seed:
+        raise ConfigError(f"--seed {command.config.seed} and --seeds: give one of them")
     config = _new_settings(command)
     configs = [dataclasses.replace(config, seed=seed).validate() for seed in numbers]
     folder = command.run or _default_dir(config, "-".join(["seeds", *map(str, numbers)]))
-    if seeds.runs_of(folder):
+    if seeds.runs_of(folder) or (folder / "config.json").exists():
         raise ConfigError(
-            f"{folder} holds runs of several seeds already; go on with them by `fastdreamer train "
-            f"--resume {folder}`, or choose another --run"
+            f"{folder} holds a run already, or several; go on by `fastdreamer train --resume "
+            f"{folder}`, or choose another --run"
         )
+    _refuse_file(folder)
     preflight.check(config, folder, say)
     if command.run is None:
         folder = _claim(folder)
-    runs = {c.seed: seeds.seed_dir(folder, c.seed) for c in configs}
+    runs = seeds.make_folder(folder, numbers)
     for own in configs:
         create_run(runs[own.seed], own)
     return _one_by_one(folder, runs, lambda seed: (runs[seed], read_config(runs[seed])), say)
 
 
 def _resume_seeds(command: Train, runs: dict[int, Path], say: Callable[[str], None]) -> int:
+    """Go on with a folder's runs, each with its own settings but for the options given here."""
     if command.seeds is not None or command.config.seed != next(iter(runs)):
         raise ConfigError(
             f"{command.resume} holds runs of the seeds {', '.join(map(str, runs))}; --resume goes "
             "on with these: leave --seeds and --seed out"
         )
+    before = _as_defaults(read_config(next(iter(runs.values()))))
 
     def settle(seed: int) -> tuple[Path, Config]:
-        config = dataclasses.replace(command.config, seed=seed)
-        one = dataclasses.replace(command, resume=runs[seed], config=config)
-        return _resumed_run(one, say)
+        own = _as_defaults(read_config(runs[seed]))
+        config = seeds.changed(own, before, command.config)
+        return _resumed_run(dataclasses.replace(command, resume=runs[seed], config=config), say)
 
     return _one_by_one(command.resume, runs, settle, say)
 
@@ -189,7 +202,7 @@ def _one_by_one(
     say(f"folder of runs: {folder}")
     for i, seed in enumerate(runs, 1):
         run_dir, config = settle(seed)
-        if seeds.is_finished(run_dir, config):
+        if config == read_config(run_dir) and seeds.is_finished(run_dir, config):
             say(f"seed {seed} ({i} of {len(runs)}) has ended already: {run_dir}")
             continue
         say(f"seed {seed} ({i} of {len(runs)}): {run_dir}")
@@ -203,11 +216,19 @@ def _one_by_one(
 def _new_run(command: Train, say: Callable[[str], None]) -> tuple[Path, Config]:
     config = _new_settings(command)
     run_dir = command.run or _default_dir(config, f"seed{config.seed}")
+    _refuse_file(run_dir)
     preflight.check(config, run_dir, say)
     if command.run is None:
         run_dir = _claim(run_dir)
     create_run(run_dir, config)
     return run_dir, config
+
+
+def _refuse_file(run_dir: Path) -> None:
+    """Before anything is written: a directory cannot be made where a file is, or inside of one."""
+    for path in (run_dir, *run_dir.parents):
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"--run {run_dir}: {path} is a file, not a directory")
 
 
 def _new_settings(command: Train) -> Config:

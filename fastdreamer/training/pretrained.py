@@ -65,7 +65,11 @@ def read_agent(
         return path, *load_checkpoint(path)
     found = load_newest(path / "checkpoints")
     if found is None:
-        raise CheckpointError(f"{path} holds no checkpoint yet")
+        several = sorted(str(run.parent) for run in path.glob("*/checkpoints"))
+        hint = (
+            f"; it is a folder of runs, name one of them: {', '.join(several)}" if several else ""
+        )
+        raise CheckpointError(f"{path} holds no checkpoint yet{hint}")
     return found
 
 

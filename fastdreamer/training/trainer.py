@@ -108,12 +108,15 @@ def create_run(run_dir: Path, config: Config) -> None:
     """Make a run directory with its ``config.json``.
 
     Raises:
-        RunError: there is a run already. BackendError: the backend or device cannot run here.
-        ConfigError: they contradict each other.
+        RunError: there is a run already, or a file. BackendError: the backend or device cannot run
+            here. ConfigError: they contradict each other.
     """
     config = resolve_config(config)  # a resumed run computes where this one does
     _refuse_used(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise RunError(f"{run_dir} cannot be a run directory: a file is in its place") from None
     with lock_run(run_dir):
         _refuse_used(run_dir)  # again: another process may have been quicker
         write_config(run_dir, config)
@@ -191,10 +194,14 @@ class Trainer:
 
     Raises:
         RunError: not a run, and no settings for a new one. Of a new one what ``new_settings``
-            does.
+            does. ConfigError: settings that are no :class:`Config`.
     """
 
     def __init__(self, run_dir: str | os.PathLike, config: Config | None = None) -> None:
+        if not isinstance(config, Config | None):
+            raise ConfigError(
+                f"Trainer takes a Config, as fastdreamer.preset() returns it, got {type(config)}"
+            )
         self.run_dir = Path(run_dir)
         if config is not None and not (self.run_dir / "config.json").exists():
             create_run(self.run_dir, new_settings(config))

@@ -121,6 +121,10 @@ def test_mistakes_are_explained(run, tmp_path, capsys):
         return " ".join(capsys.readouterr().err.split())
 
     assert "--out must end in .gif or .mp4" in says(run, "--out", "film.avi")
+    (tmp_path / "film.gif").mkdir()
+    assert "it is a directory" in says(run, "--out", tmp_path / "film.gif")
+    (tmp_path / "file").touch()
+    assert "a file is where its own" in says(run, "--out", tmp_path / "file" / "film.gif")
     assert "no such run or checkpoint" in says(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "holds no checkpoint yet" in says(tmp_path / "empty")
@@ -182,6 +186,7 @@ def test_the_page_over_http(page, run):
     assert told[0].keys() == keys and told[0]["update"] == 1
     with pytest.raises(urllib.error.HTTPError, match="404"):
         get(f"{page}/etc/passwd")
+    assert get(f"{page}/frame?after=--5")[0] in (200, 204)
     rude = socket.create_connection(("127.0.0.1", int(page.rpartition(":")[2])))
     rude.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     rude.send(b"GET /frame")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
+from fastdreamer import CheckpointError, load
 from fastdreamer.cli import main
 from fastdreamer.cli.seeds import is_finished, parse_seeds, runs_of
 from fastdreamer.config import ConfigError
 from fastdreamer.training.logger import read_metrics
-from fastdreamer.training.trainer import Stopped, Trainer, read_config
+from fastdreamer.training.trainer import Stopped, Trainer, read_config, write_config
 
 TINY = ["--preset", "tiny", "--train.frames", "120", "--eval.every", "60"]
 
@@ -63,10 +66,58 @@ def test_a_folder_of_seeds_goes_on_with_other_settings(folder, capsys, monkeypat
     assert [(c.seed, c.train.frames) for c in trained] == [(1, 200), (3, 200)]
 
 
+def test_a_seed_keeps_the_settings_that_it_alone_was_given(folder, monkeypatch):
+    trained = []
+    monkeypatch.setattr(Trainer, "train", lambda self: trained.append(self._asked))
+    three = runs_of(folder)[3]
+    before = (three / "config.json").read_text()
+    write_config(three, dataclasses.replace(read_config(three), seed=3, threads=2))
+    try:
+        assert main(["train", "--resume", str(folder), "--train.frames", "200"]) == 0
+        assert [c.threads for c in trained] == [read_config(runs_of(folder)[1]).threads, 2]
+        assert [c.train.frames for c in trained] == [200, 200]
+    finally:
+        (three / "config.json").write_text(before)
+
+
+def test_a_run_of_the_folder_that_is_gone_is_missed(folder, capsys):
+    three = runs_of(folder)[3]
+    three.rename(folder / "elsewhere")
+    try:
+        assert main(["train", "--resume", str(folder)]) == 1
+        assert "seed3" in output(capsys)
+        with pytest.raises(CheckpointError, match="a folder of runs, name one of them.*seed1"):
+            load(folder)
+    finally:
+        (folder / "elsewhere").rename(three)
+
+
+def test_a_finished_folder_takes_no_settings_that_do_not_fit(folder, capsys):
+    for wrong in (["--env.obs", "pixels"], ["--train.frames", "40"]):
+        assert main(["train", "--resume", str(folder), *wrong]) == 1
+        assert "seed1" in output(capsys)
+
+
+def test_ctrl_c_before_the_trainer_begins_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def early(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "train", early)
+    assert main(["train", "walker", *TINY, "--seeds", "0,1", "--run", str(tmp_path / "s")]) == 130
+    assert f"go on with: fastdreamer train --resume {tmp_path / 's'}" in output(capsys)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["walker", "--seeds", "1,2", "--run", "{folder}"], "holds runs of several seeds already"),
+        (["walker", "--seeds", "1,2", "--run", "{folder}"], "holds a run already, or several"),
+        (
+            ["walker", "--seeds", "1,2", "--run", "{folder}/seed1"],
+            "holds a run already, or several",
+        ),
+        (["walker", "--seeds", "1,2", "--run", "{folder}/seeds.json"], "seeds.json is a file"),
+        (["walker", "--run", "{folder}/seeds.json/run"], "seeds.json is a file"),
+        (["walker", "--seeds", "1,2", "--seed", "3"], "--seed 3 and --seeds: give one of them"),
         (["--resume", "{folder}", "--seeds", "1,4"], "holds runs of the seeds 1, 3; --resume goes"),
         (["--resume", "{folder}", "--seed", "7"], "holds runs of the seeds 1, 3; --resume goes"),
         (["--resume", "{folder}/seed1", "--seeds", "1,4"], "--seeds makes new runs"),
