@@ -36,7 +36,7 @@ from benchmarks.captured import CaptureError, capture
 from benchmarks.learner import CapturedUpdate, Learner
 from benchmarks.race import race
 from benchmarks.synthetic import ACTION_DIM, OBS_SHAPES
-from benchmarks.test_tools import SMALL, small, wrong_case
+from benchmarks.test_tools import small, small_imagine, wrong_case
 from benchmarks.variants import Variant, gpu_variants
 from fastdreamer.config import preset
 from fastdreamer.learning import dreamer as agent_module
@@ -91,7 +91,7 @@ def cases(monkeypatch):
         step._case("rssm_step + backward", 3, backward=True),
         observe._case("observe"),
         observe._case("observe + backward", backward=True),
-        *small(monkeypatch, "imagine")._cases(SMALL),
+        *small_imagine(monkeypatch),
         loop._case(),
         loop._case("open_loop + backward", backward=True),
         small(monkeypatch, "cem")._case(),

@@ -144,6 +144,13 @@ def small(monkeypatch, bench):
     return module
 
 
+def small_imagine(monkeypatch):
+    """The cases of ``bench_imagine`` in small sizes."""
+    bench = small(monkeypatch, "imagine")
+    make = functools.partial(bench.inputs, bench.H, bench.B, SMALL)
+    return bench.cases(make(heads=True), make)
+
+
 def test_flops_of_the_dynamics(monkeypatch):
     rssm, open_loop = small(monkeypatch, "rssm_step"), small(monkeypatch, "open_loop")
     step = rssm._case("", 3)
@@ -162,8 +169,7 @@ def test_flops_of_observe(monkeypatch):
 
 
 def test_flops_of_imagine(monkeypatch):
-    bench = small(monkeypatch, "imagine")
-    *single, both = bench._cases(SMALL)
+    *single, both = small_imagine(monkeypatch)
     for case in single:
         assert counted(case) == case.flops, case.name
     # The eager critic runs again where a pass can share its values and input gradients.

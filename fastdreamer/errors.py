@@ -14,6 +14,7 @@ _EXTRAS = {
         "imageio_ffmpeg",
         "matplotlib",
         "mujoco",
+        "nvtx",
         "rich",
         "safetensors",
         "tensorboard",

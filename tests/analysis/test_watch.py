@@ -222,13 +222,13 @@ def test_the_page_in_a_browser(page, tmp_path):
                "--virtual-time-budget=4000"]  # fmt: skip
     done = subprocess.run(
         ["chromium", *options, "--dump-dom", f"{page}/"],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert re.search(r"update 1, 2 env frames; episode \d+: return [\d.]+ after", done.stdout)
     assert re.search(r'<img id="picture"[^>]* src="blob:http', done.stdout)
     subprocess.run(
         ["chromium", *options, "--window-size=900,600", f"--screenshot={picture}", f"{page}/"],
-        capture_output=True, timeout=120, check=True,
+        capture_output=True, timeout=240, check=True,
     )  # fmt: skip
     with Image.open(picture) as seen:
         colours = np.asarray(seen.convert("RGB"))
