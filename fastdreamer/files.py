@@ -48,6 +48,11 @@ def room_for(path: Path) -> Iterator[None]:
         ) from error
 
 
+def file_in_the_way(directory: Path) -> Path | None:
+    """The file for which that directory can't be made: in its place, or in one above."""
+    return next((p for p in (directory, *directory.parents) if p.exists() and not p.is_dir()), None)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path``, of its suffix, to write to; it becomes ``path`` at the end.

@@ -3,11 +3,22 @@
 import contextlib
 import os
 
+import pytest
 import torch
 
 # The tests' tensors are tiny: waking a second thread takes many times longer than their sums, the
 # more so when the machine is busy. Tests about threads set their own number.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def one_thread():
+    """Sums depend on the number; for tests that share a process with those that change it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 # Native's bfloat16 is to be tested, also where the CPU computes faster in float32.
 os.environ.setdefault("FASTDREAMER_ARITHMETIC", "bf16")

@@ -25,7 +25,7 @@ from fastdreamer.acting.play import config_env, episode_seed
 from fastdreamer.analysis.viz.panels import panels
 from fastdreamer.config import ConfigError
 from fastdreamer.errors import ArgumentError, FastdreamerError
-from fastdreamer.files import replacing
+from fastdreamer.files import file_in_the_way, replacing
 from fastdreamer.learning.dreamer import Dreamer
 from fastdreamer.training.pretrained import load, read_agent
 from fastdreamer.video import write_video
@@ -122,7 +122,7 @@ def write(show: Show, out: Path) -> Path:
     """
     if out.suffix not in (".gif", ".mp4"):
         raise ArgumentError(f"--out must end in .gif or .mp4, got {out}")
-    if out.is_dir() or any(path.exists() and not path.is_dir() for path in out.parents):
+    if out.is_dir() or file_in_the_way(out.parent):
         raise ArgumentError(f"--out {out}: it is a directory, or a file is where its own should be")
     images = (frame.image for frame in show.frames(1))
     if out.suffix == ".mp4":

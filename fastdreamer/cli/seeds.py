@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fastdreamer.analysis.viz.curves import plot_runs
-from fastdreamer.config import Config, ConfigError, from_dict, to_dict
+from fastdreamer.config import Config, ConfigError, to_dict
+from fastdreamer.config.schema import build
 from fastdreamer.files import replacing
 from fastdreamer.training.checkpoint import list_checkpoints, load_meta
 from fastdreamer.training.logger import METRICS_FILE, read_metrics
@@ -63,17 +65,16 @@ def runs_of(folder: Path) -> dict[int, Path]:
 
 def changed(own: Config, before: Config, asked: Config) -> Config:
     """A run's own settings, but for what ``asked`` says otherwise than ``before``, and the seed."""
-    return from_dict(_changed(to_dict(own), to_dict(before), to_dict(asked)) | {"seed": own.seed})
+    changes = _changes(to_dict(before), to_dict(asked))
+    return replace(build(Config, changes, base=own), seed=own.seed)
 
 
-def _changed(own: dict[str, Any], before: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
-    new = dict(own)
-    for name, value in asked.items():
-        if isinstance(value, dict):
-            new[name] = _changed(own[name], before[name], value)
-        elif value != before[name]:
-            new[name] = value
-    return new
+def _changes(before: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _changes(before[name], value) if isinstance(value, dict) else value
+        for name, value in asked.items()
+        if value != before[name]
+    }
 
 
 def is_finished(run_dir: Path, config: Config) -> bool:

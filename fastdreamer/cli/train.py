@@ -165,7 +165,6 @@ def _train_seeds(command: Train, say: Callable[[str], None]) -> int:
             f"{folder} holds a run already, or several; go on by `fastdreamer train --resume "
             f"{folder}`, or choose another --run"
         )
-    _refuse_file(folder)
     preflight.check(config, folder, say)
     if command.run is None:
         folder = _claim(folder)
@@ -216,19 +215,11 @@ def _one_by_one(
 def _new_run(command: Train, say: Callable[[str], None]) -> tuple[Path, Config]:
     config = _new_settings(command)
     run_dir = command.run or _default_dir(config, f"seed{config.seed}")
-    _refuse_file(run_dir)
     preflight.check(config, run_dir, say)
     if command.run is None:
         run_dir = _claim(run_dir)
     create_run(run_dir, config)
     return run_dir, config
-
-
-def _refuse_file(run_dir: Path) -> None:
-    """Before anything is written: a directory cannot be made where a file is, or inside of one."""
-    for path in (run_dir, *run_dir.parents):
-        if path.exists() and not path.is_dir():
-            raise ConfigError(f"--run {run_dir}: {path} is a file, not a directory")
 
 
 def _new_settings(command: Train) -> Config:

@@ -13,7 +13,7 @@ from fastdreamer.acting.play import config_env
 from fastdreamer.config import Config, ConfigError
 from fastdreamer.envs import is_foreign
 from fastdreamer.envs.gl import select_gl
-from fastdreamer.files import DiskFullError
+from fastdreamer.files import DiskFullError, file_in_the_way
 from fastdreamer.machine.device import resolve_device
 from fastdreamer.nn import MLP, Actor, WorldModel
 
@@ -33,9 +33,11 @@ def check(config: Config, run_dir: Path, say: Callable[[str], None]) -> None:
 
     Raises:
         EnvError: the suite's tasks do not load. GLError: it is to see pixels and nothing draws.
-        ConfigError: random episodes fill all of it, or it takes more memory or threads than there
-            are. DiskFullError: there is no room for its checkpoints.
+        ConfigError: a file is where the run goes, random episodes fill all of it, or it takes more
+            memory or threads than there are. DiskFullError: there is no room for its checkpoints.
     """
+    if file := file_in_the_way(run_dir):
+        raise ConfigError(f"--run {run_dir}: {file} is a file, not a directory")
     env = config_env(config)
     env.close()
     seen = env.obs_shapes

@@ -39,7 +39,7 @@ from fastdreamer.config import (
 )
 from fastdreamer.envs import canonical_task, is_foreign
 from fastdreamer.errors import FastdreamerError
-from fastdreamer.files import replacing
+from fastdreamer.files import file_in_the_way, replacing
 from fastdreamer.learning.dreamer import Dreamer
 from fastdreamer.machine import nvtx
 from fastdreamer.machine.device import describe_choice, resolve_config
@@ -113,10 +113,9 @@ def create_run(run_dir: Path, config: Config) -> None:
     """
     config = resolve_config(config)  # a resumed run computes where this one does
     _refuse_used(run_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise RunError(f"{run_dir} cannot be a run directory: a file is in its place") from None
+    if file := file_in_the_way(run_dir):
+        raise RunError(f"{run_dir} cannot be a run directory: {file} is a file")
+    run_dir.mkdir(parents=True, exist_ok=True)
     with lock_run(run_dir):
         _refuse_used(run_dir)  # again: another process may have been quicker
         write_config(run_dir, config)

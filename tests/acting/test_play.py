@@ -26,15 +26,7 @@ from fastdreamer.ops.backend import use_backend
 
 CONFIG = preset("tiny")
 DECISIONS, FRAMES = 20, 40
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums depend on the number."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -29,19 +29,11 @@ from fastdreamer.training.episodes import episode_path, read_episode
 
 CONFIG = preset("tiny")
 DECISIONS, FRAMES = 20, 40
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def job(episode, *, random=False, evaluations=0, video=None):
     return Job(0, episode, random, evaluations, video)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The worker's number: sums depend on it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

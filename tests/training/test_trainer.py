@@ -914,6 +914,13 @@ def test_a_second_trainer_of_a_run_is_refused(tmp_path):
         Trainer(run_dir).train()
 
 
+def test_create_run_refuses_a_place_that_a_file_has(tmp_path):
+    (tmp_path / "file").touch()
+    for run_dir in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(RunError, match=f"cannot be a run directory: {tmp_path}/file is a file"):
+            create_run(run_dir, preset("tiny"))
+
+
 def test_create_run_refuses_a_directory_that_holds_one(tmp_path):
     run_dir = new_run(tmp_path / "deep" / "run")
     resolved = dataclasses.replace(CONFIG, device="cpu")

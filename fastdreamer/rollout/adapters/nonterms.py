@@ -46,7 +46,7 @@ class NontermsLoop(Loop):
         first = nonterms[:horizon].reshape(action.shape[:2]) == 0
         start = State(prev_state["deter"], prev_state["stoch"])
         seen = self.rollout.observe(embed, action, first, start, noise)
-        drawn = seen.prior.sample(torch.randn_like(seen.prior.mean))
+        drawn = self.rollout.draw(seen.prior)
         prior = seen.prior._asdict() | {"stoch": drawn, "deter": seen.state.deter}
         return prior, seen.post._asdict() | seen.state._asdict()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastdreamer.ops.params import State, StdTransform
@@ -43,7 +42,7 @@ class RepresentationLoop(Loop):
         """prior and posterior states, each of the class of ``prev_state``, [steps, B, ...]."""
         start = State(prev_state.deter, prev_state.stoch)
         seen = self.rollout.observe(obs_embed[:steps], action[:steps], None, start, noise)
-        drawn = seen.prior.sample(torch.randn_like(seen.prior.mean))
+        drawn = self.rollout.draw(seen.prior)
         new = type(prev_state)
         prior = new(*seen.prior, drawn, seen.state.deter)
         return prior, new(*seen.post, seen.state.stoch, seen.state.deter)

@@ -14,17 +14,31 @@ from fastdreamer.rollout.adapters.heads import bare, layers_of
 from fastdreamer.rollout.adapters.loop import Loop, mixed_logits
 
 
-class DynamicLoop(Loop):
+class _SteppedLoop(Loop):
+    """What the three have in common: their layers, and a loop of the caller's over ``dynamic``."""
+
+    def __init__(self, model: nn.Module, latent: dict[str, Any], options: dict[str, Any]) -> None:
+        given, bypassed = _layers(model)
+        super().__init__(model, given | latent, options, "recurrent_model")
+        self.rollout.watched += bypassed
+
+    def steps(self, posterior: Tensor, recurrent_state: Tensor, *sequences: Tensor) -> list[Any]:
+        """What the peer itself returns of one step after the other."""
+        steps, state = [], (posterior, recurrent_state)
+        for t in range(len(sequences[0])):
+            steps.append(self.model.dynamic(*state, *(x[t : t + 1] for x in sequences)))
+            state = steps[-1][1], steps[-1][0]
+        return steps
+
+
+class DynamicLoop(_SteppedLoop):
     """In the place of the loop over ``dynamic``, over all steps; its arguments and what it returns.
 
     Since 0.8.4 ``dynamic`` takes ``is_first`` and zeroes action and state there: so does the loop.
     """
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
-        given, bypassed = _layers(model)
-        given["std"] = StdTransform(min=float(model.min_std))
-        super().__init__(model, given, options, "recurrent_model")
-        self.rollout.watched += bypassed
+        super().__init__(model, {"std": StdTransform(min=float(model.min_std))}, options)
         self.resets = "is_first" in inspect.signature(model.dynamic).parameters
 
     def forward(
@@ -46,15 +60,11 @@ class DynamicLoop(Loop):
         first = None if is_first is None else is_first.reshape(action.shape[:2]) != 0
         start = State(recurrent_state[0], posterior[0])
         seen = self.rollout.observe(embedded_obs, action, first, start, noise)
-        prior = seen.prior.sample(torch.randn_like(seen.prior.mean))
+        prior = self.rollout.draw(seen.prior)
         return seen.state.deter, seen.state.stoch, prior, tuple(seen.post), tuple(seen.prior)
 
-    def own(self, posterior: Tensor, recurrent_state: Tensor, *sequences: Tensor) -> Any:
-        steps, state = [], (posterior, recurrent_state)
-        for t in range(len(sequences[0])):
-            steps.append(self.model.dynamic(*state, *(x[t : t + 1] for x in sequences)))
-            state = steps[-1][1], steps[-1][0]
-        h, z, prior, *dists = zip(*steps, strict=True)
+    def own(self, *inputs: Any) -> Any:
+        h, z, prior, *dists = zip(*self.steps(*inputs), strict=True)
         joined = (tuple(map(torch.cat, zip(*dist, strict=True))) for dist in dists)
         return *map(torch.cat, (h, z, prior)), *joined
 
@@ -65,7 +75,7 @@ class DynamicLoop(Loop):
         return (draw(1, 2, "S"), draw(1, 2, "D").tanh(), *sequences), draw(3, 2, "S")
 
 
-class CategoricalLoop(Loop):
+class CategoricalLoop(_SteppedLoop):
     """The same of V2 and V3, whose states are one-hot, [T, B, C, K].
 
     V3's ``dynamic`` takes ``initial_states`` (they are the learned ones here) and, since 0.8.4,
@@ -73,12 +83,11 @@ class CategoricalLoop(Loop):
     """
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
-        given, bypassed = _layers(model)
-        given["latent"] = Categorical(int(model.discrete), float(getattr(model, "unimix", 0.0)))
+        unimix = float(getattr(model, "unimix", 0.0))
+        latent = {"latent": Categorical(int(model.discrete), unimix)}
         if hasattr(model, "initial_recurrent_state"):
-            given |= {"begin": model.initial_recurrent_state, "begin_through": False}
-        super().__init__(model, given, options, "recurrent_model")
-        self.rollout.watched += bypassed
+            latent |= {"begin": model.initial_recurrent_state, "begin_through": False}
+        super().__init__(model, latent, options)
         self.mixes = hasattr(model, "_uniform_mix") and model.unimix > 0
         self.posterior_only = hasattr(model, "prior_logits")
 
@@ -107,12 +116,8 @@ class CategoricalLoop(Loop):
     def _logits(self, dist: OneHot) -> Tensor:
         return (mixed_logits(dist) if self.mixes else dist.logits).flatten(-2)
 
-    def own(self, posterior: Tensor, recurrent_state: Tensor, *sequences: Tensor) -> Any:
-        steps, state = [], (posterior, recurrent_state)
-        for t in range(len(sequences[0])):
-            steps.append(self.model.dynamic(*state, *(x[t : t + 1] for x in sequences)))
-            state = steps[-1][1], steps[-1][0]
-        return tuple(map(torch.cat, zip(*steps, strict=True)))
+    def own(self, *inputs: Any) -> Any:
+        return tuple(map(torch.cat, zip(*self.steps(*inputs), strict=True)))
 
     def example(self, draw: Callable[..., Tensor]) -> tuple[tuple[Any, ...], Tensor]:
         first = torch.zeros_like(draw(3, 2, 1))

@@ -37,7 +37,7 @@ class SimpleLoop(Loop):
         """The posterior infos by their names, [B, T - 1, ...], of [B, T, ...] observed and done."""
         seen = self.rollout.observe(embedded_observation[:, 1:], action[:, :-1], noise=noise)
         return {
-            "priors": seen.prior.sample(torch.randn_like(seen.prior.mean)),
+            "priors": self.rollout.draw(seen.prior),
             "prior_dist_means": seen.prior.mean,
             "prior_dist_stds": seen.prior.std,
             "posteriors": seen.state.stoch,

@@ -68,8 +68,7 @@ class TorchrlRollout(TensorDictModuleBase):
         mean_key, std_key, sample_key, next_belief = self.rssm_prior.out_keys
         values = {mean_key: seen.prior.mean, std_key: seen.prior.std}
         if sample_key != "_":
-            drawn = torch.randn_like(seen.prior.mean)
-            values[sample_key] = seen.prior.sample(drawn)
+            values[sample_key] = self.rollout.draw(seen.prior)
         values[next_belief] = seen.state.deter
         parts = (seen.post.mean, seen.post.std, seen.state.stoch)
         values |= dict(zip(self.rssm_posterior.out_keys, parts, strict=True))

@@ -64,7 +64,7 @@ class TransitionLoop(Loop):
             if self.lag:
                 first = torch.cat([torch.zeros_like(first[:1]), first[:-1]])
         seen = self.rollout.observe(observations, actions, first, start, noise)
-        drawn = seen.prior.sample(torch.randn_like(seen.prior.mean))
+        drawn = self.rollout.draw(seen.prior)
         return [seen.state.deter, drawn, *seen.prior, seen.state.stoch, *seen.post]
 
     def example(self, draw: Callable[..., Tensor]) -> tuple[tuple[Any, ...], Tensor]:
