@@ -230,11 +230,13 @@ def serve(show: Show, port: int, say: Callable[[str], None]) -> None:
         say: receives the address.
 
     Raises:
-        WatchError: the port is taken.
+        ArgumentError: no port has such a number. WatchError: the port is taken.
     """
+    if not 0 <= port <= 65535:
+        raise ArgumentError(f"--port must be from 0 to 65535, got {port}")
     try:
         server = _Server(port)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise WatchError(f"no page at port {port} ({error}): choose another --port") from error
     stage = server.stage
     threading.Thread(target=server.serve_forever, daemon=True).start()

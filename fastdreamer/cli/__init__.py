@@ -36,7 +36,7 @@ from fastdreamer.cli.tasks import Tasks, run_tasks
 from fastdreamer.cli.train import Train, run_train, train_defaults
 from fastdreamer.cli.watch import Watch, run_watch
 from fastdreamer.config import Config
-from fastdreamer.errors import ArgumentError, FastdreamerError
+from fastdreamer.errors import FastdreamerError
 from fastdreamer.training.trainer import Stopped
 
 _COMMANDS = {
@@ -55,8 +55,8 @@ _COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status (0 done, 1 failed, 2 misused, 130 stopped, 141
-    nobody reads what it says any more, as behind ``| head``).
+    """Run the command line; return the exit status (0 done, 1 failed or refused, 2 no such command
+    or option, 130 stopped, 141 nobody reads what it says any more, as behind ``| head``).
 
     What a user can mend (:mod:`fastdreamer.errors`) is said in one line, with ``--debug`` by its
     traceback; every other exception is a fault of ours and leaves with its traceback.
@@ -109,7 +109,7 @@ def _run(argv: list[str]) -> int:
         if debug:
             raise
         fail(f"fastdreamer: {error}")
-        return 2 if isinstance(error, ArgumentError) else 1
+        return 1
 
 
 def _parse(argv: list[str], config: Config | None = None) -> Any:

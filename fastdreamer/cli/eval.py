@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -101,12 +102,13 @@ def run_eval(command: Eval, say: Callable[[str], None]) -> None:
     )
     for i, value in enumerate(returns):
         say(f"episode {i + 1}: return {value:.1f}")
-    mean = sum(returns) / len(returns)
-    std = (sum((r - mean) ** 2 for r in returns) / len(returns)) ** 0.5
+    several = len(returns) > 1
+    spread = f" ± {statistics.pstdev(returns):.1f}" if several else ""
     frames = envs[0].max_decisions * envs[0].action_repeat
     say(
-        f"{agent.config.env.task}: return {mean:.1f} ± {std:.1f} "
-        f"({len(returns)} episodes of up to {frames} env frames, {_CONTROLLERS[controller]}"
+        f"{agent.config.env.task}: return {statistics.fmean(returns):.1f}{spread} "
+        f"({len(returns)} episode{'s' * several} of up to {frames} env frames, "
+        f"{_CONTROLLERS[controller]}"
         f"{', shielded' if shield else ''})"
     )
     for name, rate in safety_rates(violations, shield).items():

@@ -11,6 +11,7 @@ import tyro
 from tyro.conf import Positional
 
 from fastdreamer.analysis.viz.curves import Axis, export_csv, plot_runs
+from fastdreamer.cli.seeds import runs_of
 from fastdreamer.config import ConfigError
 
 
@@ -22,7 +23,7 @@ class Plot:
     """
 
     runs: Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN")]
-    """Run directories, or CSV curves that --csv wrote."""
+    """Run directories, CSV curves that --csv wrote, or folders of runs that --seeds made."""
     out: Annotated[Path, tyro.conf.arg(metavar="PNG")] = Path("curves.png")
     """The picture (.png, .svg or .pdf)."""
     published: bool = True
@@ -37,10 +38,11 @@ class Plot:
 
 
 def run_plot(command: Plot, say: Callable[[str], None]) -> None:
-    if command.csv and len(command.runs) != 1:
+    runs = [run for path in command.runs for run in runs_of(path).values() or [path]]
+    if command.csv and len(runs) != 1:
         raise ConfigError("--csv writes the curve of one run; name one RUN")
     out = plot_runs(
-        list(command.runs),
+        runs,
         command.out,
         published=command.published,
         axis=command.axis,
@@ -48,5 +50,5 @@ def run_plot(command: Plot, say: Callable[[str], None]) -> None:
     )
     say(f"picture: {out}")
     if command.csv:
-        table = export_csv(command.runs[0], command.csv)
+        table = export_csv(runs[0], command.csv)
         say(f"curve: {table}")

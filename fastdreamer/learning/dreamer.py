@@ -108,6 +108,7 @@ class Dreamer(Policy):
         seen = self.world_model.watch(batch, watching)
         found = self.world_model.losses(batch, seen, health=health)
         metrics = self._learn("model", found, optimizers)
+        release_memory()  # the decoder's would lie idle beside the imagination's
         feat, dream = seen.state.feat, None
         # Behaviour learning: imagine from each state, predict rewards and values, λ-returns; a step
         # of actor and critic.

@@ -113,6 +113,8 @@ def check_backend(name: str, device: torch.device | str) -> None:
     body = "eager" if _valid(name, "backend") == "auto" else name
     for op in OPS.values():
         if reason := op.why_not(body, device):
+            if name == "auto":  # it takes eager, which only the device can keep from running
+                raise BackendError(f"device {str(device)!r} cannot be used: {reason}")
             raise BackendError(f"{op.name}: backend {name!r} cannot run: {reason}")
 
 

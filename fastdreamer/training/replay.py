@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastdreamer.errors import ArgumentError
 from fastdreamer.files import remove_stale
 from fastdreamer.training.episodes import (
     EPISODE_GLOB,
@@ -36,12 +37,13 @@ class Replay:
     Frames stay on disk; memory holds what it takes to find them. Oldest means lowest number,
     whatever the order of entry. Not thread-safe.
 
-    directory: of the episode files; created if absent. Temporary files that a killed writer left
-        there are removed.
+    directory: of the episode files. Temporary files that a killed writer left there are removed.
     capacity: env frames; the oldest episodes beyond it leave, at least one stays.
     fields: name -> (dtype, shape without T) of every array that an episode must have; None: those
         of the first that enters.
     task: if given, meta["task"] must equal it.
+
+    Raises ArgumentError where there is no such directory.
     """
 
     def __init__(
@@ -62,7 +64,8 @@ class Replay:
             check_fields("replay fields", {n: (d, (2, *s)) for n, (d, s) in self.fields.items()})
         self.task = task
         self._episodes: dict[int, EpisodeInfo] = {}  # sorted by index
-        self.directory.mkdir(parents=True, exist_ok=True)
+        if not self.directory.is_dir():
+            raise ArgumentError(f"replay: {self.directory} is no directory of episodes")
         remove_stale(self.directory)
 
     def __len__(self) -> int:

@@ -38,7 +38,7 @@ from fastdreamer.config import (
     to_dict,
 )
 from fastdreamer.envs import canonical_task, is_foreign
-from fastdreamer.errors import FastdreamerError
+from fastdreamer.errors import ArgumentError, FastdreamerError
 from fastdreamer.files import file_in_the_way, replacing
 from fastdreamer.learning.dreamer import Dreamer
 from fastdreamer.machine import nvtx
@@ -211,10 +211,11 @@ class Trainer:
         """Train to the end of the schedule.
 
         Args:
-            until: end where the schedule is at so many env frames, saved; training from there on
-                equals training in one go.
+            until: end where the schedule is at so many env frames, saved, at least 1; training from
+                there on equals training in one go.
 
         Raises:
+            ArgumentError: ``until`` is below 1.
             RunError: another process is training this run, its checkpoints are gone, or settings
                 do not fit what it has learned; everything is as it was.
             BackendError: the backend or device cannot run here.
@@ -222,6 +223,8 @@ class Trainer:
             Stopped: a signal asked to stop; everything is saved. A second one leaves at once.
             NonFiniteLoss: a loss or gradient became NaN or infinite; the newest checkpoint stands.
         """
+        if until is not None and until < 1:
+            raise ArgumentError(f"until must be at least 1 env frame, got {until}")
         with contextlib.ExitStack() as stack:
             stack.enter_context(lock_run(self.run_dir))
             config, loaded = self._settle()
@@ -292,8 +295,10 @@ class Trainer:
         self.optimizers = self.agent.make_optimizers()
         self.generator = torch.Generator().manual_seed(config.seed)
         self.sample_rng = np.random.default_rng(config.seed)
+        episodes = run_dir / "episodes"
+        episodes.mkdir(exist_ok=True)
         self.replay = Replay(
-            run_dir / "episodes",
+            episodes,
             capacity=config.replay.capacity,
             fields=episode_fields(shapes, action_dim),
             task=config.env.task,

@@ -207,7 +207,7 @@ def test_a_loaded_agent_computes_where_it_is_told(run, monkeypatch):
         fastdreamer.load(run, device="tpu")
     if not torch.cuda.is_available():
         assert fastdreamer.load(run, device="auto").device == torch.device("cpu")
-        with pytest.raises(fastdreamer.BackendError, match="cannot run"):
+        with pytest.raises(fastdreamer.BackendError, match="^device 'cuda' cannot be used"):
             fastdreamer.load(run, device=torch.device("cuda"))
     moved = []
     monkeypatch.setattr(pretrained, "check_backend", lambda backend, device: None)
@@ -261,7 +261,7 @@ def test_resume_a_finished_run_and_extend_it(run, capsys):
 )
 def test_mistakes_are_explained(argv, says, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert main(argv) in (1, 2)
+    assert main(argv) == 1
     text = output(capsys)
     assert says in text and "Traceback" not in text, text
     assert not list(tmp_path.iterdir())  # a refused command leaves nothing behind
@@ -350,7 +350,7 @@ def test_a_fault_of_ours_keeps_its_traceback_and_a_user_s_is_one_line(
     capsys, monkeypatch, tmp_path
 ):
     monkeypatch.chdir(tmp_path)
-    assert main(["train", "walkr"]) == 2
+    assert main(["train", "walkr"]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
     with pytest.raises(ValueError, match="unknown task 'walkr'"):
         main(["--debug", "train", "walkr"])
@@ -403,7 +403,7 @@ def test_what_cannot_run_here_is_refused_at_once(option, value, tmp_path, capsys
     argv = ["train", "walker", "--preset", "tiny", option, value, "--run", str(tmp_path / "run")]
     assert main(argv) == 1
     text = output(capsys)
-    assert "cannot run" in text
+    assert re.search("triton.* cannot run: no usable|device 'cuda' cannot be used: no usable", text)
     assert driver_state() in text, "the reason that doctor shows"
     assert not (tmp_path / "run").exists()
 

@@ -54,6 +54,10 @@ def test_seeds_go_on_where_they_stopped_and_end_in_one_picture(folder, tmp_path,
     assert "seed 1 (1 of 2) has ended already" in said and "2 seeds: return" in said, said
     assert (one / "metrics.jsonl").read_bytes() == before
     assert is_finished(three, read_config(three)) and (folder / "curves.png").stat().st_size > 1000
+    picture = ["--out", str(tmp_path / "both.svg")]
+    assert main(["plot", str(folder), *picture, "--band"]) == 0
+    assert "2 runs" in (tmp_path / "both.svg").read_text()
+    assert main(["plot", str(folder), *picture, "--csv", str(tmp_path / "one.csv")]) == 1
     alone = tmp_path / "alone"
     assert main(["train", "walker", *TINY, "--seed", "3", "--run", str(alone)]) == 0
     assert returns(three) == returns(alone) != returns(one)

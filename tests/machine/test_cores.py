@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from fastdreamer.config import preset
+from fastdreamer.errors import ArgumentError
 from fastdreamer.machine import device
 from fastdreamer.machine.cores import SPINS, bound_spinning, learner_threads
 from fastdreamer.machine.device import resolve_config
@@ -60,6 +61,8 @@ def test_a_run_keeps_and_says_how_many_threads_learn(tmp_path, monkeypatch, caps
     assert read_config(tmp_path).threads == 1
     assert json.loads((tmp_path / "config.json").read_text())["threads"] == 1
     assert resolve_config(dataclasses.replace(read_config(tmp_path), threads=0)).threads == 5
+    with pytest.raises(ArgumentError, match="until must be at least 1 env frame, got -1"):
+        Trainer(tmp_path).train(until=-1)
     Trainer(tmp_path).train(until=40)
     assert "learning on 1 CPU thread\n" in capsys.readouterr().out
 

@@ -40,6 +40,7 @@ def episode(length=11, seed=0, size=(4, 5), state=0):
 
 def fill(directory, lengths, capacity=10**9, **kwargs):
     """Write one episode per length, 2 env frames a decision, and return the replay with them."""
+    directory.mkdir(exist_ok=True)
     replay = Replay(directory, capacity=capacity, fields=FIELDS, **kwargs)
     for i, length in enumerate(lengths):
         meta = TASK | {"env_frames": 2 * (length - 1)}

@@ -16,6 +16,7 @@ from episode_files import (
     run_python,
 )
 
+from fastdreamer.errors import ArgumentError
 from fastdreamer.training import episodes as episodes_module
 from fastdreamer.training.episodes import EPISODE_GLOB, EpisodeError, write_episode
 from fastdreamer.training.replay import Replay
@@ -54,6 +55,14 @@ def test_held_episodes_are_not_deleted(tmp_path):
     replay.add(0)
     replay.delete_before(3)
     assert replay.indices == [0, 1, 2] and len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_directory_that_is_not_there_is_not_made(tmp_path):
+    (tmp_path / "file").touch()
+    for name in ("typo", "file"):
+        with pytest.raises(ArgumentError, match=f"{name} is no directory of episodes"):
+            Replay(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_load_restores_and_add_refuses_twice(tmp_path):

@@ -136,10 +136,12 @@ def _run(
                 {"env_frames": stage.env_frames, "seconds": stage.seconds, "returns": returns}
             )
             write_json(directory / f"{method}.json", evaluations)
+            several = len(returns) > 1
+            spread = f" ± {np.std(returns):.1f}" if several else ""
             console.print(
-                f"{method}, seed {seed}: return {np.mean(returns):.1f} ± {np.std(returns):.1f} "
-                f"({len(returns)} episodes) after {stage.env_frames:,} of {settings.frames:,} env "
-                f"frames and {format_seconds(stage.seconds)} of training",
+                f"{method}, seed {seed}: return {np.mean(returns):.1f}{spread} "
+                f"({len(returns)} episode{'s' * several}) after {stage.env_frames:,} of "
+                f"{settings.frames:,} env frames and {format_seconds(stage.seconds)} of training",
                 highlight=False,
                 soft_wrap=True,
             )
