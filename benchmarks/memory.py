@@ -67,7 +67,7 @@ def collector_peaks(directory: Path, episodes: int) -> list[float]:
         weights = acting_weights(agent)
         peaks = []
         for index in range(episodes):
-            job = Job(update=0, episode=index, random=False, evaluations=0, video=None)
+            job = Job(update=0, episodes=[index], random=False, evaluations=0, video=None)
             collector.submit(job, weights)
             collector.wait()
             if index in (0, episodes - 1):

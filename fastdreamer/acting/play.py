@@ -6,17 +6,18 @@ An episode is a function of its seed and the weights, wherever it is played.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from fastdreamer.acting.policy import Policy, PolicyState
-from fastdreamer.acting.shield import Shield
+from fastdreamer.acting.shield import Shield, Shields
 from fastdreamer.config import Config
 from fastdreamer.envs import make_env
 from fastdreamer.errors import ArgumentError
@@ -32,6 +33,8 @@ Watch = Callable[[int, dict[str, np.ndarray], np.ndarray, float], None]
 TOGETHER = 10
 """Episodes evaluated side by side at most: an environment from pixels takes about 45 MB."""
 
+_T = TypeVar("_T")
+
 
 def config_env(config: Config) -> Any:
     """The environment that a configuration describes."""
@@ -46,11 +49,11 @@ def config_env(config: Config) -> Any:
     )
 
 
-def more_envs(envs: list[Any], config: Config, episodes: int) -> list[Any]:
-    """As many of them, made where they lack, as ``evaluate_together`` takes for such episodes."""
-    while len(envs) < min(episodes, TOGETHER):
+def more_envs(envs: list[Any], config: Config, count: int) -> list[Any]:
+    """The first so many of them, made where they lack."""
+    while len(envs) < count:
         envs.append(config_env(config))
-    return envs[:episodes]
+    return envs[:count]
 
 
 def on_cpu(config: Config) -> Config:
@@ -146,9 +149,73 @@ def collect(
         env_frames += frames
         if watch is not None:
             watch(t, obs, action, reward)
-        steps.append({**obs, "action": action, "reward": np.float32(reward),
-                      "terminated": np.bool_(terminated)})  # fmt: skip
-    return {key: np.stack([step[key] for step in steps]) for key in steps[0]}, env_frames
+        steps.append(_recorded(obs, action, reward, terminated))
+    return _arrays(steps), env_frames
+
+
+def collect_together(
+    agent: Policy,
+    envs: Sequence[Any],
+    seeds: Sequence[int],
+    *,
+    controller: str | None = None,
+    sample: bool = False,
+    noise: float = 0.0,
+    explore: bool = False,
+    shields: Sequence[Shield] = (),
+    watches: Sequence[Watch] = (),
+    lanes: Lanes | None = None,
+) -> list[tuple[dict[str, np.ndarray], int]]:
+    """Play episodes for replay side by side: one decision is one batch of those that still run.
+
+    What ``evaluate_together`` says of an episode beside others holds.
+
+    Args:
+        envs: environments of the agent's task, at least as many as seeds.
+        seeds: of the episodes; an episode draws from its own what it would draw alone.
+        controller, sample, noise, explore: see ``Policy.act``.
+        shields: one an episode, or none. watches: likewise.
+        lanes: threads to step in; None: the caller's alone.
+
+    Returns:
+        Of each its arrays and its env frames, as ``collect``.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    steps: list[list[dict[str, Any]]] = [[] for _ in seeds]
+    env_frames = [0] * len(seeds)
+
+    def act(obs: dict[str, np.ndarray], state: PolicyState | None, rows: list[int]) -> Any:
+        return agent.act(
+            obs,
+            state,
+            controller=controller,
+            sample=sample,
+            noise=noise,
+            explore=explore,
+            shield=Shields([shields[i] for i in rows]) if shields else None,
+            generator=[generators[i] for i in rows],
+        )
+
+    def see(i: int, t: int, obs: Any, action: Any, reward: float, end: bool, frames: int) -> None:
+        env_frames[i] += frames
+        if watches:
+            watches[i](t, obs, action, reward)
+        steps[i].append(_recorded(obs, action, reward, end))
+
+    _play(act, envs, seeds, see, lanes or Lanes())
+    return [(_arrays(each), frames) for each, frames in zip(steps, env_frames, strict=True)]
+
+
+def _recorded(
+    obs: dict[str, np.ndarray], action: np.ndarray, reward: float, terminated: bool
+) -> dict[str, Any]:
+    """A step as replay has it."""
+    return {**obs, "action": action, "reward": np.float32(reward),
+            "terminated": np.bool_(terminated)}  # fmt: skip
+
+
+def _arrays(steps: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    return {key: np.stack([step[key] for step in steps]) for key in steps[0]}
 
 
 class Recorder:
@@ -167,7 +234,7 @@ class Recorder:
 
     def episodes(self) -> list[dict[str, np.ndarray]]:
         """The arrays of every episode, time first."""
-        return [{k: np.stack([s[k] for s in steps]) for k in steps[0]} for steps in self._steps]
+        return [_arrays(steps) for steps in self._steps]
 
 
 def evaluate(
@@ -198,6 +265,7 @@ def evaluate_together(
     *,
     shield: Shield | None = None,
     watches: Sequence[Watch] = (),
+    lanes: Lanes | None = None,
 ) -> list[float]:
     """Returns of episodes like ``evaluate``'s, side by side: one decision is one batch of all.
 
@@ -210,51 +278,112 @@ def evaluate_together(
         seeds: of the episodes.
         video: where to write one of the first.
         watches: one an episode, or none.
+        lanes: threads to step in; None: the caller's alone.
     """
     returns: list[float] = []
     for first in range(0, len(seeds), len(envs)):
         part = slice(first, first + len(envs))
         act = partial(agent.act, controller=controller, shield=shield)
-        returns += _play(act, envs, seeds[part], None if first else video, watches[part])
+        returns += _evaluate(
+            act, envs, seeds[part], None if first else video, watches[part], lanes or Lanes()
+        )
     return returns
+
+
+def _evaluate(
+    choose: Callable[..., tuple[np.ndarray, PolicyState]],
+    envs: Sequence[Any],
+    seeds: Sequence[int],
+    video: Path | None,
+    watches: Sequence[Watch],
+    lanes: Lanes,
+) -> list[float]:
+    images: list[np.ndarray] = []
+    totals = [0.0] * len(seeds)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def act(obs: dict[str, np.ndarray], state: PolicyState | None, rows: list[int]) -> Any:
+        return choose(obs, state, generator=[generators[i] for i in rows])
+
+    def see(i: int, t: int, obs: Any, action: Any, reward: float, end: bool, frames: int) -> None:
+        totals[i] += reward
+        if watches:
+            watches[i](t, obs, action, reward)
+        if video is not None and i == 0 and t % 2 == 0:
+            images.append(envs[0].render(height=240, width=320))
+
+    _play(act, envs, seeds, see, lanes)
+    if video is not None:
+        envs[0].end_video()
+        write_video(video, images, fps=1 / (2 * envs[0].decision_seconds))
+    return totals
+
+
+class Lanes:
+    """Threads that environments step in side by side, each always in the same one.
+
+    The simulator and the renderer leave Python to others while they compute, and what has been
+    drawn with belongs to the thread that drew. The first lane is the caller's own thread.
+
+    count: of lanes, at least 1.
+    """
+
+    def __init__(self, count: int = 1) -> None:
+        self._others = [ThreadPoolExecutor(1, "fastdreamer-lane") for _ in range(count - 1)]
+
+    def __call__(self, calls: Mapping[int, Callable[[], _T]]) -> list[_T]:
+        """Call them, each in the lane of its environment's number; what they return, in order."""
+        lanes: list[dict[int, Callable[[], _T]]] = [{} for _ in range(1 + len(self._others))]
+        for i, call in calls.items():
+            lanes[i % len(lanes)][i] = call
+        own, *others = lanes
+        going = [
+            pool.submit(_called, lane)
+            for pool, lane in zip(self._others, others, strict=True)
+            if lane
+        ]
+        done = _called(own)
+        for one in going:
+            done |= one.result()
+        return [done[i] for i in calls]
+
+
+def _called(calls: Mapping[int, Callable[[], _T]]) -> dict[int, _T]:
+    return {i: call() for i, call in calls.items()}
 
 
 def _play(
     act: Callable[..., tuple[np.ndarray, PolicyState]],
     envs: Sequence[Any],
     seeds: Sequence[int],
-    video: Path | None,
-    watches: Sequence[Watch],
-) -> list[float]:
-    """One episode in each of the first environments, until the last is over."""
-    images: list[np.ndarray] = []
-    totals = [0.0] * len(seeds)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    seen = [env.reset(seed=seed) for env, seed in zip(envs, seeds, strict=False)]
+    see: Callable[..., None],
+    lanes: Lanes,
+) -> None:
+    """One episode in each of the first environments, until the last is over.
 
-    def note(i: int, t: int, action: np.ndarray, reward: float) -> None:
-        totals[i] += reward
-        if watches:
-            watches[i](t, seen[i], action, reward)
-        if video is not None and i == 0 and t % 2 == 0:
-            images.append(envs[0].render(height=240, width=320))
-
-    for i in range(len(seeds)):
-        note(i, 0, np.zeros(envs[i].action_dim, np.float32), 0.0)
+    Args:
+        act: called with a batch of observations, the last state of those that still run, and the
+            numbers of these; returns their actions and states.
+        see: called with the number of an episode, t, and what ``episode_steps`` yields.
+    """
+    # In turn: the first images make GL contexts, which share what libraries keep for a process.
+    resets = [{i: partial(envs[i].reset, seed=seed)} for i, seed in enumerate(seeds)]
+    seen = [obs for reset in resets for obs in lanes(reset)]
+    for i, obs in enumerate(seen):
+        see(i, 0, obs, np.zeros(envs[i].action_dim, np.float32), 0.0, False, 0)
     running, state, t = list(range(len(seeds))), None, 0
     while running:
-        obs = {kind: np.stack([seen[i][kind] for i in running]) for kind in seen[0]}
-        actions, state = act(obs, state, generator=[generators[i] for i in running])
+        batch = {kind: np.stack([seen[i][kind] for i in running]) for kind in seen[0]}
+        actions, state = act(batch, state, running)
         t += 1
+        steps = lanes(
+            {i: partial(envs[i].step, action) for i, action in zip(running, actions, strict=True)}
+        )
         going = []
-        for row, i in enumerate(running):
-            seen[i], reward, terminated, truncated, _ = envs[i].step(actions[row])
-            note(i, t, actions[row], reward)
+        for row, (i, step) in enumerate(zip(running, steps, strict=True)):
+            seen[i], reward, terminated, truncated, frames = step
+            see(i, t, seen[i], actions[row], reward, terminated, frames)
             if not (terminated or truncated):
                 going.append(row)
         if len(going) < len(running):
             running, state = [running[row] for row in going], state.rows(going)
-    if video is not None:
-        envs[0].end_video()
-        write_video(video, images, fps=1 / (2 * envs[0].decision_seconds))
-    return totals

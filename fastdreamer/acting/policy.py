@@ -17,7 +17,7 @@ from fastdreamer.acting.exploration import Explorer
 from fastdreamer.acting.noise import Source, normal
 from fastdreamer.acting.parts import acting_parts, keep_only
 from fastdreamer.acting.planning import PlanInfo, plan
-from fastdreamer.acting.shield import Guard, Shield
+from fastdreamer.acting.shield import Guard, Shield, Shields
 from fastdreamer.config import Config, ConfigError
 from fastdreamer.machine.device import resolve_device, resolve_precision
 from fastdreamer.nn import MLP, Actor, WorldModel
@@ -114,7 +114,7 @@ class Policy(nn.Module):
         sample: bool = False,
         noise: float = 0.0,
         explore: bool = False,
-        shield: Shield | None = None,
+        shield: Shield | Shields | None = None,
         generator: Source | None = None,
     ) -> tuple[np.ndarray, PolicyState]:
         """Filter one observation and choose an action.
@@ -130,8 +130,8 @@ class Policy(nn.Module):
                 [-1, 1], and the noisy, clipped one is what the filter sees next.
             explore: be optimistic: the exploring actor chooses, a plan is ranked by the upper
                 confidence bound.
-            shield: of ``make_shield()``; has the last word on the action, noise included, and
-                counts what it does.
+            shield: of ``make_shield()``, or one a row of them; has the last word on the action,
+                noise included, and counts what it does.
             generator: of the posterior sample, the actor's sample or the plan, the exploration
                 noise and the shield's candidates, in this order; None uses the agent's own, seeded
                 with ``config.seed``. A sequence has one for every row of the batch, which then is

@@ -14,6 +14,7 @@ time a shield replaces an action that breaks the condition by the nearest one th
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -176,9 +177,15 @@ class Shield:
 
     def __call__(self, state: State, action: Tensor, generator: Source) -> Tensor:
         """Filter actions [B, A] proposed in states [B, ...]."""
+        filtered = self.filter(state, action, generator)
+        self.count(len(action), int(filtered.changed.sum()), int(filtered.failed.sum()))
+        return filtered.action
+
+    def filter(self, state: State, action: Tensor, generator: Source) -> Filtered:
+        """The same, uncounted, and what became of every row."""
         config, (batch, size) = self.config, action.shape
         shape = (config.shield_iterations, batch, config.shield_samples, size)
-        filtered = filter_actions(
+        return filter_actions(
             self.rssm.params(),
             self.barrier.params(),
             state,
@@ -188,9 +195,29 @@ class Shield:
             std=config.shield_std,
             num_elites=config.shield_elites,
         )
-        self.decisions += batch
-        self.changed += int(filtered.changed.sum())
-        self.failed += int(filtered.failed.sum())
+
+    def count(self, decisions: int, changed: int, failed: int) -> None:
+        """Add to the counts."""
+        self.decisions += decisions
+        self.changed += changed
+        self.failed += failed
+
+
+class Shields:
+    """Shields of one agent, one a row of a batch; each counts its own row.
+
+    shields: at least one.
+    """
+
+    def __init__(self, shields: Sequence[Shield]) -> None:
+        self._shields = shields
+
+    def __call__(self, state: State, action: Tensor, generator: Source) -> Tensor:
+        """Filter actions [B, A] proposed in states [B, ...]."""
+        filtered = self._shields[0].filter(state, action, generator)
+        rows = zip(filtered.changed.tolist(), filtered.failed.tolist(), strict=True)
+        for shield, (changed, failed) in zip(self._shields, rows, strict=True):
+            shield.count(1, changed, failed)
         return filtered.action
 
 

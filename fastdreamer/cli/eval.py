@@ -14,7 +14,13 @@ import torch
 import tyro
 from tyro.conf import Positional
 
-from fastdreamer.acting.play import Recorder, episode_seed, evaluate_together, more_envs
+from fastdreamer.acting.play import (
+    TOGETHER,
+    Recorder,
+    episode_seed,
+    evaluate_together,
+    more_envs,
+)
 from fastdreamer.acting.shield import safety_rates
 from fastdreamer.acting.signals import Violations, load_signal
 from fastdreamer.analysis.calibration import calibrate_episodes
@@ -90,7 +96,7 @@ def run_eval(command: Eval, say: Callable[[str], None]) -> None:
         if recorders:
             recorders[i](*step)
 
-    envs = more_envs([], agent.config, command.episodes)
+    envs = more_envs([], agent.config, min(command.episodes, TOGETHER))
     returns = evaluate_together(
         agent,
         envs,

@@ -31,7 +31,7 @@ _POSITIVE = {
     "loss": ("image_scale", "state_scale", "reward_scale", "discount_scale"),
     "behavior": ("imag_horizon", "mean_scale", "min_std", "value_scale"),
     "optim": ("model_lr", "actor_lr", "critic_lr", "eps", "clip"),
-    "collect": ("prefill",),
+    "collect": ("prefill", "envs"),
     "plan": ("plan_horizon", "num_samples", "num_elites", "init_std", "warm_iterations"),
     "safety": ("min_height", "max_joint_speed", "lr", "hinge", "multiplier_max",
                "shield_samples", "shield_elites", "shield_iterations", "shield_std"),
@@ -44,7 +44,7 @@ _NOT_NEGATIVE = {
     "model": ("reward_layers", "state_layers"),
     "loss": ("kl_scale", "free_nats"),
     "behavior": ("actor_layers", "critic_layers", "target_every"),
-    "collect": ("noise",),
+    "collect": ("noise", "round", "workers"),
     "explore": ("beta",),
     "safety": ("layers", "step_scale", "limit", "multiplier_lr"),
     "plan": ("iterations", "min_std", "proposals"),
@@ -118,6 +118,9 @@ class Config:
             ok = evaluate in ("auto", "planet")
             require(ok, "eval.controller", "'auto' or 'planet' for planet", evaluate)
             require(not self.plan.proposals, "plan.proposals", "0 for planet", self.plan.proposals)
+        size, envs = self.collect.round, self.collect.envs
+        ok = size == 0 or size >= envs
+        require(ok, "collect.round", f"0 or >= collect.envs = {envs}", size)
         balance = self.loss.kl_balance
         require(balance is None or 0 <= balance <= 1, "loss.kl_balance", "none or 0..1", balance)
         require(self.replay.length >= 2, "replay.length", ">= 2", self.replay.length)

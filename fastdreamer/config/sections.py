@@ -174,6 +174,13 @@ class CollectConfig:
     controller: Annotated[Literal["auto", "actor", "mpc", "mixed"], _short("--collect")] = "auto"
     """Who acts: the actor, the planner (mpc), or both, every other episode; auto: the agent's own,
     which is Dreamer's actor and PlaNet's planner."""
+    round: int = 0
+    """Episodes a cycle collects with the weights of one update; 0: as many as ``envs``."""
+    envs: int = 1
+    """Environments that a worker steps side by side; one decision is one batch of them."""
+    workers: int = 0
+    """Processes that share out a round, which changes nothing but the time; 0: the cores that the
+    learner's threads leave, at least one and no more than a round has batches of ``envs``."""
 
 
 @dataclass(frozen=True)

@@ -188,6 +188,7 @@ _FIELDS = (
     "last_return",
     "best_return",
     "eval_return",
+    "waits",
     "losses",
     "phase",
 )
@@ -244,6 +245,7 @@ class Progress:
 
         env_frames, updates: counts so far. updates_per_s. seconds_left: of the whole run.
         last_return, best_return: of training episodes. eval_return: mean of the last evaluation.
+        waits: shares of the time in which the learner waited for the collector, and the other way.
         losses: dict of name to float. phase: what is going on now, in a word or two.
         Raises TypeError for any other field.
         """
@@ -311,6 +313,9 @@ class Progress:
             pairs.append(("updates/s", f"{fields['updates_per_s']:.3g}"))
         if fields["seconds_left"] is not None:
             pairs.append(("time left", format_seconds(fields["seconds_left"])))
+        if fields["waits"] is not None:
+            names = ("learner waits", "collector waits")
+            pairs += [(n, f"{share:.0%}") for n, share in zip(names, fields["waits"], strict=True)]
         return pairs
 
     def _returns(self) -> list[tuple[str, str]]:

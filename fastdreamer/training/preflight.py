@@ -21,7 +21,7 @@ _LEARNING = 16
 """Bytes a parameter takes while it learns: itself, its gradient and Adam's two moments, float32."""
 _STACK = 8 << 20  # bytes of a thread's stack
 _THREADS = 8
-"""Threads a core at most; more can only wait for each other."""
+"""Threads, and workers, a core at most; more can only wait for each other."""
 
 
 def check(config: Config, run_dir: Path, say: Callable[[str], None]) -> None:
@@ -57,6 +57,11 @@ def check(config: Config, run_dir: Path, say: Callable[[str], None]) -> None:
         raise ConfigError(
             f"threads must be at most {_THREADS} a core, {_THREADS * cores} here, got "
             f"{config.threads}, whose stacks alone are {_size(config.threads * _STACK)}"
+        )
+    if config.collect.workers > _THREADS * cores:
+        raise ConfigError(
+            f"collect.workers must be at most {_THREADS} a core, {_THREADS * cores} here, got "
+            f"{config.collect.workers}"
         )
     learned = _parameters(config, seen, env.action_dim)
     _check_memory(config, seen, env.action_dim, learned)

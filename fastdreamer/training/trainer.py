@@ -1,9 +1,10 @@
 """A training run: the schedule, checkpoints, evaluation, and what becomes of a kill.
 
 The schedule is a sequence of cycles. A cycle starts by handing the current weights to the
-collector, does the updates that the newest episode calls for, and ends by entering the collected
-episode into replay. So episode k is collected with the weights of a fixed update and enters replay
-at a fixed update, and a resumed run equals an uninterrupted one bit for bit.
+collector, does the updates that the newest round of episodes calls for (one episode, or several),
+and ends by entering the collected round into replay, episode by episode. So episode k is collected
+with the weights of a fixed update and enters replay at a fixed update, and a resumed run equals an
+uninterrupted one bit for bit.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -46,10 +47,11 @@ from fastdreamer.machine.device import describe_choice, resolve_config
 from fastdreamer.named import names_code
 from fastdreamer.ops.backend import describe_kernels, kernel_choice
 from fastdreamer.training import checkpoint
-from fastdreamer.training.collector import Collector, Job, Result
+from fastdreamer.training.collector import Collector, Job, pool_size, read_job, round_size
 from fastdreamer.training.episodes import episode_fields
 from fastdreamer.training.logger import METRICS_FILE, Logger, Progress, read_metrics
 from fastdreamer.training.replay import Replay
+from fastdreamer.training.worker import Result
 
 _log = logging.getLogger("fastdreamer")
 
@@ -71,6 +73,14 @@ _CURSOR = (
 
 Loaded = tuple[Path, dict[str, Tensor], dict[str, Any]]
 """A checkpoint: its file, tensors and JSON document."""
+
+
+class _Waits(NamedTuple):
+    """Who waited for whom in a cycle, seconds."""
+
+    collector: float  # the learner for the collector
+    learner: float  # the collector, its round done, for the learner
+    cycle: float  # all of it
 
 
 class RunError(FastdreamerError, RuntimeError):
@@ -285,6 +295,12 @@ class Trainer:
         self.progress.message(f"computing on {chosen['device']} in {config.precision} by {by}")
         plural = "s" if config.threads > 1 else ""
         self.progress.message(f"learning on {config.threads} CPU thread{plural}")
+        size, workers = round_size(config), pool_size(config)
+        if size > 1 or workers > 1:
+            self.progress.message(
+                f"collecting {size} episode{'s' if size > 1 else ''} a round by {workers} "
+                f"worker{'s' if workers > 1 else ''}, {config.collect.envs} side by side"
+            )
         self.progress.update(phase="starting the collector")
         self.collector = Collector(config, run_dir / "episodes", self._stop.check)
         stack.callback(self.collector.close)
@@ -307,12 +323,12 @@ class Trainer:
         self.update = 0
         self.episodes = 0  # entered into replay so far
         self.env_frames = 0
-        self.newest_decisions = self.newest_frames = 0  # of the episode that entered last
+        self.newest_decisions = self.newest_frames = 0  # of the round that entered last
         self.left = 0  # updates left in this cycle
         self.job: Job | None = None  # under way in the collector
         self.job_weights: dict[str, Tensor] = {}
         self.best_return = -np.inf
-        self._waited: deque[float] = deque(maxlen=20)  # seconds for the collector, a cycle
+        self._waits: deque[_Waits] = deque(maxlen=20)
         lines = None
         if loaded is not None:
             lines = self._restore(*loaded)
@@ -321,7 +337,7 @@ class Trainer:
             self.progress.message("stopped before its first checkpoint: begins again at update 0")
         self.logger = stack.enter_context(Logger(run_dir, resume_lines=lines))
         if self.job is not None:
-            self.collector.submit(self.job, self.job_weights)
+            self._hand_over()
 
     def _restore(self, path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> int:
         """Load a checkpoint into everything; return how many lines of metrics it had written."""
@@ -339,7 +355,7 @@ class Trainer:
         cursor = meta["cursor"]
         for name in _CURSOR:
             setattr(self, name, cursor[name])
-        self.job = Job(**cursor["job"]) if cursor["job"] else None
+        self.job = read_job(cursor["job"]) if cursor["job"] else None
         self.job_weights = groups.get("job_weights", {})
         if self.job is not None and not self.job.random:
             needed = acting_weights(self.agent)
@@ -411,7 +427,7 @@ class Trainer:
         """Save and stop. A job under way is dropped; resuming starts it again."""
         # Before the first update there is nothing to save but random episodes, which come again;
         # the final evaluation has the checkpoint that it started from.
-        final = self.job is not None and self.job.episode is None
+        final = self.job is not None and not self.job.episodes
         if self.update and not final:
             self._save()
         raise Stopped
@@ -437,27 +453,35 @@ class Trainer:
             self._enter(self.job)
         if self.env_frames >= self._until:
             return False
-        if self.episodes < config.collect.prefill:
-            self._submit(episode=self.episodes, random=True)
+        size, missing = round_size(config), config.collect.prefill - self.episodes
+        if missing > 0:
+            # The smaller round first: those behind it, which updates answer, are whole.
+            self._submit(missing % size or size, random=True)
             self.progress.update(phase="collecting random episodes")
         elif self.update < config.train.pretrain:
             self.left = config.train.pretrain - self.update
             self.progress.update(phase="learning from the random episodes")
         else:
             self.left = max(1, round(self._updates_for(self.newest_decisions)))
-            self._submit(episode=self.episodes, evaluations=self._evaluations_due())
+            self._submit(size, evaluations=self._evaluations_due())
             self.progress.update(phase="learning")
         return True
 
-    def _submit(self, *, episode: int | None, random: bool = False, evaluations: int = 0) -> None:
+    def _submit(self, size: int, *, random: bool = False, evaluations: int = 0) -> None:
+        """Have the next so many episodes collected."""
         video = None
         if evaluations and self.config.eval.video and self.config.env.obs != "state":
             video = str(self.run_dir / "videos" / f"eval-{self.env_frames:09d}.mp4")
-        self.job = Job(self.update, episode, random, evaluations, video)
+        episodes = list(range(self.episodes, self.episodes + size))
+        self.job = Job(self.update, episodes, random, evaluations, video)
         self.job_weights = {} if random else acting_weights(self.agent)
-        self.collector.submit(self.job, self.job_weights)
+        self._hand_over()
         if video:
             self._log_prediction()
+
+    def _hand_over(self) -> None:
+        self._submitted = time.monotonic()
+        self.collector.submit(self.job, self.job_weights)
 
     def _log_prediction(self) -> None:
         """Show in TensorBoard what the model predicts blindly, below what really happened.
@@ -490,46 +514,61 @@ class Trainer:
     def _enter(self, job: Job) -> None:
         """Wait for a job and take in what it brought."""
         with nvtx.annotate("wait for the collector"):
-            result, waited = self._wait(job)
+            result, waits = self._wait(job)
         self.job, self.job_weights = None, {}
         if result.eval_returns:
             self._log_evaluation(job, result.eval_returns, result.eval_safety)
-        if job.episode is None:
+        if not job.episodes:
             return
-        info = self.replay.add(job.episode)
-        self.episodes += 1
-        self.env_frames += info.env_frames
-        self.newest_decisions, self.newest_frames = info.length - 1, info.env_frames
-        value = result.episode_return
-        self.best_return = max(self.best_return, value)
-        if self.agent.explorer is not None and not job.random:
-            self.agent.explorer.rounds += 1
-        values = {"return": value, "episode": job.episode, "random": int(job.random)}
-        self._log("episode", **values, wait_collector_s=waited, **result.episode_safety)
+        before, self.newest_decisions = self.env_frames, 0
+        told = {"wait_collector_s": waits.collector, "wait_learner_s": waits.learner}
+        for played in result.played:
+            info = self.replay.add(played.episode)
+            self.episodes += 1
+            self.env_frames += info.env_frames
+            self.newest_decisions += info.length - 1
+            value = played.episode_return
+            self.best_return = max(self.best_return, value)
+            if self.agent.explorer is not None and not job.random:
+                self.agent.explorer.rounds += 1
+            values = {"return": value, "episode": played.episode, "random": int(job.random)}
+            self._log("episode", **values, **told, **played.safety)
+            told = {}  # once a round
+        self.newest_frames = self.env_frames - before
+        if not job.random:
+            self._waits.append(waits)
         self.progress.update(
-            env_frames=self.env_frames, last_return=value, best_return=self.best_return
+            env_frames=self.env_frames,
+            last_return=value,
+            best_return=self.best_return,
+            waits=self._wait_shares(),
         )
         train = self.config.train
         final = self.env_frames >= train.frames
         if self.update and (final or self._crossed(train.snapshot_every)):
             self._save_snapshot()
 
-    def _wait(self, job: Job) -> tuple[Result, float]:
-        """What a job brought, and the seconds waited for it, which the display expects of later
-        ones."""
+    def _wait(self, job: Job) -> tuple[Result, _Waits]:
+        """What a job brought, and who waited for whom."""
         start = time.monotonic()
         ready = self.collector.ready(timeout=0)
-        if not ready and job.episode is not None and not job.random:
-            also = " and its evaluation" if job.evaluations else ""
-            self.progress.update(phase=f"waiting for episode {job.episode + 1}{also}")
+        if not ready and job.episodes and not job.random:
+            self.progress.update(phase=_waiting_for(job))
         while not ready:
             if self._stop.asked:
                 self._halt()
             ready = self.collector.ready(timeout=0.2)
-        waited = time.monotonic() - start
-        if job.episode is not None and not job.random:
-            self._waited.append(waited)
-        return self.collector.wait(), waited
+        now, result = time.monotonic(), self.collector.wait()
+        waits = _Waits(now - start, max(0.0, start - result.finished), now - self._submitted)
+        return result, waits
+
+    def _wait_shares(self) -> tuple[float, float] | None:
+        """Shares of the late cycles' time in which the learner waited, and the collector."""
+        whole = sum(waits.cycle for waits in self._waits)
+        if not whole:
+            return None
+        learner = sum(waits.collector for waits in self._waits) / whole
+        return learner, sum(waits.learner for waits in self._waits) / whole
 
     def _log_evaluation(self, job: Job, returns: list[float], safety: dict[str, float]) -> None:
         values = {
@@ -546,7 +585,7 @@ class Trainer:
         """Evaluate the final weights."""
         if self.config.eval.every and self._until >= self.config.train.frames:
             self.progress.update(phase="evaluating the final weights")
-            self._submit(episode=None, evaluations=self.config.eval.episodes)
+            self._submit(0, evaluations=self.config.eval.episodes)
             self._enter(self.job)
         self.progress.update(phase="done", seconds_left=0.0)
 
@@ -560,7 +599,7 @@ class Trainer:
         frames = max(0, self.config.train.frames - self.env_frames)
         updates = self._updates_for(frames / self.config.env.action_repeat)
         cycles = frames / max(1, self.newest_frames)
-        waited = sum(self._waited) / len(self._waited) if self._waited else 0.0
+        waited = sum(waits.collector for waits in self._waits) / max(1, len(self._waits))
         return updates / updates_per_s + cycles * waited
 
     def _updates_for(self, decisions: float) -> float:
@@ -611,6 +650,13 @@ class Trainer:
         checkpoint.save_checkpoint(path, tensors, meta)
         kept = checkpoint.prune(directory, path, self.config.train.keep_checkpoints)
         self.replay.delete_before(_oldest_episode(kept))
+
+
+def _waiting_for(job: Job) -> str:
+    first, last = job.episodes[0] + 1, job.episodes[-1] + 1
+    what = f"episode {first}" if first == last else f"episodes {first} to {last}"
+    whose = "its" if first == last else "their"
+    return f"waiting for {what}" + (f" and {whose} evaluation" if job.evaluations else "")
 
 
 def _oldest_episode(checkpoints: list[Path]) -> int:

@@ -22,10 +22,10 @@ from fastdreamer.ops.layers import MLPParams
 from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.params import ActorParams, ReturnParams, RSSMParams, State, StdTransform
 from fastdreamer.training.checkpoint import load_checkpoint
-from fastdreamer.training.collector import collecting_controller
 from fastdreamer.training.episodes import episode_path, read_episode
 from fastdreamer.training.pretrained import load
 from fastdreamer.training.trainer import Trainer, create_run
+from fastdreamer.training.worker import collecting_controller
 
 TINY = preset("tiny")
 BACKENDS = ["eager", "native"]
@@ -472,9 +472,9 @@ def test_a_run_collects_with_its_planner(tmp_path, agent_kind, capfd):
     for path in sorted((tmp_path / "run" / "checkpoints").iterdir()):
         tensors, meta = load_checkpoint(path)
         job = meta["cursor"]["job"]
-        if job and job["episode"] is not None and not job["random"]:
+        if job and job["episodes"] and not job["random"]:
             weights = {k[12:]: v for k, v in tensors.items() if k.startswith("job_weights/")}
-            played[job["episode"]] = weights, meta
+            played[job["episodes"][0]] = weights, meta
     assert set(played) >= {2, 3}
     env = make_env("walker-walk", obs="state", action_repeat=2, time_limit=1.0)
     for index in (2, 3):

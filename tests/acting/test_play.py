@@ -1,6 +1,8 @@
 """Playing episodes: seeds, policies, and what an episode starts with."""
 
 import dataclasses
+import functools
+import threading
 
 import numpy as np
 import pytest
@@ -8,9 +10,10 @@ import torch
 
 from fastdreamer.acting import play
 from fastdreamer.acting.play import (
-    TOGETHER,
+    Lanes,
     agent_policy,
     collect,
+    collect_together,
     episode_seed,
     episode_steps,
     evaluate,
@@ -156,6 +159,10 @@ def test_episodes_side_by_side_are_those_alone(controller):
             assert returns[i] == evaluate(agent, env, seed, controller=controller)
 
 
+def counts(shield):
+    return shield.decisions, shield.changed, shield.failed
+
+
 def test_a_shield_side_by_side():
     pytest.importorskip("fastdreamer._native")
     config = dataclasses.replace(
@@ -166,11 +173,55 @@ def test_a_shield_side_by_side():
         agent.guard.barrier.layers[-1].weight.mul_(30)
     envs, seeds = more_envs([], config, 3), [1, 2, 3]
     together, alone = agent.make_shield(), agent.make_shield()
+    each = [agent.make_shield() for _ in seeds]
     with use_backend("native"):
         returns = evaluate_together(agent, envs, seeds, shield=together)
         assert returns == [evaluate(agent, envs[0], seed, shield=alone) for seed in seeds]
-    counts = lambda s: (s.decisions, s.changed, s.failed)  # noqa: E731
+        collect_together(agent, [Short(e, 5) for e in envs], seeds, noise=0.3, shields=each)
+        for seed, counted in zip(seeds, each, strict=True):
+            own = agent.make_shield()
+            collect(Short(envs[0], 5), agent_policy(agent, seed, 0.3, shield=own), seed)
+            assert counts(counted) == counts(own)
     assert counts(together) == counts(alone) and 0 < together.changed < together.decisions
+
+
+@pytest.mark.parametrize("controller", ["actor", "mpc"])
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_episodes_collected_side_by_side_are_those_alone(controller, lanes, agent):
+    pytest.importorskip("fastdreamer._native")
+    envs, seeds = more_envs([], CONFIG, 4), [7, 3, 8, 1]
+    short = [Short(env, n) for env, n in zip(envs, [5, DECISIONS, 1, 9], strict=True)]
+    how = {"controller": controller, "sample": True, "noise": 0.3}
+    told = [[] for _ in seeds]
+    watches = [lambda *step, seen=seen: seen.append(step[0]) for seen in told]
+    with use_backend("native"):
+        together = collect_together(agent, short, seeds, **how, watches=watches, lanes=Lanes(lanes))
+        for i, (arrays, frames) in enumerate(together):
+            policy = agent_policy(agent, seeds[i], 0.3, controller, sample=True)
+            alone, same = collect(short[i], policy, seeds[i])
+            assert frames == same and arrays.keys() == alone.keys()
+            assert all(arrays[k].tobytes() == alone[k].tobytes() for k in alone)
+            assert {k: a.dtype for k, a in arrays.items()} == {k: a.dtype for k, a in alone.items()}
+            assert told[i] == list(range(len(alone["reward"])))
+
+
+def test_an_environment_keeps_its_lane_and_its_place():
+    lanes, threads = Lanes(2), {}
+
+    def call(i):
+        threads.setdefault(i, set()).add(threading.get_ident())
+        if i == 4:
+            raise ValueError("4 fell")
+        return 10 * i
+
+    calls = lambda *numbers: {i: functools.partial(call, i) for i in numbers}  # noqa: E731
+    for numbers in ([0, 1, 2, 3], [3, 0], [2], [1]):
+        assert lanes(calls(*numbers)) == [10 * i for i in numbers]
+    assert threads[0] == threads[2] == {threading.get_ident()}
+    assert threads[1] == threads[3] and len(threads[1] | threads[0]) == 2
+    with pytest.raises(ValueError, match="4 fell"):
+        lanes(calls(1, 4))
+    assert lanes({}) == []
 
 
 def test_eager_s_episodes_side_by_side(agent):
@@ -183,9 +234,9 @@ def test_eager_s_episodes_side_by_side(agent):
     np.testing.assert_allclose(returns, alone, rtol=1e-3)
 
 
-def test_environments_are_made_once_and_not_too_many(monkeypatch):
+def test_environments_are_made_once(monkeypatch):
     monkeypatch.setattr(play, "config_env", lambda config: object())
     envs = []
     first = more_envs(envs, CONFIG, 2)
     assert len(first) == 2 and more_envs(envs, CONFIG, 1) == first[:1]
-    assert len(more_envs(envs, CONFIG, 1000)) == TOGETHER and envs[:2] == first
+    assert more_envs(envs, CONFIG, 3)[:2] == first == envs[:2] and len(envs) == 3

@@ -252,6 +252,11 @@ def test_resume_a_finished_run_and_extend_it(run, capsys):
         ([*STATE, "--replay.batch", "1000000000"], "for one batch (replay.batch"),
         ([*STATE, "--plan.num-samples", "1000000000"], "for a plan's candidates"),
         ([*STATE, "--threads", "100000"], "got 100000, whose stacks alone are 781 GiB"),
+        ([*STATE, "--collect.workers", "10000"], "collect.workers must be at most 8 a core"),
+        (
+            [*STATE, "--collect.envs", "3", "--collect.round", "2"],
+            "collect.round must be 0 or >= collect.envs = 3, got 2",
+        ),
         (["train", "--resume", "nowhere"], "nowhere is not a run directory"),
         (["eval", "nowhere"], "nowhere: no such run or checkpoint"),
         (["eval", ".", "--episodes", "2"], "holds no checkpoint yet"),

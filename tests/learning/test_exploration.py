@@ -430,7 +430,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     assert straight["agent/explorer.rounds"] == 3  # two of five episodes were random
     lines = [read_metrics(run) for run in runs]
     for one, other in zip(*lines, strict=True):
-        clocks = ("seconds", "updates_per_s", "wait_collector_s")
+        clocks = ("seconds", "updates_per_s", "wait_collector_s", "wait_learner_s")
         assert {k: v for k, v in one.items() if k not in clocks} == {
             k: v for k, v in other.items() if k not in clocks
         }

@@ -18,14 +18,23 @@ from safetensors.torch import save as save_bytes
 
 from fastdreamer.acting.parts import acting_weights
 from fastdreamer.acting.play import agent_policy, collect, episode_seed, evaluate, on_cpu
+from fastdreamer.acting.policy import Policy
 from fastdreamer.config import preset, to_dict
 from fastdreamer.envs import make_env
 from fastdreamer.envs.gl import GLError, select_gl
 from fastdreamer.learning.dreamer import Dreamer
 from fastdreamer.ops.backend import last_backend
 from fastdreamer.training import collector as collector_module
-from fastdreamer.training.collector import Collector, CollectorError, Job
+from fastdreamer.training import worker as worker_module
+from fastdreamer.training.collector import (
+    Collector,
+    CollectorError,
+    Job,
+    pool_size,
+    share_out,
+)
 from fastdreamer.training.episodes import episode_path, read_episode
+from fastdreamer.training.worker import Share, batches
 
 CONFIG = preset("tiny")
 DECISIONS, FRAMES = 20, 40
@@ -33,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def job(episode, *, random=False, evaluations=0, video=None):
-    return Job(0, episode, random, evaluations, video)
+    return Job(0, [] if episode is None else [episode], random, evaluations, video)
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +88,12 @@ def test_an_episode_depends_on_seed_index_and_weights_alone(collector, agent, en
         contents.append(path.read_bytes())
         arrays, meta = read_episode(path)
         assert result.eval_returns == []
-        assert result.episode_return == meta["return"] == arrays["reward"].sum(dtype=np.float64)
+        (played,) = result.played
+        assert played.episode == index
+        assert played.episode_return == meta["return"] == arrays["reward"].sum(dtype=np.float64)
         assert meta == {
             "env_frames": FRAMES,
-            "return": result.episode_return,
+            "return": played.episode_return,
             "task": "walker-walk",
             "action_repeat": 2,
             "time_limit": 1.0,
@@ -124,7 +135,7 @@ def test_evaluations_are_deterministic_and_leave_episodes_alone(collector, agent
     content = episode_path(collector.directory, 8).read_bytes()
     collector.submit(job(None, evaluations=3), weights)
     alone = collector.wait()
-    assert alone.episode_return is None
+    assert alone.played == []
     assert alone.eval_returns[:2] == both.eval_returns and len(set(alone.eval_returns)) == 3
     collector.submit(job(8), weights)
     collector.wait()
@@ -139,10 +150,10 @@ def test_the_worker_plays_with_the_runs_backend(backend, agent, tmp_path, monkey
     if backend == "native":
         pytest.importorskip("fastdreamer._native")
     monkeypatch.setenv("FASTDREAMER_BACKEND", {"eager": "native", "native": "eager"}[backend])
-    monkeypatch.setattr(collector_module, "_exit_with_trainer", lambda: None)
+    monkeypatch.setattr(worker_module, "_exit_with_trainer", lambda: None)
     config = dataclasses.replace(CONFIG, backend=backend)
     trainer, worker = multiprocessing.Pipe()
-    sent = [json.dumps(dataclasses.asdict(job(0, evaluations=1))).encode()]
+    sent = [json.dumps(dataclasses.asdict(Share(False, [[0]], evaluations=1))).encode()]
     sent.append(save_bytes(acting_weights(agent)))
     answers = []
 
@@ -157,7 +168,7 @@ def test_the_worker_plays_with_the_runs_backend(backend, agent, tmp_path, monkey
 
     thread = threading.Thread(target=converse)
     thread.start()
-    collector_module._worker(worker, json.dumps(to_dict(config)), str(tmp_path), None)
+    worker_module.work(worker, json.dumps(to_dict(config)), str(tmp_path), None, 1)
     thread.join()
     assert answers[0]["action_dim"] == 6 and len(answers[1]["eval_returns"]) == 1
     assert last_backend("decide") == backend
@@ -177,7 +188,7 @@ def test_a_real_worker_takes_the_runs_backend_before_the_environments(agent, tmp
             answers[backend] = str(error)
         finally:
             collector.close()
-    assert isinstance(answers["eager"].episode_return, float)
+    assert isinstance(answers["eager"].played[0].episode_return, float)
     assert "decide: backend 'triton' cannot run" in answers["auto"], "auto leaves it the choice"
 
 
@@ -218,8 +229,9 @@ def test_a_killed_worker_is_replaced_and_the_job_done(collector, agent, caplog):
     content = path.read_bytes()
     path.unlink()
     collector.submit(job(5, evaluations=1000), weights)
-    os.kill(collector._process.pid, signal.SIGKILL)
-    collector._pending = (job(5), collector._pending[1])  # done again, without the delay
+    (worker,) = collector.workers
+    os.kill(worker.process.pid, signal.SIGKILL)
+    worker.share = Share(False, [[5]])  # done again, without the delay
     collector.wait()
     assert path.read_bytes() == content
     assert "the collector died (exit code -9); starting it again" in caplog.text
@@ -238,13 +250,14 @@ def test_a_worker_that_cannot_start_is_an_error(tmp_path, collector):
 
 def test_a_job_that_kills_the_worker_twice_is_an_error(tmp_path, agent, monkeypatch):
     collector = Collector(CONFIG, tmp_path)
-    send = collector._send
+    (worker,) = collector.workers
+    send = worker._send
 
     def deadly():
         send()
-        os.kill(collector._process.pid, signal.SIGKILL)
+        os.kill(worker.process.pid, signal.SIGKILL)
 
-    monkeypatch.setattr(collector, "_send", deadly)
+    monkeypatch.setattr(worker, "_send", deadly)
     collector.submit(job(None, evaluations=10**6), acting_weights(agent))
     with pytest.raises(CollectorError, match=r"died twice at the same job \(exit code -9\)"):
         collector.wait()
@@ -270,7 +283,7 @@ def test_pixels_are_the_same_in_every_process(tmp_path):
     collector = Collector(config, tmp_path)
     try:
         assert collector.obs_shapes == {"pixels": (64, 64, 3)}
-        collector.submit(Job(0, 1, False, 0, None), acting_weights(agent))
+        collector.submit(job(1), acting_weights(agent))
         collector.wait()
     finally:
         collector.close()
@@ -302,6 +315,131 @@ def replay_by_the_page(path):
     steps: dict = {}
     exec(recipe.replace("RUN/episodes/episode-000000.safetensors", str(path)), steps)
     assert steps["t"] == len(steps["arrays"]["reward"]) - 1
+
+
+# ------------------------------------------------------------------------ a pool
+
+
+def pooled(workers, round_=4, envs=2, **more):
+    values = {"workers": workers, "round": round_, "envs": envs, **more}
+    return dataclasses.replace(CONFIG, collect=dataclasses.replace(CONFIG.collect, **values))
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("episodes")
+    made = Collector(pooled(2), directory)
+    made.directory = directory
+    yield made
+    made.close()
+
+
+def test_batches_are_of_the_settings_and_of_one_controller():
+    assert batches(pooled(1), [3, 4, 5, 6, 7]) == [[3, 4], [5, 6], [7]]
+    assert batches(pooled(3, envs=4), [3, 4, 5]) == [[3, 4, 5]]
+    assert batches(pooled(1, controller="mixed"), range(5)) == [[0, 2], [4], [1, 3]]
+
+
+def test_whole_batches_are_shared_out_the_evaluations_first():
+    shares = share_out(Job(0, [3, 4, 5, 6, 7], False, 0, None), pooled(1), 2)
+    assert [share.batches for share in shares] == [[[3, 4], [7]], [[5, 6]]]
+    shares = share_out(Job(0, [3, 4, 5, 6], False, 5, "film.mp4"), pooled(1), 3)
+    assert [share.batches for share in shares] == [[], [[3, 4]], [[5, 6]]]
+    assert [(share.evaluations, share.video) for share in shares] == [
+        (5, "film.mp4"), (0, None), (0, None)
+    ]  # fmt: skip
+    (share,) = share_out(Job(0, [3, 4], True, 1, None), pooled(1), 1)
+    assert share == Share(True, [[3, 4]], 1)
+
+
+def test_auto_takes_the_cores_that_the_learner_leaves(monkeypatch):
+    monkeypatch.setattr(collector_module, "CORES", 8)
+    auto = lambda threads, **how: pool_size(  # noqa: E731
+        dataclasses.replace(pooled(0, **how), threads=threads)
+    )
+    assert auto(2, round_=12) == 6 and auto(5, round_=12) == 3
+    assert auto(2) == 2, "a round has no more batches"
+    assert auto(8, round_=12) == auto(9, round_=12) == 1
+    assert auto(2, round_=0) == auto(2, round_=0, envs=7) == 1
+    assert pool_size(pooled(5)) == 5
+
+
+def test_a_pool_plays_what_one_worker_plays(pool, collector, agent):
+    """The same bytes; who has nothing to do is not asked."""
+    pytest.importorskip("fastdreamer._native")
+    weights = acting_weights(agent)
+    want = {}
+    for index in range(60, 65):
+        collector.submit(job(index, random=index < 62), weights)
+        want |= {one.episode: one for one in collector.wait().played}
+    pool.submit(Job(0, [60, 61], True, 0, None), {})
+    assert pool.wait().played == [want[60], want[61]]
+    pool.submit(Job(0, [62, 63, 64], False, 2, None), weights)
+    result = pool.wait()
+    assert result.played == [want[k] for k in (62, 63, 64)]
+    for index in range(60, 65):
+        mine, other = (episode_path(one.directory, index) for one in (pool, collector))
+        assert mine.read_bytes() == other.read_bytes()
+    collector.submit(job(None, evaluations=2), weights)
+    assert collector.wait().eval_returns == result.eval_returns
+    assert 0 <= time.monotonic() - result.finished < 60
+
+
+def test_a_stopped_worker_of_two_is_replaced_and_its_episodes_collected_again(
+    pool, agent, monkeypatch, caplog
+):
+    weights = acting_weights(agent)
+    round_ = Job(0, [70, 71, 72, 73], False, 0, None)
+    pool.submit(round_, weights)
+    want = pool.wait().played
+    paths = [episode_path(pool.directory, index) for index in round_.episodes]
+    contents = [path.read_bytes() for path in paths]
+    for path in paths:
+        path.unlink()
+    stopped = pool.workers[1].process.pid
+    os.kill(stopped, signal.SIGSTOP)
+    pool.submit(round_, weights)
+    monkeypatch.setattr(collector_module, "QUIET", 1.0)
+    while not caplog.records:
+        assert pool.ready(0.1) is False
+    assert re.match(
+        rf"the collector 2 of 2 \(process {stopped}\) has given no sign for 1 s: it is stopped",
+        caplog.records[0].getMessage(),
+    )
+    monkeypatch.setattr(collector_module, "SILENT", 0.0)
+    while "the collector 2 of 2 gave no sign (in 0 s); starting it again" not in caplog.text:
+        pool.ready(0)
+    monkeypatch.setattr(collector_module, "SILENT", 60.0)
+    assert pool.wait().played == want
+    assert [path.read_bytes() for path in paths] == contents
+    assert gone(stopped)
+
+
+def test_from_pixels_episodes_side_by_side_can_be_replayed_alone(tmp_path, monkeypatch):
+    """Each thread draws for its own environments."""
+    try:
+        select_gl()
+    except GLError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(collector_module, "CORES", 2)
+    config = pooled(1, envs=3, round_=3)
+    env = dataclasses.replace(config.env, obs="both", render_quality="fast", time_limit=0.5)
+    config = dataclasses.replace(config, env=env, eval=dataclasses.replace(config.eval, video=True))
+    collector = Collector(config, tmp_path)
+    agent = Policy(config, collector.obs_shapes, collector.action_dim)
+    film = str(tmp_path / "film.mp4")
+    try:
+        collector.submit(Job(0, [0, 1, 2], False, 2, film), acting_weights(agent))
+        assert len(collector.wait().eval_returns) == 2 and os.path.getsize(film) > 1000
+        collector.submit(job(3), acting_weights(agent))  # after a video
+        collector.wait()
+    finally:
+        collector.close()
+    seeds = set()
+    for index in range(4):
+        seeds.add(read_episode(episode_path(tmp_path, index))[1]["seed"])
+        replay_by_the_page(episode_path(tmp_path, index))
+    assert seeds == {episode_seed(config.seed, "collect", index) for index in range(4)}
 
 
 def test_a_fault_in_the_worker_arrives_with_its_traceback(tmp_path, agent):
@@ -336,14 +474,15 @@ def test_a_stopped_worker_is_named_replaced_and_gone(tmp_path, agent, monkeypatc
     monkeypatch.setattr(collector_module, "QUIET", 1e9)  # on a busy machine it may be slow at work
     monkeypatch.setattr(collector_module, "SILENT", 1e9)
     made = Collector(CONFIG, tmp_path)
-    pid = made._process.pid
+    (worker,) = made.workers
+    pid = worker.process.pid
     try:
         made.submit(job(None, evaluations=2000), acting_weights(agent))
-        made._silence = 20.0
-        while made._silence >= 20:  # at work, it gives signs
+        worker._silence = 20.0
+        while worker._silence >= 20:  # at work, it gives signs
             assert made.ready(1.0) is False
         os.kill(pid, signal.SIGSTOP)
-        while made.ready(0.5) or made._silence < 2:  # what it had said is heard
+        while made.ready(0.5) or worker._silence < 2:  # what it had said is heard
             pass
         monkeypatch.setattr(collector_module, "QUIET", 2.0)
         for _ in range(3):
@@ -352,16 +491,16 @@ def test_a_stopped_worker_is_named_replaced_and_gone(tmp_path, agent, monkeypatc
         assert re.match(
             rf"the collector \(process {pid}\) has given no sign for \d+ s: it is", said
         )
-        made._pending = (job(0), made._pending[1])
+        worker.share = Share(False, [[0]])
         monkeypatch.setattr(collector_module, "SILENT", 0.0)
         assert made.ready(0) is False
         monkeypatch.setattr(collector_module, "SILENT", 60.0)
         assert "the collector gave no sign (in 0 s); starting it again" in caplog.text
-        assert isinstance(made.wait().episode_return, float)
+        assert isinstance(made.wait().played[0].episode_return, float)
         assert gone(pid)
 
         made.submit(job(1), acting_weights(agent))
-        pid = made._process.pid
+        pid = worker.process.pid
         os.kill(pid, signal.SIGSTOP)
     finally:
         start = time.monotonic()
@@ -371,7 +510,7 @@ def test_a_stopped_worker_is_named_replaced_and_gone(tmp_path, agent, monkeypatc
 
 def test_more_than_a_pipe_holds_is_sent_to_a_stopped_worker_without_waiting(tmp_path, agent):
     made = Collector(CONFIG, tmp_path)
-    os.kill(made._process.pid, signal.SIGSTOP)
+    os.kill(made.workers[0].process.pid, signal.SIGSTOP)
     try:
         start = time.monotonic()
         made.submit(job(0), acting_weights(agent) | {"much": torch.zeros(1 << 22)})

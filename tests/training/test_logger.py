@@ -213,6 +213,7 @@ def test_terminal_progress_draws_bar_table_and_messages():
         progress.update(
             env_frames=2500, updates=1200, updates_per_s=8.5, seconds_left=59, last_return=12.0,
             best_return=34.0, eval_return=math.nan, losses={"image": math.inf}, phase="training",
+            waits=(0.031, 0.5),
         )  # fmt: skip
     console_text = out.getvalue()
     assert "above [all]" in console_text
@@ -222,6 +223,7 @@ def test_terminal_progress_draws_bar_table_and_messages():
     for part in (
         "2,500 of 10,000 env frames", "25%", "1,200", "updates/s 8.5", "time left 59 s",
         "last 12.0", "best 34.0", "eval nan", "image inf", "training",
+        "learner waits 3%", "collector waits 50%",
     ):  # fmt: skip
         assert part in text, part
 

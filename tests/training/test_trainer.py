@@ -38,7 +38,7 @@ from fastdreamer.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from fastdreamer.training.collector import Collector
+from fastdreamer.training.collector import Collector, read_job
 from fastdreamer.training.episodes import episode_path, read_episode
 from fastdreamer.training.logger import Logger, Progress
 from fastdreamer.training.pretrained import load
@@ -63,7 +63,7 @@ CONFIG = dataclasses.replace(
 )
 UPDATES, PREFILL, CYCLE = 165, 2, 20
 KINDS = ["state", "pixels", "both"]  # what a run sees: whether it has convolutions
-WALL_CLOCK = ("seconds", "updates_per_s", "wait_collector_s")
+WALL_CLOCK = ("seconds", "updates_per_s", "wait_collector_s", "wait_learner_s")
 KILLS, SEED = ["seconds"] * 2 + ["updates"] * 5 + ["call"] * 3, 1  # of each of two runs
 FEW_KILLS = ["seconds"] + ["updates"] * 2 + ["call"]  # from pixels a start takes longer
 TIMEOUT = 240  # seconds; a run takes a few, but ten times that on a machine that others load
@@ -167,7 +167,8 @@ SIGNAL_WHILE_WAITING = """
 import os, signal
 ready, calls = trainer.Collector.ready, []
 def signalled(self, timeout):
-    if self._pending and self._pending[0].episode == {episode} and not calls:
+    share = self.workers[0].share
+    if share and sum(share.batches, []) == {episodes} and not calls:
         calls.append(timeout)
         os.killpg(os.getpid(), signal.SIGINT)  # a terminal's Ctrl-C: the collector gets it too
         return False
@@ -180,27 +181,28 @@ submit, calls = trainer.Collector.submit, []
 def killing(self, *args):
     calls.append(args)
     if len(calls) == 6:  # idle
-        os.kill(self._process.pid, signal.SIGKILL)
-        self._process.join()
+        os.kill(self.workers[0].process.pid, signal.SIGKILL)
+        self.workers[0].process.join()
     submit(self, *args)
     if len(calls) == 4:  # at work
-        os.kill(self._process.pid, signal.SIGKILL)
+        os.kill(self.workers[0].process.pid, signal.SIGKILL)
 trainer.Collector.submit = killing
 """
 STOP_WORKER = """
 import os, signal
-start, submit, jobs = trainer.Collector._start, trainer.Collector.submit, []
+from fastdreamer.training.collector import _Worker
+start, submit, jobs = _Worker._start, trainer.Collector.submit, []
 def stopped(self):
     start(self)
     if {job} == 0:
-        os.kill(self._process.pid, signal.SIGSTOP)
+        os.kill(self.process.pid, signal.SIGSTOP)
 def stopping(self, job, weights):
     submit(self, job, weights)
     jobs.append(job)
     if len(jobs) == {job}:
-        os.kill(self._process.pid, signal.SIGSTOP)
-        (self._episodes.parent / "stopped").touch()
-trainer.Collector._start, trainer.Collector.submit = stopped, stopping
+        os.kill(self.workers[0].process.pid, signal.SIGSTOP)
+        (self.workers[0]._episodes.parent / "stopped").touch()
+_Worker._start, trainer.Collector.submit = stopped, stopping
 """
 LIMITED_FILES = """
 import resource
@@ -242,7 +244,7 @@ ENDLESS_JOB = """
 import dataclasses
 submit = trainer.Collector.submit
 def endless(self, job, weights):
-    many = dataclasses.replace(job, episode=None, evaluations=2000)
+    many = dataclasses.replace(job, episodes=[], evaluations=2000)
     submit(self, job if job.random else many, weights)
 trainer.Collector.submit = endless
 """
@@ -327,12 +329,19 @@ def same_tensors(a, b):
     assert [name for name in a if a[name] != b[name]] == []
 
 
+def lasting(meta):
+    """What a checkpoint says, without how many play: that changes nothing."""
+    config = dict(meta["config"])
+    config["collect"] = {k: v for k, v in config["collect"].items() if k not in ("workers", "envs")}
+    return {**meta, "config": config}
+
+
 def assert_equals(run_dir, reference):
     """The run's result is the reference's, bit for bit."""
     tensors, meta = newest(run_dir)
     want_tensors, want_meta = newest(reference)
     same_tensors(tensors, want_tensors)
-    assert meta == want_meta
+    assert lasting(meta) == lasting(want_meta)
     assert metrics(run_dir) == metrics(reference)
     for index in meta["cursor"]["replay"]:
         mine, other = (episode_path(d / "episodes", index) for d in (run_dir, reference))
@@ -341,7 +350,7 @@ def assert_equals(run_dir, reference):
     assert snapshots.keys() == others.keys()
     for frames, path in snapshots.items():
         same, other = (load_checkpoint(p) for p in (path, others[frames]))
-        assert same[1] == other[1] and same[0].keys() == other[0].keys()
+        assert lasting(same[1]) == lasting(other[1]) and same[0].keys() == other[0].keys()
         assert all(torch.equal(same[0][k], other[0][k]) for k in same[0]), f"snapshot {frames}"
 
 
@@ -533,7 +542,7 @@ def test_episodes_come_from_the_weights_of_their_cycles_first_update(reference):
             continue
         cycle = (meta["cursor"]["update"] - 5) // CYCLE
         assert job["update"] == 5 + CYCLE * cycle
-        assert job["episode"] == PREFILL + cycle
+        assert job["episodes"] == [PREFILL + cycle]
         weights = {k[12:]: v for k, v in tensors.items() if k.startswith("job_weights/")}
         assert weights.keys() == Policy(CONFIG, {"state": (24,)}, 6).state_dict().keys()
 
@@ -645,13 +654,13 @@ def test_signals_stop_cleanly_wherever_they_arrive(kind, tmp_path, undisturbed, 
     assert (cursor["update"], cursor["left"], cursor["job"]) == (3, 2, None)
     assert launcher.run(run_dir, SIGNAL_AT_UPDATE.format(count=49, name="SIGTERM")) == STOPPED
     cursor = newest(run_dir)[1]["cursor"]
-    assert (cursor["update"], cursor["left"], cursor["job"]["episode"]) == (52, 13, 4)
+    assert (cursor["update"], cursor["left"], cursor["job"]["episodes"]) == (52, 13, [4])
 
     # While the trainer waits for an episode, and while it waits for the final evaluation.
-    assert launcher.run(run_dir, SIGNAL_WHILE_WAITING.format(episode=5)) == STOPPED
+    assert launcher.run(run_dir, SIGNAL_WHILE_WAITING.format(episodes=[5])) == STOPPED
     cursor = newest(run_dir)[1]["cursor"]
-    assert (cursor["update"], cursor["left"], cursor["job"]["episode"]) == (85, 0, 5)
-    assert launcher.run(run_dir, SIGNAL_WHILE_WAITING.format(episode=None)) == STOPPED
+    assert (cursor["update"], cursor["left"], cursor["job"]["episodes"]) == (85, 0, [5])
+    assert launcher.run(run_dir, SIGNAL_WHILE_WAITING.format(episodes=[])) == STOPPED
     assert newest(run_dir)[1]["cursor"]["update"] == UPDATES
     assert metrics(run_dir)[-1]["kind"] == "episode"
 
@@ -799,6 +808,111 @@ def test_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
     assert_equals(run_dir, reference[0])
 
 
+# -------------------------------------------------------------------------- a pool
+
+
+def pooled(workers, envs=2, **more):
+    """Rounds of 4: one random episode, 4 more, then two rounds by the actor."""
+    collect = dataclasses.replace(CONFIG.collect, prefill=5, round=4, envs=envs, workers=workers)
+    return dataclasses.replace(CONFIG, collect=collect, **more)
+
+
+KILL_ONE_OF_TWO = """
+import os, signal
+submit, calls = trainer.Collector.submit, []
+def killing(self, job, weights):
+    submit(self, job, weights)
+    if not job.random:
+        os.kill(self.workers[1].process.pid, signal.SIGKILL)
+trainer.Collector.submit = killing
+"""
+
+
+@pytest.fixture(scope="module")
+def rounds(tmp_path_factory, launcher):
+    """By backend, a run of rounds by one worker."""
+
+    @functools.cache
+    def run(backend):
+        run_dir = new_run(tmp_path_factory.mktemp("rounds") / "run", pooled(1, backend=backend))
+        assert launcher.run(run_dir) == 0, (run_dir / "log.txt").read_text()
+        return run_dir
+
+    return run
+
+
+def test_a_run_of_rounds_follows_the_schedule(rounds):
+    lines = metrics(rounds("auto"))
+    entered = [(m["episode"], m["update"], m["random"]) for m in lines if m["kind"] == "episode"]
+    # 32 replayed decisions a collected one, by 4 · 8 an update: 80 for 4 episodes of 20.
+    assert entered == [
+        *((k, 0, 1) for k in range(5)), *((k, 85, 0) for k in range(5, 9)),
+        *((k, 165, 0) for k in range(9, 13)),
+    ]  # fmt: skip
+    assert [m["env_frames"] for m in lines if m["kind"] == "episode"] == [*range(40, 521, 40)]
+    evaluated = [(m["env_frames"], m["update"]) for m in lines if m["kind"] == "eval"]
+    assert evaluated == [(200, 5), (360, 85), (520, 165)]
+    assert list(list_snapshots(rounds("auto") / "snapshots")) == [360, 520]
+    raw = [json.loads(line) for line in (rounds("auto") / "metrics.jsonl").read_text().splitlines()]
+    for name in ("wait_collector_s", "wait_learner_s"):  # once a round
+        assert [m["episode"] for m in raw if name in m] == [0, 1, 5, 9]
+        assert all(m[name] >= 0 for m in raw if name in m)
+    seeds = {
+        read_episode(episode_path(rounds("auto") / "episodes", k))[1]["seed"] for k in range(9, 13)
+    }
+    assert seeds == {episode_seed(CONFIG.seed, "collect", k) for k in range(9, 13)}
+
+
+@pytest.mark.parametrize(
+    ("backend", "workers", "envs"),
+    [("auto", 2, 2), ("auto", 3, 2), ("auto", 1, 4), ("eager", 2, 2)],
+)
+def test_a_run_is_the_same_by_whatever_pool(backend, workers, envs, tmp_path, rounds, launcher):
+    """By every number of workers; where the ops run native, of environments in each, too."""
+    if backend == "auto" and envs != 2:
+        pytest.importorskip("fastdreamer._native")
+    run_dir = new_run(tmp_path / "run", pooled(workers, envs, backend=backend))
+    assert launcher.run(run_dir) == 0, (run_dir / "log.txt").read_text()
+    assert_equals(run_dir, rounds(backend))
+    said = f"collecting 4 episodes a round by {workers} worker"
+    assert said in (run_dir / "log.txt").read_text()
+
+
+def test_a_pool_through_kills_and_resumes(tmp_path, rounds, launcher):
+    run_dir = new_run(tmp_path / "run", pooled(1))
+    pid = launcher.start(run_dir, KILL_AFTER_UPDATES.format(count=60, seconds=0.01))
+    assert launcher.wait() == -signal.SIGKILL
+    assert eventually(lambda: not session(pid), 20), "orphans live on"
+    assert newest(run_dir)[1]["cursor"]["job"]["episodes"] == [5, 6, 7, 8]
+    write_config(run_dir, dataclasses.replace(pooled(2), device="cpu"))  # two do what one began
+    assert launcher.run(run_dir, KILL_ONE_OF_TWO) == 0
+    log = (run_dir / "log.txt").read_text()
+    assert log.count("the collector 2 of 2 died (exit code -9); starting it again") == 2
+    assert_equals(run_dir, rounds("auto"))
+
+
+def test_a_run_of_before_there_were_rounds_goes_on(tmp_path, reference, launcher):
+    run_dir = new_run(tmp_path / "run")
+    assert launcher.run(run_dir, SIGNAL_AT_UPDATE.format(count=49, name="SIGTERM")) == STOPPED
+    younger = ("round", "envs", "workers")
+    for path in list_checkpoints(run_dir / "checkpoints"):
+        tensors, meta = load_checkpoint(path)
+        for name in younger:
+            del meta["config"]["collect"][name]
+        job = meta["cursor"]["job"]
+        (job["episode"],) = job.pop("episodes")
+        save_checkpoint(path, tensors, meta)
+    config = json.loads((run_dir / "config.json").read_text())
+    for name in younger:
+        del config["collect"][name]
+    (run_dir / "config.json").write_text(json.dumps(config))
+    before = (run_dir / "config.json").read_bytes()
+    assert launcher.run(run_dir) == 0, (run_dir / "log.txt").read_text()
+    assert (run_dir / "config.json").read_bytes() == before
+    assert_equals(run_dir, reference[0])
+    assert read_job({**job, "episode": None}).episodes == []
+
+
 # ------------------------------------------------------------------------ refusals
 
 
@@ -867,7 +981,7 @@ def test_a_job_under_way_is_played_with_all_that_its_new_controller_needs(
 ):
     run_dir = new_run(tmp_path / "run")
     assert launcher.run(run_dir, SIGNAL_AT_UPDATE.format(count=49, name="SIGTERM")) == STOPPED
-    assert newest(run_dir)[1]["cursor"]["job"]["episode"] == 4
+    assert newest(run_dir)[1]["cursor"]["job"]["episodes"] == [4]
     write_config(run_dir, change("collect", controller="mpc"))
     assert launcher.run(run_dir) == 0, (run_dir / "log.txt").read_text()
     assert newest(run_dir)[1]["cursor"]["env_frames"] == 400
@@ -1006,6 +1120,27 @@ def test_the_display_says_what_it_waits_for_and_counts_it(tmp_path, monkeypatch)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     waits = [line["wait_collector_s"] for line in lines if line["kind"] == "episode"]
     assert all(wait >= 0.4 for wait in waits)
+    shares = [fields["waits"] for fields in shown if fields.get("waits")]
+    assert shares and all(0 < learner <= 1 and 0 <= other < 1 for learner, other in shares)
     # after 120 of 240 frames three episodes are still to come
     left = [f["seconds_left"] for f in shown if f.get("seconds_left")]
     assert max(left[1:]) >= 3 * 0.4
+
+
+def test_a_collector_that_waits_for_the_learner_is_counted(tmp_path, monkeypatch):
+    config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, frames=120))
+    trainer, update, calls = Trainer(tmp_path / "run", config), Dreamer.update, []
+
+    def slow(*args, **kwargs):
+        if not calls:
+            while not trainer.collector.ready(1.0):
+                pass
+            time.sleep(0.5)
+        calls.append(1)
+        return update(*args, **kwargs)
+
+    monkeypatch.setattr(Dreamer, "update", slow)
+    trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    (line,) = (m for m in lines if m["kind"] == "episode" and not m["random"])
+    assert line["wait_collector_s"] < 0.5 <= line["wait_learner_s"] < line["seconds"]
