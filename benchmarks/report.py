@@ -30,6 +30,7 @@ MEASUREMENTS = (
     "phases",
     "run",
     "collection",
+    "pool",
     "planning",
     "rollout",
     "peers",

@@ -1,0 +1,126 @@
+"""Env frames a second of the pool, by workers and environments: `python -m benchmarks.pool`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import machine, report
+from benchmarks.race import race
+from benchmarks.timing import MIN_REPEATS, rate_cell
+from fastdreamer.acting.parts import acting_weights
+from fastdreamer.acting.policy import Policy
+from fastdreamer.config import Config, preset
+from fastdreamer.envs.gl import select_gl
+from fastdreamer.ops.backend import chosen_backend
+from fastdreamer.training.collector import Collector, Job
+from fastdreamer.training.episodes import episode_path
+
+POOLS = {"1 × 1": (1, 1), "1 × 2": (1, 2), "1 × 4": (1, 4), "2 × 1": (2, 1), "2 × 2": (2, 2)}
+"""Name → workers and environments in each. Others are compared with the first."""
+KINDS = {"pixels": "walker", "state": "state"}
+"""What the agent sees → the preset of its settings."""
+ROUND = 4  # episodes
+SECONDS = {"pixels": 1.0, "state": 2.5}  # simulated, of an episode
+FRAMES = 40  # env frames a simulated second: Walker's control steps
+
+
+def _config(kind: str, workers: int, envs: int) -> Config:
+    config = dataclasses.replace(preset(KINDS[kind]), device="cpu")
+    return dataclasses.replace(
+        config,
+        env=dataclasses.replace(config.env, task="walker-walk", obs=kind, time_limit=SECONDS[kind]),
+        collect=dataclasses.replace(config.collect, round=ROUND, workers=workers, envs=envs),
+    )
+
+
+def frames(kind: str) -> int:
+    """Env frames of a round."""
+    return round(ROUND * SECONDS[kind] * FRAMES)
+
+
+@contextlib.contextmanager
+def opened(kind: str) -> Iterator[dict[str, Callable[[], object]]]:
+    """For each pool a function by which it collects a round, the same episodes again and again.
+
+    Raises:
+        AssertionError: the pools' episodes differ in a single bit. (With eager ops, of pools whose
+            workers have as many environments.) GLError: nothing here can draw.
+    """
+    if kind == "pixels":
+        select_gl()
+    job, runs, seen = Job(0, list(range(ROUND)), False, 0, None), {}, {}
+    native = chosen_backend("cpu") == "native"
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for name, (workers, envs) in POOLS.items():
+            config, directory = _config(kind, workers, envs), folder / name.replace(" ", "")
+            pool = Collector(config, directory)
+            stack.callback(pool.close)
+            agent = Policy(config, pool.obs_shapes, pool.action_dim)
+            runs[name] = functools.partial(_collect, pool, job, acting_weights(agent))
+            runs[name]()
+            files = [episode_path(directory, index).read_bytes() for index in job.episodes]
+            same = seen.setdefault("all" if native else envs, files)
+            assert files == same, f"{kind}: {name} collects other episodes"
+        yield runs
+
+
+def _collect(pool: Collector, job: Job, weights: dict[str, torch.Tensor]) -> None:
+    pool.submit(job, weights)
+    pool.wait()
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    """Check and time every pool, with nothing learning beside it.
+
+    Args:
+        rounds: timed ones of each.
+    """
+    circumstances, times = machine.record(), {}
+    for kind in KINDS:
+        with opened(kind) as runs:
+            times[kind] = race(runs, rounds=rounds)
+    settings = {"round": ROUND, "frames": {kind: frames(kind) for kind in KINDS}}
+    return {"machine": circumstances, "settings": settings, "times": times}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the result as Markdown."""
+    times, amounts = result["times"], result["settings"]["frames"]
+    header = ["env frames/s: median (p20–p80), workers × environments"]
+    for kind in times:
+        header += [f"from {kind}", f"against {next(iter(POOLS))}"]
+    rows = []
+    for name in POOLS:
+        row = [name]
+        for kind, measured in times.items():
+            base = next(iter(measured.values()))["median_ms"]
+            own = measured[name]
+            row += [rate_cell(own, amounts[kind]), f"{base / own['median_ms']:.2f}×"]
+        rows.append(row)
+    told = ", ".join(f"{n} env frames from {kind}" for kind, n in amounts.items())
+    return (
+        f"A round of {result['settings']['round']} episodes ({told}), its files included; nothing "
+        f"learns beside it.\n\n" + report.table(header, rows)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=MIN_REPEATS)
+    parser.add_argument("--write", action="store_true", help="keep the result: JSON and README")
+    args = parser.parse_args()
+    report.publish("pool", measure(args.rounds), write=args.write)
+
+
+if __name__ == "__main__":
+    main()
