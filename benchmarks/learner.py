@@ -19,6 +19,7 @@ from benchmarks.variants import OURS, VARIANTS, Entries, Variant, check_complete
 from fastdreamer.config import preset
 from fastdreamer.learning.dreamer import Dreamer, NonFiniteLoss
 from fastdreamer.ops.backend import OPS, use_backend
+from fastdreamer.training.ranks import Lead, current
 from fastdreamer.training.replay import Replay
 from fastdreamer.training.trainer import Trainer
 
@@ -51,6 +52,7 @@ class Learner(Trainer):
         variant: a key of ``variants``; compiled: heads and ops.
         replay: to sample from.
         preset_name: of the configuration.
+        threads: of it, what other ranks learn on.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Learner(Trainer):
         replay: Replay,
         preset_name: str,
         variants: Mapping[str, Variant] = VARIANTS,
+        threads: int = 0,
     ) -> None:
         self.variant = variants[variant]
         config = preset(preset_name)
@@ -68,9 +71,11 @@ class Learner(Trainer):
             backend=self.variant.backend if self.variant.backend in OURS else "eager",
             device=self.variant.device,
             precision="bf16" if self.variant.bf16 else "fp32",
+            threads=threads,
         )
         self.config = config
-        self.agent = Dreamer(config, OBS_SHAPES, ACTION_DIM)
+        self._lead = Lead(current())
+        self.agent = Dreamer(config, OBS_SHAPES, ACTION_DIM, ranks=self._lead.ranks)
         if self.variant.backend in MODES:
             for module in (self.agent.model.reward, self.agent.critic):
                 module.compile(dynamic=False, mode=MODES[self.variant.backend])
@@ -81,6 +86,7 @@ class Learner(Trainer):
         self.sample_rng = np.random.default_rng(config.seed)
         self.replay = replay
         self.update = 0
+        self._lead.start(self.agent, self.optimizers, self.generator)
 
     def step(self) -> dict[str, float]:
         """Sample a batch and learn from it; return the losses.

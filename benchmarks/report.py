@@ -29,6 +29,7 @@ MEASUREMENTS = (
     "curves",
     "phases",
     "run",
+    "ranks",
     "collection",
     "pool",
     "planning",

@@ -37,6 +37,7 @@ from fastdreamer.cli.train import Train, run_train, train_defaults
 from fastdreamer.cli.watch import Watch, run_watch
 from fastdreamer.config import Config
 from fastdreamer.errors import FastdreamerError
+from fastdreamer.training.ranks import follow, is_follower, joined
 from fastdreamer.training.trainer import Stopped
 
 _COMMANDS = {
@@ -91,6 +92,10 @@ def _run(argv: list[str]) -> int:
         say(f"fastdreamer {__version__}")
         return 0
     try:
+        if argv[:1] == ["train"] and not {"-h", "--help"} & {*argv} and is_follower():
+            with joined() as ranks:  # the first reads what follows
+                follow(ranks)
+            return 0
         command = _parse(argv)
         with contextlib.ExitStack() as stack:
             if isinstance(command, Eval | Dream | Watch | Report):

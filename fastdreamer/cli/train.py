@@ -24,12 +24,14 @@ from fastdreamer.config import PRESETS, Config, ConfigError, preset
 from fastdreamer.envs import canonical_task
 from fastdreamer.files import DiskFullError
 from fastdreamer.learning.dreamer import NonFiniteLoss
+from fastdreamer.learning.ranks import RankError
 from fastdreamer.machine.device import resolve_config
 from fastdreamer.named import names_code
 from fastdreamer.ops.gpu import why_no_cuda
 from fastdreamer.training import preflight
 from fastdreamer.training.checkpoint import list_checkpoints
 from fastdreamer.training.collector import CollectorError
+from fastdreamer.training.ranks import joined
 from fastdreamer.training.trainer import (
     Stopped,
     Trainer,
@@ -106,6 +108,11 @@ def _starting_point(name: str, file: Path | None) -> Config:
 
 
 def run_train(command: Train, say: Callable[[str], None]) -> int:
+    with joined():
+        return _run_train(command, say)
+
+
+def _run_train(command: Train, say: Callable[[str], None]) -> int:
     if command.resume is not None and (runs := seeds.runs_of(command.resume)):
         return _resume_seeds(command, runs, say)
     if command.seeds is not None:
@@ -142,7 +149,7 @@ def _train(run_dir: Path, config: Config, whole: Path, say: Callable[[str], None
             f"{again} --precision fp32 --optim.model-lr 3e-4"
         )
         return 1
-    except (CollectorError, DiskFullError) as error:
+    except (CollectorError, DiskFullError, RankError) as error:
         raise type(error)(f"{error}\nGo on with: {again}") from error
     videos = sorted((run_dir / "videos").glob("eval-*.mp4"))
     if videos:

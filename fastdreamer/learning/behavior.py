@@ -97,7 +97,8 @@ class BehaviorLearner(Learner):
         """max(1, running range of the returns), as in DreamerV3; 1 when not asked for."""
         if not self.agent.config.behavior.return_norm:
             return 1.0
-        low, high = torch.quantile(returns.detach().flatten(), returns.new_tensor([0.05, 0.95]))
+        returns = self.ranks.gather(returns.detach().flatten())
+        low, high = torch.quantile(returns, returns.new_tensor([0.05, 0.95]))
         self.agent.return_range.lerp_(high - low, 0.01)
         return self.agent.return_range.clamp(min=1.0)
 

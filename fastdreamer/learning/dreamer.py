@@ -16,6 +16,7 @@ from fastdreamer.learning.barrier import BarrierLearner
 from fastdreamer.learning.behavior import BehaviorLearner
 from fastdreamer.learning.exploration import ExplorerLearner
 from fastdreamer.learning.learner import Learner, Losses
+from fastdreamer.learning.ranks import ALONE, Ranks
 from fastdreamer.learning.world_model import WorldModelLearner
 from fastdreamer.machine import nvtx
 from fastdreamer.nn.codec import float_to_pixels
@@ -39,19 +40,26 @@ class NonFiniteLoss(FastdreamerError, RuntimeError):
 class Dreamer(Policy):
     """The agent of the report: ``act()`` in the world, ``update()`` from replay.
 
-    Arguments are those of :class:`fastdreamer.acting.policy.Policy`, all of whose networks it has.
+    Arguments are those of :class:`fastdreamer.acting.policy.Policy`, all of whose networks it has,
+    and ``ranks``, the processes that learn together.
     """
 
     def __init__(
-        self, config: Config, obs_shapes: dict[str, tuple[int, ...]], action_dim: int
+        self,
+        config: Config,
+        obs_shapes: dict[str, tuple[int, ...]],
+        action_dim: int,
+        *,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__(config, obs_shapes, action_dim, whole=True)
         ones = torch.ones((), device=self.device)
         self.register_buffer("return_range", ones)  # running 5-95 percentile range
-        self.world_model = WorldModelLearner(self)
-        self.behavior = BehaviorLearner(self) if self.actor is not None else None
-        self.optimist = ExplorerLearner(self) if self.explorer is not None else None
-        self.barrier = BarrierLearner(self) if self.guard is not None else None
+        self.ranks = ranks
+        self.world_model = WorldModelLearner(self, ranks)
+        self.behavior = BehaviorLearner(self, ranks) if self.actor is not None else None
+        self.optimist = ExplorerLearner(self, ranks) if self.explorer is not None else None
+        self.barrier = BarrierLearner(self, ranks) if self.guard is not None else None
 
     @property
     def learners(self) -> list[Learner]:
@@ -86,9 +94,10 @@ class Dreamer(Policy):
         Args:
             batch: time-major [T, B, ...]: ``pixels`` uint8 and/or ``state`` float, ``action``
                 (the one that led to the observation), ``reward`` (received with it),
-                ``is_first`` bool and, where ends are predicted, ``terminated`` bool.
+                ``is_first`` bool and, where ends are predicted, ``terminated`` bool. Of several
+                ranks, this one's sequences.
             optimizers: of ``make_optimizers()``.
-            generator: draws every noise of the update, on its own device.
+            generator: draws every noise of the update, on its own device; alike on all ranks.
             health: also measure what tells a healthy run from a dead one: ``prior_entropy``,
                 ``post_entropy``, ``actor_entropy`` (of the squashed action, all in nats),
                 ``actor_std`` (before the tanh) and ``action_saturated``, the share of imagined
@@ -100,7 +109,7 @@ class Dreamer(Policy):
 
         Raises:
             NonFiniteLoss: a loss or gradient is NaN or infinite; its optimiser was not stepped,
-                and of actor and critic neither.
+                and of actor and critic neither. RankError: another rank is gone.
         """
         release_memory()  # the last rollout's would lie idle beside the decoder's
         watching, *dreaming = self._noise(*batch["reward"].shape, generator)
@@ -124,7 +133,7 @@ class Dreamer(Policy):
         if self.optimist is not None:
             found = self.optimist.losses(feat, batch["reward"], dream, generator)
             metrics |= self._learn("explorer", found, optimizers)
-        return _numbers(metrics)
+        return _numbers(self.ranks.agree(metrics))
 
     def update_target(self) -> None:
         """Copy the critic to the target critic; call every ``behavior.target_every`` updates."""
@@ -252,25 +261,34 @@ class Dreamer(Policy):
 
     def _noise(self, T: int, B: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Of the posterior [T, B, S], and of imagined states and actions [H, T·B, ...]."""
-        H, size = self.config.behavior.imag_horizon, self.model.rssm.stoch
-        draw = lambda *shape: torch.randn(  # noqa: E731
-            *shape, generator=generator, device=generator.device
-        ).to(self.device)
-        return draw(T, B, size), draw(H, T * B, size), draw(H, T * B, self.action_dim)
+        H, S, ranks = self.config.behavior.imag_horizon, self.model.rssm.stoch, self.ranks
+
+        def draw(steps: int, rows: int, size: int) -> Tensor:
+            shape = (steps, ranks.size * rows, size)
+            noise = torch.randn(shape, generator=generator, device=generator.device)
+            return ranks.own(noise, B).to(self.device)
+
+        return draw(T, B, S), draw(H, T * B, S), draw(H, T * B, self.action_dim)
 
     def _learn(
         self, what: str, found: Losses, optimizers: dict[str, torch.optim.Optimizer]
     ) -> dict[str, Tensor]:
         """Backward, clip, step; return the metrics, and the gradients' norms before clipping."""
-        for name, value in (found.parts | found.named).items():
+        for name, value in self.ranks.agree(found.parts | found.named).items():
             _check_finite(f"{name} loss", value)
         norms = {}
         with nvtx.annotate(f"{what} backward"):
             for name in found.named:
                 optimizers[name].zero_grad(set_to_none=True)
             torch.autograd.backward(list(found.named.values()))
-            for name in found.named:
-                params = [p for group in optimizers[name].param_groups for p in group["params"]]
+            networks = {
+                name: [p for group in optimizers[name].param_groups for p in group["params"]]
+                for name in found.named
+            }
+            self.ranks.average(
+                p.grad for params in networks.values() for p in params if p.grad is not None
+            )
+            for name, params in networks.items():
                 norms[name] = nn.utils.clip_grad_norm_(params, self.config.optim.clip)
                 _check_finite(f"gradient of the {name} loss", norms[name])
             with nvtx.annotate("optimizer"):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fastdreamer.acting.policy import Policy
+from fastdreamer.learning.ranks import Ranks
 
 
 class Losses(NamedTuple):
@@ -33,10 +34,11 @@ class Learner:
 
     Args:
         agent: whose networks, and settings.
+        ranks: who learns each a part of a batch.
     """
 
-    def __init__(self, agent: Policy) -> None:
-        self.agent = agent
+    def __init__(self, agent: Policy, ranks: Ranks) -> None:
+        self.agent, self.ranks = agent, ranks
 
     def optimized(self) -> dict[str, tuple[nn.Module | None, float]]:
         """Networks, one an optimiser, by its name, and their learning rates; None: without."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,7 +29,12 @@ def discount_loss(log_odds: Tensor, terminated: Tensor) -> Tensor:
 
 
 def kl_loss(
-    post: Normal, prior: Normal, *, free_nats: float, balance: float | None
+    post: Normal,
+    prior: Normal,
+    *,
+    free_nats: float,
+    balance: float | None,
+    mean: Callable[[Tensor], Tensor] = torch.mean,
 ) -> tuple[Tensor, Tensor]:
     """The KL term of the evidence lower bound (report equation 2.1), with free nats.
 
@@ -38,15 +45,16 @@ def kl_loss(
         post, prior: mean and std, [T, B, S].
         free_nats: the mean is not pushed below this.
         balance: α, or None.
+        mean: over the batch, where this is a part of one.
 
     Returns:
         The loss, and the plain mean KL in nats (no gradient).
     """
     if balance is None:
-        kl = kl_divergence(post, prior).mean()
+        kl = mean(kl_divergence(post, prior))
         return kl.clamp(min=free_nats), kl.detach()
-    to_prior = kl_divergence(detach(post), prior).mean()
-    to_post = kl_divergence(post, detach(prior)).mean()
+    to_prior = mean(kl_divergence(detach(post), prior))
+    to_post = mean(kl_divergence(post, detach(prior)))
     loss = balance * to_prior.clamp(min=free_nats) + (1 - balance) * to_post.clamp(min=free_nats)
     return loss, to_prior.detach()
 

@@ -53,7 +53,11 @@ class WorldModelLearner(Learner):
             reward = model.predict_reward(feat)
             goes_on = model.discount and model.predict_continuation(feat)
         kl, kl_nats = losses.kl_loss(
-            seen.post, seen.prior, free_nats=config.free_nats, balance=config.kl_balance
+            seen.post,
+            seen.prior,
+            free_nats=config.free_nats,
+            balance=config.kl_balance,
+            mean=self.ranks.mean,
         )
         parts = {"reward": losses.reward_loss(reward, batch["reward"]), "kl": kl}
         if goes_on is not None:

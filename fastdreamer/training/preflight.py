@@ -16,6 +16,7 @@ from fastdreamer.envs.gl import select_gl
 from fastdreamer.files import DiskFullError, file_in_the_way
 from fastdreamer.machine.device import resolve_device
 from fastdreamer.nn import MLP, Actor, WorldModel
+from fastdreamer.training.ranks import check_ranks
 
 _LEARNING = 16
 """Bytes a parameter takes while it learns: itself, its gradient and Adam's two moments, float32."""
@@ -33,9 +34,11 @@ def check(config: Config, run_dir: Path, say: Callable[[str], None]) -> None:
 
     Raises:
         EnvError: the suite's tasks do not load. GLError: it is to see pixels and nothing draws.
-        ConfigError: a file is where the run goes, random episodes fill all of it, or it takes more
-            memory or threads than there are. DiskFullError: there is no room for its checkpoints.
+        ConfigError: ranks that cannot learn it together, a file is where the run goes, random
+            episodes fill all of it, or it takes more memory or threads than there
+            are. DiskFullError: there is no room for its checkpoints.
     """
+    check_ranks(config)
     if file := file_in_the_way(run_dir):
         raise ConfigError(f"--run {run_dir}: {file} is a file, not a directory")
     env = config_env(config)

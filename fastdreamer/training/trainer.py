@@ -50,6 +50,7 @@ from fastdreamer.training import checkpoint
 from fastdreamer.training.collector import Collector, Job, pool_size, read_job, round_size
 from fastdreamer.training.episodes import episode_fields
 from fastdreamer.training.logger import METRICS_FILE, Logger, Progress, read_metrics
+from fastdreamer.training.ranks import Lead, check_ranks, current
 from fastdreamer.training.replay import Replay
 from fastdreamer.training.worker import Result
 
@@ -216,6 +217,7 @@ class Trainer:
             create_run(self.run_dir, new_settings(config))
         self.config = read_config(self.run_dir)
         self._asked = config
+        self._lead = Lead(current())
 
     def train(self, until: int | None = None) -> None:
         """Train to the end of the schedule.
@@ -229,7 +231,8 @@ class Trainer:
             RunError: another process is training this run, its checkpoints are gone, or settings
                 do not fit what it has learned; everything is as it was.
             BackendError: the backend or device cannot run here.
-            ConfigError: they contradict each other.
+            ConfigError: they contradict each other, or the ranks cannot learn that together.
+            RankError: another process of a learner of several is gone.
             Stopped: a signal asked to stop; everything is saved. A second one leaves at once.
             NonFiniteLoss: a loss or gradient became NaN or infinite; the newest checkpoint stands.
         """
@@ -256,6 +259,7 @@ class Trainer:
         """
         run_dir, own = self.run_dir, read_config(self.run_dir)
         config = resolve_config(self._asked or own)
+        check_ranks(config)
         if self._asked is None and names_code(own.safety.signal):
             refuse_signal(own.safety, "Trainer(run_dir, config)")
         loaded = checkpoint.load_newest(run_dir / "checkpoints")
@@ -294,7 +298,9 @@ class Trainer:
         by = f"{chosen['backend']}, {chosen['kernels']}" if chosen["kernels"] else chosen["backend"]
         self.progress.message(f"computing on {chosen['device']} in {config.precision} by {by}")
         plural = "s" if config.threads > 1 else ""
-        self.progress.message(f"learning on {config.threads} CPU thread{plural}")
+        ranks = self._lead.ranks.size
+        each = f" in each of {ranks} processes" if ranks > 1 else ""
+        self.progress.message(f"learning on {config.threads} CPU thread{plural}{each}")
         size, workers = round_size(config), pool_size(config)
         if size > 1 or workers > 1:
             self.progress.message(
@@ -305,7 +311,7 @@ class Trainer:
         self.collector = Collector(config, run_dir / "episodes", self._stop.check)
         stack.callback(self.collector.close)
         shapes, action_dim = self.collector.obs_shapes, self.collector.action_dim
-        self.agent = Dreamer(config, shapes, action_dim)
+        self.agent = Dreamer(config, shapes, action_dim, ranks=self._lead.ranks)
         if self.agent.guard is not None:
             _ = self.agent.guard.signal  # one that cannot be loaded is refused before anything else
         self.optimizers = self.agent.make_optimizers()
@@ -338,6 +344,7 @@ class Trainer:
         self.logger = stack.enter_context(Logger(run_dir, resume_lines=lines))
         if self.job is not None:
             self._hand_over()
+        self._lead.start(self.agent, self.optimizers, self.generator)
 
     def _restore(self, path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> int:
         """Load a checkpoint into everything; return how many lines of metrics it had written."""
@@ -437,13 +444,15 @@ class Trainer:
         config = self.config
         with nvtx.annotate("data"):
             arrays = self.replay.sample(config.replay.batch, config.replay.length, self.sample_rng)
-            batch = {k: torch.from_numpy(v).to(self.agent.device) for k, v in arrays.items()}
-        with nvtx.annotate("update"):
             health = (self.update + 1) % config.train.log_every == 0  # of what is logged
+            batch = self._lead.deal(arrays, health=health)
+            batch = {name: x.to(self.agent.device) for name, x in batch.items()}
+        with nvtx.annotate("update"):
             metrics = self.agent.update(batch, self.optimizers, self.generator, health=health)
         every = config.behavior.target_every
         if every and (self.update + 1) % every == 0:
             self.agent.update_target()
+            self._lead.update_target()
         return metrics
 
     def _next_cycle(self) -> bool:

@@ -1,0 +1,109 @@
+"""Ranks: the processes that learn together, each from its part of every batch.
+
+They hold the same weights, draw the same noise and take their own columns of it. What follows from
+the whole batch they agree on: gradients, the means that a loss bends, the range of the returns. So
+they learn what one process would, up to the rounding of sums.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastdreamer.errors import FastdreamerError
+
+
+class RankError(FastdreamerError, RuntimeError):
+    """Another rank is gone."""
+
+
+class Ranks:
+    """One of ``size`` processes of torch.distributed's default group.
+
+    Every method is called by all of them, in the same order; of one alone it is what its name says
+    of a tensor. Raises RankError where another rank is gone.
+
+    Args:
+        rank: 0..size − 1; 0 has replay, collector, logs and checkpoints.
+        size: how many, each with as many sequences of a batch.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over everybody's elements, []. Its gradient is that of the own ones' mean, since
+        gradients are averaged over ranks in turn."""
+        return x.mean() if self.size == 1 else _AgreedMean.apply(x.mean(), self)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Everybody's [n, ...] one behind the other, [size·n, ...]; no gradient."""
+        if self.size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        with together():
+            dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    def average(self, tensors: Iterable[Tensor]) -> None:
+        """Put the means over ranks into tensors of one dtype, in one exchange."""
+        if self.size == 1:
+            return
+        tensors = list(tensors)
+        flat = torch.cat([x.reshape(-1) for x in tensors])
+        with together():
+            dist.all_reduce(flat)
+        flat /= self.size
+        for x, mean in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
+            x.copy_(mean.view(x.shape))
+
+    def agree(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The means over ranks of scalars; no gradient, but where one process is all."""
+        if self.size == 1:
+            return values
+        means = torch.stack([value.detach().float() for value in values.values()])
+        self.average([means])
+        return dict(zip(values, means, strict=True))
+
+    def own(self, noise: Tensor, sequences: int) -> Tensor:
+        """This rank's rows of what was drawn for all.
+
+        Args:
+            noise: [..., T·size·sequences, n], T of 1 included: for every step the first rank's
+                sequences, then the second's, and so on.
+
+        Returns:
+            [..., T·sequences, n]
+        """
+        if self.size == 1:
+            return noise
+        by_rank = noise.unflatten(-2, (-1, self.size, sequences))
+        return by_rank[..., self.rank, :, :].flatten(-3, -2)
+
+
+ALONE = Ranks()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Around an exchange: what torch.distributed says of a lost peer becomes a RankError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError(f"another process of the learner is gone ({error})") from error
+
+
+class _AgreedMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value: Tensor, ranks: Ranks) -> Tensor:
+        value = value.clone()
+        ranks.average([value])
+        return value
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None

@@ -1,0 +1,235 @@
+"""A learner of several processes: ``torchrun --nproc-per-node N -m fastdreamer train …``.
+
+The first rank has the run: replay, collector, logs, checkpoints. It leads, the others follow: they
+touch no file, and get agent, optimisers and their sequences of every batch from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastdreamer.acting.play import run_backend
+from fastdreamer.config import Config, ConfigError, from_dict, to_dict
+from fastdreamer.learning.dreamer import Dreamer, NonFiniteLoss
+from fastdreamer.learning.ranks import ALONE, RankError, Ranks, together
+from fastdreamer.training import checkpoint
+
+_END, _START, _UPDATE, _TARGET = range(4)
+"""What the first rank orders."""
+_joined: ContextVar[Ranks] = ContextVar("ranks", default=ALONE)
+
+
+def is_follower() -> bool:
+    """Whether this process is one that torchrun started behind the first."""
+    return _from_torchrun() and int(os.environ["RANK"]) > 0
+
+
+def _from_torchrun() -> bool:
+    return (
+        dist.is_available()
+        and dist.is_torchelastic_launched()
+        and int(os.environ["WORLD_SIZE"]) > 1
+    )
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Ranks]:
+    """The ranks that torchrun started; alone without it. When the first leaves, the others end."""
+    if not _from_torchrun():
+        yield ALONE
+        return
+    with together():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    ranks = Ranks(dist.get_rank(), dist.get_world_size())
+    told = _joined.set(ranks)
+    try:
+        yield ranks
+    finally:
+        _joined.reset(told)
+        with contextlib.suppress(RankError):  # has been said
+            if ranks.rank == 0:
+                _order(_END)
+        dist.destroy_process_group()
+
+
+def current() -> Ranks:
+    """Those of the :func:`joined` around."""
+    return _joined.get()
+
+
+def check_ranks(config: Config) -> None:
+    """Refuse what the current ranks cannot learn together.
+
+    Raises:
+        ConfigError: batches do not divide, or a loss is no mean over a batch.
+    """
+    ranks = current()
+    if ranks.size == 1:
+        return
+    if config.replay.batch % ranks.size:
+        raise ConfigError(
+            f"replay.batch = {config.replay.batch} sequences cannot be split among "
+            f"{ranks.size} ranks alike"
+        )
+    for name, used in (
+        ("--explore", config.explore.method != "none"),
+        ("--safety", config.safety.signal != "none"),
+    ):
+        if used:
+            raise ConfigError(f"{name} learns in one process: start it without torchrun")
+
+
+class Lead:
+    """What the first rank does for the others; nothing where it is alone."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    def start(
+        self,
+        agent: Dreamer,
+        optimizers: dict[str, torch.optim.Optimizer],
+        generator: torch.Generator,
+    ) -> None:
+        """Give everybody what a run has learned so far."""
+        if self.ranks.size == 1:
+            return
+        what = {
+            "config": to_dict(agent.config),
+            "obs_shapes": agent.obs_shapes,
+            "action_dim": agent.action_dim,
+            "agent": {name: value.cpu() for name, value in agent.state_dict().items()},
+            "optimizers": {n: checkpoint.flatten_optimizer(o) for n, o in optimizers.items()},
+            "generator": generator.get_state(),
+        }
+        _order(_START)
+        with together():
+            dist.broadcast_object_list([what], src=0)
+
+    def deal(self, arrays: dict[str, np.ndarray], *, health: bool) -> dict[str, Tensor]:
+        """Give every rank its sequences of a batch; this one's.
+
+        Args:
+            arrays: [T, B, ...] by name. health: as ``Dreamer.update`` takes it.
+        """
+        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if self.ranks.size == 1:
+            return batch
+        _order(_UPDATE, health)
+        with together():
+            layout = {name: (x.shape, x.dtype) for name, x in batch.items()}
+            dist.broadcast_object_list([layout], src=0)
+            return {name: _scatter(x, x.shape, x.dtype, self.ranks) for name, x in batch.items()}
+
+    def update_target(self) -> None:
+        """Let everybody copy the critic to its target."""
+        if self.ranks.size > 1:
+            _order(_TARGET)
+
+
+class _Learning(NamedTuple):
+    agent: Dreamer
+    optimizers: dict[str, torch.optim.Optimizer]
+    generator: torch.Generator
+
+
+def follow(ranks: Ranks) -> None:
+    """Learn as the first rank orders, run after run, until it ends.
+
+    Raises:
+        RankError: it is gone.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_signals_once())
+        backend = stack.enter_context(contextlib.ExitStack())
+        learning: _Learning | None = None
+        while (order := _order())[0] != _END:
+            what, health = order
+            if what == _START:
+                backend.close()
+                learning = _begin(ranks, backend)
+            elif what == _TARGET:
+                learning.agent.update_target()
+            else:
+                _update(learning, ranks, bool(health))
+
+
+@contextlib.contextmanager
+def _signals_once() -> Iterator[None]:
+    """Leave the first Ctrl-C or SIGTERM, which torchrun gives to all, to the first rank; it saves,
+    and orders the end."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    old = {number: signal.getsignal(number) for number in numbers}
+
+    def note(*_: object) -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in numbers:
+        signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _begin(ranks: Ranks, backend: contextlib.ExitStack) -> _Learning:
+    told: list[Any] = [None]
+    with together():
+        dist.broadcast_object_list(told, src=0)
+    told = told[0]
+    config = from_dict(told["config"])
+    if config.device.startswith("cuda"):  # torchrun's: one GPU a rank
+        config = dataclasses.replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")
+    torch.set_num_threads(config.threads)
+    backend.enter_context(run_backend(config))
+    agent = Dreamer(config, told["obs_shapes"], told["action_dim"], ranks=ranks)
+    agent.load_state_dict(told["agent"])
+    optimizers = agent.make_optimizers()
+    for name, optimizer in optimizers.items():
+        checkpoint.restore_optimizer(optimizer, told["optimizers"][name])
+    generator = torch.Generator()
+    generator.set_state(told["generator"])
+    return _Learning(agent, optimizers, generator)
+
+
+def _update(learning: _Learning, ranks: Ranks, health: bool) -> None:
+    layout: list[Any] = [None]
+    with together():
+        dist.broadcast_object_list(layout, src=0)
+        batch = {name: _scatter(None, *about, ranks) for name, about in layout[0].items()}
+    batch = {name: x.to(learning.agent.device) for name, x in batch.items()}
+    # The first rank finds the same and says it.
+    with contextlib.suppress(NonFiniteLoss):
+        learning.agent.update(batch, learning.optimizers, learning.generator, health=health)
+
+
+def _order(what: int | None = None, health: bool = False) -> list[int]:
+    """What the first rank orders, said by it and heard by the others."""
+    order = torch.tensor([what or 0, health])
+    with together():
+        dist.broadcast(order, src=0)
+    return order.tolist()
+
+
+def _scatter(whole: Tensor | None, shape: torch.Size, dtype: torch.dtype, ranks: Ranks) -> Tensor:
+    """The sequences of a batch [T, B, ...] for each rank, [T, B/size, ...]; ``whole`` is there on
+    the first."""
+    T, B, *rest = shape
+    own = torch.empty(T, B // ranks.size, *rest, dtype=dtype)
+    parts = None if whole is None else [x.contiguous() for x in whole.chunk(ranks.size, 1)]
+    raw = lambda x: x.view(torch.uint8)  # noqa: E731  # gloo knows no bool
+    dist.scatter(raw(own), parts and [raw(x) for x in parts], src=0)
+    return own

@@ -1,0 +1,53 @@
+"""Ranks: two processes with half a batch each learn what one does with all of it."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import two_ranks
+
+from fastdreamer.learning.ranks import ALONE, Ranks
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    script = Path(two_ranks.__file__)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environ = os.environ | {"PYTHONPATH": str(script.parents[2])}
+    subprocess.run([*launch, script, folder], check=True, env=environ, timeout=240)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", two_ranks.CASES)
+def test_two_ranks_learn_what_one_process_does(found, name):
+    (free, (metrics, weights)), (_, (other_metrics, other_weights)) = (f[name] for f in found)
+    for key, value in weights.items():
+        assert torch.equal(value, other_weights[key]), f"{key} differs between the ranks"
+    assert metrics == other_metrics
+    config = two_ranks.settings(name, free)
+    told, expected = two_ranks.learn(config, two_ranks.batch())
+    for ours, theirs in zip(metrics, told, strict=True):
+        for key, value in theirs.items():
+            assert math.isclose(ours[key], value, rel_tol=1e-4, abs_tol=1e-6), key
+    start = two_ranks.learn(config, two_ranks.batch(), updates=0)[1]
+    moved = torch.cat([(expected[key] - start[key]).flatten().double() for key in start])
+    apart = torch.cat([(weights[key] - expected[key]).flatten().double() for key in start])
+    assert moved.norm() > 0 and apart.norm() < 1e-4 * moved.norm(), apart.norm() / moved.norm()
+
+
+def test_what_is_not_finite_on_one_rank_is_said_by_all(found):
+    assert found[0]["error"] == found[1]["error"]
+    assert "reward loss became inf" in found[0]["error"]
+
+
+def test_a_rank_s_own_rows():
+    noise = torch.arange(2 * 12).view(2, 12, 1)  # H = 2; T = 2, three ranks, two sequences each
+    assert Ranks(1, 3).own(noise, 2)[..., 0].tolist() == [[2, 3, 8, 9], [14, 15, 20, 21]]
+    posterior = torch.arange(2 * 6).view(2, 6, 1)  # T = 2
+    assert Ranks(2, 3).own(posterior, 2)[..., 0].tolist() == [[4, 5], [10, 11]]
+    assert ALONE.own(noise, 2) is noise

@@ -1,0 +1,133 @@
+"""A learner of two processes, as torchrun starts it: stopped, killed, resumed, refused."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastdreamer.cli import main
+from fastdreamer.config import ConfigError, preset
+from fastdreamer.learning.ranks import Ranks
+from fastdreamer.training import ranks as training_ranks
+from fastdreamer.training.checkpoint import list_checkpoints, load_checkpoint
+from fastdreamer.training.logger import METRICS_FILE, read_metrics
+
+FRAMES = ["--train.frames", "240"]
+TRAIN = ["train", "walker", "--preset", "tiny", *FRAMES, "--behavior.target-every", "7"]
+ROOT = Path(__file__).parents[2]
+TIMEOUT = 240
+WALL_CLOCK = ("seconds", "updates_per_s", "wait_collector_s", "wait_learner_s")
+
+
+def launch(*argv):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "fastdreamer", *map(str, argv)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end(process):
+    """What it said to its end, in one line, and the status of torchrun."""
+    try:
+        text, _ = process.communicate(timeout=TIMEOUT)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return " ".join(text.split()), process.returncode
+
+
+def wait_for(process, run_dir, updates):
+    """Wait until a run has logged so many updates."""
+    deadline, metrics = time.monotonic() + TIMEOUT, run_dir / METRICS_FILE
+    while not metrics.exists() or f'"update": {updates}' not in metrics.read_text():
+        assert process.poll() is None and time.monotonic() < deadline, end(process)
+        time.sleep(0.02)
+
+
+def rank(process, number):
+    """The process id of a rank: a child of torchrun's."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in children:
+        if f"\0RANK={number}\0" in Path(f"/proc/{child}/environ").read_text():
+            return int(child)
+    raise AssertionError(children)
+
+
+def learned(run_dir):
+    """All that was logged but for the clock, and the last weights and moments."""
+    lines = [
+        {k: v for k, v in line.items() if k not in WALL_CLOCK} for line in read_metrics(run_dir)
+    ]
+    tensors, _ = load_checkpoint(list_checkpoints(run_dir / "checkpoints")[-1])
+    return lines, {name: x.tolist() for name, x in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("ranks") / "run"
+    text, status = end(launch(*TRAIN, "--run", run_dir))
+    assert status == 0, text
+    assert text.count("done; try: fastdreamer eval") == 1, "of the first rank alone"
+    assert "learning on 1 CPU thread in each of 2 processes" in text
+    return run_dir
+
+
+def test_two_ranks_begin_as_one_process_does(reference, tmp_path):
+    assert main([*TRAIN, "--train.frames", "160", "--run", str(tmp_path / "alone")]) == 0
+    ours, alone = (read_metrics(run, "train")[0] for run in (reference, tmp_path / "alone"))
+    assert ours["update"] == alone["update"] and ours.keys() == alone.keys()
+    for name in ours.keys() - set(WALL_CLOCK):
+        assert ours[name] == pytest.approx(alone[name], rel=0.02, abs=1e-3), name
+
+
+def test_stopped_and_killed_and_resumed_it_is_the_same_run(reference, tmp_path):
+    run_dir = tmp_path / "run"
+    process = launch(*TRAIN, "--run", run_dir)
+    wait_for(process, run_dir, 10)
+    os.kill(process.pid, signal.SIGINT)
+    text, status = end(process)
+    assert status != 0 and "stopped, nothing is lost; go on with:" in text, text
+    process = launch("train", "--resume", run_dir)
+    wait_for(process, run_dir, 50)
+    os.kill(rank(process, 1), signal.SIGKILL)
+    text, status = end(process)
+    assert status != 0, text
+    told = r"another process of the learner is gone|stopped, nothing is lost; go on with"
+    assert len(re.findall(told, text)) == 1 and "fastdreamer train --resume" in text, text
+    text, status = end(launch("train", "--resume", run_dir))
+    assert status == 0 and "resumed from" in text, text
+    assert learned(run_dir) == learned(reference)
+
+
+def test_what_ranks_cannot_learn_together_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training_ranks, "current", lambda: Ranks(0, 3))
+    with pytest.raises(ConfigError, match="replay.batch = 4 sequences cannot be split among 3"):
+        training_ranks.check_ranks(preset("tiny"))
+    assert main([*TRAIN, "--run", str(tmp_path / "run")]) == 1
+    assert "cannot be split among 3 ranks" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(training_ranks, "current", lambda: Ranks(0, 2))
+    training_ranks.check_ranks(preset("tiny"))
+    for changes, what in (
+        ({"explore": {"method": "ucb"}}, "--explore"),
+        ({"safety": {"signal": "walker"}}, "--safety"),
+    ):
+        with pytest.raises(ConfigError, match=f"{what} learns in one process"):
+            training_ranks.check_ranks(preset("tiny", changes))
+
+
+def test_a_mistake_ends_all_ranks(tmp_path):
+    text, status = end(launch("train", "walker", "--preset", "tiny", "--replay.batch", "3"))
+    assert status != 0 and "cannot be split among 2 ranks" in text, text
+    assert json.dumps(text).count("cannot be split") == 1
