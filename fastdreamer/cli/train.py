@@ -31,7 +31,7 @@ from fastdreamer.ops.gpu import why_no_cuda
 from fastdreamer.training import preflight
 from fastdreamer.training.checkpoint import list_checkpoints
 from fastdreamer.training.collector import CollectorError
-from fastdreamer.training.ranks import joined
+from fastdreamer.training.ranks import joined, launcher
 from fastdreamer.training.trainer import (
     Stopped,
     Trainer,
@@ -129,7 +129,7 @@ def _run_train(command: Train, say: Callable[[str], None]) -> int:
 def _train(run_dir: Path, config: Config, whole: Path, say: Callable[[str], None]) -> int:
     """Train a run to its end; ``whole`` is what --resume takes to go on, it or its folder."""
     named = f" {config.env.task}" if names_code(config.env.task) else ""
-    again = f"fastdreamer train{named} --resume {shlex.quote(str(whole))}"
+    again = f"{launcher()}fastdreamer train{named} --resume {shlex.quote(str(whole))}"
     if names_code(config.safety.signal):
         again += f" --safety {config.safety.signal}"
     try:

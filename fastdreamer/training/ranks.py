@@ -1,4 +1,4 @@
-"""A learner of several processes: ``torchrun --nproc-per-node N -m fastdreamer train …``.
+"""A learner of several processes: ``torchrun --nproc-per-node N -m -- fastdreamer train …``.
 
 The first rank has the run: replay, collector, logs, checkpoints. It leads, the others follow: they
 touch no file, and get agent, optimisers and their sequences of every batch from it.
@@ -66,6 +66,13 @@ def joined() -> Iterator[Ranks]:
 def current() -> Ranks:
     """Those of the :func:`joined` around."""
     return _joined.get()
+
+
+def launcher() -> str:
+    """What stands before a command to start as many ranks again on this machine; "" of one."""
+    # Without -- torchrun takes --run for one of its own options.
+    count = os.environ.get("LOCAL_WORLD_SIZE")
+    return f"torchrun --nproc-per-node {count} -m -- " if current().size > 1 else ""
 
 
 def check_ranks(config: Config) -> None:
