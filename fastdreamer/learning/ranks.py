@@ -82,7 +82,7 @@ class Ranks:
         if self.size == 1:
             return noise
         by_rank = noise.unflatten(-2, (-1, self.size, sequences))
-        return by_rank[..., self.rank, :, :].flatten(-3, -2)
+        return by_rank[..., self.rank, :, :].flatten(-3, -2).contiguous()  # native asks for it
 
 
 ALONE = Ranks()

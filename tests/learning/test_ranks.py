@@ -49,5 +49,6 @@ def test_a_rank_s_own_rows():
     noise = torch.arange(2 * 12).view(2, 12, 1)  # H = 2; T = 2, three ranks, two sequences each
     assert Ranks(1, 3).own(noise, 2)[..., 0].tolist() == [[2, 3, 8, 9], [14, 15, 20, 21]]
     posterior = torch.arange(2 * 6).view(2, 6, 1)  # T = 2
-    assert Ranks(2, 3).own(posterior, 2)[..., 0].tolist() == [[4, 5], [10, 11]]
+    own = Ranks(2, 3).own(posterior, 2)
+    assert own[..., 0].tolist() == [[4, 5], [10, 11]] and own.is_contiguous()
     assert ALONE.own(noise, 2) is noise
