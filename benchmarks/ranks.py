@@ -44,7 +44,6 @@ def learn(directory: Path, threads: int) -> None:
     with joined() as ranks:
         if ranks.rank:
             follow(ranks)
-            return
         replay = synthetic.open_replay(directory)
         replay.load()
         learner = Learner(VARIANT, replay, "walker", threads=threads)

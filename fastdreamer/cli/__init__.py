@@ -95,7 +95,6 @@ def _run(argv: list[str]) -> int:
         if argv[:1] == ["train"] and not {"-h", "--help"} & {*argv} and is_follower():
             with joined() as ranks:  # the first reads what follows
                 follow(ranks)
-            return 0
         command = _parse(argv)
         with contextlib.ExitStack() as stack:
             if isinstance(command, Eval | Dream | Watch | Report):

@@ -12,7 +12,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -45,7 +45,11 @@ def _from_torchrun() -> bool:
 
 @contextlib.contextmanager
 def joined() -> Iterator[Ranks]:
-    """The ranks that torchrun started; alone without it. When the first leaves, the others end."""
+    """The ranks that torchrun started; alone without it. When the first leaves, the others end.
+
+    The group is left to the end of the process: gloo's threads can abort one that closes its
+    connections while a peer closes the other ends (seen with torch 2.13).
+    """
     if not _from_torchrun():
         yield ALONE
         return
@@ -60,7 +64,6 @@ def joined() -> Iterator[Ranks]:
         with contextlib.suppress(RankError):  # has been said
             if ranks.rank == 0:
                 _order(_END)
-        dist.destroy_process_group()
 
 
 def current() -> Ranks:
@@ -151,8 +154,8 @@ class _Learning(NamedTuple):
     generator: torch.Generator
 
 
-def follow(ranks: Ranks) -> None:
-    """Learn as the first rank orders, run after run, until it ends.
+def follow(ranks: Ranks) -> NoReturn:
+    """Learn as the first rank orders, run after run, until it ends; then end this process at once.
 
     Raises:
         RankError: it is gone.
@@ -170,6 +173,7 @@ def follow(ranks: Ranks) -> None:
                 learning.agent.update_target()
             else:
                 _update(learning, ranks, bool(health))
+    os._exit(0)  # nothing to clean up, and see joined()
 
 
 @contextlib.contextmanager
