@@ -16,7 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import choice, flops, report, run, subpixel
+from benchmarks import choice, flops, report, run, scale_model, subpixel
 from benchmarks.race import Case, race
 from benchmarks.timing import PhaseRecorder, cell, rate_cell, summary
 from benchmarks.variants import VARIANTS, MissingVariant, check_complete
@@ -514,3 +514,29 @@ def test_too_few_repeats_are_refused():
 
     with pytest.raises(ValueError, match="at least 20"):
         phases.measure(19, 1, 1)
+
+
+# ---------------------------------------------------------------------------- scale_model
+
+
+def test_the_simulation_of_scale_is_bounded_by_the_slower_side():
+    costs = scale_model.Costs(
+        decision=0.01, serial=0.0, parallel=0.1, weights=10**6, gradients=10**6, episode=10**6
+    )
+    setting = {"ratio": 64.0, "bandwidth": 1e9, "latency": 0.0, "spread": 0.0}
+    frames = scale_model.DECISIONS * scale_model.ACTION_REPEAT
+    rate, works = scale_model.simulate(costs, 1, 1, **setting | {"ratio": 1e-6})
+    assert rate == pytest.approx(frames / (scale_model.DECISIONS * 0.01 + 2e6 / 1e9))
+    assert works < 1e-3
+    # 64 · 500 / (16 · 16) updates of 0.1 s an episode, however many collectors there are
+    learn = 64 * scale_model.DECISIONS / 256 * 0.1
+    for collectors in (8, 64):
+        rate, works = scale_model.simulate(costs, collectors, 1, **setting)
+        assert rate == pytest.approx(frames / learn) and works == pytest.approx(1.0)
+    four, _ = scale_model.simulate(costs, 8, 4, **setting)
+    ring = 2 * 3 * 10**6 / 4 / 1e9
+    assert four == pytest.approx(frames / (learn / 0.1 * (0.1 / 4 + ring)))
+    # a round waits for its slowest episode
+    spread, _ = scale_model.simulate(costs, 64, 1, **setting | {"ratio": 1e-6, "spread": 0.1})
+    even, _ = scale_model.simulate(costs, 64, 1, **setting | {"ratio": 1e-6})
+    assert 0.7 * even < spread < 0.9 * even

@@ -5,6 +5,8 @@ With ``config.agent == "planet"`` it is PlaNet: the same world model, and a plan
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -133,7 +135,7 @@ class Dreamer(Policy):
         if self.optimist is not None:
             found = self.optimist.losses(feat, batch["reward"], dream, generator)
             metrics |= self._learn("explorer", found, optimizers)
-        return _numbers(self.ranks.agree(metrics))
+        return _numbers(metrics)
 
     def update_target(self) -> None:
         """Copy the critic to the target critic; call every ``behavior.target_every`` updates."""
@@ -274,8 +276,6 @@ class Dreamer(Policy):
         self, what: str, found: Losses, optimizers: dict[str, torch.optim.Optimizer]
     ) -> dict[str, Tensor]:
         """Backward, clip, step; return the metrics, and the gradients' norms before clipping."""
-        for name, value in self.ranks.agree(found.parts | found.named).items():
-            _check_finite(f"{name} loss", value)
         norms = {}
         with nvtx.annotate(f"{what} backward"):
             for name in found.named:
@@ -285,16 +285,18 @@ class Dreamer(Policy):
                 name: [p for group in optimizers[name].param_groups for p in group["params"]]
                 for name in found.named
             }
-            self.ranks.average(
-                p.grad for params in networks.values() for p in params if p.grad is not None
+            parts, named, metrics = self.ranks.exchange(
+                itertools.chain(*networks.values()), found.parts, found.named, found.metrics
             )
+            for name, value in (parts | named).items():
+                _check_finite(f"{name} loss", value)
             for name, params in networks.items():
                 norms[name] = nn.utils.clip_grad_norm_(params, self.config.optim.clip)
                 _check_finite(f"gradient of the {name} loss", norms[name])
             with nvtx.annotate("optimizer"):
                 for name in found.named:
                     optimizers[name].step()
-        return found.metrics | {f"{name}_grad_norm": norm for name, norm in norms.items()}
+        return metrics | {f"{name}_grad_norm": norm for name, norm in norms.items()}
 
 
 def _check_finite(name: str, value: Tensor) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdreamer.errors import FastdreamerError
 
@@ -49,25 +49,32 @@ class Ranks:
             dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
-    def average(self, tensors: Iterable[Tensor]) -> None:
-        """Put the means over ranks into tensors of one dtype, in one exchange."""
+    def exchange(
+        self, params: Iterable[nn.Parameter], *tables: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], ...]:
+        """Put the means over ranks into the gradients of parameters.
+
+        Args:
+            tables: scalars by name, in the same exchange.
+
+        Returns:
+            The tables' means; no gradient, but where one process is all.
+        """
         if self.size == 1:
-            return
-        tensors = list(tensors)
-        flat = torch.cat([x.reshape(-1) for x in tensors])
+            return tables
+        learned = [p for p in params if p.grad is not None]
+        values = [value.detach().float().reshape(1) for table in tables for value in table.values()]
+        memory = [p.grad.as_strided((p.numel(),), (1,)) for p in learned if _is_dense(p.grad)]
+        assert len(memory) == len(learned)  # copied as it lies: an optimiser's kernels ask for that
+        flat = torch.cat(memory + values)
         with together():
             dist.all_reduce(flat)
         flat /= self.size
-        for x, mean in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
-            x.copy_(mean.view(x.shape))
-
-    def agree(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The means over ranks of scalars; no gradient, but where one process is all."""
-        if self.size == 1:
-            return values
-        means = torch.stack([value.detach().float() for value in values.values()])
-        self.average([means])
-        return dict(zip(values, means, strict=True))
+        parts = flat.split([x.numel() for x in memory + values])
+        for p, part in zip(learned, parts, strict=False):
+            p.grad = part.as_strided(p.grad.shape, p.grad.stride())
+        means = iter(parts[len(learned) :])
+        return tuple({name: next(means)[0] for name in table} for table in tables)
 
     def own(self, noise: Tensor, sequences: int) -> Tensor:
         """This rank's rows of what was drawn for all.
@@ -97,12 +104,18 @@ def together() -> Iterator[None]:
         raise RankError(f"another process of the learner is gone ({error})") from error
 
 
+def _is_dense(x: Tensor) -> bool:
+    """Whether its elements lie in its memory without gaps, in whatever order."""
+    return 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) == x.numel()
+
+
 class _AgreedMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value: Tensor, ranks: Ranks) -> Tensor:
         value = value.clone()
-        ranks.average([value])
-        return value
+        with together():
+            dist.all_reduce(value)
+        return value / ranks.size
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:

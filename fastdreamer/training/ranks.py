@@ -25,7 +25,7 @@ from fastdreamer.learning.dreamer import Dreamer, NonFiniteLoss
 from fastdreamer.learning.ranks import ALONE, RankError, Ranks, together
 from fastdreamer.training import checkpoint
 
-_END, _START, _UPDATE, _TARGET = range(4)
+_END, _START, _LAYOUT, _UPDATE, _TARGET = range(5)
 """What the first rank orders."""
 _joined: ContextVar[Ranks] = ContextVar("ranks", default=ALONE)
 
@@ -105,6 +105,7 @@ class Lead:
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
+        self._layout: _Layout = {}  # that everybody knows
 
     def start(
         self,
@@ -136,16 +137,23 @@ class Lead:
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if self.ranks.size == 1:
             return batch
+        layout = {name: (tuple(x.shape), x.dtype) for name, x in batch.items()}
+        if layout != self._layout:
+            _order(_LAYOUT)
+            with together():
+                dist.broadcast_object_list([layout], src=0)
+            self._layout = layout
         _order(_UPDATE, health)
-        with together():
-            layout = {name: (x.shape, x.dtype) for name, x in batch.items()}
-            dist.broadcast_object_list([layout], src=0)
-            return {name: _scatter(x, x.shape, x.dtype, self.ranks) for name, x in batch.items()}
+        return {name: _scatter(x, *layout[name], self.ranks) for name, x in batch.items()}
 
     def update_target(self) -> None:
         """Let everybody copy the critic to its target."""
         if self.ranks.size > 1:
             _order(_TARGET)
+
+
+_Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shapes [T, B, ...] and types of a batch by name."""
 
 
 class _Learning(NamedTuple):
@@ -164,6 +172,7 @@ def follow(ranks: Ranks) -> NoReturn:
         stack.enter_context(_signals_once())
         backend = stack.enter_context(contextlib.ExitStack())
         learning: _Learning | None = None
+        layout: _Layout = {}
         while (order := _order())[0] != _END:
             what, health = order
             if what == _START:
@@ -171,8 +180,11 @@ def follow(ranks: Ranks) -> NoReturn:
                 learning = _begin(ranks, backend)
             elif what == _TARGET:
                 learning.agent.update_target()
+            elif what == _LAYOUT:
+                layout = _hear()
             else:
-                _update(learning, ranks, bool(health))
+                batch = {name: _scatter(None, *about, ranks) for name, about in layout.items()}
+                _update(learning, batch, bool(health))
     os._exit(0)  # nothing to clean up, and see joined()
 
 
@@ -197,10 +209,7 @@ def _signals_once() -> Iterator[None]:
 
 
 def _begin(ranks: Ranks, backend: contextlib.ExitStack) -> _Learning:
-    told: list[Any] = [None]
-    with together():
-        dist.broadcast_object_list(told, src=0)
-    told = told[0]
+    told = _hear()
     config = from_dict(told["config"])
     if config.device.startswith("cuda"):  # torchrun's: one GPU a rank
         config = dataclasses.replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")
@@ -216,11 +225,15 @@ def _begin(ranks: Ranks, backend: contextlib.ExitStack) -> _Learning:
     return _Learning(agent, optimizers, generator)
 
 
-def _update(learning: _Learning, ranks: Ranks, health: bool) -> None:
-    layout: list[Any] = [None]
+def _hear() -> Any:
+    """What the first rank tells."""
+    told: list[Any] = [None]
     with together():
-        dist.broadcast_object_list(layout, src=0)
-        batch = {name: _scatter(None, *about, ranks) for name, about in layout[0].items()}
+        dist.broadcast_object_list(told, src=0)
+    return told[0]
+
+
+def _update(learning: _Learning, batch: dict[str, Tensor], health: bool) -> None:
     batch = {name: x.to(learning.agent.device) for name, x in batch.items()}
     # The first rank finds the same and says it.
     with contextlib.suppress(NonFiniteLoss):
@@ -235,12 +248,15 @@ def _order(what: int | None = None, health: bool = False) -> list[int]:
     return order.tolist()
 
 
-def _scatter(whole: Tensor | None, shape: torch.Size, dtype: torch.dtype, ranks: Ranks) -> Tensor:
+def _scatter(
+    whole: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, ranks: Ranks
+) -> Tensor:
     """The sequences of a batch [T, B, ...] for each rank, [T, B/size, ...]; ``whole`` is there on
     the first."""
     T, B, *rest = shape
     own = torch.empty(T, B // ranks.size, *rest, dtype=dtype)
     parts = None if whole is None else [x.contiguous() for x in whole.chunk(ranks.size, 1)]
     raw = lambda x: x.view(torch.uint8)  # noqa: E731  # gloo knows no bool
-    dist.scatter(raw(own), parts and [raw(x) for x in parts], src=0)
+    with together():
+        dist.scatter(raw(own), parts and [raw(x) for x in parts], src=0)
     return own
