@@ -6,6 +6,7 @@ in processes of its own, one after the other in every round.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -29,16 +30,17 @@ GATE = 0.02
 """By which losses of the first update may differ between variants, in bfloat16."""
 
 
-def variants(cores: int) -> dict[str, tuple[int, int]]:
-    """Ranks and threads of each, by name; all but the first use every core."""
+def variants(cores: int) -> dict[str, tuple[int, int, int]]:
+    """Ranks, threads and the batch's divisor of each, by name."""
     return {
-        "1 process, 1 thread": (1, 1),
-        f"1 process, {cores} threads": (1, cores),
-        f"{cores} ranks, 1 thread each": (cores, 1),
+        "1 process, 1 thread": (1, 1, 1),
+        "1 process, 1 thread, half a batch": (1, 1, 2),
+        f"1 process, {cores} threads": (1, cores, 1),
+        f"{cores} ranks, 1 thread each": (cores, 1, 1),
     }
 
 
-def learn(directory: Path, threads: int) -> None:
+def learn(directory: Path, threads: int, divisor: int) -> None:
     """A rank of a variant; the first one prints its first losses and the seconds of updates."""
     torch.set_num_threads(threads)
     with joined() as ranks:
@@ -47,6 +49,9 @@ def learn(directory: Path, threads: int) -> None:
         replay = synthetic.open_replay(directory)
         replay.load()
         learner = Learner(VARIANT, replay, "walker", threads=threads)
+        batch = learner.config.replay.batch // divisor
+        replay_config = dataclasses.replace(learner.config.replay, batch=batch)
+        learner.config = dataclasses.replace(learner.config, replay=replay_config)
         first = learner.step()
         for _ in range(WARM_UP):
             learner.step()
@@ -58,9 +63,10 @@ def learn(directory: Path, threads: int) -> None:
     print(json.dumps({"first": first, "seconds": seconds}))
 
 
-def run(directory: Path, ranks: int, threads: int) -> dict[str, Any]:
+def run(directory: Path, ranks: int, threads: int, divisor: int) -> dict[str, Any]:
     """Start a variant, wait for its end, and return what it printed."""
-    own = ["-m", "benchmarks.ranks", "--child", str(directory), "--threads", str(threads)]
+    own = ["-m", "benchmarks.ranks", "--child", str(directory), "--threads", str(threads),
+           "--divisor", str(divisor)]  # fmt: skip
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     done = subprocess.run(
         [sys.executable, *(launcher if ranks > 1 else ()), *own],
@@ -89,13 +95,15 @@ def measure(rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         synthetic.write_episodes(Path(folder), EPISODES)
         for _ in range(rounds):
-            for name, (ranks, threads) in names.items():
-                found = run(Path(folder), ranks, threads)
+            for name, setting in names.items():
+                found = run(Path(folder), *setting)
+                seconds[name] += found["seconds"]
+                if setting[-1] > 1:
+                    continue
                 losses = losses or found["first"]
                 for key, value in losses.items():
                     if not math.isclose(found["first"][key], value, rel_tol=GATE, abs_tol=GATE):
                         raise RuntimeError(f"{name}: {key} is {found['first'][key]}, not {value}")
-                seconds[name] += found["seconds"]
     settings = {"preset": "walker", "variant": VARIANT, "rounds": rounds, "updates": UPDATES}
     return {"machine": circumstances, "settings": settings, "seconds": seconds}
 
@@ -117,9 +125,10 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="keep the result: JSON and README")
     parser.add_argument("--child", type=Path, metavar="DIRECTORY", help="for itself")
     parser.add_argument("--threads", type=int, help="for itself")
+    parser.add_argument("--divisor", type=int, help="for itself")
     args = parser.parse_args()
     if args.child:
-        learn(args.child, args.threads)
+        learn(args.child, args.threads, args.divisor)
         return
     report.publish("ranks", measure(args.rounds), write=args.write)
 

@@ -2,10 +2,11 @@
 512 collectors and 1 to 64 learner ranks, and where the learner saturates.
 
 From costs that were measured on one machine: a decision of a collector (results/collection.json),
-an update by one process and by ranks (results/ranks.json), and the bytes of weights, gradients and
-episodes. Machines of that kind, a collector or rank each, are joined by a network of the given
-bandwidth and latency. A round is an episode of every collector, with the weights of one update,
-while the learner makes the updates that the round before calls for; the later of the two ends it.
+an update from a batch and from half of one (results/ranks.json), and the bytes of weights,
+gradients and episodes. Machines of that kind, a collector or rank each, are joined by a network of
+the given bandwidth and latency. A round is an episode of every collector, with the weights of one
+update, while the learner makes the updates that the round before calls for; the later of the two
+ends it.
 """
 
 from __future__ import annotations
@@ -58,9 +59,8 @@ def measured(quality: str) -> Costs:
     decision = read("collection")["phases"][quality]["whole"]["median_ms"] / 1000
     times = read("ranks")["seconds"]
     one = float(np.median(times["1 process, 1 thread"]))
-    name = next(name for name in times if "ranks" in name)
-    ranks, several = int(name.split()[0]), float(np.median(times[name]))
-    parallel = min(one, (one - several) * ranks / (ranks - 1))
+    half = float(np.median(times["1 process, 1 thread, half a batch"]))
+    parallel = min(one, 2 * (one - half))
     agent = Dreamer(preset("walker"), OBS_SHAPES, ACTION_DIM)
     return Costs(
         decision=decision,
