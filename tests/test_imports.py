@@ -58,7 +58,7 @@ NARROW = {
     "training/checkpoint": {"config", "_version", "errors", "files"},
     "training/episodes": {"errors", "files"},
     "training/logger": {"config", "_version", "errors", "files"},
-    "training/replay": {"files", "training/episodes"},
+    "training/replay": {"errors", "files", "training/episodes"},
 }
 
 # Imports that close a ring of files, and why they may: (from, to) -> reason.
