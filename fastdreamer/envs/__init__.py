@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from fastdreamer.envs.dmc import EnvError, SuiteTask, canonical_suite_task, list_tasks
+from fastdreamer.envs.dmc import (
+    EnvError,
+    SuiteTask,
+    canonical_suite_task,
+    check_quality,
+    list_tasks,
+)
 from fastdreamer.envs.foreign import GymTask, canonical_foreign, is_foreign
 from fastdreamer.envs.wrappers import Env
 
@@ -44,13 +50,14 @@ def make_env(
     action_repeat: control steps (env frames) for which each action is applied.
     seed: starts the task's random generator, until `reset` is given a seed.
     time_limit: seconds of simulated time; None is the task's own.
-    render_quality: of the suite's images: "full", or "fast" without multisampling (about twice as
-        fast, jagged edges).
+    render_quality: of the suite's images, each leaving out one thing more: "full", "fast" (no
+        multisampling: jagged edges), "matte" (no mirror image), "unshadowed", "bare" (no sky).
 
     Raises ValueError for an unknown task, kind or quality. State needs no OpenGL; pixels find a
     backend at the first observation and raise `envs.gl.GLError` if there is none.
     """
     if is_foreign(task):
+        check_quality(render_quality)
         made = GymTask(task, seed=seed, time_limit=time_limit)
     else:
         made = SuiteTask(task, seed=seed, time_limit=time_limit, render_quality=render_quality)

@@ -17,15 +17,16 @@ from importlib.metadata import version
 import numpy as np
 
 from fastdreamer.envs.gl import GL, GLError, forget, select_gl
+from fastdreamer.envs.quality import QUALITIES
 from fastdreamer.errors import ArgumentError, FastdreamerError, how_to_install
 
 DEFAULT_TASKS = {"walker": "walker-walk"}  # names that stand for a task
-QUALITIES = ("full", "fast")
 SHADOW_SIZE = 256  # texels a side; the suite's own 2048 costs about as much as all the rest
 MAX_STEPS = 1000  # control steps of an episode: those of every task of the suite
 
 _CAMERAS = {"quadruped": 2}  # camera 0 looks from far away there; elsewhere it follows the body
 _NEEDS_GL = {"quadruped-escape"}  # uploads its terrain to the GL context at every reset
+_SHADOW, _REFLECTION, _SKYBOX = 0, 2, 4  # mjtRndFlag
 
 
 class EnvError(FastdreamerError, RuntimeError):
@@ -132,6 +133,14 @@ def _plain(name: str) -> str:
     return name.strip().lower().replace("_", "-")
 
 
+def check_quality(render_quality: str) -> None:
+    """Raise ValueError where there is no such quality."""
+    if render_quality not in QUALITIES:
+        raise ValueError(
+            f"render_quality must be one of {', '.join(QUALITIES)}, got {render_quality!r}"
+        )
+
+
 def _frees_contexts(physics) -> bool:
     """Whether this dm_control lets a GL context be made anew, with another framebuffer."""
     return hasattr(physics, "_free_rendering_contexts")
@@ -157,7 +166,7 @@ class SuiteTask:
     """One task, stepped in control steps, with actions in the units of its actuators.
 
     name: full task name; time_limit: seconds, or None for the task's own (1000 control steps
-    for every task of the suite); render_quality: "full", or "fast" without multisampling.
+    for every task of the suite); render_quality: a name of `quality.QUALITIES`.
 
     Attributes: `name`, `control_step` (seconds), `action_min`, `action_max` (float64 [A]),
     `max_steps` (control steps until the time limit), `state_size` (numbers in `state()`).
@@ -174,8 +183,7 @@ class SuiteTask:
         render_quality: str = "full",
     ):
         self.name = canonical_suite_task(name)
-        if render_quality not in QUALITIES:
-            raise ValueError(f"render_quality must be full or fast, got {render_quality!r}")
+        check_quality(render_quality)
         self._gl = _load_gl() if self.name in _NEEDS_GL else None
         domain, task = _tasks()[self.name]
         # The model itself may be drawn at random (lqr): always from the same generator, so that
@@ -199,14 +207,16 @@ class SuiteTask:
         self.action_max = np.where(unbounded, 1.0, spec.maximum)
         self.state_size = sum(int(np.prod(s.shape)) for s in self._env.observation_spec().values())
 
+        physics = self._env.physics
+        self._quality = QUALITIES[render_quality]
         self._camera_id = _CAMERAS.get(domain, 0)
         self._cameras = {}  # (height, width) -> camera; a new one costs 2 ms a frame
-        visual = self._env.physics.model.vis
+        visual = physics.model.vis
         visual.quality.shadowsize = SHADOW_SIZE
-        if render_quality == "fast":
+        if not self._quality.multisampling:
             visual.quality.offsamples = 0
         # A framebuffer of the size in use (see render) is faster than the suite's 640 × 480.
-        if _frees_contexts(self._env.physics):
+        if _frees_contexts(physics):
             visual.global_.offwidth = visual.global_.offheight = 1
 
     def reset(self, seed: int | None = None) -> None:
@@ -234,6 +244,8 @@ class SuiteTask:
 
         Raises GLError if nothing on this machine can draw, ValueError for a size below 1.
         """
+        if min(height, width) < 1:
+            raise ValueError(f"image size must be at least 1 × 1, got {height} × {width}")
         camera = self._cameras.get((height, width))
         if camera is None:
             camera = self._cameras[height, width] = self._make_camera(height, width)
@@ -254,8 +266,6 @@ class SuiteTask:
         _free_contexts(self._env.physics)
 
     def _make_camera(self, height: int, width: int):
-        if min(height, width) < 1:
-            raise ValueError(f"image size must be at least 1 × 1, got {height} × {width}")
         if self._gl is None:
             self._gl = _load_gl()
         from dm_control import mujoco
@@ -273,6 +283,10 @@ class SuiteTask:
             _free_contexts(physics)
         try:
             camera = mujoco.Camera(physics, height, width, self._camera_id)
+            flags = camera.scene.flags
+            flags[_REFLECTION] &= self._quality.mirror
+            flags[_SHADOW] &= self._quality.shadows
+            flags[_SKYBOX] &= self._quality.sky
             camera.render()
         except Exception as error:
             raise _failed_after_all(self._gl, error) from error
