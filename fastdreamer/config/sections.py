@@ -37,6 +37,8 @@ class EnvConfig:
     """Height and width of the pixels."""
     time_limit: float | None = None
     """Simulated seconds of an episode; None is the task's own (Walker: 1000 env frames)."""
+    render: Annotated[Literal["opengl", "rays"], _short("--render")] = "opengl"
+    """Who draws the suite's images; rays need no OpenGL (docs/rendering.md)."""
     render_quality: Annotated[Quality, _short("--render-quality")] = "full"
     """Each leaves out one thing more: fast multisampling, matte the floor's mirror image,
     unshadowed the shadows, bare the sky."""

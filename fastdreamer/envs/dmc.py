@@ -17,7 +17,8 @@ from importlib.metadata import version
 import numpy as np
 
 from fastdreamer.envs.gl import GL, GLError, forget, select_gl
-from fastdreamer.envs.quality import QUALITIES
+from fastdreamer.envs.quality import QUALITIES, RENDERERS
+from fastdreamer.envs.rays import Rays, why_not
 from fastdreamer.errors import ArgumentError, FastdreamerError, how_to_install
 
 DEFAULT_TASKS = {"walker": "walker-walk"}  # names that stand for a task
@@ -133,12 +134,18 @@ def _plain(name: str) -> str:
     return name.strip().lower().replace("_", "-")
 
 
-def check_quality(render_quality: str) -> None:
-    """Raise ValueError where there is no such quality."""
-    if render_quality not in QUALITIES:
-        raise ValueError(
-            f"render_quality must be one of {', '.join(QUALITIES)}, got {render_quality!r}"
-        )
+def check_drawing(render: str, render_quality: str) -> None:
+    """Raise ValueError where there is no such renderer or quality."""
+    for name, value, known in (
+        ("render", render, RENDERERS),
+        ("render_quality", render_quality, tuple(QUALITIES)),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def _no_rays(name: str, reason: str) -> str:
+    return f"{name}: rays cannot draw it, {reason}; take render=opengl (--render opengl)"
 
 
 def _frees_contexts(physics) -> bool:
@@ -166,12 +173,14 @@ class SuiteTask:
     """One task, stepped in control steps, with actions in the units of its actuators.
 
     name: full task name; time_limit: seconds, or None for the task's own (1000 control steps
-    for every task of the suite); render_quality: a name of `quality.QUALITIES`.
+    for every task of the suite); render: who draws, "opengl" or "rays"; render_quality: a name of
+    `quality.QUALITIES`.
 
     Attributes: `name`, `control_step` (seconds), `action_min`, `action_max` (float64 [A]),
     `max_steps` (control steps until the time limit), `state_size` (numbers in `state()`).
 
-    Raises ValueError for an unknown task or quality, or a time limit below one control step.
+    Raises ValueError for an unknown task, renderer or quality, a time limit below one control step,
+    or a task that rays cannot draw.
     """
 
     def __init__(
@@ -180,10 +189,13 @@ class SuiteTask:
         *,
         seed: int = 0,
         time_limit: float | None = None,
+        render: str = "opengl",
         render_quality: str = "full",
     ):
         self.name = canonical_suite_task(name)
-        check_quality(render_quality)
+        check_drawing(render, render_quality)
+        if render == "rays" and self.name in _NEEDS_GL:
+            raise ArgumentError(_no_rays(self.name, "it hands its terrain to OpenGL"))
         self._gl = _load_gl() if self.name in _NEEDS_GL else None
         domain, task = _tasks()[self.name]
         # The model itself may be drawn at random (lqr): always from the same generator, so that
@@ -208,7 +220,10 @@ class SuiteTask:
         self.state_size = sum(int(np.prod(s.shape)) for s in self._env.observation_spec().values())
 
         physics = self._env.physics
-        self._quality = QUALITIES[render_quality]
+        if render == "rays" and (reason := why_not(physics.model.ptr)):
+            raise ArgumentError(_no_rays(self.name, reason))
+        self._render, self._quality = render, QUALITIES[render_quality]
+        self._rays: Rays | None = None  # made at the first image
         self._camera_id = _CAMERAS.get(domain, 0)
         self._cameras = {}  # (height, width) -> camera; a new one costs 2 ms a frame
         visual = physics.model.vis
@@ -246,6 +261,10 @@ class SuiteTask:
         """
         if min(height, width) < 1:
             raise ValueError(f"image size must be at least 1 × 1, got {height} × {width}")
+        if self._render == "rays":
+            if self._rays is None:
+                self._rays = Rays(self._env.physics, self._camera_id, self._quality)
+            return self._rays.draw(height, width)
         camera = self._cameras.get((height, width))
         if camera is None:
             camera = self._cameras[height, width] = self._make_camera(height, width)

@@ -1,8 +1,10 @@
-"""What of a scene is drawn: the names of ``--render-quality``."""
+"""What of a scene is drawn: the names of ``--render-quality``, and who may draw."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+RENDERERS = ("opengl", "rays")
 
 
 @dataclass(frozen=True)

@@ -349,6 +349,7 @@ def _run_job(
             "action_repeat": config.env.action_repeat,
             "time_limit": config.env.time_limit,
             "image_size": config.env.image_size,
+            "render": config.env.render,
             "render_quality": config.env.render_quality,
             "seed": seed,
             "random": job.random,

@@ -42,7 +42,8 @@ class Replay:
     fields: name -> (dtype, shape without T) of every array that an episode must have; None: those
         of the first that enters.
     task: if given, meta["task"] must equal it.
-    drawn: if given, render_quality of the pixels; an episode whose meta says another is foreign.
+    drawn: if given, (render, render_quality) of the pixels; an episode whose meta says another is
+        foreign. One from before there was `render` was drawn by OpenGL.
 
     Raises ArgumentError where there is no such directory.
     """
@@ -54,7 +55,7 @@ class Replay:
         capacity: int = 1_000_000,
         fields: Fields | None = None,
         task: str | None = None,
-        drawn: str | None = None,
+        drawn: tuple[str, str] | None = None,
     ):
         if capacity < 1:
             raise ValueError(f"replay: capacity must be at least 1 env frame, got {capacity}")
@@ -111,9 +112,13 @@ class Replay:
             task = info.meta.get("task")
             raise EpisodeError(f"{path}: is of task {task!r}, expected {self.task!r}")
         if self.drawn is not None:
-            drawn = info.meta.get("render_quality", self.drawn)
+            render, quality = self.drawn
+            drawn = info.meta.get("render", "opengl"), info.meta.get("render_quality", quality)
             if drawn != self.drawn:
-                raise EpisodeError(f"{path}: was drawn in quality {drawn}, expected {self.drawn}")
+                raise EpisodeError(
+                    f"{path}: was drawn by {drawn[0]} in quality {drawn[1]}, expected {render} in "
+                    f"{quality}"
+                )
         last = next(reversed(self._episodes), -1)
         self.fields = found
         self._episodes[index] = info

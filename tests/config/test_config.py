@@ -110,6 +110,7 @@ def test_walker_has_the_original_s_actor_and_losses_on_a_small_scale():
         ("env.time_limit", 0.0, "none or > 0"),
         ("env.time_limit", math.nan, "finite"),
         ("env.time_limit", "long", "a number or none"),
+        ("env.render", "vulkan", "'opengl' | 'rays'"),
         ("env.render_quality", "slow", "'full' | 'fast' | 'matte' | 'unshadowed' | 'bare'"),
         ("replay.capacity", 0, "> 0"),
         ("replay.batch", 0, "> 0"),

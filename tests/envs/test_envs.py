@@ -475,6 +475,7 @@ def test_state_never_touches_gl(choice):
         ({"action_repeat": 0}, "action_repeat must be at least 1"),
         ({"time_limit": 0.0}, "time_limit must be at least one control step"),
         ({"time_limit": float("nan")}, "time_limit must be at least one control step"),
+        ({"render": "vulkan"}, "render must be one of opengl, rays, got 'vulkan'"),
         (
             {"render_quality": "ultra"},
             "render_quality must be one of full, fast, matte, un",
