@@ -4,11 +4,13 @@ import hashlib
 import os
 import subprocess
 import sys
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from fastdreamer import _native
+from fastdreamer.config import sections
 from fastdreamer.envs import dmc, make_env, rays
 from fastdreamer.envs.gl import GLError, select_gl
 from fastdreamer.envs.quality import QUALITIES, Quality
@@ -42,6 +44,10 @@ def difference(a, b):
 
 def digest(**how):
     return hashlib.sha256(pictures(render="rays", **how).tobytes()).hexdigest()
+
+
+def test_the_setting_names_every_quality():
+    assert get_args(sections.Quality) == tuple(QUALITIES)
 
 
 # ---- near OpenGL's
@@ -111,7 +117,7 @@ STRING = (
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shapes_lights_and_materials(opengl, shape):
+def test_shapes_lights_and_materials_as_in_opengl(opengl, shape):
     dmc._load_gl()
     from dm_control import mujoco
 
