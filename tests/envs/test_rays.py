@@ -57,7 +57,7 @@ def test_the_setting_names_every_quality():
 def test_walker_is_near_opengl_s_picture(opengl, quality):
     expected = pictures(render_quality=quality)
     found = pictures(render="rays", render_quality=quality)
-    assert difference(found, expected).max() < 1.2
+    assert difference(found, expected).max() < 1  # without the mirror image 1.1, without shadows 8
     others = [pictures(render="rays", render_quality=q, decisions=0) for q in QUALITIES]
     differences = [difference(found[:1], other)[0] for other in others]
     assert np.flatnonzero(np.array(differences) == 0) == list(QUALITIES).index(quality)
