@@ -16,7 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import choice, flops, report, run, scale_model, subpixel
+from benchmarks import choice, flops, rendering, report, run, scale_model, subpixel
 from benchmarks.race import Case, race
 from benchmarks.timing import PhaseRecorder, cell, rate_cell, summary
 from benchmarks.variants import VARIANTS, MissingVariant, check_complete
@@ -90,6 +90,13 @@ def test_readmes_hold_the_results(name):
             assert 0 < path.with_suffix(".png").stat().st_size < 300_000
     for readme, expected in report.filled(name, results).items():
         assert readme.read_text() == expected, "run `python -m benchmarks.report`"
+
+
+def test_the_page_of_rendering_holds_the_results():
+    result = json.loads((report.RESULTS / "rendering.json").read_text())
+    page = rendering.PAGE.read_text()
+    assert report.fill(page, "rendering", rendering.table(result)) == page
+    assert 0 < rendering.FIGURE.stat().st_size < 100_000
 
 
 def test_a_result_of_every_cpu_is_kept_and_shown(monkeypatch, tmp_path):

@@ -28,7 +28,7 @@ ALLOWED = {
     "config": {"errors"},
     "ops": {"_native", "errors"},
     "nn": {"config", "errors", "ops"},
-    "envs": {"config", "_version", "errors", "named"},
+    "envs": {"_native", "config", "_version", "errors", "named"},
     "machine": {"_native", "_version", "config", "envs", "errors", "ops"},
     "acting": MODEL | {"envs", "machine", "named", "video"},
     "learning": MODEL | {"acting", "machine"},

@@ -16,6 +16,7 @@
 #include "bindings/decide.h"
 #include "bindings/imagine.h"
 #include "bindings/observe.h"
+#include "bindings/rays.h"
 #include "bindings/weights.h"
 #include "cpu/arena.h"
 #include "cpu/cpuid.h"
@@ -212,6 +213,7 @@ PYBIND11_MODULE(_native, m) {
         "An elementary function of the core (csrc/cpu/functions.h), to measure its error.");
   bind_cem(m);
   bind_codec(m);
+  bind_rays(m);
   bind_cuda(m);
   m.def("peak", &peak, py::arg("bf16"), py::arg("threads"), py::arg("seconds"),
         "GFLOP/s of multiply-adds that nothing holds up, of all threads together.");

@@ -45,6 +45,7 @@ def config_env(config: Config) -> Any:
         seed=config.seed,
         time_limit=config.env.time_limit,
         image_size=config.env.image_size,
+        render=config.env.render,
         render_quality=config.env.render_quality,
     )
 

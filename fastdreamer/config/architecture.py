@@ -6,6 +6,9 @@ from typing import Any
 
 from fastdreamer.config.config import Config, to_dict
 
+_BEFORE = {"env.render": "opengl"}
+"""What was built in before it could be chosen: an architecture from then does not name it."""
+
 
 def architecture(config: Config) -> dict[str, Any]:
     """The settings under which weights mean what they were learned to mean, as plain JSON.
@@ -40,6 +43,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
     Parts that ``before`` had not are no difference: an agent may be given an explorer or a barrier.
     """
+    before = {name: value for name, value in _BEFORE.items() if name in now} | before
     return [
         f"{name}, {value!r} here, {now[name]!r} asked for"
         if name in now

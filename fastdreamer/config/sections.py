@@ -15,6 +15,7 @@ except ModuleNotFoundError:  # no command line is installed, which alone looks a
 
 Activation = Literal["elu", "relu", "silu", "tanh"]
 Greedy = Literal["median", "mode"]
+Quality = Literal["full", "fast", "matte", "unshadowed", "bare"]
 
 
 def _short(name: str) -> Any:
@@ -36,8 +37,11 @@ class EnvConfig:
     """Height and width of the pixels."""
     time_limit: float | None = None
     """Simulated seconds of an episode; None is the task's own (Walker: 1000 env frames)."""
-    render_quality: Annotated[Literal["full", "fast"], _short("--render-quality")] = "full"
-    """"fast" also drops multisampling: about twice as quick in software, a little coarser."""
+    render: Annotated[Literal["opengl", "rays"], _short("--render")] = "opengl"
+    """Who draws the suite's images; rays need no OpenGL (docs/rendering.md)."""
+    render_quality: Annotated[Quality, _short("--render-quality")] = "full"
+    """Each leaves out one thing more: fast multisampling, matte the floor's mirror image,
+    unshadowed the shadows, bare the sky."""
 
 
 @dataclass(frozen=True)

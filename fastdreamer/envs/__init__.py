@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from fastdreamer.envs.dmc import EnvError, SuiteTask, canonical_suite_task, list_tasks
+from fastdreamer.envs.dmc import (
+    EnvError,
+    SuiteTask,
+    canonical_suite_task,
+    check_drawing,
+    list_tasks,
+)
 from fastdreamer.envs.foreign import GymTask, canonical_foreign, is_foreign
 from fastdreamer.envs.wrappers import Env
+from fastdreamer.errors import ArgumentError
 
 __all__ = [
     "Env",
@@ -35,6 +42,7 @@ def make_env(
     seed: int = 0,
     time_limit: float | None = None,
     image_size: int = 64,
+    render: str = "opengl",
     render_quality: str = "full",
 ) -> Env:
     """Make an environment of decisions.
@@ -44,14 +52,22 @@ def make_env(
     action_repeat: control steps (env frames) for which each action is applied.
     seed: starts the task's random generator, until `reset` is given a seed.
     time_limit: seconds of simulated time; None is the task's own.
-    render_quality: of the suite's images: "full", or "fast" without multisampling (about twice as
-        fast, jagged edges).
+    render: who draws the suite's images, "opengl" or "rays", which need no OpenGL and draw a
+        slightly other picture (docs/rendering.md).
+    render_quality: of the suite's images, each leaving out one thing more: "full", "fast" (no
+        multisampling: jagged edges), "matte" (no mirror image), "unshadowed", "bare" (no sky).
 
-    Raises ValueError for an unknown task, kind or quality. State needs no OpenGL; pixels find a
-    backend at the first observation and raise `envs.gl.GLError` if there is none.
+    Raises ValueError for an unknown task, kind, renderer or quality, or a task that rays cannot
+    draw. State needs no OpenGL; pixels by OpenGL find a backend at the first observation and raise
+    `envs.gl.GLError` if there is none.
     """
     if is_foreign(task):
+        check_drawing(render, render_quality)
+        if render != "opengl":
+            raise ArgumentError(f"{task} draws its own images: render={render} is for the suite's")
         made = GymTask(task, seed=seed, time_limit=time_limit)
     else:
-        made = SuiteTask(task, seed=seed, time_limit=time_limit, render_quality=render_quality)
+        made = SuiteTask(
+            task, seed=seed, time_limit=time_limit, render=render, render_quality=render_quality
+        )
     return Env(made, obs=obs, action_repeat=action_repeat, image_size=image_size)

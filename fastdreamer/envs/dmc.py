@@ -17,15 +17,17 @@ from importlib.metadata import version
 import numpy as np
 
 from fastdreamer.envs.gl import GL, GLError, forget, select_gl
+from fastdreamer.envs.quality import QUALITIES, RENDERERS
+from fastdreamer.envs.rays import Rays, why_not
 from fastdreamer.errors import ArgumentError, FastdreamerError, how_to_install
 
 DEFAULT_TASKS = {"walker": "walker-walk"}  # names that stand for a task
-QUALITIES = ("full", "fast")
 SHADOW_SIZE = 256  # texels a side; the suite's own 2048 costs about as much as all the rest
 MAX_STEPS = 1000  # control steps of an episode: those of every task of the suite
 
 _CAMERAS = {"quadruped": 2}  # camera 0 looks from far away there; elsewhere it follows the body
 _NEEDS_GL = {"quadruped-escape"}  # uploads its terrain to the GL context at every reset
+_SHADOW, _REFLECTION, _SKYBOX = 0, 2, 4  # mjtRndFlag
 
 
 class EnvError(FastdreamerError, RuntimeError):
@@ -132,6 +134,20 @@ def _plain(name: str) -> str:
     return name.strip().lower().replace("_", "-")
 
 
+def check_drawing(render: str, render_quality: str) -> None:
+    """Raise ValueError where there is no such renderer or quality."""
+    for name, value, known in (
+        ("render", render, RENDERERS),
+        ("render_quality", render_quality, tuple(QUALITIES)),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def _no_rays(name: str, reason: str) -> str:
+    return f"{name}: rays cannot draw it, {reason}; take render=opengl (--render opengl)"
+
+
 def _frees_contexts(physics) -> bool:
     """Whether this dm_control lets a GL context be made anew, with another framebuffer."""
     return hasattr(physics, "_free_rendering_contexts")
@@ -157,12 +173,14 @@ class SuiteTask:
     """One task, stepped in control steps, with actions in the units of its actuators.
 
     name: full task name; time_limit: seconds, or None for the task's own (1000 control steps
-    for every task of the suite); render_quality: "full", or "fast" without multisampling.
+    for every task of the suite); render: who draws, "opengl" or "rays"; render_quality: a name of
+    `quality.QUALITIES`.
 
     Attributes: `name`, `control_step` (seconds), `action_min`, `action_max` (float64 [A]),
     `max_steps` (control steps until the time limit), `state_size` (numbers in `state()`).
 
-    Raises ValueError for an unknown task or quality, or a time limit below one control step.
+    Raises ValueError for an unknown task, renderer or quality, a time limit below one control step,
+    or a task that rays cannot draw.
     """
 
     def __init__(
@@ -171,11 +189,13 @@ class SuiteTask:
         *,
         seed: int = 0,
         time_limit: float | None = None,
+        render: str = "opengl",
         render_quality: str = "full",
     ):
         self.name = canonical_suite_task(name)
-        if render_quality not in QUALITIES:
-            raise ValueError(f"render_quality must be full or fast, got {render_quality!r}")
+        check_drawing(render, render_quality)
+        if render == "rays" and self.name in _NEEDS_GL:
+            raise ArgumentError(_no_rays(self.name, "it hands its terrain to OpenGL"))
         self._gl = _load_gl() if self.name in _NEEDS_GL else None
         domain, task = _tasks()[self.name]
         # The model itself may be drawn at random (lqr): always from the same generator, so that
@@ -199,14 +219,19 @@ class SuiteTask:
         self.action_max = np.where(unbounded, 1.0, spec.maximum)
         self.state_size = sum(int(np.prod(s.shape)) for s in self._env.observation_spec().values())
 
+        physics = self._env.physics
+        if render == "rays" and (reason := why_not(physics.model.ptr)):
+            raise ArgumentError(_no_rays(self.name, reason))
+        self._render, self._quality = render, QUALITIES[render_quality]
+        self._rays: Rays | None = None  # made at the first image
         self._camera_id = _CAMERAS.get(domain, 0)
         self._cameras = {}  # (height, width) -> camera; a new one costs 2 ms a frame
-        visual = self._env.physics.model.vis
+        visual = physics.model.vis
         visual.quality.shadowsize = SHADOW_SIZE
-        if render_quality == "fast":
+        if not self._quality.multisampling:
             visual.quality.offsamples = 0
         # A framebuffer of the size in use (see render) is faster than the suite's 640 × 480.
-        if _frees_contexts(self._env.physics):
+        if _frees_contexts(physics):
             visual.global_.offwidth = visual.global_.offheight = 1
 
     def reset(self, seed: int | None = None) -> None:
@@ -234,6 +259,12 @@ class SuiteTask:
 
         Raises GLError if nothing on this machine can draw, ValueError for a size below 1.
         """
+        if min(height, width) < 1:
+            raise ValueError(f"image size must be at least 1 × 1, got {height} × {width}")
+        if self._render == "rays":
+            if self._rays is None:
+                self._rays = Rays(self._env.physics, self._camera_id, self._quality)
+            return self._rays.draw(height, width)
         camera = self._cameras.get((height, width))
         if camera is None:
             camera = self._cameras[height, width] = self._make_camera(height, width)
@@ -254,8 +285,6 @@ class SuiteTask:
         _free_contexts(self._env.physics)
 
     def _make_camera(self, height: int, width: int):
-        if min(height, width) < 1:
-            raise ValueError(f"image size must be at least 1 × 1, got {height} × {width}")
         if self._gl is None:
             self._gl = _load_gl()
         from dm_control import mujoco
@@ -273,6 +302,10 @@ class SuiteTask:
             _free_contexts(physics)
         try:
             camera = mujoco.Camera(physics, height, width, self._camera_id)
+            flags = camera.scene.flags
+            flags[_REFLECTION] &= self._quality.mirror
+            flags[_SHADOW] &= self._quality.shadows
+            flags[_SKYBOX] &= self._quality.sky
             camera.render()
         except Exception as error:
             raise _failed_after_all(self._gl, error) from error

@@ -21,7 +21,7 @@ from fastdreamer import ops
 from fastdreamer._version import __version__
 from fastdreamer.envs import EnvError, make_env
 from fastdreamer.envs.gl import GL, GLError, probe_all, select_gl
-from fastdreamer.errors import how_to_install
+from fastdreamer.errors import ArgumentError, how_to_install
 from fastdreamer.ops.backend import BACKENDS, OPS, describe_kernels, last_backend, why_slow
 from fastdreamer.ops.gpu import driver_state
 
@@ -142,6 +142,13 @@ def _rendering() -> Iterator[tuple[str, str]]:
     for name, answer in probe_all().items():
         text = answer.renderer if isinstance(answer, GL) else f"no: {answer}"
         yield f"  {name}", text
+    try:
+        env = make_env("walker-walk", render="rays")
+        env.reset(seed=0)
+        env.close()
+        yield "  rays", "draws without OpenGL (--render rays)"
+    except (EnvError, ArgumentError) as error:
+        yield "  rays", f"no: {error}"
 
 
 def _versions() -> Iterator[tuple[str, str]]:

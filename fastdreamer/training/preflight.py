@@ -44,7 +44,7 @@ def check(config: Config, run_dir: Path, say: Callable[[str], None]) -> None:
     env = config_env(config)
     env.close()
     seen = env.obs_shapes
-    if "pixels" in seen and not is_foreign(env.task):
+    if "pixels" in seen and config.env.render == "opengl" and not is_foreign(env.task):
         select_gl()
     frames = env.max_decisions * env.action_repeat
     prefill = config.collect.prefill * frames

@@ -42,6 +42,8 @@ class Replay:
     fields: name -> (dtype, shape without T) of every array that an episode must have; None: those
         of the first that enters.
     task: if given, meta["task"] must equal it.
+    drawn: if given, (render, render_quality) of the pixels; an episode whose meta says another is
+        foreign. One from before there was `render` was drawn by OpenGL.
 
     Raises ArgumentError where there is no such directory.
     """
@@ -53,6 +55,7 @@ class Replay:
         capacity: int = 1_000_000,
         fields: Fields | None = None,
         task: str | None = None,
+        drawn: tuple[str, str] | None = None,
     ):
         if capacity < 1:
             raise ValueError(f"replay: capacity must be at least 1 env frame, got {capacity}")
@@ -63,6 +66,7 @@ class Replay:
             self.fields = {n: (np.dtype(d), tuple(shape)) for n, (d, shape) in fields.items()}
             check_fields("replay fields", {n: (d, (2, *s)) for n, (d, s) in self.fields.items()})
         self.task = task
+        self.drawn = drawn
         self._episodes: dict[int, EpisodeInfo] = {}  # sorted by index
         if not self.directory.is_dir():
             raise ArgumentError(f"replay: {self.directory} is no directory of episodes")
@@ -107,6 +111,14 @@ class Replay:
         if self.task is not None and info.meta.get("task") != self.task:
             task = info.meta.get("task")
             raise EpisodeError(f"{path}: is of task {task!r}, expected {self.task!r}")
+        if self.drawn is not None:
+            render, quality = self.drawn
+            drawn = info.meta.get("render", "opengl"), info.meta.get("render_quality", quality)
+            if drawn != self.drawn:
+                raise EpisodeError(
+                    f"{path}: was drawn by {drawn[0]} in quality {drawn[1]}, expected {render} in "
+                    f"{quality}"
+                )
         last = next(reversed(self._episodes), -1)
         self.fields = found
         self._episodes[index] = info

@@ -324,6 +324,7 @@ class Trainer:
             capacity=config.replay.capacity,
             fields=episode_fields(shapes, action_dim),
             task=config.env.task,
+            drawn=(config.env.render, config.env.render_quality) if "pixels" in shapes else None,
         )
         # The cursor: plain numbers that a checkpoint holds besides tensors.
         self.update = 0

@@ -250,6 +250,7 @@ class Player:
             "action_repeat": config.env.action_repeat,
             "time_limit": config.env.time_limit,
             "image_size": config.env.image_size,
+            "render": config.env.render,
             "render_quality": config.env.render_quality,
             "seed": episode_seed(config.seed, "collect", episode),
             "random": random,

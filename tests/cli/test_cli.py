@@ -28,6 +28,7 @@ from fastdreamer.machine.doctor import kernel_reasons
 from fastdreamer.ops.backend import describe_kernels, last_backend
 from fastdreamer.ops.gpu import driver_state
 from fastdreamer.training import pretrained
+from fastdreamer.training.episodes import read_episode
 from fastdreamer.training.trainer import Trainer, read_config
 
 PIXELS = ["--preset", "tiny", "--obs", "pixels", "--render-quality", "fast"]
@@ -54,6 +55,27 @@ def test_a_run_leaves_everything_behind(run):
     assert list((run / "videos").glob("eval-*.mp4"))
     assert not list(run.rglob(".tmp-*"))
     assert json.loads((run / "config.json").read_text())["env"]["task"] == "walker-walk"
+
+
+def test_pixels_without_opengl(tmp_path, capsys, monkeypatch):
+    """By rays: no OpenGL is asked for, the worker's pictures are this process's, bit for bit."""
+    monkeypatch.setenv("MUJOCO_GL", "disabled")
+    run_dir = tmp_path / "run"
+    start = ["train", "walker", "--preset", "tiny", "--obs", "pixels", *SHORT]
+    assert main([*start, "--run", str(tmp_path / "none")]) == 1
+    assert "--render rays" in output(capsys)
+    assert main([*start, "--render", "rays", "--eval.video", "--run", str(run_dir)]) == 0
+    assert list((run_dir / "videos").glob("eval-*.mp4"))
+    arrays, meta = read_episode(run_dir / "episodes" / "episode-000000.safetensors")
+    assert (meta["render"], meta["render_quality"]) == ("rays", "full")
+    env = fastdreamer.make_env("walker", render="rays", time_limit=0.5)
+    seen = [env.reset(seed=meta["seed"])["pixels"]]
+    seen += [env.step(action)[0]["pixels"] for action in arrays["action"][1:]]
+    assert np.array_equal(seen, arrays["pixels"])
+    assert main(["eval", str(run_dir), "--episodes", "1"]) == 0
+    capsys.readouterr()
+    assert main(["train", "--resume", str(run_dir), "--render-quality", "fast"]) == 1
+    assert "env.render_quality, 'full' here, 'fast' asked for" in output(capsys)
 
 
 def test_eval(run, capsys, tmp_path):

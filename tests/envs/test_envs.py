@@ -311,8 +311,16 @@ def test_pixels_are_the_suite_own_with_a_smaller_shadow_map():
     reference.reset()
     expected = reference.physics.render(64, 64, camera_id=0).astype(float)
     assert np.abs(pixels - expected).mean() < 0.2  # of 255; 0.05 over an episode
-    fast = make_env("walker", render_quality="fast").reset(seed=0)["pixels"].astype(float)
-    assert 0.2 < np.abs(fast - expected).mean() < 3
+    others = [
+        make_env("walker", render_quality=quality).reset(seed=0)["pixels"].astype(float)
+        for quality in ("fast", "matte", "unshadowed", "bare")
+    ]
+    differences = [np.abs(other - expected).mean() for other in others]
+    assert 0.2 < differences[0] < 3 and differences == sorted(differences)
+    fast, matte, unshadowed, bare = others
+    assert matte.sum() < fast.sum()  # a mirror image adds light
+    assert (bare[0] == 0).all() and unshadowed[0].min() > 0  # the top row is sky
+    assert (unshadowed[0] == matte[0]).all() and (unshadowed[-1] != matte[-1]).any()
 
 
 @pytest.mark.parametrize("obs", ["state", "pixels"])
@@ -467,7 +475,11 @@ def test_state_never_touches_gl(choice):
         ({"action_repeat": 0}, "action_repeat must be at least 1"),
         ({"time_limit": 0.0}, "time_limit must be at least one control step"),
         ({"time_limit": float("nan")}, "time_limit must be at least one control step"),
-        ({"render_quality": "ultra"}, "render_quality must be full or fast"),
+        ({"render": "vulkan"}, "render must be one of opengl, rays, got 'vulkan'"),
+        (
+            {"render_quality": "ultra"},
+            "render_quality must be one of full, fast, matte, un",
+        ),
         ({"image_size": 0}, "image_size must be at least 1"),
     ],
 )

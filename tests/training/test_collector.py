@@ -98,6 +98,7 @@ def test_an_episode_depends_on_seed_index_and_weights_alone(collector, agent, en
             "action_repeat": 2,
             "time_limit": 1.0,
             "image_size": 64,
+            "render": "opengl",
             "render_quality": "full",
             "seed": episode_seed(CONFIG.seed, "collect", index),
             "random": random,

@@ -93,6 +93,28 @@ def test_without_fields_those_of_the_first_episode_count(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("meta", "found"),
+    [
+        ({"render": "opengl", "render_quality": "fast"}, None),
+        ({"render_quality": "fast"}, None),  # of before there was another than OpenGL
+        ({}, None),  # not a run's
+        ({"render_quality": "full"}, "opengl in quality full"),
+        ({"render": "rays", "render_quality": "fast"}, "rays in quality fast"),
+    ],
+)
+def test_an_episode_drawn_otherwise_is_refused(tmp_path, meta, found):
+    replay = fill(tmp_path, [11], drawn=("opengl", "fast"))
+    write_episode(tmp_path, 1, episode(9, seed=1), TASK | meta)
+    if found is None:
+        replay.add(1)
+        return
+    with pytest.raises(EpisodeError, match=f"drawn by {found}, expected opengl in fast"):
+        replay.add(1)
+    (message,) = replay.load([1])
+    assert "episode-000001" in message and replay.indices == [0]
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         {"capacity": 0, "fields": FIELDS},

@@ -930,6 +930,8 @@ def change(section, **values):
         (change("behavior", target_every=0), "behavior.target_every > 0, True here, False asked"),
         (change("model", deter=17), "model.deter, 16 here, 17 asked for"),
         (change("env", action_repeat=4), "env.action_repeat, 2 here, 4 asked for"),
+        (change("env", render="rays"), "env.render, 'opengl' here, 'rays' asked for"),
+        (change("env", render_quality="bare"), "env.render_quality, 'full' here, 'bare' asked for"),
         (dataclasses.replace(CONFIG, seed=4), "seed, 3 here, 4 asked for"),
         (dataclasses.replace(CONFIG, agent="planet"), "agent, 'dreamer' here, 'planet' asked for"),
         (change("train", frames=200), "has 400 env frames already.*nothing to do up to"),
@@ -951,6 +953,17 @@ def test_what_a_run_cannot_go_on_with_is_refused_and_nothing_changed(
         Trainer(run_dir, asked).train()
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
     assert load(run_dir).config == dataclasses.replace(CONFIG, device="cpu")
+
+
+def test_a_run_from_before_renderers_could_be_chosen_is_of_opengl(tmp_path, reference, launcher):
+    run_dir = copy_of(reference, tmp_path / "run")
+    for path in list_checkpoints(run_dir / "checkpoints"):
+        tensors, meta = load_checkpoint(path)
+        del meta["architecture"]["env.render"], meta["config"]["env"]["render"]
+        save_checkpoint(path, tensors, meta)
+    with pytest.raises(RunError, match="env.render, 'opengl' here, 'rays' asked for"):
+        Trainer(run_dir, change("env", render="rays")).train()
+    assert launcher.run(run_dir) == 0, (run_dir / "log.txt").read_text()
 
 
 def test_a_run_goes_on_after_refusals_and_takes_what_may_change(tmp_path, reference, launcher):
