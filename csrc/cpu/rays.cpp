@@ -489,21 +489,32 @@ struct RayCaster::Picture {
             within(std::ceil(bottom), rows)};
   }
 
+  // A view's rays in a geom's own frame: of one place in the image always the same bits, so that
+  // whoever asks again where a geom is entered gets the same answer.
+  struct LocalRays {
+    Vec3 origin, corner, right, down;
+
+    LocalRays(const View& view, const SceneGeom& g)
+        : origin(to_local(g, view.origin - g.pos)),
+          corner(to_local(g, view.corner)),
+          right(to_local(g, view.right)),
+          down(to_local(g, view.down)) {}
+    Vec3 at(float x, float y) const { return corner + x * right + y * down; }
+  };
+
   // Calls body(sample's index, pixel, bit, t) where a geom is entered, in a view.
   template <class Body>
   void cast(const View& view, int index, const Body& body) const {
     const SceneGeom& g = at(index);
     const Rect rect = around(view, g);
-    const Vec3 o = to_local(g, view.origin - g.pos), corner = to_local(g, view.corner),
-               right = to_local(g, view.right), down = to_local(g, view.down);
+    const LocalRays rays(view, g);
     const int facing = sides(index);
     for (Index y = rect.top; y < rect.bottom; ++y) {
       for (Index x = rect.left; x < rect.right; ++x) {
         for (int s = 0; s < samples; ++s) {
           const Vec3 in = offset(s);
-          const Vec3 d = corner + (static_cast<float>(x) + in.x) * right +
-                         (static_cast<float>(y) + in.y) * down;
-          const float t = enter(g, o, d, facing);
+          const Vec3 d = rays.at(static_cast<float>(x) + in.x, static_cast<float>(y) + in.y);
+          const float t = enter(g, rays.origin, d, facing);
           if (t != kNever) body((y * width + x) * samples + s, y * width + x, 1 << s, t);
         }
       }
@@ -651,14 +662,15 @@ struct RayCaster::Picture {
   Vec3 color_at(const View& view, int layer, int index, Index column, Index row, int sample,
                 bool together) {
     const SceneGeom& g = layer == 0 ? at(index) : faint[static_cast<std::size_t>(index)];
-    const Vec3 o = to_local(g, view.origin - g.pos), in = offset(sample);
+    const LocalRays rays(view, g);
+    const Vec3 in = offset(sample);
     float x = static_cast<float>(column) + 0.5f, y = static_cast<float>(row) + 0.5f;
-    float t = enter(g, o, to_local(g, view.at(x, y)), sides(index));
+    float t = enter(g, rays.origin, rays.at(x, y), sides(index));
     if (!(t > scene.camera.near && t < scene.camera.far)) {
       x = static_cast<float>(column) + in.x, y = static_cast<float>(row) + in.y;
-      t = enter(g, o, to_local(g, view.at(x, y)), sides(index));
+      t = enter(g, rays.origin, rays.at(x, y), sides(index));
     }
-    const Vec3 local = o + t * to_local(g, view.at(x, y)), p = g.pos + to_world(g, local);
+    const Vec3 local = rays.origin + t * rays.at(x, y), p = g.pos + to_world(g, local);
     const Lit light = g.shape == Shape::plane
                           ? light_on_plane(g, index, local, view.origin, together, cells[layer])
                           : light_at(g, p, to_world(g, normal_at(g, local)), view.origin, together);

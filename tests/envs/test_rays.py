@@ -268,6 +268,24 @@ def test_the_core_checks_what_it_is_given(changes, text):
         caster.draw(**scene(**changes))
 
 
+@pytest.mark.parametrize("samples", (1, 4))
+def test_what_a_sample_has_met_has_a_colour(samples):
+    rng, geoms = np.random.default_rng(0), np.zeros((60, 35), np.float32)
+    geoms[:, 1], geoms[:, 19:24] = -1, 1  # no texture; white, and shining
+    geoms[0, [0, 7, 8, 9]], geoms[0, 10:19] = (0, 9, 9, 1), np.eye(3).ravel()
+    geoms[:, 29:] = 1, 1, 20, 1, 1, 20
+    for row in geoms[1:]:  # turned, before that plane: at their edges rounding decides
+        row[0], row[4:7], row[7:10] = rng.integers(2, 7), rng.normal(size=3), 0.2
+        row[10:19] = np.linalg.qr(rng.normal(size=(3, 3)))[0].ravel()
+    camera = np.array([[0, 0, 99, 0, 0, -1, 0, 1, 0, 0.04, 0.04, 1, 200, 0.6, 1]], np.float32)
+    light = [0, 0, 0, 0, 99, 0, 0, -1, *[1] * 9, 1, 0, 0, 90, 0]  # a spot, at the eye
+    pixels = np.zeros((512, 512, 3), np.uint8)
+    given = scene(geoms=geoms, camera=camera, pixels=pixels, samples=samples)
+    given["lights"] = np.array([light], np.float32)
+    _native.RayCaster([], -1).draw(**given)
+    assert (pixels == 255).all(), np.argwhere(pixels != 255)
+
+
 @pytest.mark.parametrize(
     ("textures", "sky", "text"),
     [
