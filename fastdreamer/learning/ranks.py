@@ -34,6 +34,7 @@ class Ranks:
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
+        self.apart = False  # others may be at another exchange, and can be told nothing
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean over everybody's elements, []. Its gradient is that of the own ones' mean, since

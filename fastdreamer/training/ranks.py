@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import os
 import signal
 from collections.abc import Iterator
@@ -27,6 +28,9 @@ from fastdreamer.training import checkpoint
 
 _END, _START, _LAYOUT, _UPDATE, _TARGET = range(5)
 """What the first rank orders."""
+_PATIENCE = datetime.timedelta(days=7)
+"""That a rank waits for the others: while episodes are collected that plan every action, or the run
+is stopped by Ctrl-Z. One that is gone is found out at once, by its closed connections."""
 _joined: ContextVar[Ranks] = ContextVar("ranks", default=ALONE)
 
 
@@ -53,8 +57,9 @@ def joined() -> Iterator[Ranks]:
     if not _from_torchrun():
         yield ALONE
         return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with together():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group(backend, timeout=_PATIENCE)
     ranks = Ranks(dist.get_rank(), dist.get_world_size())
     told = _joined.set(ranks)
     try:
@@ -62,7 +67,7 @@ def joined() -> Iterator[Ranks]:
     finally:
         _joined.reset(told)
         with contextlib.suppress(RankError):  # has been said
-            if ranks.rank == 0:
+            if ranks.rank == 0 and not ranks.apart:
                 _order(_END)
 
 
@@ -145,6 +150,18 @@ class Lead:
             self._layout = layout
         _order(_UPDATE, health)
         return {name: _scatter(x, *layout[name], self.ranks) for name, x in batch.items()}
+
+    @contextlib.contextmanager
+    def updating(self) -> Iterator[None]:
+        """Around an update, from its batch on: where it fails here alone, the others still wait for
+        their part of it and hear no order; they end when they find this rank gone."""
+        try:
+            yield
+        except NonFiniteLoss:  # which all of them find
+            raise
+        except BaseException:
+            self.ranks.apart = self.ranks.size > 1
+            raise
 
     def update_target(self) -> None:
         """Let everybody copy the critic to its target."""

@@ -416,7 +416,8 @@ class Trainer:
                 self._save()
                 saved = self.update
             speed_from = speed_from or time.monotonic()
-            metrics = self._update()
+            with self._lead.updating():
+                metrics = self._update()
             self.update += 1
             self.left -= 1
             now = time.monotonic()

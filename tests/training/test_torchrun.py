@@ -1,6 +1,9 @@
 """A learner of two processes, as torchrun starts it: stopped, killed, resumed, refused."""
 
+import contextlib
+import datetime
 import json
+import math
 import os
 import re
 import signal
@@ -13,6 +16,7 @@ import pytest
 
 from fastdreamer.cli import main
 from fastdreamer.config import ConfigError, preset
+from fastdreamer.learning.dreamer import NonFiniteLoss
 from fastdreamer.learning.ranks import Ranks
 from fastdreamer.training import ranks as training_ranks
 from fastdreamer.training.checkpoint import list_checkpoints, load_checkpoint
@@ -125,6 +129,27 @@ def test_what_ranks_cannot_learn_together_is_refused(tmp_path, monkeypatch, caps
     ):
         with pytest.raises(ConfigError, match=f"{what} learns in one process"):
             training_ranks.check_ranks(preset("tiny", changes))
+
+
+@pytest.mark.parametrize(
+    ("error", "ordered"),
+    [(None, True), (NonFiniteLoss("kl loss", math.inf), True), (MemoryError(), False)],
+)
+def test_others_are_told_to_end_where_they_listen(monkeypatch, error, ordered):
+    """Within an update they do not: an order would wait for them, and they for the rest of it."""
+    orders, patience = [], []
+    monkeypatch.setattr(training_ranks, "_from_torchrun", lambda: True)
+    monkeypatch.setattr(training_ranks, "_order", orders.append)
+    group = training_ranks.dist
+    monkeypatch.setattr(group, "init_process_group", lambda _, timeout: patience.append(timeout))
+    monkeypatch.setattr(group, "get_rank", lambda: 0)
+    monkeypatch.setattr(group, "get_world_size", lambda: 2)
+    told = pytest.raises(type(error)) if error else contextlib.nullcontext()
+    with told, training_ranks.joined() as ranks, training_ranks.Lead(ranks).updating():
+        if error:
+            raise error
+    assert orders == [training_ranks._END] * ordered
+    assert patience[0] > datetime.timedelta(days=1)  # the default is over before long plans are
 
 
 def test_a_mistake_ends_all_ranks(tmp_path):
