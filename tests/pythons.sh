@@ -21,6 +21,7 @@ try() {
     mkdir "$here/checkout"
     git -C "$root" ls-files -z | (cd "$root" && xargs -0 cp --parents -t "$here/checkout") || return
     cd "$here/checkout" || return
+    "$here/bin/pip" install -q -U pip || return  # that of 3.10 searches for versions for very long
     "$here/bin/pip" install -q -e '.[test]' || return
     if "$here/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 13))'; then
         "$here/bin/pip" install -q --no-deps 'dm_control>=1.0.50,<2' || return

@@ -57,7 +57,10 @@ def joined() -> Iterator[Ranks]:
     if not _from_torchrun():
         yield ALONE
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    backend = "gloo"
+    if gpus := torch.cuda.device_count():
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
     with together():
         dist.init_process_group(backend, timeout=_PATIENCE)
     ranks = Ranks(dist.get_rank(), dist.get_world_size())
@@ -87,7 +90,7 @@ def check_ranks(config: Config) -> None:
     """Refuse what the current ranks cannot learn together.
 
     Raises:
-        ConfigError: batches do not divide, or a loss is no mean over a batch.
+        ConfigError: batches do not divide, GPUs do not suffice, or a loss is no mean over a batch.
     """
     ranks = current()
     if ranks.size == 1:
@@ -97,6 +100,12 @@ def check_ranks(config: Config) -> None:
             f"replay.batch = {config.replay.batch} sequences cannot be split among "
             f"{ranks.size} ranks alike"
         )
+    if config.device.startswith("cuda"):
+        here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if here > gpus:
+            raise ConfigError(f"{here} ranks on this machine need a GPU each, and it has {gpus}")
+        if config.device not in ("cuda", "cuda:0"):
+            raise ConfigError(f"ranks take the GPUs from the first on: leave out {config.device}")
     for name, used in (
         ("--explore", config.explore.method != "none"),
         ("--safety", config.safety.signal != "none"),

@@ -129,6 +129,15 @@ def test_what_ranks_cannot_learn_together_is_refused(tmp_path, monkeypatch, caps
     ):
         with pytest.raises(ConfigError, match=f"{what} learns in one process"):
             training_ranks.check_ranks(preset("tiny", changes))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for gpus, device, what in (
+        (1, "cuda", "2 ranks on this machine need a GPU each, and it has 1"),
+        (2, "cuda:1", "ranks take the GPUs from the first on: leave out cuda:1"),
+    ):
+        monkeypatch.setattr(training_ranks.torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        with pytest.raises(ConfigError, match=what):
+            training_ranks.check_ranks(preset("tiny", {"device": device}))
+    training_ranks.check_ranks(preset("tiny", {"device": "cuda"}))
 
 
 @pytest.mark.parametrize(
