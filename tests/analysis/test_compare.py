@@ -281,7 +281,7 @@ def test_what_is_no_comparison_is_named(tmp_path, text):
         (["--obs", "pixels", "--methods", "dreamer,ppo"], "ppo: from state only"),
         pytest.param(
             ["--device", "cuda"],
-            "cannot run",
+            "cannot be used: no usable NVIDIA GPU",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="it can run here"),
         ),
     ],

@@ -77,9 +77,8 @@ def learned(run_dir):
     return lines, {name: x.tolist() for name, x in tensors.items()}
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("ranks") / "run"
+def undisturbed(run_dir):
+    """A run of two ranks from its beginning to its end."""
     text, status = end(launch(*TRAIN, "--run", run_dir))
     assert status == 0, text
     assert text.count("done; try: fastdreamer eval") == 1, "of the first rank alone"
@@ -87,7 +86,7 @@ def reference(tmp_path_factory):
     return run_dir
 
 
-def test_two_ranks_begin_as_one_process_does(reference, tmp_path):
+def begins_as_alone(reference, tmp_path):
     assert main([*TRAIN, "--train.frames", "160", "--run", str(tmp_path / "alone")]) == 0
     ours, alone = (read_metrics(run, "train")[0] for run in (reference, tmp_path / "alone"))
     assert ours["update"] == alone["update"] and ours.keys() == alone.keys()
@@ -95,7 +94,9 @@ def test_two_ranks_begin_as_one_process_does(reference, tmp_path):
         assert ours[name] == pytest.approx(alone[name], rel=0.02, abs=1e-3), name
 
 
-def test_stopped_and_killed_and_resumed_it_is_the_same_run(reference, tmp_path):
+def test_stopped_and_killed_and_resumed_it_is_the_same_run(tmp_path):
+    reference = undisturbed(tmp_path / "reference")
+    begins_as_alone(reference, tmp_path)
     run_dir = tmp_path / "run"
     process = launch(*TRAIN, "--run", run_dir)
     wait_for(process, run_dir, 10)
