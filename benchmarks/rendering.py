@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -166,7 +165,6 @@ def table(result: dict[str, Any]) -> str:
         "own picture of the same state, over a whole frame.\n\n"
         + report.table(["`rays`, `full`", "ms of CPU a frame", "mean difference of 255"], tasks)
         + f"\n\n{TASK_PICTURES} frames of each. Refused: {refused}."
-        f"\n\nMeasured on: {machine.describe(result['machine'])}."
     )
 
 
@@ -198,11 +196,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="keep the result: JSON, page, figure")
     args = parser.parse_args()
     result, pictures = measure(args.frames)
-    text = table(result)
-    print(text)
+    report.publish("rendering", result, write=args.write)
     if args.write:
-        (report.RESULTS / "rendering.json").write_text(json.dumps(result, indent=1) + "\n")
-        PAGE.write_text(report.fill(PAGE.read_text(), "rendering", text))
         draw(pictures)
 
 

@@ -1,9 +1,9 @@
 """Results: JSON files, and from them tables and plots: `python -m benchmarks.report`.
 
 A measurement is a module of this package with ``table(result)``, Markdown for this folder's
-README.md. It may have ``headline(result)``, the table of the repository's README.md,
-``plot(result, path)`` with its ``CAPTION``, and ``PER_CPU = True``, which keeps one result of every
-CPU model.
+README.md or for its own ``PAGE``. It may have ``headline(result)``, the table of the repository's
+README.md, ``plot(result, path)`` with its ``CAPTION``, and ``PER_CPU = True``, which keeps one
+result of every CPU model.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ MEASUREMENTS = (
     "run",
     "ranks",
     "collection",
+    "rendering",
     "pool",
     "planning",
     "rollout",
@@ -93,7 +94,7 @@ def filled(name: str, results: Mapping[Path, dict[str, Any]]) -> dict[Path, str]
         name: of the measurement.
         results: at least one, by their files.
     """
-    kinds = {README: "table"}
+    kinds = {getattr(_module(name), "PAGE", README): "table"}
     if hasattr(_module(name), "headline"):
         kinds[TOP_README] = "headline"
     documents = {}

@@ -95,7 +95,7 @@ def test_readmes_hold_the_results(name):
 def test_the_page_of_rendering_holds_the_results():
     result = json.loads((report.RESULTS / "rendering.json").read_text())
     page = rendering.PAGE.read_text()
-    assert report.fill(page, "rendering", rendering.table(result)) == page
+    assert report.fill(page, "rendering", report.text("rendering", result)) == page
     assert 0 < rendering.FIGURE.stat().st_size < 100_000
 
 
