@@ -112,21 +112,14 @@ def agent_policy(
     shield: Shield | None = None,
 ) -> Act:
     """The agent with exploration noise (0: none), for one episode; see ``Policy.act``."""
+    settings = {"controller": controller, "sample": sample, "noise": noise, "explore": explore}
     generator = torch.Generator().manual_seed(seed)
+    act = partial(agent.act, **settings, shield=shield, generator=generator)
     state = None
 
     def policy(obs: dict[str, np.ndarray]) -> np.ndarray:
         nonlocal state
-        action, state = agent.act(
-            obs,
-            state,
-            controller=controller,
-            sample=sample,
-            noise=noise,
-            explore=explore,
-            shield=shield,
-            generator=generator,
-        )
+        action, state = act(obs, state)
         return action
 
     return policy
@@ -181,21 +174,13 @@ def collect_together(
     Returns:
         Of each its arrays and its env frames, as ``collect``.
     """
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    settings = {"controller": controller, "sample": sample, "noise": noise, "explore": explore}
     steps: list[list[dict[str, Any]]] = [[] for _ in seeds]
     env_frames = [0] * len(seeds)
 
-    def act(obs: dict[str, np.ndarray], state: PolicyState | None, rows: list[int]) -> Any:
-        return agent.act(
-            obs,
-            state,
-            controller=controller,
-            sample=sample,
-            noise=noise,
-            explore=explore,
-            shield=Shields([shields[i] for i in rows]) if shields else None,
-            generator=[generators[i] for i in rows],
-        )
+    def act(*given: Any, rows: list[int], generator: list[torch.Generator]) -> Any:
+        shield = Shields([shields[i] for i in rows]) if shields else None
+        return agent.act(*given, **settings, shield=shield, generator=generator)
 
     def see(i: int, t: int, obs: Any, action: Any, reward: float, end: bool, frames: int) -> None:
         env_frames[i] += frames
@@ -301,10 +286,9 @@ def _evaluate(
 ) -> list[float]:
     images: list[np.ndarray] = []
     totals = [0.0] * len(seeds)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def act(obs: dict[str, np.ndarray], state: PolicyState | None, rows: list[int]) -> Any:
-        return choose(obs, state, generator=[generators[i] for i in rows])
+    def act(*given: Any, rows: list[int], generator: list[torch.Generator]) -> Any:
+        return choose(*given, generator=generator)
 
     def see(i: int, t: int, obs: Any, action: Any, reward: float, end: bool, frames: int) -> None:
         totals[i] += reward
@@ -363,8 +347,8 @@ def _play(
     """One episode in each of the first environments, until the last is over.
 
     Args:
-        act: called with a batch of observations, the last state of those that still run, and the
-            numbers of these; returns their actions and states.
+        act: called with a batch of observations, the last state of those that still run, the
+            numbers of these as ``rows``, and a generator of each; returns their actions and state.
         see: called with the number of an episode, t, and what ``episode_steps`` yields.
     """
     # In turn: the first images make GL contexts, which share what libraries keep for a process.
@@ -372,10 +356,12 @@ def _play(
     seen = [obs for reset in resets for obs in lanes(reset)]
     for i, obs in enumerate(seen):
         see(i, 0, obs, np.zeros(envs[i].action_dim, np.float32), 0.0, False, 0)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     running, state, t = list(range(len(seeds))), None, 0
     while running:
         batch = {kind: np.stack([seen[i][kind] for i in running]) for kind in seen[0]}
-        actions, state = act(batch, state, running)
+        draws = [generators[i] for i in running]
+        actions, state = act(batch, state, rows=running, generator=draws)
         t += 1
         steps = lanes(
             {i: partial(envs[i].step, action) for i, action in zip(running, actions, strict=True)}

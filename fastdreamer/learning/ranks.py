@@ -65,8 +65,9 @@ class Ranks:
             return tables
         learned = [p for p in params if p.grad is not None]
         values = [value.detach().float().reshape(1) for table in tables for value in table.values()]
-        memory = [p.grad.as_strided((p.numel(),), (1,)) for p in learned if _is_dense(p.grad)]
-        assert len(memory) == len(learned)  # copied as it lies: an optimiser's kernels ask for that
+        # Copied as it lies, and put back so: an optimiser's kernels ask for a parameter's strides.
+        assert all(_is_dense(p.grad) for p in learned)
+        memory = [p.grad.as_strided((p.numel(),), (1,)) for p in learned]
         flat = torch.cat(memory + values)
         with together():
             dist.all_reduce(flat)

@@ -35,8 +35,8 @@ def check(config: Config, run_dir: Path, say: Callable[[str], None]) -> None:
     Raises:
         EnvError: the suite's tasks do not load. GLError: it is to see pixels and nothing draws.
         ConfigError: ranks that cannot learn it together, a file is where the run goes, random
-            episodes fill all of it, or it takes more memory or threads than there
-            are. DiskFullError: there is no room for its checkpoints.
+            episodes fill all of it, or it takes more memory or threads than there are.
+        DiskFullError: there is no room for its checkpoints.
     """
     check_ranks(config)
     if file := file_in_the_way(run_dir):
