@@ -21,6 +21,7 @@ _EXTRAS = {
         "tyro",
     ),
     "gpu": ("triton",),
+    "ray": ("ray",),
 }
 """Modules of the extras in pyproject.toml."""
 

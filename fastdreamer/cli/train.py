@@ -30,6 +30,7 @@ from fastdreamer.named import names_code
 from fastdreamer.ops.gpu import why_no_cuda
 from fastdreamer.training import preflight
 from fastdreamer.training.checkpoint import list_checkpoints
+from fastdreamer.training.cluster import ClusterError, connected
 from fastdreamer.training.collector import CollectorError
 from fastdreamer.training.ranks import joined, launcher
 from fastdreamer.training.trainer import (
@@ -71,6 +72,9 @@ class Train:
     resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
     """Go on with this run; options given here replace its settings, except those that decide its
     networks, what they see and the random numbers."""
+    ray: Annotated[str | None, tyro.conf.arg(metavar="auto|local|HOST:PORT")] = None
+    """Collect and evaluate by Ray actors on any node: of the cluster that runs here, of one that is
+    started on this machine, or of another that it has joined."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
@@ -108,7 +112,9 @@ def _starting_point(name: str, file: Path | None) -> Config:
 
 
 def run_train(command: Train, say: Callable[[str], None]) -> int:
-    with joined():
+    with joined(), contextlib.ExitStack() as stack:
+        if command.ray is not None:  # before anything of a run is made
+            stack.enter_context(connected(command.ray, command.config.collect.workers))
         return _run_train(command, say)
 
 
@@ -120,20 +126,24 @@ def _run_train(command: Train, say: Callable[[str], None]) -> int:
     make = _resumed_run if command.resume else _new_run
     run_dir, config = make(command, say)
     say(f"run directory: {run_dir}")
-    status = _train(run_dir, config, run_dir, say)
+    status = _train(run_dir, config, run_dir, command.ray, say)
     if status == 0:
         say(f"done; try: fastdreamer eval {run_dir}, fastdreamer plot {run_dir}")
     return status
 
 
-def _train(run_dir: Path, config: Config, whole: Path, say: Callable[[str], None]) -> int:
+def _train(
+    run_dir: Path, config: Config, whole: Path, ray: str | None, say: Callable[[str], None]
+) -> int:
     """Train a run to its end; ``whole`` is what --resume takes to go on, it or its folder."""
     named = f" {config.env.task}" if names_code(config.env.task) else ""
     again = f"{launcher()}fastdreamer train{named} --resume {shlex.quote(str(whole))}"
     if names_code(config.safety.signal):
         again += f" --safety {config.safety.signal}"
+    if ray is not None:
+        again += f" --ray {ray}"
     try:
-        Trainer(run_dir, config).train()
+        Trainer(run_dir, config, ray=ray).train()
     except Stopped as stopped:
         how = "nothing is lost" if stopped.saved else "at once: the newest checkpoint stands"
         say(f"stopped, {how}; go on with: {again}")
@@ -149,7 +159,7 @@ def _train(run_dir: Path, config: Config, whole: Path, say: Callable[[str], None
             f"{again} --precision fp32 --optim.model-lr 3e-4"
         )
         return 1
-    except (CollectorError, DiskFullError, RankError) as error:
+    except (ClusterError, CollectorError, DiskFullError, RankError) as error:
         raise type(error)(f"{error}\nGo on with: {again}") from error
     videos = sorted((run_dir / "videos").glob("eval-*.mp4"))
     if videos:

@@ -1,4 +1,4 @@
-"""The collector: episodes and evaluations, in a pool of worker processes beside training.
+"""The collector: episodes and evaluations, in a pool of workers beside training.
 
 The hand-over is deterministic: a job names the episodes, the weights travel with it, a worker
 seeds everything from the configuration's seed and the episode's index, and the trainer waits for
@@ -8,38 +8,87 @@ not of the number of workers. Timing changes nothing but the time.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
-import multiprocessing
-import multiprocessing.connection
-import signal
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from multiprocessing import resource_tracker
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
-from fastdreamer.config import Config, to_dict
+from fastdreamer.config import Config
 from fastdreamer.errors import FastdreamerError
-from fastdreamer.machine.device import CORES
-from fastdreamer.ops.backend import kernel_choice
-from fastdreamer.training.worker import ALIVE, Played, Result, Share, batches, work
+from fastdreamer.training.processes import Processes
+from fastdreamer.training.worker import ALIVE, Lost, Played, Result, Share, batches
 
 _log = logging.getLogger("fastdreamer")
 
 QUIET, SILENT = 30.0, 300.0
 """Seconds without a sign of a worker until that is said, and until another takes its place."""
-_GRACE = 2.0  # seconds that a killed process and who writes to it may take to be gone
 
 
 class CollectorError(FastdreamerError, RuntimeError):
-    """A worker process failed; the message holds its traceback, its reason or exit code."""
+    """A worker failed; the message holds its traceback, its reason or exit code."""
+
+
+class Carrier(Protocol):
+    """One worker, from its start to its end, wherever it is.
+
+    Attributes:
+        where: it is; None while there is no room for it.
+    """
+
+    where: str | None
+
+    def send(self, share: Share, weights: Any) -> None:
+        """Give it a share, and the weights that its place has packed; returns at once."""
+
+    def hear(self) -> dict[str, Any] | None:
+        """The next thing that it has said; None where it is of no concern.
+
+        Raises:
+            Lost: it is no more. FastdreamerError: it cannot work where it is.
+        """
+
+    def is_to_blame(self) -> bool:
+        """Of one that was lost: whether it may have been by its own doing."""
+
+    def kill(self) -> None:
+        """Let it end, whatever it does, without waiting for that."""
+
+    def end(self) -> None:
+        """End it, whatever it does."""
+
+
+class Place(Protocol):
+    """Where workers are: processes of this machine, or a cluster.
+
+    Attributes:
+        cores: that there are. patience: how many workers may be lost by their own doing at one
+            share, before it is taken for the share's.
+    """
+
+    cores: int
+    patience: int
+
+    def start(
+        self, name: str, config: Config, episodes: Path, lanes: int, *, instead: bool
+    ) -> Carrier:
+        """Start a worker; the first that it says is what the environment is.
+
+        Args:
+            episodes: directory that receives the episode files.
+            lanes: threads that it may step environments in.
+            instead: of one that was lost.
+        """
+
+    def pack(self, weights: bytes) -> Any:
+        """Weights as carriers here send them."""
+
+    def wait(self, carriers: Sequence[Any], timeout: float) -> list[Any]:
+        """Those that have said something, or are lost; gives them up to so many seconds."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +116,12 @@ def round_size(config: Config) -> int:
     return config.collect.round or config.collect.envs
 
 
-def pool_size(config: Config) -> int:
-    """How many worker processes collect; for 0, as many as the learner's threads leave cores to,
-    and no more than a round has batches."""
+def pool_size(config: Config, cores: int) -> int:
+    """How many workers collect; for 0, as many as the learner's threads leave cores to, and no
+    more than a round has batches."""
     if config.collect.workers:
         return config.collect.workers
-    return max(1, min(CORES - config.threads, len(batches(config, range(round_size(config))))))
+    return max(1, min(cores - config.threads, len(batches(config, range(round_size(config))))))
 
 
 def share_out(job: Job, config: Config, workers: int) -> list[Share]:
@@ -96,23 +145,29 @@ class Collector:
         config: of the run.
         episodes: directory that receives the episode files.
         check: called several times a second while the workers start; what it raises ends that.
+        place: where the workers are; processes of this machine by default.
 
     Raises:
         CollectorError: a worker could not start (no GL backend, for example).
     """
 
     def __init__(
-        self, config: Config, episodes: Path, check: Callable[[], None] = lambda: None
+        self,
+        config: Config,
+        episodes: Path,
+        check: Callable[[], None] = lambda: None,
+        place: Place | None = None,
     ) -> None:
         self._config, self._under_way = config, False
-        count = pool_size(config)
+        self._place = place or Processes()
+        count = pool_size(config, self._place.cores)
         names = [f"collector {i + 1} of {count}" if count > 1 else "collector"
                  for i in range(count)]  # fmt: skip
-        lanes = max(1, CORES // count)
+        lanes = max(1, self._place.cores // count)
         self.workers: list[_Worker] = []
         try:
             for name in names:
-                self.workers.append(_Worker(name, config, episodes, lanes))
+                self.workers.append(_Worker(self._place, name, config, episodes, lanes))
             while not self.ready(0.2):
                 check()
         except BaseException:
@@ -127,7 +182,7 @@ class Collector:
         if self._under_way:
             raise CollectorError("a job is already under way")
         self._under_way = True
-        packed = save_bytes({k: v.cpu().contiguous() for k, v in weights.items()})
+        packed = self._place.pack(save_bytes({k: v.cpu().contiguous() for k, v in weights.items()}))
         shares = share_out(job, self._config, len(self.workers))
         for worker, share in zip(self.workers, shares, strict=True):
             if share.batches or share.evaluations:
@@ -137,17 +192,17 @@ class Collector:
         """Whether ``wait()`` would return at once; gives it up to so many seconds.
 
         Raises:
-            CollectorError: a share of the job failed, or two workers at it.
+            CollectorError: a share of the job failed, or too many workers at it.
         """
         end = time.monotonic() + timeout
         while busy := [worker for worker in self.workers if not worker.done]:
             start = time.monotonic()
             left = max(0.0, end - start)
-            heard = multiprocessing.connection.wait([worker.connection for worker in busy], left)
+            heard = self._place.wait([worker.carrier for worker in busy], left)
             # No more than was meant to be waited: all may be stopped, as by Ctrl-Z.
             waited = min(time.monotonic() - start, left)
             for worker in busy:
-                if worker.connection in heard:
+                if worker.carrier in heard:
                     worker.hear()
                 else:
                     worker.miss(waited)
@@ -162,7 +217,7 @@ class Collector:
             What became of it, the episodes in the order of their indices.
 
         Raises:
-            CollectorError: a share of the job failed, or two workers at it.
+            CollectorError: a share of the job failed, or too many workers at it.
         """
         if not self._under_way:
             raise CollectorError("no job is under way")
@@ -174,64 +229,49 @@ class Collector:
             sorted((one for each in results for one in each.played), key=lambda one: one.episode),
             [value for each in results for value in each.eval_returns],
             {name: value for each in results for name, value in each.eval_safety.items()},
-            max((each.finished for each in results), default=time.monotonic()),
+            max((each.finished for each in results), default=time.time()),
         )
 
     def close(self) -> None:
         """End the workers, whatever they do; a job under way is dropped."""
         for worker in self.workers:
-            worker.process.kill()
+            worker.carrier.kill()
         for worker in self.workers:
-            worker.end()
+            worker.carrier.end()
 
 
 class _Worker:
-    """One process of the pool, and whoever takes its place.
+    """One worker of the pool, and whoever takes its place.
 
     Attributes:
-        process, connection: of the one that works now.
+        carrier: of the one that works now.
         header: what the environment is; None until a worker has started.
         share: under way, or None.
     """
 
-    def __init__(self, name: str, config: Config, episodes: Path, lanes: int) -> None:
-        self._name, self._lanes = name, lanes
+    def __init__(self, place: Place, name: str, config: Config, episodes: Path, lanes: int) -> None:
+        self._place, self._name, self._lanes = place, name, lanes
         self._config, self._episodes = config, episodes
         self.share: Share | None = None
-        self._weights = b""
-        self._replaced = False  # at this share, or at the start
+        self._weights: Any = None
+        self._lost: list[Carrier] = []  # at this share, or at the start
         self._start()
 
     def _start(self) -> None:
-        """Start a process; the first that it says is what the environment is."""
-        # spawn: a forked child would inherit OpenMP's and the GPU driver's threads half-dead.
-        context = multiprocessing.get_context("spawn")
-        self.connection, child = context.Pipe()
-        settings = json.dumps(to_dict(self._config))
-        self.process = context.Process(
-            target=work,
-            args=(child, settings, str(self._episodes), kernel_choice(), self._lanes),
-            daemon=True,
-            name=f"fastdreamer-{self._name.replace(' ', '-')}",
+        self.carrier = self._place.start(
+            self._name, self._config, self._episodes, self._lanes, instead=bool(self._lost)
         )
-        # Ctrl-C reaches the whole process group, and only the trainer may answer it: the worker
-        # inherits this mask. The tracker comes first because starting it undoes the mask.
-        resource_tracker.ensure_running()
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        child.close()
         self.header: dict[str, Any] | None = None
         self._answer: dict[str, Any] | None = None
-        self._sender: threading.Thread | None = None
         self._silence, self._said = 0.0, False
 
-    def submit(self, share: Share, weights: bytes) -> None:
+    def submit(self, share: Share, weights: Any) -> None:
         self.share, self._weights = share, weights
-        self._replaced, self._silence, self._said = False, 0.0, False
+        self._lost, self._silence, self._said = [], 0.0, False
         self._send()
+
+    def _send(self) -> None:
+        self.carrier.send(self.share, self._weights)
 
     @property
     def done(self) -> bool:
@@ -239,19 +279,20 @@ class _Worker:
         return (self.header if self.share is None else self._answer) is not None
 
     def hear(self) -> None:
-        """Take in something that it has said, or that it is dead."""
+        """Take in something that it has said, or that it is lost."""
         self._silence, self._said = 0.0, False
         try:
-            said = json.loads(self.connection.recv_bytes())
-        except (EOFError, ConnectionError):
-            self.process.join(_GRACE)
-            self._replace("died", f"exit code {self.process.exitcode}")
+            said = self.carrier.hear()
+        except Lost as lost:
+            self._replace("died", str(lost))
+            return
+        if said is None or said == ALIVE:
             return
         if "error" in said:
             raise CollectorError(said["error"])
         if self.header is None:
             self.header = said
-        elif said != ALIVE:
+        else:
             self._answer = said
 
     def miss(self, waited: float) -> None:
@@ -259,26 +300,34 @@ class _Worker:
         self._silence += waited
         if self._silence < QUIET:
             return
-        if self._silence >= SILENT:
+        where = self.carrier.where
+        if where is not None and self._silence >= SILENT:
             self._replace("gave no sign", f"in {SILENT:.0f} s")
         elif not self._said:
             self._said = True
+            if where is None:
+                _log.warning("the %s waits for a core that is free", self._name)
+                return
             _log.warning(
-                "the %s (process %d) has given no sign for %.0f s: it is stopped, or in a "
+                "the %s (%s) has given no sign for %.0f s: it is stopped, or in a "
                 "driver that hangs; after %.0f s another takes its place",
                 self._name,
-                self.process.pid,
+                where,
                 self._silence,
                 SILENT,
             )
 
     def _replace(self, what: str, how: str) -> None:
-        """Start another process, which does the share anew; not twice, nor where the first died."""
-        self.end()
-        if self._replaced or (self.share is None and what == "died"):
-            when = "while it started" if self.share is None else "twice at the same job"
+        """Start another, which does the share anew; not too often, nor where the first died."""
+        lost = self.carrier
+        lost.end()
+        self._lost.append(lost)
+        blamed = sum(one.is_to_blame() for one in self._lost)
+        starting = self.share is None
+        if blamed > (0 if starting and what == "died" else self._place.patience):
+            often = "twice" if blamed == 2 else f"{blamed} times"
+            when = "while it started" if starting else f"{often} at the same job"
             raise CollectorError(f"the {self._name} {what} {when} ({how})")
-        self._replaced = True
         _log.warning("the %s %s (%s); starting it again", self._name, what, how)
         self._start()
         if self.share is not None:
@@ -289,27 +338,3 @@ class _Worker:
         answer, self._answer, self.share = self._answer, None, None
         played = [Played(**one) for one in answer.pop("played")]
         return Result(played, **answer)
-
-    def end(self) -> None:
-        """End the process, whatever it does."""
-        # Not terminate(): a stopped process does not get to that signal. All it leaves half-done
-        # are temporary files, which nobody reads.
-        self.process.kill()
-        self.process.join(_GRACE)
-        if self._sender is not None:
-            self._sender.join(_GRACE)
-        self.connection.close()
-
-    def _send(self) -> None:
-        # Beside, as a worker that is stopped takes nothing in and the trainer must hear a signal.
-        messages = json.dumps(asdict(self.share)).encode(), self._weights
-        self._sender = threading.Thread(
-            target=_send_all, args=(self.connection, messages), daemon=True
-        )
-        self._sender.start()
-
-
-def _send_all(connection: Any, messages: Sequence[bytes]) -> None:
-    with contextlib.suppress(OSError):  # the worker is dead: ready() finds out
-        for message in messages:
-            connection.send_bytes(message)

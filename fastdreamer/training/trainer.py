@@ -47,9 +47,11 @@ from fastdreamer.machine.device import describe_choice, resolve_config
 from fastdreamer.named import names_code
 from fastdreamer.ops.backend import describe_kernels, kernel_choice
 from fastdreamer.training import checkpoint
+from fastdreamer.training.cluster import connected
 from fastdreamer.training.collector import Collector, Job, pool_size, read_job, round_size
 from fastdreamer.training.episodes import episode_fields
 from fastdreamer.training.logger import METRICS_FILE, Logger, Progress, read_metrics
+from fastdreamer.training.processes import Processes
 from fastdreamer.training.ranks import Lead, check_ranks, current
 from fastdreamer.training.replay import Replay
 from fastdreamer.training.worker import Result
@@ -201,13 +203,17 @@ class Trainer:
         run_dir: of a run, or where a new one goes.
         config: of a new run; of one that is there, settings to go on with in place of its own,
             which become its own when training starts, if they fit.
+        ray: where a Ray cluster's nodes collect and evaluate instead of processes of this machine:
+            auto, local or its address, see :func:`fastdreamer.training.cluster.connected`.
 
     Raises:
         RunError: not a run, and no settings for a new one. Of a new one what ``new_settings``
             does. ConfigError: settings that are no :class:`Config`.
     """
 
-    def __init__(self, run_dir: str | os.PathLike, config: Config | None = None) -> None:
+    def __init__(
+        self, run_dir: str | os.PathLike, config: Config | None = None, *, ray: str | None = None
+    ) -> None:
         if not isinstance(config, Config | None):
             raise ConfigError(
                 f"Trainer takes a Config, as fastdreamer.preset() returns it, got {type(config)}"
@@ -217,6 +223,7 @@ class Trainer:
             create_run(self.run_dir, new_settings(config))
         self.config = read_config(self.run_dir)
         self._asked = config
+        self._ray = ray
         self._lead = Lead(current())
 
     def train(self, until: int | None = None) -> None:
@@ -233,6 +240,7 @@ class Trainer:
             BackendError: the backend or device cannot run here.
             ConfigError: they contradict each other, or the ranks cannot learn that together.
             RankError: another process of a learner of several is gone.
+            ClusterError: Ray cannot start, or there is no such cluster.
             Stopped: a signal asked to stop; everything is saved. A second one leaves at once.
             NonFiniteLoss: a loss or gradient became NaN or infinite; the newest checkpoint stands.
         """
@@ -245,6 +253,9 @@ class Trainer:
             self._until = config.train.frames if until is None else min(until, config.train.frames)
             torch.set_num_threads(config.threads)
             stack.enter_context(run_backend(config))
+            self._place = Processes()
+            if self._ray is not None:
+                self._place = stack.enter_context(connected(self._ray, config.collect.workers))
             self._stop = stack.enter_context(stop_signals())
             self._open(stack, loaded)
             del loaded  # as large as all that learns
@@ -301,14 +312,16 @@ class Trainer:
         ranks = self._lead.ranks.size
         each = f" in each of {ranks} processes" if ranks > 1 else ""
         self.progress.message(f"learning on {config.threads} CPU thread{plural}{each}")
-        size, workers = round_size(config), pool_size(config)
+        size, workers = round_size(config), pool_size(config, self._place.cores)
+        if self._ray is not None:
+            self.progress.message(self._place.describe())
         if size > 1 or workers > 1:
             self.progress.message(
                 f"collecting {size} episode{'s' if size > 1 else ''} a round by {workers} "
                 f"worker{'s' if workers > 1 else ''}, {config.collect.envs} side by side"
             )
         self.progress.update(phase="starting the collector")
-        self.collector = Collector(config, run_dir / "episodes", self._stop.check)
+        self.collector = Collector(config, run_dir / "episodes", self._stop.check, self._place)
         stack.callback(self.collector.close)
         shapes, action_dim = self.collector.obs_shapes, self.collector.action_dim
         self.agent = Dreamer(config, shapes, action_dim, ranks=self._lead.ranks)
@@ -561,7 +574,7 @@ class Trainer:
 
     def _wait(self, job: Job) -> tuple[Result, _Waits]:
         """What a job brought, and who waited for whom."""
-        start = time.monotonic()
+        start, arrived = time.monotonic(), time.time()
         ready = self.collector.ready(timeout=0)
         if not ready and job.episodes and not job.random:
             self.progress.update(phase=_waiting_for(job))
@@ -570,7 +583,7 @@ class Trainer:
                 self._halt()
             ready = self.collector.ready(timeout=0.2)
         now, result = time.monotonic(), self.collector.wait()
-        waits = _Waits(now - start, max(0.0, start - result.finished), now - self._submitted)
+        waits = _Waits(now - start, max(0.0, arrived - result.finished), now - self._submitted)
         return result, waits
 
     def _wait_shares(self) -> tuple[float, float] | None:

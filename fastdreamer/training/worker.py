@@ -1,4 +1,4 @@
-"""A worker process: it plays what it is sent, in environments of its own.
+"""A worker: it plays what it is sent, in environments of its own.
 
 What it plays is a function of what it is sent and of the configuration: an episode's seed is made
 of the run's and the episode's index.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import platform
 import threading
 import time
 import traceback
@@ -42,12 +43,16 @@ from fastdreamer.acting.signals import Signal, Violations, load_signal
 from fastdreamer.config import Config, from_dict
 from fastdreamer.envs import is_foreign
 from fastdreamer.errors import FastdreamerError
-from fastdreamer.ops.backend import settle_kernels
+from fastdreamer.ops.backend import describe_kernels, settle_kernels
 from fastdreamer.training.episodes import write_episode
 
 ALIVE = {"alive": True}
 """The sign of a worker at work."""
 _SIGN = 1.0  # seconds between signs, where decisions are quicker
+
+
+class Lost(Exception):
+    """A worker is no more; says how it ended."""
 
 
 @dataclass
@@ -77,7 +82,7 @@ class Result:
     played: list[Played] = field(default_factory=list)
     eval_returns: list[float] = field(default_factory=list)
     eval_safety: dict[str, float] = field(default_factory=dict)
-    finished: float = 0.0  # by time.monotonic(), one clock for all processes of a machine
+    finished: float = 0.0  # by time.time(), the clock that machines share more or less
 
 
 def collecting_controller(config: Config, episode: int) -> str:
@@ -103,7 +108,15 @@ def batches(config: Config, episodes: Sequence[int]) -> list[list[int]]:
 def work(
     connection: Any, config_json: str, episodes: str, kernels: dict[str, str] | None, lanes: int
 ) -> None:
-    """The process: do shares until the trainer is gone, with the trainer's kernels.
+    """The process: do shares until the trainer is gone; see :func:`converse`."""
+    threading.Thread(target=_exit_with_trainer, daemon=True).start()
+    converse(connection, config_json, episodes, kernels, lanes)
+
+
+def converse(
+    connection: Any, config_json: str, episodes: str, kernels: dict[str, str] | None, lanes: int
+) -> None:
+    """Do shares until there is nobody to talk to, with the trainer's kernels.
 
     Args:
         connection: to the trainer. The first answer is what the environment is; then each share,
@@ -111,15 +124,14 @@ def work(
         config_json: the run's settings.
         episodes, lanes: see :class:`Player`.
     """
-    threading.Thread(target=_exit_with_trainer, daemon=True).start()
     torch.set_num_threads(1)
-    settle_kernels(kernels)
 
     def send(answer: dict[str, Any]) -> None:
         connection.send_bytes(json.dumps(answer).encode())
 
     try:
         try:
+            _compute_as(kernels)
             config = from_dict(json.loads(config_json))
             player = Player(config, Path(episodes), lanes, lambda: send(ALIVE))
             send({"obs_shapes": player.obs_shapes, "action_dim": player.action_dim})
@@ -134,6 +146,16 @@ def work(
             send({"error": f"the collector failed:\n{traceback.format_exc()}"})
     except (EOFError, OSError):
         return
+
+
+def _compute_as(kernels: dict[str, str] | None) -> None:
+    try:
+        settle_kernels(kernels)
+    except ValueError as error:
+        raise FastdreamerError(
+            f"{platform.node()} cannot compute with the learner's kernels "
+            f"({describe_kernels(kernels)}): {error}; FASTDREAMER_ISA names those that both have"
+        ) from error
 
 
 def _exit_with_trainer() -> None:
@@ -182,7 +204,7 @@ class Player:
         with run_backend(self._own):
             played = [one for batch in share.batches for one in collected(batch)]
             returns, watch = self._evaluate(share) if share.evaluations else ([], None)
-        return Result(played, returns, safety_rates(watch, None), time.monotonic())
+        return Result(played, returns, safety_rates(watch, None), time.time())
 
     def _collect(self, batch: list[int]) -> list[Played]:
         """Play episodes side by side."""

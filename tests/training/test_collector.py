@@ -25,6 +25,7 @@ from fastdreamer.envs.gl import GLError, select_gl
 from fastdreamer.learning.dreamer import Dreamer
 from fastdreamer.ops.backend import last_backend
 from fastdreamer.training import collector as collector_module
+from fastdreamer.training import processes
 from fastdreamer.training import worker as worker_module
 from fastdreamer.training.collector import (
     Collector,
@@ -231,7 +232,7 @@ def test_a_killed_worker_is_replaced_and_the_job_done(collector, agent, caplog):
     path.unlink()
     collector.submit(job(5, evaluations=1000), weights)
     (worker,) = collector.workers
-    os.kill(worker.process.pid, signal.SIGKILL)
+    os.kill(worker.carrier.process.pid, signal.SIGKILL)
     worker.share = Share(False, [[5]])  # done again, without the delay
     collector.wait()
     assert path.read_bytes() == content
@@ -256,7 +257,7 @@ def test_a_job_that_kills_the_worker_twice_is_an_error(tmp_path, agent, monkeypa
 
     def deadly():
         send()
-        os.kill(worker.process.pid, signal.SIGKILL)
+        os.kill(worker.carrier.process.pid, signal.SIGKILL)
 
     monkeypatch.setattr(worker, "_send", deadly)
     collector.submit(job(None, evaluations=10**6), acting_weights(agent))
@@ -353,16 +354,15 @@ def test_whole_batches_are_shared_out_the_evaluations_first():
     assert share == Share(True, [[3, 4]], 1)
 
 
-def test_auto_takes_the_cores_that_the_learner_leaves(monkeypatch):
-    monkeypatch.setattr(collector_module, "CORES", 8)
+def test_auto_takes_the_cores_that_the_learner_leaves():
     auto = lambda threads, **how: pool_size(  # noqa: E731
-        dataclasses.replace(pooled(0, **how), threads=threads)
+        dataclasses.replace(pooled(0, **how), threads=threads), 8
     )
     assert auto(2, round_=12) == 6 and auto(5, round_=12) == 3
     assert auto(2) == 2, "a round has no more batches"
     assert auto(8, round_=12) == auto(9, round_=12) == 1
     assert auto(2, round_=0) == auto(2, round_=0, envs=7) == 1
-    assert pool_size(pooled(5)) == 5
+    assert pool_size(pooled(5), 8) == 5
 
 
 def test_a_pool_plays_what_one_worker_plays(pool, collector, agent):
@@ -383,7 +383,7 @@ def test_a_pool_plays_what_one_worker_plays(pool, collector, agent):
         assert mine.read_bytes() == other.read_bytes()
     collector.submit(job(None, evaluations=2), weights)
     assert collector.wait().eval_returns == result.eval_returns
-    assert 0 <= time.monotonic() - result.finished < 60
+    assert 0 <= time.time() - result.finished < 60
 
 
 def test_a_stopped_worker_of_two_is_replaced_and_its_episodes_collected_again(
@@ -397,7 +397,7 @@ def test_a_stopped_worker_of_two_is_replaced_and_its_episodes_collected_again(
     contents = [path.read_bytes() for path in paths]
     for path in paths:
         path.unlink()
-    stopped = pool.workers[1].process.pid
+    stopped = pool.workers[1].carrier.process.pid
     os.kill(stopped, signal.SIGSTOP)
     pool.submit(round_, weights)
     monkeypatch.setattr(collector_module, "QUIET", 1.0)
@@ -422,7 +422,7 @@ def test_from_pixels_episodes_side_by_side_can_be_replayed_alone(tmp_path, monke
         select_gl()
     except GLError as error:
         pytest.skip(str(error))
-    monkeypatch.setattr(collector_module, "CORES", 2)
+    monkeypatch.setattr(processes, "CORES", 2)
     config = pooled(1, envs=3, round_=3)
     env = dataclasses.replace(config.env, obs="both", render_quality="fast", time_limit=0.5)
     config = dataclasses.replace(config, env=env, eval=dataclasses.replace(config.eval, video=True))
@@ -476,7 +476,7 @@ def test_a_stopped_worker_is_named_replaced_and_gone(tmp_path, agent, monkeypatc
     monkeypatch.setattr(collector_module, "SILENT", 1e9)
     made = Collector(CONFIG, tmp_path)
     (worker,) = made.workers
-    pid = worker.process.pid
+    pid = worker.carrier.process.pid
     try:
         made.submit(job(None, evaluations=2000), acting_weights(agent))
         worker._silence = 20.0
@@ -501,7 +501,7 @@ def test_a_stopped_worker_is_named_replaced_and_gone(tmp_path, agent, monkeypatc
         assert gone(pid)
 
         made.submit(job(1), acting_weights(agent))
-        pid = worker.process.pid
+        pid = worker.carrier.process.pid
         os.kill(pid, signal.SIGSTOP)
     finally:
         start = time.monotonic()
@@ -511,7 +511,7 @@ def test_a_stopped_worker_is_named_replaced_and_gone(tmp_path, agent, monkeypatc
 
 def test_more_than_a_pipe_holds_is_sent_to_a_stopped_worker_without_waiting(tmp_path, agent):
     made = Collector(CONFIG, tmp_path)
-    os.kill(made.workers[0].process.pid, signal.SIGSTOP)
+    os.kill(made.workers[0].carrier.process.pid, signal.SIGSTOP)
     try:
         start = time.monotonic()
         made.submit(job(0), acting_weights(agent) | {"much": torch.zeros(1 << 22)})

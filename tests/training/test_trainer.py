@@ -181,11 +181,11 @@ submit, calls = trainer.Collector.submit, []
 def killing(self, *args):
     calls.append(args)
     if len(calls) == 6:  # idle
-        os.kill(self.workers[0].process.pid, signal.SIGKILL)
-        self.workers[0].process.join()
+        os.kill(self.workers[0].carrier.process.pid, signal.SIGKILL)
+        self.workers[0].carrier.process.join()
     submit(self, *args)
     if len(calls) == 4:  # at work
-        os.kill(self.workers[0].process.pid, signal.SIGKILL)
+        os.kill(self.workers[0].carrier.process.pid, signal.SIGKILL)
 trainer.Collector.submit = killing
 """
 STOP_WORKER = """
@@ -200,7 +200,7 @@ def stopping(self, job, weights):
     submit(self, job, weights)
     jobs.append(job)
     if len(jobs) == {job}:
-        os.kill(self.workers[0].process.pid, signal.SIGSTOP)
+        os.kill(self.workers[0].carrier.process.pid, signal.SIGSTOP)
         (self.workers[0]._episodes.parent / "stopped").touch()
 _Worker._start, trainer.Collector.submit = stopped, stopping
 """
@@ -823,7 +823,7 @@ submit, calls = trainer.Collector.submit, []
 def killing(self, job, weights):
     submit(self, job, weights)
     if not job.random:
-        os.kill(self.workers[1].process.pid, signal.SIGKILL)
+        os.kill(self.workers[1].carrier.process.pid, signal.SIGKILL)
 trainer.Collector.submit = killing
 """
 
