@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from fastdreamer.analysis.compare.records import Settings
 from fastdreamer.config import PRESETS
 from fastdreamer.envs import canonical_task
 from fastdreamer.learning.dreamer import NonFiniteLoss
+from fastdreamer.training.cluster import connected
 from fastdreamer.training.trainer import RunError
 
 
@@ -50,6 +52,9 @@ class Compare:
     """CPU threads of every learner; 0: as in train."""
     device: str = "auto"
     """Where every learner computes: auto, cpu, cuda or cuda:N; auto: a GPU that can run, or cpu."""
+    ray: Annotated[str | None, tyro.conf.arg(metavar="auto|local|HOST:PORT")] = None
+    """Train methods and seeds side by side, as tasks of a Ray cluster: the one that runs here, one
+    that is started on this machine, or another that it has joined."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Directory of the comparison; default: runs/compare-TASK-OBS."""
 
@@ -69,7 +74,11 @@ def run_compare(command: Compare, say: Callable[[str], None]) -> None:
     methods = [name.strip() for name in command.methods.split(",") if name.strip()]
     out = command.out or Path("runs") / f"compare-{task}-{command.obs}"
     try:
-        results = compare(out, settings, methods, command.seeds, console=Console())
+        with contextlib.ExitStack() as stack:
+            cluster = stack.enter_context(connected(command.ray)) if command.ray else None
+            results = compare(
+                out, settings, methods, command.seeds, console=Console(), cluster=cluster
+            )
     except NonFiniteLoss as error:
         raise RunError(f"compare: the {error} in the run named last") from error
     for name, path in zip(("curves", "picture", "table"), results, strict=True):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -10,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from fastdreamer.analysis.viz.curves import plot_runs
-from fastdreamer.config import Config, ConfigError, to_dict
+from fastdreamer.config import Config, ConfigError, from_dict, to_dict
 from fastdreamer.config.schema import build
 from fastdreamer.files import replacing
+from fastdreamer.learning.dreamer import NonFiniteLoss
 from fastdreamer.training.checkpoint import list_checkpoints, load_meta
+from fastdreamer.training.cluster import Call, Cluster
 from fastdreamer.training.logger import METRICS_FILE, read_metrics
-from fastdreamer.training.trainer import RunError
+from fastdreamer.training.trainer import RunError, Stopped, Trainer, stop_signals
 
 _FILE = "seeds.json"
 """What such a folder has beside its runs: their seeds, in the order of training."""
@@ -88,12 +92,65 @@ def is_finished(run_dir: Path, config: Config) -> bool:
     return bool(evaluated) and evaluated[-1]["env_frames"] >= config.train.frames
 
 
+def train_on(
+    cluster: Cluster,
+    runs: Mapping[int, Path],
+    configs: Mapping[int, Config],
+    say: Callable[[str], None],
+) -> None:
+    """Train runs side by side, each by a task that takes as many cores as it has threads.
+
+    Raises:
+        Stopped: a signal asked to stop; everything is saved.
+        ClusterError, FastdreamerError: see ``Cluster.run``.
+    """
+    calls, heard = {}, dict.fromkeys(runs, 0)
+    for seed, config in configs.items():
+        arguments = str(runs[seed].absolute()), json.dumps(to_dict(config))
+        calls[f"seed {seed}"] = Call(_train, arguments, config.threads)
+        heard[seed] = len(_evaluated(runs[seed]))
+    with stop_signals() as stop:
+
+        def look() -> None:
+            for seed in configs:
+                evaluated = _evaluated(runs[seed])
+                for line in evaluated[heard[seed] :]:
+                    frames, value = line["env_frames"], line["return_mean"]
+                    say(f"seed {seed}: return {value:.1f} at {frames:,} env frames")
+                heard[seed] = len(evaluated)
+            stop.check()
+
+        gpu = any(config.device != "cpu" for config in configs.values())
+        with contextlib.closing(cluster.run(calls, gpu=gpu, look=look)) as ended:
+            for name, done in ended:
+                look()
+                if not done:
+                    raise Stopped
+                say(f"{name} has ended")
+
+
+def _train(run_dir: str, config_json: str) -> bool:
+    """The task: train a run, to its end unless it is stopped."""
+    if not (Path(run_dir) / "config.json").is_file():
+        raise RunError(f"{platform.node()} has no {run_dir}: all nodes must share that folder")
+    try:
+        Trainer(run_dir, from_dict(json.loads(config_json))).train()
+    except (Stopped, KeyboardInterrupt):
+        return False
+    except NonFiniteLoss as error:
+        raise RunError(f"the {error}") from error
+    return True
+
+
+def _evaluated(run_dir: Path) -> list[dict[str, Any]]:
+    return read_metrics(run_dir, "eval") if (run_dir / METRICS_FILE).exists() else []
+
+
 def conclude(folder: Path, runs: Mapping[int, Path], say: Callable[[str], None]) -> None:
     """Draw the curves of finished runs together, and say how they ended."""
     ends = []
     for seed, run_dir in runs.items():
-        evaluated = read_metrics(run_dir, "eval") if (run_dir / METRICS_FILE).exists() else []
-        if evaluated:
+        if evaluated := _evaluated(run_dir):
             ends.append(evaluated[-1]["return_mean"])
             say(f"seed {seed}: return {ends[-1]:.1f}")
     if len(ends) > 1:

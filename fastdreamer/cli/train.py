@@ -1,4 +1,4 @@
-"""``fastdreamer train``: a new run, or one that goes on; of several seeds, one after the other."""
+"""``fastdreamer train``: a new run, or one that goes on; of several seeds, all of them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ import tyro
 from tyro.conf import Positional
 
 from fastdreamer.acting.signals import refuse_signal
+from fastdreamer.analysis.viz.curves import plot_runs
 from fastdreamer.cli import seeds
 from fastdreamer.cli.run import allow_task, named_by_file
 from fastdreamer.config import PRESETS, Config, ConfigError, preset
 from fastdreamer.envs import canonical_task
+from fastdreamer.errors import FastdreamerError
 from fastdreamer.files import DiskFullError
 from fastdreamer.learning.dreamer import NonFiniteLoss
 from fastdreamer.learning.ranks import RankError
@@ -30,10 +32,11 @@ from fastdreamer.named import names_code
 from fastdreamer.ops.gpu import why_no_cuda
 from fastdreamer.training import preflight
 from fastdreamer.training.checkpoint import list_checkpoints
-from fastdreamer.training.cluster import ClusterError, connected
+from fastdreamer.training.cluster import Cluster, ClusterError, connected
 from fastdreamer.training.collector import CollectorError
 from fastdreamer.training.ranks import joined, launcher
 from fastdreamer.training.trainer import (
+    RunError,
     Stopped,
     Trainer,
     create_run,
@@ -74,7 +77,8 @@ class Train:
     networks, what they see and the random numbers."""
     ray: Annotated[str | None, tyro.conf.arg(metavar="auto|local|HOST:PORT")] = None
     """Collect and evaluate by Ray actors on any node: of the cluster that runs here, of one that is
-    started on this machine, or of another that it has joined."""
+    started on this machine, or of another that it has joined. With --seeds: train the runs side by
+    side, as its tasks."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
@@ -112,22 +116,29 @@ def _starting_point(name: str, file: Path | None) -> Config:
 
 
 def run_train(command: Train, say: Callable[[str], None]) -> int:
-    with joined(), contextlib.ExitStack() as stack:
+    with joined() as ranks, contextlib.ExitStack() as stack:
+        cluster = None
         if command.ray is not None:  # before anything of a run is made
-            stack.enter_context(connected(command.ray, command.config.collect.workers))
-        return _run_train(command, say)
+            cluster = stack.enter_context(connected(command.ray, command.config.collect.workers))
+        return _run_train(command, cluster, ranks.size, say)
 
 
-def _run_train(command: Train, say: Callable[[str], None]) -> int:
-    if command.resume is not None and (runs := seeds.runs_of(command.resume)):
-        return _resume_seeds(command, runs, say)
+def _run_train(
+    command: Train, cluster: Cluster | None, ranks: int, say: Callable[[str], None]
+) -> int:
+    runs = {} if command.resume is None else seeds.runs_of(command.resume)
+    if cluster is not None and ranks > 1 and (runs or command.seeds is not None):
+        raise ConfigError("--seeds with --ray: a run is a task of one process, without torchrun")
+    if runs:
+        return _resume_seeds(command, runs, cluster, say)
     if command.seeds is not None:
-        return _train_seeds(command, say)
+        return _train_seeds(command, cluster, say)
     make = _resumed_run if command.resume else _new_run
     run_dir, config = make(command, say)
     say(f"run directory: {run_dir}")
     status = _train(run_dir, config, run_dir, command.ray, say)
     if status == 0:
+        say(f"picture: {plot_runs([run_dir], run_dir / 'curves.png')}")
         say(f"done; try: fastdreamer eval {run_dir}, fastdreamer plot {run_dir}")
     return status
 
@@ -136,12 +147,7 @@ def _train(
     run_dir: Path, config: Config, whole: Path, ray: str | None, say: Callable[[str], None]
 ) -> int:
     """Train a run to its end; ``whole`` is what --resume takes to go on, it or its folder."""
-    named = f" {config.env.task}" if names_code(config.env.task) else ""
-    again = f"{launcher()}fastdreamer train{named} --resume {shlex.quote(str(whole))}"
-    if names_code(config.safety.signal):
-        again += f" --safety {config.safety.signal}"
-    if ray is not None:
-        again += f" --ray {ray}"
+    again = _again(config, whole, ray)
     try:
         Trainer(run_dir, config, ray=ray).train()
     except Stopped as stopped:
@@ -167,13 +173,27 @@ def _train(
     return 0
 
 
-def _train_seeds(command: Train, say: Callable[[str], None]) -> int:
+def _again(config: Config, whole: Path, ray: str | None) -> str:
+    """The command that goes on."""
+    named = f" {config.env.task}" if names_code(config.env.task) else ""
+    again = f"{launcher()}fastdreamer train{named} --resume {shlex.quote(str(whole))}"
+    if names_code(config.safety.signal):
+        again += f" --safety {config.safety.signal}"
+    return again if ray is None else f"{again} --ray {ray}"
+
+
+def _train_seeds(command: Train, cluster: Cluster | None, say: Callable[[str], None]) -> int:
     """New runs of several seeds, all of them made before the first is trained."""
     if command.resume is not None:
         raise ConfigError(f"--seeds makes new runs, and {command.resume} is one run, or none")
     numbers = seeds.parse_seeds(command.seeds)
     if command.config.seed != _starting_point(command.preset or _PRESET, command.file).seed:
         raise ConfigError(f"--seed {command.config.seed} and --seeds: give one of them")
+    if cluster is not None and not command.config.threads:
+        share = cluster.share(len(numbers))
+        command = dataclasses.replace(
+            command, config=dataclasses.replace(command.config, threads=share)
+        )
     config = _new_settings(command)
     configs = [dataclasses.replace(config, seed=seed).validate() for seed in numbers]
     folder = command.run or _default_dir(config, "-".join(["seeds", *map(str, numbers)]))
@@ -188,10 +208,13 @@ def _train_seeds(command: Train, say: Callable[[str], None]) -> int:
     runs = seeds.make_folder(folder, numbers)
     for own in configs:
         create_run(runs[own.seed], own)
-    return _one_by_one(folder, runs, lambda seed: (runs[seed], read_config(runs[seed])), say)
+    settle = lambda seed: (runs[seed], read_config(runs[seed]))  # noqa: E731
+    return _train_all(folder, runs, settle, command.ray, cluster, say)
 
 
-def _resume_seeds(command: Train, runs: dict[int, Path], say: Callable[[str], None]) -> int:
+def _resume_seeds(
+    command: Train, runs: dict[int, Path], cluster: Cluster | None, say: Callable[[str], None]
+) -> int:
     """Go on with a folder's runs, each with its own settings but for the options given here."""
     if command.seeds is not None or command.config.seed != next(iter(runs)):
         raise ConfigError(
@@ -205,26 +228,41 @@ def _resume_seeds(command: Train, runs: dict[int, Path], say: Callable[[str], No
         config = seeds.changed(own, before, command.config)
         return _resumed_run(dataclasses.replace(command, resume=runs[seed], config=config), say)
 
-    return _one_by_one(command.resume, runs, settle, say)
+    return _train_all(command.resume, runs, settle, command.ray, cluster, say)
 
 
-def _one_by_one(
+def _train_all(
     folder: Path,
     runs: dict[int, Path],
     settle: Callable[[int], tuple[Path, Config]],
+    ray: str | None,
+    cluster: Cluster | None,
     say: Callable[[str], None],
 ) -> int:
-    """Train those runs of a folder that have not ended; conclude when all of them have."""
+    """Train those runs of a folder that have not ended, one after the other or, on a cluster, side
+    by side; conclude when all of them have."""
     say(f"folder of runs: {folder}")
+    together: dict[int, Config] = {}
     for i, seed in enumerate(runs, 1):
         run_dir, config = settle(seed)
         if config == read_config(run_dir) and seeds.is_finished(run_dir, config):
             say(f"seed {seed} ({i} of {len(runs)}) has ended already: {run_dir}")
             continue
         say(f"seed {seed} ({i} of {len(runs)}): {run_dir}")
-        status = _train(run_dir, config, folder, say)
-        if status:
+        if cluster is not None:
+            together[seed] = config
+        elif status := _train(run_dir, config, folder, None, say):
             return status
+    if together:
+        again = _again(next(iter(together.values())), folder, ray)
+        say(f"{cluster.describe()}; going together where there are cores")
+        try:
+            seeds.train_on(cluster, runs, together, say)
+        except (Stopped, KeyboardInterrupt):
+            say(f"stopped; go on with: {again}")
+            return 130
+        except FastdreamerError as error:
+            raise RunError(f"{error}\nGo on with: {again}") from error
     seeds.conclude(folder, runs, say)
     return 0
 

@@ -1,4 +1,4 @@
-"""Workers of the pool as Ray actors, on whichever machines a cluster has.
+"""Workers of the pool as Ray actors, and whole runs as Ray tasks, on whatever a cluster has.
 
 The only file that imports Ray, and only when it is asked for.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import platform
 import queue
@@ -15,10 +16,11 @@ import socket
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastdreamer._version import __version__
 from fastdreamer.config import Config, to_dict
@@ -28,7 +30,10 @@ from fastdreamer.machine.device import CORES
 from fastdreamer.ops.backend import kernel_choice
 from fastdreamer.training.worker import Lost, Share, converse
 
+_log = logging.getLogger("fastdreamer")
+
 _PATIENCE = 5.0  # seconds that a cluster may take to answer at its address
+_SAVING = 60.0  # seconds that runs may take to finish an update and save
 _FORWARDED = ("FASTDREAMER_BACKEND", "FASTDREAMER_ISA", "FASTDREAMER_ARITHMETIC")
 """Variables that a worker computes by, wherever it is. What draws is each machine's own affair."""
 
@@ -112,9 +117,7 @@ class Cluster:
 
     def describe(self) -> str:
         nodes, cores = sum(node["Alive"] for node in self._ray.nodes()), self.cores
-        return (
-            f"collecting on Ray: {nodes} node{'s' * (nodes > 1)}, {cores} core{'s' * (cores > 1)}"
-        )
+        return f"Ray: {nodes} node{'s' * (nodes > 1)}, {cores} core{'s' * (cores > 1)}"
 
     def start(
         self, name: str, config: Config, episodes: Path, lanes: int, *, instead: bool
@@ -133,6 +136,97 @@ class Cluster:
                 break
         return [streams[stream] for stream in heard]
 
+    def share(self, count: int) -> int:
+        """Cores that each of so many runs can have, on one node; at least 1."""
+        return max(1, min(self.cores // count, self._largest()))
+
+    def _largest(self) -> int:
+        nodes = [node["Resources"].get("CPU", 0) for node in self._ray.nodes() if node["Alive"]]
+        return int(max(nodes, default=0))
+
+    def run(
+        self, calls: Mapping[str, Call], *, gpu: bool, look: Callable[[], None]
+    ) -> Iterator[tuple[str, Any]]:
+        """Run calls as tasks; each that was lost, with its node perhaps, is made again.
+
+        Args:
+            calls: by what they are called in messages. They go on with what they find done, and
+                take an interrupt (as from Ctrl-C) for the wish that they save and end.
+            gpu: whether each needs one.
+            look: called once a second.
+
+        Yields:
+            Names and results, in the order in which the calls end. Whoever stops to listen stops
+            them.
+
+        Raises:
+            ClusterError: a call was lost too often, or no node has a GPU.
+            FastdreamerError: what a call raised of them, by its message.
+        """
+        ray, lost = self._ray, Counter[str]()
+        if gpu and not ray.cluster_resources().get("GPU"):
+            raise ClusterError("--ray: no node of the cluster has a GPU")
+        environ = _forwarded()
+        going: dict[Any, str] = {}
+
+        def start(name: str) -> None:
+            cores = max(1, min(calls[name].cores, self._largest()))
+            how = {"num_cpus": cores, "num_gpus": int(gpu), "max_retries": 0, "max_calls": 1}
+            task = ray.remote(scheduling_strategy="SPREAD", **how)(_call)
+            going[task.remote(environ, calls[name].function, calls[name].arguments)] = name
+
+        try:
+            for name in calls:
+                start(name)
+            while going:
+                ended, _ = ray.wait(list(going), timeout=1.0)
+                look()
+                for task in ended:
+                    name = going.pop(task)
+                    try:
+                        answer = ray.get(task)
+                    except ray.exceptions.RayTaskError:
+                        raise  # a fault of ours
+                    except ray.exceptions.RayError as error:
+                        lost[name] += 1
+                        why = str(error).strip().partition(". ")[0].splitlines()[0]
+                        if lost[name] > self.patience:
+                            raise ClusterError(f"{name} was lost too often ({why})") from error
+                        _log.warning("%s was lost (%s); it goes on where it had saved", name, why)
+                        start(name)
+                        continue
+                    if "error" in answer:
+                        raise FastdreamerError(f"{name}: {answer['error']}")
+                    yield name, answer["result"]
+        finally:
+            for task in going:
+                ray.cancel(task)
+            if going:
+                ray.wait(list(going), num_returns=len(going), timeout=_SAVING)
+
+
+class Call(NamedTuple):
+    """What a task does: a function of a module, on so many cores."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    cores: int
+
+
+def _call(
+    environ: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> dict[str, Any]:
+    """The task."""
+    os.environ.update(environ)
+    try:
+        return {"result": function(*arguments)}
+    except FastdreamerError as error:
+        return {"error": str(error)}
+
+
+def _forwarded() -> dict[str, str]:
+    return {name: os.environ[name] for name in _FORWARDED if name in os.environ}
+
 
 class Actor:
     """A worker as Ray actor; see :class:`fastdreamer.training.collector.Carrier`.
@@ -146,7 +240,7 @@ class Actor:
         self._video: Path | None = None
         self.where: str | None = None
         self._node = ""
-        environ = {name: os.environ[name] for name in _FORWARDED if name in os.environ}
+        environ = _forwarded()
         settings = json.dumps(to_dict(config))
         # One thread takes what is sent, one says what is said.
         how = {"num_cpus": cores, "max_concurrency": 2, "scheduling_strategy": "SPREAD"}

@@ -314,7 +314,7 @@ class Trainer:
         self.progress.message(f"learning on {config.threads} CPU thread{plural}{each}")
         size, workers = round_size(config), pool_size(config, self._place.cores)
         if self._ray is not None:
-            self.progress.message(self._place.describe())
+            self.progress.message(f"collecting on {self._place.describe()}")
         if size > 1 or workers > 1:
             self.progress.message(
                 f"collecting {size} episode{'s' if size > 1 else ''} a round by {workers} "

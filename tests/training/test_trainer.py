@@ -195,7 +195,7 @@ start, submit, jobs = _Worker._start, trainer.Collector.submit, []
 def stopped(self):
     start(self)
     if {job} == 0:
-        os.kill(self.process.pid, signal.SIGSTOP)
+        os.kill(self.carrier.process.pid, signal.SIGSTOP)
 def stopping(self, job, weights):
     submit(self, job, weights)
     jobs.append(job)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,13 +30,21 @@ from fastdreamer.analysis.compare.methods import (
 from fastdreamer.analysis.compare.records import Settings, Stage, read_json, write_json
 from fastdreamer.analysis.compare.results import write_results
 from fastdreamer.config import ConfigError
+from fastdreamer.learning.dreamer import NonFiniteLoss
 from fastdreamer.machine.device import resolve_config, resolve_device
+from fastdreamer.training.cluster import Call, Cluster
 from fastdreamer.training.logger import format_seconds
-from fastdreamer.training.trainer import RunError, Stopped, lock_run, stop_signals
+from fastdreamer.training.trainer import RunError, Stopped, StopSignals, lock_run, stop_signals
 
 
 def compare(
-    out: Path, settings: Settings, methods: Sequence[str], seeds: int, *, console: Console
+    out: Path,
+    settings: Settings,
+    methods: Sequence[str],
+    seeds: int,
+    *,
+    console: Console,
+    cluster: Cluster | None = None,
 ) -> list[Path]:
     """Train and evaluate what is missing under ``out``, then write the results.
 
@@ -45,6 +54,8 @@ def compare(
         methods: names among ``METHODS``.
         seeds: seeds 0 .. seeds - 1 of every method.
         console: for progress.
+        cluster: whose tasks the runs are, side by side where there are cores; by default they are
+            trained here, one after the other.
 
     Returns:
         The CSV, the plot and the table.
@@ -53,6 +64,7 @@ def compare(
         ConfigError: an unknown method, a setting that cannot run or differs from the first
             command's, or a missing extra. BackendError: the device cannot run here.
         RunError: another process is at one of the runs, or a file is damaged.
+        ClusterError: a run was lost too often, or no node has a GPU.
         Stopped: a signal asked to stop; the same call goes on.
     """
     settings = dataclasses.replace(settings, device=resolve_device(settings.device))
@@ -61,6 +73,9 @@ def compare(
     runs = [(method, seed) for seed in range(seeds) for method in methods]
     try:
         with stop_signals() as stop:
+            if cluster is not None:
+                _train_on(cluster, out, settings, methods, seeds, stop, console)
+                return write_results(out)
             for i, (method, seed) in enumerate(runs, 1):
                 console.rule(f"{method}, seed {seed} ({i} of {len(runs)})")
                 _run(out, settings, method, seed, stop, console)
@@ -70,6 +85,61 @@ def compare(
             write_results(out)
         raise
     return results
+
+
+def _train_on(
+    cluster: Cluster,
+    out: Path,
+    settings: Settings,
+    methods: Sequence[str],
+    seeds: int,
+    stop: StopSignals,
+    console: Console,
+) -> None:
+    """Bring all runs to their last evaluation, a task each; methods that train once share one."""
+    groups: dict[tuple[int, str], list[str]] = {}
+    for seed in range(seeds):
+        for method in methods:
+            groups.setdefault((seed, METHODS[method].training), []).append(method)
+    cores = settings.threads or cluster.share(len(groups))
+    calls, records = {}, {}
+    for (seed, training), names in groups.items():
+        directory = out.absolute() / f"{training}-seed{seed}"
+        arguments = str(out.absolute()), asdict(settings), names, seed
+        calls[f"{' and '.join(names)}, seed {seed}"] = Call(_run_here, arguments, cores)
+        records |= {directory / f"{name}.json": (name, seed) for name in names}
+    told = {path: len(read_json(path, [])) for path in records}
+
+    def look() -> None:
+        for path, (method, seed) in records.items():
+            evaluations = read_json(path, [])
+            for done in evaluations[told[path] :]:
+                _tell(console, method, seed, settings, done)
+            told[path] = len(evaluations)
+        stop.check()
+
+    console.print(f"{cluster.describe()}; {len(calls)} runs", highlight=False)
+    gpu = settings.device != "cpu"
+    with contextlib.closing(cluster.run(calls, gpu=gpu, look=look)) as ended:
+        for _, done in ended:
+            look()
+            if not done:
+                raise Stopped
+
+
+def _run_here(out: str, settings: dict[str, Any], methods: Sequence[str], seed: int) -> bool:
+    """The task: bring methods to their last evaluation, unless it is stopped."""
+    if not Path(out).is_dir():
+        raise RunError(f"{platform.node()} has no {out}: all nodes must share that folder")
+    try:
+        with stop_signals() as stop:
+            for method in methods:
+                _run(Path(out), Settings(**settings), method, seed, stop, Console())
+    except (Stopped, KeyboardInterrupt):
+        return False
+    except NonFiniteLoss as error:
+        raise RunError(f"the {error}") from error
+    return True
 
 
 def _check(settings: Settings, methods: Sequence[str], seeds: int) -> None:
@@ -136,15 +206,22 @@ def _run(
                 {"env_frames": stage.env_frames, "seconds": stage.seconds, "returns": returns}
             )
             write_json(directory / f"{method}.json", evaluations)
-            several = len(returns) > 1
-            spread = f" ± {np.std(returns):.1f}" if several else ""
-            console.print(
-                f"{method}, seed {seed}: return {np.mean(returns):.1f}{spread} "
-                f"({len(returns)} episode{'s' * several}) after {stage.env_frames:,} of "
-                f"{settings.frames:,} env frames and {format_seconds(stage.seconds)} of training",
-                highlight=False,
-                soft_wrap=True,
-            )
+            _tell(console, method, seed, settings, evaluations[-1])
+
+
+def _tell(
+    console: Console, method: str, seed: int, settings: Settings, done: dict[str, Any]
+) -> None:
+    returns = done["returns"]
+    several = len(returns) > 1
+    spread = f" ± {np.std(returns):.1f}" if several else ""
+    console.print(
+        f"{method}, seed {seed}: return {np.mean(returns):.1f}{spread} "
+        f"({len(returns)} episode{'s' * several}) after {done['env_frames']:,} of "
+        f"{settings.frames:,} env frames and {format_seconds(done['seconds'])} of training",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _evaluate(
