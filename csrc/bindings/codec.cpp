@@ -124,8 +124,8 @@ class PackedEncoder {
     py::list one, bias;
     one.append(linear);
     bias.append(linear_bias);
-    linear_ =
-        std::make_unique<PackedMlp>(one, bias, "relu", false, bf16, gradients, 0, 0, 0, threads);
+    linear_ = std::make_unique<PackedMlp>(one, bias, py::list(), "relu", false, bf16, gradients, 0,
+                                          0, 0, threads);
   }
 
   Precision precision() const { return precision_; }
@@ -234,8 +234,8 @@ class PackedDecoder {
       : precision_(bf16 ? Precision::bf16 : Precision::fp32),
         gradients_(gradients),
         linear_relu_(linear_relu),
-        linear_(list_of(linear), list_of(linear_bias), "relu", false, bf16, gradients, 0, 0, 0,
-                threads) {
+        linear_(list_of(linear), list_of(linear_bias), py::list(), "relu", false, bf16, gradients,
+                0, 0, 0, threads) {
     const char* op = "PackedDecoder";
     if (weights.size() < 2 || biases.size() != weights.size()) {
       fail("PackedDecoder: there must be at least 2 convolutions with a bias each");

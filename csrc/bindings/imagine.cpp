@@ -164,8 +164,8 @@ void rssm_step_forward(py::tuple rssm, py::handle deter, py::handle stoch, py::h
 }
 
 // `grads`: those that reach deter, stoch, action, prior_mean, prior_std, reward, returns, discount.
-// `inputs`: where those of start.deter, start.stoch and the given action go. Parameters: None, or a
-// list of (weight, bias) per layer, and for the GRU its four.
+// `inputs`: where those of start.deter, start.stoch and the given action go. Parameters: None, or
+// as PackedMlp and PackedGru take them.
 void imagine_backward(ImagineRun& t, py::tuple grads, py::tuple inputs, py::object actor,
                       py::object inp, py::object gru, py::object prior, py::object reward,
                       py::object discount, int threads) {

@@ -16,20 +16,41 @@ struct ObserveRun {
   Mlp post;
   Layer embed;
   py::object inp, gru, prior, post_pack, embed_pack;
+  std::vector<std::int32_t> begin_drawn;
   Arrays arrays{kOp};
   ObserveTape tape;
 };
 
+// The classes of one-hot vectors side by side, as Ones has them.
+std::vector<std::int32_t> drawn_of(const float* stoch, Index S, Index classes) {
+  std::vector<std::int32_t> drawn;
+  for (Index first = 0; first < S; first += classes) {
+    std::int32_t one = Ones::none;
+    for (Index c = first; c < first + classes; ++c) {
+      if (stoch[c] != stoch[c]) {
+        one = Ones::undefined;
+      } else if (stoch[c] == 1.0f && one == Ones::none) {
+        one = static_cast<std::int32_t>(c);
+      } else if (stoch[c] != 0.0f) {
+        fail("observe: begin.stoch must be one-hot");
+      }
+    }
+    drawn.push_back(one);
+  }
+  return drawn;
+}
+
 // rssm: (inp, gru, prior, latent, post, embed): `post` is packed without the first layer's bias
 // from deter's columns, `embed` is the first layer alone from the embedding's. embed_array: [T, B,
 // E] float32, or int16 (the bits of bfloat16) with bfloat16 weights. resets: whether is_first
-// zeroes deter, stoch and action. outputs: deter, stoch, mean and std of the posterior, and of the
-// prior; of categorical latents logits and None.
+// zeroes deter, stoch and action. begin: deter [1, D] and stoch [1, S] in the zeros' place, or
+// None. outputs: deter, stoch, mean and std of the posterior, and of the prior; of categorical
+// latents logits and None.
 std::unique_ptr<ObserveRun> observe_forward(py::tuple rssm, py::handle start_deter,
                                             py::handle start_stoch, py::handle embed_array,
                                             py::handle action, py::handle is_first,
                                             py::tuple resets, py::handle noise, py::tuple outputs,
-                                            bool keep, int threads) {
+                                            bool keep, int threads, py::object begin) {
   auto tape = std::make_unique<ObserveRun>();
   ObserveRun& t = *tape;
   if (threads < 1) fail("observe: threads must be at least 1");
@@ -78,8 +99,17 @@ std::unique_ptr<ObserveRun> observe_forward(py::tuple rssm, py::handle start_det
   if (resets.size() != 3) fail("observe: resets must be (deter, stoch, action)");
   const auto where = [&](std::size_t i) { return resets[i].cast<bool>() ? first : nullptr; };
   x.first_deter = where(0), x.first_stoch = where(1), x.first_action = where(2);
+  if (!begin.is_none()) {
+    const py::tuple two = begin;
+    x.begin_deter = t.arrays.in("begin.deter", two[0], {1, D});
+    x.begin_stoch = t.arrays.in("begin.stoch", two[1], {1, S});
+  }
   x.noise = t.arrays.in("noise", noise, {T, B, t.rssm.noise()});
   const bool gaussian = t.rssm.latent.classes == 0;
+  if (!gaussian && x.begin_stoch != nullptr) {
+    t.begin_drawn = drawn_of(x.begin_stoch, S, t.rssm.latent.classes);
+    x.begin_drawn = t.begin_drawn.data();
+  }
   x.deter = t.arrays.out("deter", outputs[0], {T, B, D});
   x.stoch = t.arrays.out("stoch", outputs[1], {T, B, S});
   x.post_mean = t.arrays.out("post.mean", outputs[2], {T, B, S});
@@ -98,8 +128,8 @@ std::unique_ptr<ObserveRun> observe_forward(py::tuple rssm, py::handle start_det
 }
 
 // grads: those that reach the six outputs, or None. inputs: where those of start.deter,
-// start.stoch, embed and action go, or None. parameters: None, or (inp, gru, prior, post) as lists
-// of (weight, bias) per layer, and for the GRU its four.
+// start.stoch, embed, action and begin's two go, or None. parameters: None, or (inp, gru, prior,
+// post) as PackedMlp and PackedGru take them.
 void observe_backward(ObserveRun& t, py::tuple grads, py::tuple inputs, py::object parameters,
                       int threads) {
   const ObserveArgs& x = t.tape.args;
@@ -117,6 +147,8 @@ void observe_backward(ObserveRun& t, py::tuple grads, py::tuple inputs, py::obje
   g.start_stoch = arrays.maybe_out("grad of start.stoch", inputs[1], {B, S});
   g.embed = arrays.maybe_out("grad of embed", inputs[2], {T, B, t.embed.in});
   g.action = arrays.maybe_out("grad of action", inputs[3], {T, B, A});
+  g.begin_deter = arrays.maybe_out("grad of begin.deter", inputs[4], {1, D});
+  g.begin_stoch = arrays.maybe_out("grad of begin.stoch", inputs[5], {1, S});
   g.parameters = !parameters.is_none();
   if (g.parameters) {
     const py::tuple groups = parameters;
@@ -145,7 +177,8 @@ void bind_observe(py::module_& m) {
   m.def("observe_forward", &observe_forward, py::arg("rssm"), py::arg("start_deter"),
         py::arg("start_stoch"), py::arg("embed"), py::arg("action"), py::arg("is_first"),
         py::arg("resets"), py::arg("noise"), py::arg("outputs"), py::arg("keep"),
-        py::arg("threads"), "The posterior filter; see csrc/bindings/observe.cpp.");
+        py::arg("threads"), py::arg("begin") = py::none(),
+        "The posterior filter; see csrc/bindings/observe.cpp.");
   m.def("observe_backward", &observe_backward, py::arg("tape"), py::arg("grads"), py::arg("inputs"),
         py::arg("parameters"), py::arg("threads"), "Its gradients.");
 }

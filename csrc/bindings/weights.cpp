@@ -28,6 +28,21 @@ float* copy_floats(Arena& arena, const float* from, Index count) {
   return to;
 }
 
+// Of (kind, weight, bias, eps) over so many outputs, or None.
+Norm make_norm(Arena& arena, Arrays& arrays, py::handle norm, Index out) {
+  if (norm.is_none()) return {};
+  const py::tuple four = py::cast<py::tuple>(norm);
+  if (four.size() != 4) fail("norm must be (kind, weight, bias, eps)");
+  const std::string kind = four[0].cast<std::string>();
+  if (kind != "layer" && kind != "rms") fail("norm must be layer or rms, got '" + kind + "'");
+  const auto copied = [&](const char* name, py::handle array) -> const float* {
+    const float* from = arrays.maybe_in(name, array, {out});
+    return from == nullptr ? from : copy_floats(arena, from, out);
+  };
+  return {kind == "rms" ? NormKind::rms : NormKind::layer, four[3].cast<float>(),
+          copied("norm weight", four[1]), copied("norm bias", four[2])};
+}
+
 }  // namespace
 
 void pack_all(const Kernels& k, const std::vector<PackArgs>& matrices, const GruPackArgs* gru,
@@ -54,9 +69,9 @@ void pack_all(const Kernels& k, const std::vector<PackArgs>& matrices, const Gru
   });
 }
 
-PackedMlp::PackedMlp(py::list weights, py::list biases, const std::string& activation,
-                     bool act_last, bool bf16, bool gradients, Index first_column, Index columns,
-                     Index rotate, int threads)
+PackedMlp::PackedMlp(py::list weights, py::list biases, py::list norms,
+                     const std::string& activation, bool act_last, bool bf16, bool gradients,
+                     Index first_column, Index columns, Index rotate, int threads)
     : precision_(bf16 ? Precision::bf16 : Precision::fp32),
       gradients_(gradients),
       first_column_(first_column),
@@ -68,6 +83,11 @@ PackedMlp::PackedMlp(py::list weights, py::list biases, const std::string& activ
     fail("PackedMlp: there must be 1 to " + std::to_string(kMaxLayers) +
          " layers with a bias or None each, got " + std::to_string(depth) + " weights and " +
          std::to_string(biases.size()) + " biases");
+  }
+  const Index active = act_last ? depth : depth - 1;
+  if (static_cast<Index>(norms.size()) > active) {
+    fail("PackedMlp: there are " + std::to_string(norms.size()) +
+         " norms, but an activation after " + std::to_string(active) + " layers");
   }
   mlp_.depth = static_cast<int>(depth);
   mlp_.act = activation_of(activation);
@@ -103,6 +123,9 @@ PackedMlp::PackedMlp(py::list weights, py::list biases, const std::string& activ
     }
     const float* bias = arrays.maybe_in("bias", biases[static_cast<std::size_t>(i)], {out});
     if (bias != nullptr) layer.bias = copy_floats(arena_, bias, out);
+    if (i < static_cast<int>(norms.size())) {
+      layer.norm = make_norm(arena_, arrays, norms[static_cast<std::size_t>(i)], out);
+    }
     if (out == 1) {
       float* row = arena_.take<float>(in);
       for (Index c = 0; c < in; ++c) row[c] = weight[(c + turn) % in];
@@ -112,16 +135,22 @@ PackedMlp::PackedMlp(py::list weights, py::list biases, const std::string& activ
   pack_all(k, jobs, nullptr, threads);
 }
 
-std::vector<LayerGrad> PackedMlp::grads(Arrays& arrays, py::list pairs) const {
+std::vector<LayerGrad> PackedMlp::grads(Arrays& arrays, py::list flat) const {
   std::vector<LayerGrad> list;
-  if (static_cast<int>(pairs.size()) != mlp_.depth) fail("PackedMlp: one gradient a layer");
-  for (int i = 0; i < mlp_.depth; ++i) {
+  const auto depth = static_cast<std::size_t>(mlp_.depth);
+  const bool norms = flat.size() == 4 * depth;
+  if (flat.size() != 2 * depth && !norms) fail("PackedMlp: a gradient for every parameter");
+  for (std::size_t i = 0; i < depth; ++i) {
     const Layer& layer = mlp_.layers[i];
-    const py::tuple pair = pairs[static_cast<std::size_t>(i)];
     const Index stride = i == 0 ? total_columns_ : layer.in;
-    float* weight = arrays.out("weight gradient", pair[0], {layer.out, stride});
+    float* weight = arrays.out("weight gradient", flat[i], {layer.out, stride});
     list.push_back({weight + (i == 0 ? first_column_ : 0), stride,
-                    arrays.maybe_out("bias gradient", pair[1], {layer.out})});
+                    arrays.maybe_out("bias gradient", flat[depth + i], {layer.out})});
+    if (!norms || !layer.norm) continue;
+    list.back().norm_weight =
+        arrays.maybe_out("norm's weight gradient", flat[2 * depth + i], {layer.out});
+    list.back().norm_bias =
+        arrays.maybe_out("norm's bias gradient", flat[3 * depth + i], {layer.out});
   }
   return list;
 }
@@ -152,7 +181,11 @@ PackedGru::PackedGru(py::handle weight_ih, py::handle weight_hh, py::handle bias
   gru_ = {{arena_.bytes(k.gru_panels_size(K, D)), K, D},
           bias,
           {nullptr, 3 * D, K},
-          {nullptr, 3 * D, D}};
+          {nullptr, 3 * D, D},
+          {},
+          {},
+          {},
+          0};
   std::vector<PackArgs> backward;
   if (gradients) {
     gru_.backward_ih = take_panels(arena_, k, 3 * D, K);
@@ -163,8 +196,54 @@ PackedGru::PackedGru(py::handle weight_ih, py::handle weight_hh, py::handle bias
   pack_all(k, backward, &forward, threads);
 }
 
+PackedGru::PackedGru(py::handle weight, py::handle bias, py::object norm, bool deter_first,
+                     const std::string& gates, double update_bias, bool bf16, bool gradients,
+                     int threads)
+    : precision_(bf16 ? Precision::bf16 : Precision::fp32),
+      gradients_(gradients) {
+  const char* op = "PackedGru";
+  const Kernels& k = kernels(precision_);
+  const Array shape(op, "weight", weight);
+  const Index D = shape.ndim() == 2 ? shape.size(0) / 3 : 0, all = D > 0 ? shape.size(1) : 0;
+  const Index K = all - D;
+  if (D < 1 || K < 1 || shape.size(0) != 3 * D) fail("PackedGru: weight must be [3D, inputs + D]");
+  const auto column = [&](char gate) {
+    const auto place = gates.find(gate);
+    if (gates.size() != 3 || place == std::string::npos) {
+      fail("PackedGru: gates must be r, c and u in some order, got '" + gates + "'");
+    }
+    return static_cast<Index>(place) * D;
+  };
+  Arrays arrays(op);
+  const float* from = arrays.in("weight", weight, {3 * D, all});
+  const float* added = arrays.maybe_in("bias", bias, {3 * D});
+  gru_.forward = {nullptr, K, D};
+  gru_.bias = added == nullptr ? added : copy_floats(arena_, added, 3 * D);
+  gru_.backward_ih = {nullptr, 3 * D, K};
+  gru_.backward_hh = {nullptr, 3 * D, D};
+  gru_.joint = take_panels(arena_, k, all, 3 * D);
+  gru_.norm = make_norm(arena_, arrays, norm, 3 * D);
+  gru_.at = {D, column('r'), column('c'), column('u'), static_cast<float>(update_bias)};
+  gru_.rotate = deter_first ? D : 0;
+  std::vector<PackArgs> jobs{{from, all, true, gru_.rotate, 0, gru_.joint}};
+  if (gradients) {
+    gru_.backward_ih = take_panels(arena_, k, 3 * D, K);
+    gru_.backward_hh = take_panels(arena_, k, 3 * D, D);
+    jobs.push_back({from + gru_.rotate, all, false, 0, 0, gru_.backward_ih});
+    jobs.push_back({from + (deter_first ? 0 : K), all, false, 0, 0, gru_.backward_hh});
+  }
+  pack_all(k, jobs, nullptr, threads);
+}
+
 void PackedGru::grads(Arrays& arrays, py::sequence four, LayerGrad& ih, LayerGrad& hh) const {
   const Index D = gru_.forward.D, K = gru_.forward.K;
+  if (gru_.late()) {
+    ih = {arrays.out("weight gradient", four[0], {3 * D, K + D}), K + D,
+          arrays.maybe_out("bias gradient", four[1], {3 * D}),
+          arrays.maybe_out("norm's weight gradient", four[2], {3 * D}),
+          arrays.maybe_out("norm's bias gradient", four[3], {3 * D})};
+    return;
+  }
   ih = {arrays.out("weight_ih gradient", four[0], {3 * D, K}), K,
         arrays.out("bias_ih gradient", four[2], {3 * D})};
   hh = {arrays.out("weight_hh gradient", four[1], {3 * D, D}), D,
@@ -239,16 +318,21 @@ double check_lam(const char* op, double lam) {
 void bind_weights(py::module_& m) {
   py::class_<PackedMlp, std::shared_ptr<PackedMlp>>(m, "PackedMlp",
                                                     "Packed layers; see csrc/bindings/weights.h.")
-      .def(py::init<py::list, py::list, const std::string&, bool, bool, bool, Index, Index, Index,
-                    int>(),
-           py::arg("weights"), py::arg("biases"), py::arg("activation"), py::arg("act_last"),
-           py::arg("bf16"), py::arg("gradients"), py::arg("first_column"), py::arg("columns"),
-           py::arg("rotate"), py::arg("threads"))
+      .def(py::init<py::list, py::list, py::list, const std::string&, bool, bool, bool, Index,
+                    Index, Index, int>(),
+           py::arg("weights"), py::arg("biases"), py::arg("norms"), py::arg("activation"),
+           py::arg("act_last"), py::arg("bf16"), py::arg("gradients"), py::arg("first_column"),
+           py::arg("columns"), py::arg("rotate"), py::arg("threads"))
       .def_property_readonly("gradients", &PackedMlp::gradients);
   py::class_<PackedGru, std::shared_ptr<PackedGru>>(m, "PackedGru", "A packed GRU cell.")
       .def(py::init<py::handle, py::handle, py::handle, py::handle, bool, bool, int>(),
            py::arg("weight_ih"), py::arg("weight_hh"), py::arg("bias_ih"), py::arg("bias_hh"),
            py::arg("bf16"), py::arg("gradients"), py::arg("threads"))
+      .def(py::init<py::handle, py::handle, py::object, bool, const std::string&, double, bool,
+                    bool, int>(),
+           py::arg("weight"), py::arg("bias"), py::arg("norm"), py::arg("deter_first"),
+           py::arg("gates"), py::arg("update_bias"), py::arg("bf16"), py::arg("gradients"),
+           py::arg("threads"))
       .def_property_readonly("gradients", &PackedGru::gradients);
 }
 

@@ -15,9 +15,10 @@ namespace fastdreamer {
 // in two parts), and rotated: input element i meets column (i + rotate) % inputs of the range.
 class PackedMlp {
  public:
-  PackedMlp(py::list weights, py::list biases, const std::string& activation, bool act_last,
-            bool bf16, bool gradients, Index first_column, Index columns, Index rotate,
-            int threads);
+  // norms: none, or (kind, weight, bias, eps) or None per layer.
+  PackedMlp(py::list weights, py::list biases, py::list norms, const std::string& activation,
+            bool act_last, bool bf16, bool gradients, Index first_column, Index columns,
+            Index rotate, int threads);
 
   const Mlp& mlp() const { return mlp_; }
   Precision precision() const { return precision_; }
@@ -25,8 +26,10 @@ class PackedMlp {
   Index rotate() const { return rotate_; }
   Index first_column() const { return first_column_; }
 
-  // Destinations for the gradients of these weights: a list of (weight, bias or None) arrays.
-  std::vector<LayerGrad> grads(Arrays& arrays, py::list pairs) const;
+  // Destinations for the gradients of these weights: a list of all weights, then all biases, of
+  // layers with norms then the norms' weights and their biases; arrays, or None where there is
+  // none.
+  std::vector<LayerGrad> grads(Arrays& arrays, py::list flat) const;
 
  private:
   Precision precision_;
@@ -41,11 +44,16 @@ class PackedGru {
   PackedGru(py::handle weight_ih, py::handle weight_hh, py::handle bias_ih, py::handle bias_hh,
             bool bf16, bool gradients, int threads);
 
+  // That of LateGruArgs: weight [3D, K + D] of [x, h] or, with deter_first, of [h, x]; bias [3D] or
+  // None; norm as of a PackedMlp; gates: an order of "rcu".
+  PackedGru(py::handle weight, py::handle bias, py::object norm, bool deter_first,
+            const std::string& gates, double update_bias, bool bf16, bool gradients, int threads);
+
   const Gru& gru() const { return gru_; }
   Precision precision() const { return precision_; }
   bool gradients() const { return gradients_; }
 
-  // Of (weight_ih, weight_hh, bias_ih, bias_hh) arrays.
+  // Of (weight_ih, weight_hh, bias_ih, bias_hh) arrays, or (weight, bias, norm's weight, its bias).
   void grads(Arrays& arrays, py::sequence four, LayerGrad& ih, LayerGrad& hh) const;
 
  private:

@@ -346,9 +346,10 @@ void add_scaled(const AddScaledArgs& x) {
 template <class P>
 void copy(const CopyArgs& x) {
   for (Index row = 0; row < x.rows; ++row) {
-    const bool skip = x.skip != nullptr && x.skip[row] != 0;
+    const bool skip = x.skip != nullptr && x.skip[row] != 0, zero = skip && x.instead == nullptr;
+    const float* from = skip ? x.instead : at(x.from, row);
     by_vectors(0, x.cols, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
-      Vec y = skip ? fill(0.0f) : get(at(x.from, row) + c);
+      Vec y = zero ? fill(0.0f) : get(from + c);
       if (x.to.data != nullptr) put(at<typename P::Elem>(x.to, row) + c, y);
       if (x.to32.data != nullptr) {
         if (x.add) y = y + get(at(x.to32, row) + c);

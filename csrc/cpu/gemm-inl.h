@@ -348,6 +348,13 @@ FD_INLINE Vec activate(Vec x) {
   }
 }
 
+// s + x s (1 - s) with s = sigmoid(x).
+template <bool fast>
+FD_INLINE Vec silu_slope(Vec x) {
+  const Vec s = sigmoid<fast>(x);
+  return fma(x * s, fill(1.0f) - s, s);
+}
+
 // act'(x) by y = act(x); SiLU saved the derivative itself.
 template <Activation act>
 FD_INLINE Vec slope_at(Vec y) {
@@ -453,8 +460,7 @@ void linear_act(const LinearArgs& x) {
               y = through<act>(y, get(at<const Elem>(x.slope_of, r) + c));
             } else {
               if (act == Activation::silu && x.out_slope.data != nullptr) {
-                const Vec s = sigmoid<P::fast>(y);  // s + x s (1 - s)
-                put(at<Elem>(x.out_slope, r) + c, fma(y * s, fill(1.0f) - s, s));
+                put(at<Elem>(x.out_slope, r) + c, silu_slope<P::fast>(y));
               }
               y = activate<act, P::fast>(y);
             }
@@ -712,6 +718,12 @@ FD_INLINE void add_exactly(float* total, float* carry, Vec part) {
   store(carry, load(carry) + ((before - (after - added)) + (part - added)));
 }
 
+// What they are together; where a sum is infinite, what it lost is NaN.
+FD_INLINE Vec exact_sum(const float* total, const float* carry) {
+  const Vec sum = load(total), lost = load(carry);
+  return select(lost < fill(__builtin_inff()), sum + lost, sum);
+}
+
 // Where the deltas of a block lie for the microkernel: it broadcasts, so step by step, all columns
 // side by side. As rows of tiles they are transposed, 16 steps at a time.
 template <class P>
@@ -854,9 +866,7 @@ void weight_gradient(const WeightGradientArgs& x) {
   }
   by_vectors(0, x.bias_grad == nullptr ? 0 : x.out,
              [&](Index c, auto, auto put) __attribute__((always_inline)) {
-               const Vec sum = load(total + c), lost = load(carry + c);
-               // where a sum is infinite, what it lost is NaN
-               put(x.bias_grad + c, select(lost < fill(__builtin_inff()), sum + lost, sum));
+               put(x.bias_grad + c, exact_sum(total + c, carry + c));
              });
 }
 

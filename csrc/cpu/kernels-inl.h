@@ -7,6 +7,7 @@
 #include "cpu/conv-tiles-inl.h"
 #include "cpu/gemm-inl.h"
 #include "cpu/lambda_return-inl.h"
+#include "cpu/norm-inl.h"
 
 namespace fastdreamer {
 namespace {
@@ -59,6 +60,11 @@ constexpr Kernels table(const Kernels* few = nullptr) {
   k.linear = linear<P>;
   k.gru = gru<P>;
   k.gru_backward = gru_backward<Cells>;
+  k.late_gru = late_gru<Cells>;
+  k.late_gru_backward = late_gru_backward<Cells>;
+  k.normalise = normalise<Cells>;
+  k.norm_backward = norm_backward<Cells>;
+  k.norm_gradient = norm_gradient<Cells>;
   k.sample = sample<Cells>;
   k.sample_backward = sample_backward<Cells>;
   k.act = act<Cells>;

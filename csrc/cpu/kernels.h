@@ -88,6 +88,80 @@ struct LinearArgs {
   Ones ones{};     // of in: their part of the product is a sum of rows of w
 };
 
+enum class NormKind : int { none, layer, rms };
+
+// What a row of N sums passes through before its activation: x̂ = (x - mean) / sqrt(variance + eps),
+// or with rms x / sqrt(mean of x² + eps); then times weight, plus bias. In float.
+struct Norm {
+  NormKind kind = NormKind::none;
+  float eps = 0.0f;
+  const float *weight = nullptr, *bias = nullptr;  // [N] or null
+
+  // inlined wherever it is compiled, for whatever CPU
+  __attribute__((always_inline)) explicit operator bool() const { return kind != NormKind::none; }
+};
+
+// out = act(norm(in)).
+struct NormArgs {
+  Norm norm;
+  Index N, rows;
+  Activation act;
+  Rows in;
+  Rows normed;     // x̂, may be in; and
+  Floats inverse;  // [1] what the row was multiplied by; null data: neither is wanted
+  Rows out;        // may be in, unless normed is
+  Rows out_slope;  // as LinearArgs
+};
+
+// out = the gradient of the norm's input, of that of its output.
+struct NormBackwardArgs {
+  Norm norm;
+  Index N, rows;
+  Rows grad, normed;
+  Floats inverse;
+  Rows out;
+};
+
+// weight_grad[c] = Σ_r scale[r] grad[r, c] normed[r, c], bias_grad[c] = Σ_r scale[r] grad[r, c];
+// at most kNormColumns of them.
+struct NormGradientArgs {
+  Rows grad, normed;
+  Index cols, rows;
+  const float* scale;              // [rows] or null
+  float *weight_grad, *bias_grad;  // or null
+};
+constexpr Index kNormColumns = 256;
+
+// Where the sums of the GRU below have their gates, D columns each, and what is added to update.
+struct LateGates {
+  Index D, reset, fresh, update;
+  float update_bias;
+};
+
+// h' = u tanh(r c) + (1 - u) h, where r, c and u are sums [3D] of x and h together behind the norm,
+// r and u through a sigmoid: the GRU of DreamerV2, its reset inside the candidate.
+struct LateGruArgs {
+  LateGates at;
+  Norm norm;
+  Index rows;
+  Rows sums;       // where `inverse` is wanted, x̂ afterwards
+  Floats inverse;  // as NormArgs
+  Floats h32;
+  Rows out;      // h' as Elem
+  Floats out32;  // h'
+  Rows gates;    // as GruArgs
+};
+
+// grad [3D] = the gradients of what is behind the norm, in the columns of the sums. dh as in
+// GruBackwardArgs.
+struct LateGruBackwardArgs {
+  LateGates at;
+  Index rows;
+  Rows gates, h;
+  Floats dh;
+  Rows grad;
+};
+
 // h' = GRU(x, h) with the equations of torch.nn.GRUCell.
 struct GruArgs {
   GruPanels w;
@@ -210,14 +284,15 @@ struct AddScaledArgs {
   Floats to;
 };
 
-// to = from, zero in the rows whose skip is set. to32 may be from.
+// to = from, in the rows whose skip is set zero, or what is given instead. to32 may be from.
 struct CopyArgs {
   Floats from;
   const unsigned char* skip;  // [rows] or null
   Index cols, rows;
-  Rows to;      // null data: not wanted
-  Floats to32;  // likewise
-  bool add;     // to32 += from instead
+  Rows to;                         // null data: not wanted
+  Floats to32;                     // likewise
+  bool add;                        // to32 += from instead
+  const float* instead = nullptr;  // [cols] or null
 };
 
 // weight_grad [out, in] = Σ_r scale[r] delta[r, o] x[r, i], and bias_grad[o] = Σ_r scale[r]
@@ -324,6 +399,11 @@ struct Kernels {
   void (*linear)(const LinearArgs& args);
   void (*gru)(const GruArgs& args);
   void (*gru_backward)(const GruBackwardArgs& args);
+  void (*late_gru)(const LateGruArgs& args);
+  void (*late_gru_backward)(const LateGruBackwardArgs& args);
+  void (*normalise)(const NormArgs& args);
+  void (*norm_backward)(const NormBackwardArgs& args);
+  void (*norm_gradient)(const NormGradientArgs& args);
   void (*sample)(const SampleArgs& args);
   void (*sample_backward)(const SampleBackwardArgs& args);
   void (*act)(const ActArgs& args);

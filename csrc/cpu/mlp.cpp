@@ -37,6 +37,10 @@ MlpBuffers take_mlp(Arena& arena, const Kernels& k, const Mlp& mlp, Index rows, 
     if (keep && mlp.act == Activation::silu) {
       buffers.slope[i] = take_rows(arena, k, rows, mlp.layers[i].out);
     }
+    if (keep && mlp.layers[i].norm) {
+      buffers.normed[i] = take_rows(arena, k, rows, mlp.layers[i].out);
+      buffers.inverse[i] = take_floats(arena, rows, 1);
+    }
   }
   return buffers;
 }
@@ -45,6 +49,7 @@ MlpBuffers take_deltas(Arena& arena, const Kernels& k, const Mlp& mlp, Index row
   MlpBuffers deltas;
   for (int i = 0; i < mlp.depth; ++i) {
     deltas.hidden[i] = take_rows(arena, k, rows, mlp.layers[i].out);
+    if (mlp.layers[i].norm) deltas.normed[i] = take_rows(arena, k, rows, mlp.layers[i].out);
   }
   return deltas;
 }
@@ -72,29 +77,52 @@ void forward(const Kernels& k, const Mlp& mlp, Rows in, Index rows, const MlpBuf
       k.linear({layer.forward, in, rows, layer.bias, i == 0 ? add : kNoFloats, Activation::none,
                 kNoRows, kNoRows, out, kNoRows, i == 0 ? ones : Ones{}});
     } else {
-      const Rows hidden = buffers.hidden[i].at(row);
-      k.linear({layer.forward, in, rows, layer.bias, i == 0 ? add : kNoFloats, mlp.act, kNoRows,
-                hidden, kNoFloats, buffers.slope[i].at(row), i == 0 ? ones : Ones{}});
+      const Rows hidden = buffers.hidden[i].at(row), slope = buffers.slope[i].at(row);
+      const Rows normed = buffers.normed[i].at(row);
+      const Rows sums = normed.data == nullptr ? hidden : normed;
+      k.linear({layer.forward, in, rows, layer.bias, i == 0 ? add : kNoFloats,
+                layer.norm ? Activation::none : mlp.act, kNoRows, sums, kNoFloats,
+                layer.norm ? kNoRows : slope, i == 0 ? ones : Ones{}});
+      if (layer.norm) {  // the rows are still near
+        k.normalise({layer.norm, layer.out, rows, mlp.act, sums, normed, buffers.inverse[i].at(row),
+                     hidden, slope});
+      }
       in = hidden;
     }
   }
 }
 
+Rows behind_norm(const Mlp& mlp, const MlpBuffers& deltas, int i, Index row) {
+  return (mlp.layers[i].norm ? deltas.normed : deltas.hidden)[i].at(row);
+}
+
+void through_norm(const Kernels& k, const Mlp& mlp, int i, const MlpBuffers& saved, Index saved_row,
+                  const MlpBuffers& deltas, Index delta_row, Index rows) {
+  const Layer& layer = mlp.layers[i];
+  if (!layer.norm) return;
+  k.norm_backward({layer.norm, layer.out, rows, deltas.normed[i].at(delta_row),
+                   saved.normed[i].at(saved_row), saved.inverse[i].at(saved_row),
+                   deltas.hidden[i].at(delta_row)});
+}
+
+Rows slope_of(const Mlp& mlp, const MlpBuffers& saved, int i, Index row) {
+  return (mlp.act == Activation::silu ? saved.slope : saved.hidden)[i].at(row);
+}
+
 void backward(const Kernels& k, const Mlp& mlp, const MlpBuffers& saved, Index saved_row,
               const MlpBuffers& deltas, Index delta_row, Index rows, Floats in_grad, bool add,
               Rows in_grad_elem) {
-  const auto slope_of = [&](int i) {
-    return (mlp.act == Activation::silu ? saved.slope : saved.hidden)[i].at(saved_row);
-  };
   for (int i = mlp.depth - 1; i > 0; --i) {
     const Layer& layer = mlp.layers[i];
-    const Rows before = deltas.hidden[i - 1].at(delta_row);
+    const Rows before = behind_norm(mlp, deltas, i - 1, delta_row);
+    const Rows slope = slope_of(mlp, saved, i - 1, saved_row);
     if (i == mlp.depth - 1 && deltas.hidden[i].data == nullptr) {
-      k.dot_backward({slope_of(i - 1), layer.in, rows, mlp.act, layer.row, before});
+      k.dot_backward({slope, layer.in, rows, mlp.act, layer.row, before});
     } else {
       k.linear({layer.backward, deltas.hidden[i].at(delta_row), rows, nullptr, kNoFloats, mlp.act,
-                slope_of(i - 1), before, kNoFloats, kNoRows});
+                slope, before, kNoFloats, kNoRows});
     }
+    through_norm(k, mlp, i - 1, saved, saved_row, deltas, delta_row, rows);
   }
   if (in_grad.data == nullptr && in_grad_elem.data == nullptr) return;
   k.linear({mlp.layers[0].backward, deltas.hidden[0].at(delta_row), rows, nullptr,
@@ -141,6 +169,19 @@ void WeightGradients::add(const Mlp& mlp, Rows in, const MlpBuffers& saved,
   for (int i = 0; i < mlp.depth; ++i) {
     add(i == 0 ? in : saved.hidden[i - 1].at(0), mlp.layers[i].in, deltas.hidden[i].at(0),
         mlp.layers[i].out, rows, scale, grads[i], i == 0 ? rotate : 0);
+    add_norm(deltas.normed[i].at(0), saved.normed[i].at(0), mlp.layers[i].out, rows, scale,
+             grads[i]);
+  }
+}
+
+void WeightGradients::add_norm(Rows delta, Rows normed, Index N, Index rows, const float* scale,
+                               const LayerGrad& grad) {
+  if (grad.norm_weight == nullptr && grad.norm_bias == nullptr) return;
+  const auto from = [](float* all, Index begin) { return all == nullptr ? all : all + begin; };
+  for (Index begin = 0; begin < N; begin += kNormColumns) {
+    norms_.push_back({columns(kernels_, delta, begin), columns(kernels_, normed, begin),
+                      std::min(kNormColumns, N - begin), rows, scale, from(grad.norm_weight, begin),
+                      from(grad.norm_bias, begin)});
   }
 }
 
@@ -155,7 +196,10 @@ void WeightGradients::prepare(Arena& arena, int threads) {
 }
 
 void WeightGradients::run() const {
-  parallel_tasks(static_cast<Index>(jobs_.size()), threads_, [&](Index i, int thread) {
+  const auto products = static_cast<Index>(jobs_.size()), norms = static_cast<Index>(norms_.size());
+  parallel_tasks(products + norms, threads_, [&](Index i, int thread) {
+    if (i >= products)
+      return kernels_.norm_gradient(norms_[static_cast<std::size_t>(i - products)]);
     WeightGradientArgs job = jobs_[static_cast<std::size_t>(i)];
     job.scratch = scratch_[static_cast<std::size_t>(thread)];
     const Task task(kernels_, job.rows, job.out);

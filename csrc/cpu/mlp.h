@@ -55,6 +55,7 @@ struct Layer {
   Panels backward;    // [out, in]; null data unless packed for gradients
   const float* bias;  // [out]
   const float* row;   // [in]: the weight of a layer with one output; else null
+  Norm norm{};        // of what an activation follows
 };
 
 struct Mlp {
@@ -67,17 +68,19 @@ struct Mlp {
   Index out() const { return layers[depth - 1].out; }
 };
 
-// What layers put out behind their activations (`hidden`), or the gradients before those.
+// What layers put out behind their activations (`hidden`), or the gradients of their sums.
 struct MlpBuffers {
   Buffer hidden[kMaxLayers];
-  Buffer slope[kMaxLayers];  // SiLU's derivative; elsewhere without data
+  Buffer slope[kMaxLayers];         // SiLU's derivative; elsewhere without data
+  Buffer normed[kMaxLayers];        // x̂ of layers with a norm, or the gradients behind it
+  FloatBuffer inverse[kMaxLayers];  // [1], as NormArgs
 };
 
 // Buffers for `rows` rows. With `keep` every layer has its own; else the layers take turns on two,
 // which is enough for a forward pass.
 MlpBuffers take_mlp(Arena& arena, const Kernels& k, const Mlp& mlp, Index rows, bool keep);
 
-// Room for the gradients before the activations of every layer.
+// Room for the gradients of the sums of every layer.
 MlpBuffers take_deltas(Arena& arena, const Kernels& k, const Mlp& mlp, Index rows);
 
 // The same for an MLP with a single output, whose own gradient is 1: as `backward` takes it.
@@ -88,6 +91,14 @@ MlpBuffers take_unit_deltas(Arena& arena, const Kernels& k, const Mlp& mlp, Inde
 // buffers the tile lies.
 void forward(const Kernels& k, const Mlp& mlp, Rows in, Index rows, const MlpBuffers& buffers,
              Index row, Floats out, Floats add = kNoFloats, const Ones& ones = {});
+
+// Where the gradient before the activation of layer i goes, which through_norm() takes on to
+// deltas.hidden[i]; without a norm it goes there at once.
+Rows behind_norm(const Mlp& mlp, const MlpBuffers& deltas, int i, Index row);
+void through_norm(const Kernels& k, const Mlp& mlp, int i, const MlpBuffers& saved, Index saved_row,
+                  const MlpBuffers& deltas, Index delta_row, Index rows);
+// The saved values that its activation's derivative is computed from.
+Rows slope_of(const Mlp& mlp, const MlpBuffers& saved, int i, Index row);
 
 // From deltas.hidden[depth - 1] (without data: from 1, the single output's) to the deltas of all
 // layers before, and the gradient of the input: into `in_grad` (or null), added to it with
@@ -100,7 +111,8 @@ void backward(const Kernels& k, const Mlp& mlp, const MlpBuffers& saved, Index s
 struct LayerGrad {
   float* weight;
   Index stride;
-  float* bias;  // or null
+  float* bias;                                         // or null
+  float *norm_weight = nullptr, *norm_bias = nullptr;  // or null
 };
 
 // Collects weight gradients and computes them together, split by outputs over threads, each a sum
@@ -112,6 +124,10 @@ class WeightGradients {
   // weight_grad[:, (i + rotate) % in] = Σ scale delta x[:, i]; scale null: 1; delta null: 1.
   void add(Rows x, Index in, Rows delta, Index out, Index rows, const float* scale, LayerGrad grad,
            Index rotate = 0);
+
+  // Of a norm's weight and bias, where they have a gradient.
+  void add_norm(Rows delta, Rows normed, Index N, Index rows, const float* scale,
+                const LayerGrad& grad);
 
   // Every layer of an MLP whose deltas are complete.
   void add(const Mlp& mlp, Rows in, const MlpBuffers& saved, const MlpBuffers& deltas, Index rows,
@@ -125,6 +141,7 @@ class WeightGradients {
  private:
   const Kernels& kernels_;
   std::vector<WeightGradientArgs> jobs_;
+  std::vector<NormGradientArgs> norms_;
   std::vector<void*> scratch_;
   int threads_ = 1;
 };

@@ -7,10 +7,34 @@
 namespace fastdreamer {
 namespace {
 
-// Where an episode begins, nothing was drawn.
-void forget(const Drawn& drawn, const unsigned char* first, Index rows) {
+// Where an episode begins, nothing was drawn but what it begins with.
+void forget(const Drawn& drawn, const unsigned char* first, const std::int32_t* begin, Index rows) {
   for (Index r = 0; drawn.data != nullptr && first != nullptr && r < rows; ++r) {
-    if (first[r] != 0) std::fill_n(drawn.at(r).data, drawn.count, Ones::none);
+    if (first[r] == 0) continue;
+    if (begin != nullptr) {
+      std::copy_n(begin, drawn.count, drawn.at(r).data);
+    } else {
+      std::fill_n(drawn.at(r).data, drawn.count, Ones::none);
+    }
+  }
+}
+
+// Keeps the rows of a gradient where an episode begins.
+void keep(Floats grad, const unsigned char* first, Index cols, Index rows, Floats to) {
+  for (Index r = 0; to.data != nullptr && first != nullptr && r < rows; ++r) {
+    if (first[r] != 0) std::copy_n(grad.data + r * grad.stride, cols, to.data + r * to.stride);
+  }
+}
+
+// to = the sum of those rows.
+void add_kept(const FloatBuffer& kept, const unsigned char* first, Index cols, Index rows,
+              float* to) {
+  if (to == nullptr) return;
+  std::fill_n(to, cols, 0.0f);
+  for (Index r = 0; first != nullptr && r < rows; ++r) {
+    if (first[r] == 0) continue;
+    const float* from = kept.at(r).data;
+    for (Index c = 0; c < cols; ++c) to[c] += from[c];
   }
 }
 
@@ -89,11 +113,12 @@ void Observe::scan(Index begin, Index rows, int thread) const {
     const auto first = [&](const unsigned char* all) { return all == nullptr ? all : all + row; };
     const Floats h = t == 0 ? rows_of(x.start_deter, D).at(begin) : rows_of(x.deter, D).at(row - B);
     const Floats s = t == 0 ? rows_of(x.start_stoch, S).at(begin) : rows_of(x.stoch, S).at(row - B);
-    k.copy({h, first(x.first_deter), D, rows, tape.used.at(kept), h32, false});
-    k.copy({s, first(x.first_stoch), S, rows, tape.used.at(kept, D), kNoFloats, false});
+    k.copy({h, first(x.first_deter), D, rows, tape.used.at(kept), h32, false, x.begin_deter});
+    k.copy(
+        {s, first(x.first_stoch), S, rows, tape.used.at(kept, D), kNoFloats, false, x.begin_stoch});
     k.copy({rows_of(x.action, A).at(row), first(x.first_action), A, rows, tape.used.at(kept, D + S),
             kNoFloats, false});
-    forget(drawn, first(x.first_stoch), rows);
+    forget(drawn, first(x.first_stoch), x.begin_drawn, rows);
     // h' = GRU(act(W [s, a]), h); s' from the posterior of [h', embedding]
     deter_step(k, rssm, tape.used.at(kept), t == 0 ? Drawn{} : drawn, h32, rows, tape.deter, kept,
                tape.h.at(row), rows_of(x.deter, D).at(row));
@@ -141,6 +166,8 @@ ObserveBackward::ObserveBackward(const ObserveTape& tape, const ObserveGrads& gr
   dh_ = take_floats(scratch, tiles, rssm.D);
   ds_ = take_floats(scratch, tiles, rssm.S);
   ds_da_ = take_floats(scratch, tiles, rssm.S + rssm.A);
+  if (grads.begin_deter != nullptr) begin_dh_ = take_floats(scratch, all, rssm.D);
+  if (grads.begin_stoch != nullptr) begin_ds_ = take_floats(scratch, all, rssm.S);
   if (!grads.parameters) return;
   add_deter_gradients(weights_, k, rssm, tape.used, tape.deter, deter_, all,
                       {grads.inp.data(), grads.ih, grads.hh, grads.inp_rotate});
@@ -165,7 +192,15 @@ void ObserveBackward::run() const {
   if (grads_.embed != nullptr) {
     parallel_tiles(by_row, [&](Index begin, Index rows, int) { embed(begin, rows); });
   }
+  begin();
   weights_.run();
+}
+
+void ObserveBackward::begin() const {
+  const ObserveArgs& x = tape_.args;
+  const Index all = x.T * x.B;
+  add_kept(begin_dh_, x.first_deter, x.rssm->D, all, grads_.begin_deter);
+  add_kept(begin_ds_, x.first_stoch, x.rssm->S, all, grads_.begin_stoch);
 }
 
 void ObserveBackward::prior(Index begin, Index rows) const {
@@ -205,6 +240,8 @@ void ObserveBackward::scan(Index begin, Index rows, int thread) const {
     backward(k, *x.post, tape_.post, row, post_deltas_, row, rows, dh, true);
     deter_step_backward(k, rssm, tape_.used.at(row), tape_.deter, row, deter_, row, rows, dh,
                         ds_da);
+    keep(dh, first(x.first_deter), D, rows, begin_dh_.at(row));
+    keep(ds_before, first(x.first_stoch), S, rows, begin_ds_.at(row));
     // nothing reaches what was forgotten
     k.copy({dh, first(x.first_deter), D, rows, kNoRows, dh, false});
     k.copy({ds_before, first(x.first_stoch), S, rows, kNoRows, ds, false});

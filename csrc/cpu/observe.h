@@ -21,7 +21,9 @@ struct ObserveArgs {
   const float* action;
   // * [T, B]: where an episode begins and that part of what was is forgotten
   const unsigned char *first_deter, *first_stoch, *first_action;
-  const float* noise;  // [S], or of categorical latents one a categorical
+  const float *begin_deter, *begin_stoch;  // * [D], [S]: what state it begins with; zeros
+  const std::int32_t* begin_drawn;         // * [C]: of a categorical begin_stoch, as Ones
+  const float* noise;                      // [S], or of categorical latents one a categorical
   // of categorical latents the means are the logits, and the stds null
   float *deter, *stoch, *post_mean, *post_std, *prior_mean, *prior_std;
 };
@@ -66,6 +68,7 @@ class Observe {
 struct ObserveGrads {
   const float *deter, *stoch, *post_mean, *post_std, *prior_mean, *prior_std;
   float *start_deter, *start_stoch, *embed, *action;
+  float *begin_deter, *begin_stoch;
   bool parameters;
   std::vector<LayerGrad> inp, prior, post;
   LayerGrad embed_weight, ih, hh;
@@ -81,6 +84,7 @@ class ObserveBackward {
   void prior(Index begin, Index rows) const;
   void scan(Index begin, Index rows, int thread) const;
   void embed(Index begin, Index rows) const;
+  void begin() const;
 
   const ObserveTape& tape_;
   const ObserveGrads& grads_;
@@ -88,8 +92,9 @@ class ObserveBackward {
   Index scan_tile_;
   DeterDeltas deter_;
   MlpBuffers post_deltas_, prior_deltas_;
-  FloatBuffer prior_dh_;         // [T * B], gradient of h' through the prior
-  FloatBuffer dh_, ds_, ds_da_;  // of one tile a thread
+  FloatBuffer prior_dh_;             // [T * B], gradient of h' through the prior
+  FloatBuffer dh_, ds_, ds_da_;      // of one tile a thread
+  FloatBuffer begin_dh_, begin_ds_;  // [T * B], of what episodes begin with, where they do
   WeightGradients weights_;
 };
 

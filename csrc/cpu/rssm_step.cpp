@@ -5,6 +5,10 @@ DeterBuffers take_deter(Arena& arena, const Kernels& k, const Rssm& rssm, Index 
   DeterBuffers buffers;
   buffers.inp = take_mlp(arena, k, rssm.inp, rows, keep);
   if (keep) buffers.gates = take_rows(arena, k, rows, 4 * rssm.D);
+  if (!rssm.gru.late()) return buffers;
+  buffers.inp.hidden[rssm.inp.depth - 1] = take_rows(arena, k, rows, rssm.hidden() + rssm.D);
+  buffers.sums = take_rows(arena, k, rows, 3 * rssm.D);
+  if (keep && rssm.gru.norm) buffers.inverse = take_floats(arena, rows, 1);
   return buffers;
 }
 
@@ -17,12 +21,27 @@ void deter_step(const Kernels& k, const Rssm& rssm, Rows state, const Drawn& dra
                 Index rows, const DeterBuffers& to, Index row, Rows next, Floats out32) {
   forward(k, rssm.inp, columns(k, state, rssm.D), rows, to.inp, row, kNoFloats, kNoFloats,
           drawn.ones(rssm, 0));
-  const Rows x = to.inp.hidden[rssm.inp.depth - 1].at(row);
+  const Buffer& hidden = to.inp.hidden[rssm.inp.depth - 1];
+  const Rows x = hidden.at(row);
+  if (rssm.gru.late()) {
+    const Gru& gru = rssm.gru;
+    const Rows sums = to.sums.at(row);
+    k.copy({h32, nullptr, rssm.D, rows, hidden.at(row, rssm.hidden()), kNoFloats, false});
+    k.linear({gru.joint, x, rows, gru.bias, kNoFloats, Activation::none, kNoRows, sums, kNoFloats,
+              kNoRows});
+    k.late_gru(
+        {gru.at, gru.norm, rows, sums, to.inverse.at(row), h32, next, out32, to.gates.at(row)});
+    return;
+  }
   k.gru({rssm.gru.forward, rssm.gru.bias, x, state, h32, rows, next, out32, to.gates.at(row)});
 }
 
 DeterDeltas take_deter_deltas(Arena& arena, const Kernels& k, const Rssm& rssm, Index rows) {
-  return {take_deltas(arena, k, rssm.inp, rows), take_rows(arena, k, rows, 4 * rssm.D)};
+  const Index D = rssm.D;
+  DeterDeltas deltas{take_deltas(arena, k, rssm.inp, rows), {}, {}};
+  deltas.gates = take_rows(arena, k, rows, rssm.gru.late() ? 3 * D : 4 * D);
+  if (rssm.gru.norm) deltas.sums = take_rows(arena, k, rows, 3 * D);
+  return deltas;
 }
 
 void deter_step_backward(const Kernels& k, const Rssm& rssm, Rows state, const DeterBuffers& saved,
@@ -31,15 +50,25 @@ void deter_step_backward(const Kernels& k, const Rssm& rssm, Rows state, const D
   const Index D = rssm.D;
   const int last = rssm.inp.depth - 1;
   const Rows gates = deltas.gates.at(delta_row);
-  k.gru_backward({D, rows, saved.gates.at(saved_row), state, dh, gates});
+  const Gru& gru = rssm.gru;
+  if (gru.late()) {
+    const Rows behind = gru.norm ? deltas.sums.at(delta_row) : gates;
+    k.late_gru_backward({gru.at, rows, saved.gates.at(saved_row), state, dh, behind});
+    if (gru.norm) {
+      k.norm_backward({gru.norm, 3 * D, rows, behind, saved.sums.at(saved_row),
+                       saved.inverse.at(saved_row), gates});
+    }
+  } else {
+    k.gru_backward({D, rows, saved.gates.at(saved_row), state, dh, gates});
+  }
   // through the state's weights, and through the input's and the activation before them
-  k.linear({rssm.gru.backward_hh, columns(k, gates, D), rows, nullptr, dh, Activation::none,
-            kNoRows, kNoRows, dh, kNoRows});
-  const MlpBuffers& inp = saved.inp;
-  const Buffer& slopes = rssm.inp.act == Activation::silu ? inp.slope[last] : inp.hidden[last];
-  k.linear({rssm.gru.backward_ih, gates, rows, nullptr, kNoFloats, rssm.inp.act,
-            slopes.at(saved_row), deltas.inp.hidden[last].at(delta_row), kNoFloats, kNoRows});
-  backward(k, rssm.inp, inp, saved_row, deltas.inp, delta_row, rows, ds_da, false);
+  k.linear({gru.backward_hh, gru.late() ? gates : columns(k, gates, D), rows, nullptr, dh,
+            Activation::none, kNoRows, kNoRows, dh, kNoRows});
+  k.linear({gru.backward_ih, gates, rows, nullptr, kNoFloats, rssm.inp.act,
+            slope_of(rssm.inp, saved.inp, last, saved_row),
+            behind_norm(rssm.inp, deltas.inp, last, delta_row), kNoFloats, kNoRows});
+  through_norm(k, rssm.inp, last, saved.inp, saved_row, deltas.inp, delta_row, rows);
+  backward(k, rssm.inp, saved.inp, saved_row, deltas.inp, delta_row, rows, ds_da, false);
 }
 
 void add_deter_gradients(WeightGradients& jobs, const Kernels& k, const Rssm& rssm,
@@ -50,9 +79,14 @@ void add_deter_gradients(WeightGradients& jobs, const Kernels& k, const Rssm& rs
   const auto below = [](LayerGrad grad, Index row) {
     return LayerGrad{grad.weight + row * grad.stride, grad.stride, grad.bias + row};
   };
-  jobs.add(x, K, columns(k, gates, D), 2 * D, rows, nullptr, grads.ih);  // reset, update
-  jobs.add(x, K, gates, D, rows, nullptr, below(grads.ih, 2 * D));       // new
-  jobs.add(states.at(0), D, columns(k, gates, D), 3 * D, rows, nullptr, grads.hh);
+  if (rssm.gru.late()) {
+    jobs.add(x, K + D, gates, 3 * D, rows, nullptr, grads.ih, rssm.gru.rotate);
+    jobs.add_norm(deltas.sums.at(0), saved.sums.at(0), 3 * D, rows, nullptr, grads.ih);
+  } else {
+    jobs.add(x, K, columns(k, gates, D), 2 * D, rows, nullptr, grads.ih);  // reset, update
+    jobs.add(x, K, gates, D, rows, nullptr, below(grads.ih, 2 * D));       // new
+    jobs.add(states.at(0), D, columns(k, gates, D), 3 * D, rows, nullptr, grads.hh);
+  }
   jobs.add(rssm.inp, states.at(0, D), saved.inp, deltas.inp, rows, nullptr, grads.inp,
            grads.rotate);
 }

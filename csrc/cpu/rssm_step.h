@@ -9,10 +9,17 @@
 namespace fastdreamer {
 
 struct Gru {
-  GruPanels forward;
-  const float* bias;   // as GruArgs
-  Panels backward_ih;  // [3D, K], rows new, reset, update
+  GruPanels forward;   // of a late one, below, the sizes alone
+  const float* bias;   // as GruArgs; of a late one [3D] or null
+  Panels backward_ih;  // [3D, K], rows new, reset, update; of a late one its own
   Panels backward_hh;  // [3D, D], rows reset, update, new; null data unless for gradients
+  // That of LateGruArgs:
+  Panels joint{};  // [K + D, 3D], of [x | h]
+  Norm norm{};
+  LateGates at{};
+  Index rotate = 0;  // of its columns
+
+  bool late() const { return joint.data != nullptr; }
 };
 
 struct Rssm {
@@ -40,6 +47,9 @@ struct Actor {
 struct DeterBuffers {
   MlpBuffers inp;  // the input layer's outputs
   Buffer gates;    // [4D], as GruArgs; no data: not wanted
+  // of a late GRU, whose [x | h] are the input layer's rows:
+  Buffer sums;          // [3D], as LateGruArgs
+  FloatBuffer inverse;  // [1], likewise
 };
 DeterBuffers take_deter(Arena& arena, const Kernels& k, const Rssm& rssm, Index rows, bool keep);
 
@@ -62,7 +72,8 @@ void deter_step(const Kernels& k, const Rssm& rssm, Rows state, const Drawn& dra
 // Gradients before the activations that the steps' weight gradients need, or scratch for one step.
 struct DeterDeltas {
   MlpBuffers inp;
-  Buffer gates;  // [4D], as GruBackwardArgs
+  Buffer gates;  // [4D], as GruBackwardArgs; of a late GRU the gradients of the sums [3D], and
+  Buffer sums;   // those behind the norm
 };
 DeterDeltas take_deter_deltas(Arena& arena, const Kernels& k, const Rssm& rssm, Index rows);
 
@@ -74,8 +85,8 @@ void deter_step_backward(const Kernels& k, const Rssm& rssm, Rows state, const D
 // Where the gradients of the dynamics go.
 struct DeterGrads {
   const LayerGrad* inp;  // one a layer
-  LayerGrad ih, hh;
-  Index rotate;  // of the input layer's columns
+  LayerGrad ih, hh;      // of a late GRU the first is all of it
+  Index rotate;          // of the input layer's columns
 };
 
 // Adds the weight gradients of all steps: row i of every buffer belongs together.

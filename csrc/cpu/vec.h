@@ -395,5 +395,25 @@ FD_INLINE void by_vectors(Index begin, Index end, Body body) {
   }
 }
 
+// Σ body(i, load) of [0, n) by vectors; what lies behind the end counts nothing.
+template <class Body>
+FD_INLINE float total(Index n, Body body) {
+  constexpr Index kSums = 4;  // side by side: one alone would wait for each addition
+  const auto whole = [](const auto* p) __attribute__((always_inline)) { return load(p); };
+  Vec sums[kSums] = {fill(0.0f), fill(0.0f), fill(0.0f), fill(0.0f)};
+  Index i = 0;
+  for (; i + kSums * kLanes <= n; i += kSums * kLanes) {
+    for (Index j = 0; j < kSums; ++j) sums[j] = sums[j] + body(i + j * kLanes, whole);
+  }
+  for (; i + kLanes <= n; i += kLanes) sums[0] = sums[0] + body(i, whole);
+  if (i < n) {
+    alignas(64) float line[kLanes];
+    store(line,
+          body(i, [n, i](const auto* p) __attribute__((always_inline)) { return load(p, n - i); }));
+    sums[1] = sums[1] + load(line, n - i);
+  }
+  return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
 }  // namespace
 }  // namespace fastdreamer

@@ -20,7 +20,12 @@ from fastdreamer.ops.params import (
 )
 
 BODIES: dict[str, frozenset[str]] = {
-    "native": frozenset(("categorical latents",)),
+    "native": frozenset(
+        (
+            *("layers without bias", "LayerNorm", "RMSNorm"),
+            *("GRU with its reset inside the candidate", "categorical latents", "learned start"),
+        )
+    ),
     "triton": frozenset(),
 }
 """What each compiled backend has besides, in the words of :func:`lacking`."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastdreamer import testing
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.layers import MLPParams
-from fastdreamer.ops.native.packs import arrays, pack_gru, pack_mlp
+from fastdreamer.ops.native.packs import arrays, flat, pack_gru, pack_mlp
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.rssm_step import rssm_step
@@ -376,8 +376,8 @@ class Guarded:
     def like(self, tensors: tuple[Tensor, ...]) -> list:
         return [self.new(*t.shape) for t in tensors]
 
-    def layers(self, mlp: MLPParams) -> list[tuple]:
-        return list(zip(self.like(mlp.weights), self.like(mlp.biases), strict=True))
+    def layers(self, mlp: MLPParams) -> list:
+        return self.like(flat(mlp))
 
     def check(self, label: Any) -> None:
         for i, (inner, whole) in enumerate(self.made):
@@ -468,7 +468,7 @@ def check_observe_buffers(name: str, bf16: bool, threads: int) -> None:
     _native.observe_backward(
         tape,
         tuple(torch.ones(T, B, n).numpy() for n in (D, S, S, S, S, S)),
-        (g.new(B, D), g.new(B, S), g.new(T, B, E), g.new(T, B, A)),
+        (g.new(B, D), g.new(B, S), g.new(T, B, E), g.new(T, B, A), None, None),
         (g.layers(params.inp), g.like(params.gru), g.layers(params.prior), g.layers(post)),
         threads,
     )

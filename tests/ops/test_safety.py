@@ -21,7 +21,7 @@ from fastdreamer.ops.cem import cem
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.lambda_return import lambda_return
 from fastdreamer.ops.native import packs
-from fastdreamer.ops.native.packs import pack_gru, pack_mlp
+from fastdreamer.ops.native.packs import flat, pack_gru, pack_mlp
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.rssm_step import rssm_step
@@ -430,10 +430,7 @@ def test_backward_refuses_what_was_not_announced():
     params, actor, returns = testing.make_params(SIZES)
 
     def layers(mlp):
-        return [
-            (zeros(*w.shape), zeros(*b.shape))
-            for w, b in zip(mlp.weights, mlp.biases, strict=True)
-        ]  # fmt: skip
+        return [zeros(*t.shape) for t in flat(mlp)]
 
     good = {
         "grads": tuple(

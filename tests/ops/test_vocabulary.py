@@ -578,28 +578,28 @@ def test_continuation_by_its_mode():
 def test_refusals_name_all_that_a_backend_lacks():
     params, draw = model("block", dtype=torch.float32), Draw(1, torch.float32)
     lacks = lacking(params, policy(draw, squash="bound"), heads(draw))
-    for word in ("RMSNorm", "LayerNorm", "layers without bias", "block-diagonal GRU",
-                 "layers of stoch and action apart", "bound on actions",
+    for word in ("block-diagonal GRU", "layers of stoch and action apart", "bound on actions",
                  "policy squashed by 'bound'", "two-hot heads"):  # fmt: skip
         assert f"no {word}" in lacks["native"] and f"no {word}" in lacks["triton"], word
-    assert "no categorical latents" in lacks["triton"]
-    assert "categorical latents" not in lacks["native"]
+    for word in ("RMSNorm", "LayerNorm", "layers without bias", "categorical latents"):
+        assert f"no {word}" in lacks["triton"] and word not in lacks["native"], word
     params = model(dtype=torch.float32, begin=Begin(torch.zeros(D)),
                    latent=Categorical(K, 0.0, True))  # fmt: skip
     actor = policy(draw, A, std=Categorical(A))._replace(
         mlp=layers(draw, D + Z, H, A, act="mish", kind=None)
     )
     returns = heads(draw)._replace(hard_discount=True, reward_as=Readout(None, True))
-    told = lacking(params, actor, returns)["native"]
-    for word in ("reset inside the candidate", "learned start", "Gumbel-softmax latents", "mish",
-                 "one-hot actions", "symexp heads", "heads of several outputs",
-                 "continuation by its mode"):  # fmt: skip
-        assert word in told, word
+    told = lacking(params, actor, returns)
+    for word in ("Gumbel-softmax latents", "mish", "one-hot actions", "symexp heads",
+                 "heads of several outputs", "continuation by its mode"):  # fmt: skip
+        assert word in told["native"] and word in told["triton"], word
+    for word in ("reset inside the candidate", "learned start"):
+        assert word in told["triton"] and word not in told["native"], word
 
 
 def test_every_op_asks(caplog):
     draw = Draw(1, torch.float32)
-    params, actor, returns = model(dtype=torch.float32), policy(draw), heads(draw)
+    params, actor, returns = model("block", dtype=torch.float32), policy(draw), heads(draw)
     x = Inputs(params, dtype=torch.float32)
     mean, noises = torch.zeros(4, 3, A), (torch.zeros(1, 4, 3, 7, A), torch.rand(1, 4, 3, 7, C))
     calls = {
@@ -619,7 +619,7 @@ def test_every_op_asks(caplog):
         ),
     }
     for name, call in calls.items():
-        with pytest.raises(BackendError, match="native.*no GRU with its reset inside"):
+        with pytest.raises(BackendError, match="native.*no block-diagonal GRU"):
             call("native")
         call("auto")
         assert last_backend(name) == "eager"

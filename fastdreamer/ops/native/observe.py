@@ -14,8 +14,9 @@ from fastdreamer.ops.native.packs import (
     autocast_bf16,
     first_order,
     flat,
+    flat_gru,
     latent_of,
-    layers,
+    like,
     new_latent,
     pack_mlp,
     pack_rssm,
@@ -37,9 +38,10 @@ def observe(
     bf16 = autocast_bf16()
     if embed.dtype == torch.bfloat16 and not bf16:
         embed = embed.float()
-    inputs = (*start, embed, action, is_first, noise)
+    begin = (None, None) if params.begin is None else params.begin.state(params)
+    inputs = (*start, embed, action, *begin, is_first, noise)
     if torch.is_grad_enabled():
-        groups = (flat(params.inp), params.gru, flat(params.prior), flat(params.post))
+        groups = (flat(params.inp), flat_gru(params.gru), flat(params.prior), flat(params.post))
         sizes = [len(group) for group in groups]
         parameters = [tensor for group in groups for tensor in group]
         outputs = _Observe.apply(params, bf16, resets, sizes, *inputs, *parameters)
@@ -54,12 +56,13 @@ def _run(
 ) -> tuple[tuple[Tensor | None, ...], Any]:
     """deter, stoch, mean and std (or logits and None) of posterior and prior; and the tape, if it
     is to be kept."""
-    deter, stoch, embed, action, is_first, noise = inputs
+    deter, stoch, embed, action, *begin, is_first, noise = inputs
     T, B, _ = noise.shape
     D, S, E = deter.shape[1], stoch.shape[1], embed.shape[2]
     of_deter, of_embed = (E, 0) if params.embed_first else (0, D)  # first columns
     pack = {"bf16": bf16, "gradients": keep}
-    first = params.post._replace(weights=params.post.weights[:1], biases=params.post.biases[:1])
+    post = params.post
+    first = post._replace(weights=post.weights[:1], biases=post.biases[:1], norms=())
     model = (
         *pack_rssm(params, **pack),
         pack_mlp(params.post, columns=(of_deter, D), bias=False, **pack),
@@ -77,6 +80,7 @@ def _run(
         tuple(arrays(*outputs)),
         keep,
         torch.get_num_threads(),
+        None if begin[0] is None else tuple(arrays(*begin)),
     )
     return outputs, tape
 
@@ -84,7 +88,7 @@ def _run(
 class _Observe(torch.autograd.Function):
     @staticmethod
     def forward(ctx, params, bf16, resets, sizes, *tensors):
-        inputs, parameters = tensors[:6], tensors[6:]
+        inputs, parameters = tensors[:8], tensors[8:]
         outputs, ctx.tape = _run(params, bf16, resets, inputs, keep=any(ctx.needs_input_grad))
         ctx.set_materialize_grads(False)
         ctx.sizes = sizes
@@ -95,7 +99,7 @@ class _Observe(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, *grads):
-        inputs, parameters = ctx.saved_tensors[:4], ctx.saved_tensors[12:]
+        inputs, parameters = ctx.saved_tensors[:6], ctx.saved_tensors[14:]
         needs = ctx.needs_input_grad[4:]
         starts = [
             t.new_empty(t.shape, dtype=torch.float32) if need else None
@@ -103,12 +107,9 @@ class _Observe(torch.autograd.Function):
         ]
         groups = [[None] * n for n in ctx.sizes]
         given = None
-        if any(needs[6:]):
-            layout = torch.contiguous_format
-            new = [torch.empty_like(t, memory_format=layout) for t in parameters]
-            groups = split(new, ctx.sizes)
-            inp, gru, prior, post = groups
-            given = (layers(inp), arrays(*gru), layers(prior), layers(post))
+        if any(needs[8:]):
+            groups = split(like(parameters), ctx.sizes)
+            given = tuple(arrays(*group) for group in groups)
         _native.observe_backward(
             ctx.tape,
             tuple(None if g is None else g.contiguous().numpy() for g in grads),
@@ -118,8 +119,8 @@ class _Observe(torch.autograd.Function):
         )
         if grads[4] is None and grads[5] is None:  # nothing reaches the prior
             groups[2] = [None] * ctx.sizes[2]
-        d_deter, d_stoch, d_embed, d_action = starts
+        d_deter, d_stoch, d_embed, d_action, *d_begin = starts
         if d_embed is not None:
             d_embed = d_embed.to(inputs[2].dtype)
-        parts = (d_deter, d_stoch, d_embed, d_action, None, None)
+        parts = (d_deter, d_stoch, d_embed, d_action, *d_begin, None, None)
         return None, None, None, None, *parts, *(t for group in groups for t in group)

@@ -22,8 +22,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 # first of all torch, so that the extension shares the OpenMP pool that torch loads
 from fastdreamer import _native
-from fastdreamer.ops.cells import GRUParams
-from fastdreamer.ops.layers import MLPParams
+from fastdreamer.ops.cells import GRUParams, LateGRUParams
+from fastdreamer.ops.layers import MLPParams, Norm
 from fastdreamer.ops.params import ActorParams, Categorical, Latent, Normal, OneHot, RSSMParams
 from fastdreamer.ops.private import expired
 
@@ -89,17 +89,37 @@ def first_order(backward: Callable) -> Callable:
     return checked
 
 
-def flat(mlp: MLPParams) -> tuple[Tensor, ...]:
-    """The weights, then the biases."""
-    return (*mlp.weights, *mlp.biases)
+def flat(mlp: MLPParams) -> tuple[Tensor | None, ...]:
+    """The weights, then the biases, of layers with norms then their weights and their biases."""
+    if not mlp.norms:
+        return (*mlp.weights, *mlp.biases)
+    none = (None,) * (len(mlp.weights) - len(mlp.norms))
+    parts = [[None if norm is None else norm[i] for norm in mlp.norms] for i in (1, 2)]
+    return (*mlp.weights, *mlp.biases, *parts[0], *none, *parts[1], *none)
 
 
-def layers(tensors: list[Tensor] | None) -> list[tuple] | None:
-    """The inverse of :func:`flat`, as (weight, bias) arrays of each layer; None stays None."""
-    if tensors is None:
-        return None
-    half = len(tensors) // 2
-    return list(zip(arrays(*tensors[:half]), arrays(*tensors[half:]), strict=True))
+def flat_gru(gru: GRUParams | LateGRUParams) -> tuple[Tensor | None, ...]:
+    """The four of a GRU; of a late one weight, bias and those of its norm."""
+    if isinstance(gru, GRUParams):
+        return tuple(gru)
+    return (gru.weight, gru.bias, *((None, None) if gru.norm is None else gru.norm[1:3]))
+
+
+def constants(part: MLPParams | GRUParams | LateGRUParams) -> tuple:
+    """What :func:`flat` and :func:`flat_gru` leave out."""
+    if isinstance(part, MLPParams):
+        return part.activation, tuple([_kind(norm) for norm in part.norms])
+    return () if isinstance(part, GRUParams) else (_kind(part.norm), *part[3:])
+
+
+def _kind(norm: Norm | None) -> tuple | None:
+    return None if norm is None else (norm.kind, norm.eps)
+
+
+def like(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Memory for the gradients of parameters."""
+    layout = torch.contiguous_format
+    return [None if t is None else torch.empty_like(t, memory_format=layout) for t in tensors]
 
 
 def split(items: Sequence, sizes: list[int]) -> list[Sequence]:
@@ -130,13 +150,14 @@ def pack_mlp(
             size of what the weights take first and the input has last.
         bias: whether the first layer has its bias.
     """
-    key = (bf16, act_last, columns, rotate, bias, params.activation)
+    key = (bf16, act_last, columns, rotate, bias, constants(params))
 
     def make(gradients: bool) -> Any:
         biases = list(params.biases) if bias else [None, *params.biases[1:]]
         return _native.PackedMlp(
-            [t.detach().contiguous().numpy() for t in params.weights],
-            [None if t is None else t.detach().contiguous().numpy() for t in biases],
+            _numbers(params.weights),
+            _numbers(biases),
+            [_norm(norm) for norm in params.norms],
             *(params.activation, act_last, bf16, gradients, *columns, rotate),
             torch.get_num_threads(),
         )
@@ -144,14 +165,25 @@ def pack_mlp(
     return cached(key, flat(params), gradients, make)
 
 
-def pack_gru(params: GRUParams, *, bf16: bool, gradients: bool) -> Any:
+def pack_gru(params: GRUParams | LateGRUParams, *, bf16: bool, gradients: bool) -> Any:
     """The same for a GRU cell."""
 
     def make(gradients: bool) -> Any:
-        given = [t.detach().contiguous().numpy() for t in params]
+        if isinstance(params, GRUParams):
+            given = _numbers(params)
+        else:
+            given = [*_numbers(params[:2]), _norm(params.norm), *params[3:]]
         return _native.PackedGru(*given, bf16, gradients, torch.get_num_threads())
 
-    return cached((bf16,), params, gradients, make)
+    return cached((bf16, constants(params)), flat_gru(params), gradients, make)
+
+
+def _numbers(tensors: Sequence[Tensor | None]) -> list:
+    return [None if t is None else t.detach().contiguous().numpy() for t in tensors]
+
+
+def _norm(norm: Norm | None) -> tuple | None:
+    return None if norm is None else (norm.kind, *_numbers(norm[1:3]), norm.eps)
 
 
 def pack_rssm(params: RSSMParams, *, bf16: bool, gradients: bool) -> tuple:
@@ -159,8 +191,9 @@ def pack_rssm(params: RSSMParams, *, bf16: bool, gradients: bool) -> tuple:
 
     One look-up where nothing has changed: a single step of one row takes less time than three.
     """
-    tensors = [*params.inp[0], *params.inp[1], *params.gru, *params.prior[0], *params.prior[1]]
-    key = (bf16, params.inp.activation, params.prior.activation, params.latent, params.action_first)
+    inp, gru, prior = params.inp, params.gru, params.prior
+    tensors = [*flat(inp), *flat_gru(gru), *flat(prior)]
+    key = (bf16, constants(inp), constants(gru), constants(prior), *params[4:6])
     pack = {"bf16": bf16, "gradients": gradients}
 
     def make(gradients: bool) -> _Model:
@@ -183,14 +216,15 @@ def pack_decider(
     params: RSSMParams, actor: ActorParams | None, encoder: MLPParams | None, *, bf16: bool
 ) -> Any:
     """All that a decision needs, likewise in one look-up: dynamics, posterior, policy, encoder."""
-    tensors = [*flat(params.inp), *params.gru, *flat(params.post)]
-    key = (bf16, params.inp.activation, params.post.activation, *params[4:])
+    parts = [params.inp, params.gru, params.post]
+    tensors = [*flat(params.inp), *flat_gru(params.gru), *flat(params.post)]
+    key = (bf16, *map(constants, parts), *params[4:7])
     if actor is not None:
         tensors += flat(actor.mlp)
-        key += (actor.mlp.activation, *actor[1:4])
+        key += (constants(actor.mlp), *actor[1:4])
     if encoder is not None:
         tensors += flat(encoder)
-        key += (len(encoder.weights), encoder.activation)
+        key += (len(encoder.weights), constants(encoder))
 
     def make(gradients: bool) -> Any:
         pack, dims = {"bf16": bf16, "gradients": gradients}, params.dims()
@@ -236,23 +270,25 @@ class _Model(NamedTuple):
     gradients: bool
 
 
-def _layout(tensors: Sequence[Tensor]) -> list[tuple]:
+def _layout(tensors: Sequence[Tensor | None]) -> list[tuple | None]:
     """All that tells a tensor from another view of the same memory."""
     try:
-        layout = [(t.data_ptr(), t.shape, t.stride()) for t in tensors]
-        if any([t.dtype is not torch.float32 for t in tensors]):
-            kinds = ", ".join(sorted({str(t.dtype)[6:] for t in tensors}))
+        layout = [t if t is None else (t.data_ptr(), t.shape, t.stride()) for t in tensors]
+        if any([t is not None and t.dtype is not torch.float32 for t in tensors]):
+            kinds = ", ".join(sorted({str(t.dtype)[6:] for t in tensors if t is not None}))
             raise ValueError(f"weights and biases must be float32, got {kinds}")
         return layout
     except AttributeError:
-        kinds = ", ".join(sorted({type(t).__name__ for t in tensors} - {"Tensor", "Parameter"}))
+        known = {"Tensor", "Parameter", "NoneType"}
+        kinds = ", ".join(sorted({type(t).__name__ for t in tensors} - known))
         raise TypeError(f"weights and biases must be tensors, got {kinds}") from None
     except RuntimeError as error:  # sparse, or of a subclass without memory
         raise ValueError(f"weights and biases must be dense tensors: {error}") from None
 
 
-def cached(key: tuple, tensors: Sequence[Tensor], gradients: bool, make: Callable) -> Any:
+def cached(key: tuple, tensors: Sequence[Tensor | None], gradients: bool, make: Callable) -> Any:
     key += (*_layout(tensors),)
+    tensors = [t for t in tensors if t is not None]
     try:
         stamp = [t._version for t in tensors]
     except RuntimeError:  # made in inference mode: nothing counts their changes

@@ -17,7 +17,8 @@ from fastdreamer.ops.native.packs import (
     autocast_bf16,
     first_order,
     flat,
-    layers,
+    flat_gru,
+    like,
     new_latent,
     pack_mlp,
     pack_rssm,
@@ -58,13 +59,13 @@ class Call:
             [getattr(t, "requires_grad", False) for t in critic]
         )
 
-    def parameters(self) -> list[tuple[Tensor, ...]]:
+    def parameters(self) -> list[tuple[Tensor | None, ...]]:
         """The differentiable parameters: actor, input layer, GRU, prior, reward, discount."""
         params, actor, returns = self.params, self.actor, self.returns
         return [
             () if actor is None else flat(actor.mlp),
             flat(params.inp),
-            tuple(params.gru),
+            flat_gru(params.gru),
             flat(params.prior),
             () if returns is None else flat(returns.reward),
             () if returns is None or returns.discount is None else flat(returns.discount),
@@ -171,11 +172,9 @@ class _Rollout(torch.autograd.Function):
         wants = ctx.wants
         wanted = (wants.actor, *[wants.rssm] * 3, wants.reward, wants.discount)
         grads = [
-            [torch.empty_like(t, memory_format=torch.contiguous_format) for t in group] if want
-            else None
+            like(group) if want else None
             for group, want in zip(split(parameters, ctx.sizes), wanted, strict=True)
-        ]  # fmt: skip
-        actor, inp, gru, prior, reward_head, discount_head = grads
+        ]
         _native.imagine_backward(
             ctx.tape,
             tuple(
@@ -183,8 +182,7 @@ class _Rollout(torch.autograd.Function):
                 for g in (deter, stoch, action, mean, std, reward, total, discount)
             ),
             tuple(arrays(d_deter, d_stoch, d_action)),
-            *(layers(actor), layers(inp), gru and arrays(*gru), layers(prior)),
-            *(layers(reward_head), layers(discount_head)),
+            *(None if group is None else arrays(*group) for group in grads),
             torch.get_num_threads(),
         )
         if total is None:  # what nothing reaches
@@ -208,9 +206,8 @@ class Value(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, grad):
-        critic = ctx.saved_tensors
-        grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in critic]
+        grads = like(ctx.saved_tensors)
         _native.critic_backward(
-            ctx.tape, grad.contiguous().numpy(), layers(grads), torch.get_num_threads()
+            ctx.tape, grad.contiguous().numpy(), arrays(*grads), torch.get_num_threads()
         )
         return None, None, *grads
