@@ -24,6 +24,7 @@ BODIES: dict[str, frozenset[str]] = {
         (
             *("layers without bias", "LayerNorm", "RMSNorm"),
             *("GRU with its reset inside the candidate", "categorical latents", "learned start"),
+            "bound on actions",
         )
     ),
     "triton": frozenset(),
@@ -57,6 +58,8 @@ def lacking(
     if plain and all([mlp is None or _plain(mlp) for mlp in mlps]):  # every call asks: at once
         return {}
     words = dict.fromkeys((*_of_layers(mlps), *_of_model(params), *_of_heads(actor, returns)))
+    if params is not None and params.bound_action and (actor is not None or returns is not None):
+        words["bound on its own actions"] = None
     missing = {name: [word for word in words if word not in has] for name, has in BODIES.items()}
     return {name: f"it has no {', no '.join(what)}" for name, what in missing.items() if what}
 

@@ -411,6 +411,27 @@ def test_auto_takes_native(op):
     assert last_backend(op) == "native"
 
 
+@pytest.mark.parametrize("op", ["observe", "rssm_step", "open_loop"])
+def test_bound_actions(op):
+    """Of those that are given; a policy's own are bounded by the eager body alone."""
+    run, inputs = make(op, "V3")
+    params = inputs["params"]._replace(bound_action=True)
+    inputs |= {"params": params, "action": 3 * inputs["action"]}
+    got = compare(run, inputs)
+    free = compare(run, inputs | {"params": params._replace(bound_action=False)})
+    assert not torch.allclose(got["grad_action"], free["grad_action"])
+    run, inputs = make("imagine", "V3")
+    with pytest.raises(BackendError, match="no bound on its own actions"):
+        run(**inputs | {"params": params}, backend="native")
+    sizes, _, B, style = CASES["V3"]
+    inputs = style.apply(decide, testing.decide_inputs(sizes, B))
+    params = inputs["params"]._replace(bound_action=True)
+    with pytest.raises(BackendError, match="no bound on its own actions"):
+        decide(**inputs | {"params": params}, backend="native")
+    inputs |= {"params": params, "action": 3 * inputs["action"], "actor": None}
+    compare(decide, inputs | {"action_noise": None}, wrt=())
+
+
 def test_what_is_refused_still():
     run, inputs = make("imagine", "V3")
     actor = inputs["actor"]._replace(squash="bound")

@@ -578,7 +578,9 @@ def test_continuation_by_its_mode():
 def test_refusals_name_all_that_a_backend_lacks():
     params, draw = model("block", dtype=torch.float32), Draw(1, torch.float32)
     lacks = lacking(params, policy(draw, squash="bound"), heads(draw))
-    for word in ("block-diagonal GRU", "layers of stoch and action apart", "bound on actions",
+    assert "no bound on actions" in lacks["triton"]
+    for word in ("block-diagonal GRU", "layers of stoch and action apart",
+                 "bound on its own actions",
                  "policy squashed by 'bound'", "two-hot heads"):  # fmt: skip
         assert f"no {word}" in lacks["native"] and f"no {word}" in lacks["triton"], word
     for word in ("RMSNorm", "LayerNorm", "layers without bias", "categorical latents"):

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastdreamer import _native
 from fastdreamer.ops.layers import MLPParams
 from fastdreamer.ops.native.packs import arrays, autocast_bf16, pack_decider
-from fastdreamer.ops.params import ActorParams, RSSMParams, State
+from fastdreamer.ops.params import ActorParams, RSSMParams, State, bounded
 
 
 def decide(
@@ -25,6 +25,7 @@ def decide(
     """See ``fastdreamer.ops.decide``."""
     if embed is not None and embed.dtype == torch.bfloat16:
         embed = embed.float()
+    action = bounded(action) if params.bound_action else action
     new = State(*map(torch.empty_like, state))
     chosen = None if actor is None else torch.empty_like(action)
     _native.decide(

@@ -91,25 +91,27 @@ def first_order(backward: Callable) -> Callable:
 
 def flat(mlp: MLPParams) -> tuple[Tensor | None, ...]:
     """The weights, then the biases, of layers with norms then their weights and their biases."""
-    if not mlp.norms:
-        return (*mlp.weights, *mlp.biases)
-    none = (None,) * (len(mlp.weights) - len(mlp.norms))
-    parts = [[None if norm is None else norm[i] for norm in mlp.norms] for i in (1, 2)]
-    return (*mlp.weights, *mlp.biases, *parts[0], *none, *parts[1], *none)
+    weights, biases, _, norms = mlp
+    if not norms:
+        return (*weights, *biases)
+    none = (None,) * (len(weights) - len(norms))
+    parts = [[None if norm is None else norm[i] for norm in norms] for i in (1, 2)]
+    return (*weights, *biases, *parts[0], *none, *parts[1], *none)
 
 
 def flat_gru(gru: GRUParams | LateGRUParams) -> tuple[Tensor | None, ...]:
     """The four of a GRU; of a late one weight, bias and those of its norm."""
     if isinstance(gru, GRUParams):
-        return tuple(gru)
+        return gru
     return (gru.weight, gru.bias, *((None, None) if gru.norm is None else gru.norm[1:3]))
 
 
-def constants(part: MLPParams | GRUParams | LateGRUParams) -> tuple:
+def constants(part: MLPParams | GRUParams | LateGRUParams) -> Any:
     """What :func:`flat` and :func:`flat_gru` leave out."""
     if isinstance(part, MLPParams):
-        return part.activation, tuple([_kind(norm) for norm in part.norms])
-    return () if isinstance(part, GRUParams) else (_kind(part.norm), *part[3:])
+        _, _, activation, norms = part
+        return (activation, *[_kind(norm) for norm in norms]) if norms else activation
+    return None if isinstance(part, GRUParams) else (_kind(part.norm), *part[3:])
 
 
 def _kind(norm: Norm | None) -> tuple | None:
@@ -288,9 +290,8 @@ def _layout(tensors: Sequence[Tensor | None]) -> list[tuple | None]:
 
 def cached(key: tuple, tensors: Sequence[Tensor | None], gradients: bool, make: Callable) -> Any:
     key += (*_layout(tensors),)
-    tensors = [t for t in tensors if t is not None]
     try:
-        stamp = [t._version for t in tensors]
+        stamp = [t._version for t in tensors if t is not None]
     except RuntimeError:  # made in inference mode: nothing counts their changes
         _counts["packed"] += 1
         return make(gradients)
@@ -307,6 +308,7 @@ def cached(key: tuple, tensors: Sequence[Tensor | None], gradients: bool, make: 
     _counts["packed"] += 1
     pack = make(gradients)
     _make_room()
+    tensors = [t for t in tensors if t is not None]
     storages = [StorageWeakRef(t.untyped_storage()) for t in tensors]
     if not any([t.is_shared() for t in tensors]):
         _packs[key] = _Entry(pack, stamp, storages)
