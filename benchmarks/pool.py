@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,11 +22,14 @@ from fastdreamer.acting.policy import Policy
 from fastdreamer.config import Config, preset
 from fastdreamer.envs.gl import select_gl
 from fastdreamer.ops.backend import chosen_backend
+from fastdreamer.training.cluster import connected
 from fastdreamer.training.collector import Collector, Job
 from fastdreamer.training.episodes import episode_path
 
 POOLS = {"1 × 1": (1, 1), "1 × 2": (1, 2), "1 × 4": (1, 4), "2 × 1": (2, 1), "2 × 2": (2, 2)}
 """Name → workers and environments in each. Others are compared with the first."""
+RAY = {f"{name}, Ray": POOLS[name] for name in ("1 × 1", "2 × 1")}
+"""Pools of Ray actors on this machine, where Ray is installed."""
 KINDS = {"pixels": "walker", "state": "state"}
 """What the agent sees → the preset of its settings."""
 ROUND = 4  # episodes
@@ -61,9 +65,15 @@ def opened(kind: str) -> Iterator[dict[str, Callable[[], object]]]:
     native = chosen_backend("cpu") == "native"
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for name, (workers, envs) in POOLS.items():
+        places, pools = dict.fromkeys(POOLS), dict(POOLS)
+        if importlib.util.find_spec("ray"):
+            # Room for all of them at once: who is not asked is idle.
+            cluster = stack.enter_context(connected("local", sum(n for n, _ in RAY.values())))
+            places |= dict.fromkeys(RAY, cluster)
+            pools |= RAY
+        for name, (workers, envs) in pools.items():
             config, directory = _config(kind, workers, envs), folder / name.replace(" ", "")
-            pool = Collector(config, directory)
+            pool = Collector(config, directory, place=places[name])
             stack.callback(pool.close)
             agent = Policy(config, pool.obs_shapes, pool.action_dim)
             runs[name] = functools.partial(_collect, pool, job, acting_weights(agent))
@@ -100,7 +110,7 @@ def table(result: dict[str, Any]) -> str:
     for kind in times:
         header += [f"from {kind}", f"against {next(iter(POOLS))}"]
     rows = []
-    for name in POOLS:
+    for name in next(iter(times.values())):
         row = [name]
         for kind, measured in times.items():
             base = next(iter(measured.values()))["median_ms"]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -20,12 +21,12 @@ from fastdreamer.cli import main
 from fastdreamer.config import preset
 from fastdreamer.training import cluster as cluster_module
 from fastdreamer.training import collector as collector_module
-from fastdreamer.training.checkpoint import list_checkpoints, load_checkpoint
+from fastdreamer.training.checkpoint import list_checkpoints, load_checkpoint, load_meta
 from fastdreamer.training.cluster import Actor, Cluster, ClusterError, connected
 from fastdreamer.training.collector import Collector, Job
 from fastdreamer.training.episodes import episode_path
 from fastdreamer.training.logger import read_metrics
-from fastdreamer.training.trainer import Trainer, read_config
+from fastdreamer.training.trainer import Trainer, read_config, write_config
 
 TRAIN = ["train", "walker", "--preset", "tiny", "--collect.round", "2", "--collect.prefill", "2",
          "--train.frames", "320", "--train.checkpoint-every", "10", "--threads", "1"]  # fmt: skip
@@ -75,7 +76,7 @@ def learned(run_dir):
     ]
     tensors, _ = load_checkpoint(list_checkpoints(run_dir / "checkpoints")[-1])
     episodes = {path.name: path.read_bytes() for path in (run_dir / "episodes").iterdir()}
-    assert len(episodes) == 8
+    assert episodes
     return lines, episodes, {name: x.tolist() for name, x in tensors.items()}
 
 
@@ -232,3 +233,52 @@ def test_a_cluster_that_is_not_there_is_one_line(address, says, tmp_path, capsys
     assert main([*TRAIN, "--ray", address, "--run", str(run_dir)]) == 1
     said = capsys.readouterr().err
     assert re.search(says, said) and said.count("\n") == 1 and not run_dir.exists()
+
+
+@with_ray
+def test_seeds_as_tasks_are_stopped_and_go_on_as_if_they_had_not_been(nodes, tmp_path, capsys):
+    folder = tmp_path / "seeds"
+    seeds = [folder / "seed0", folder / "seed1"]
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stop():
+        wait(lambda: all(list_checkpoints(run / "checkpoints") for run in seeds))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    longer = ["--train.frames", "100000", "--ray", nodes.address]
+    assert main([*TRAIN, *longer, "--seeds", "0,1", "--run", str(folder)]) == 130
+    stopper.join()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert f"go on with: fastdreamer train --resume {folder} --ray" in capsys.readouterr().out
+    reached = [load_meta(list_checkpoints(run / "checkpoints")[-1])["cursor"] for run in seeds]
+    end = str(max(cursor["env_frames"] for cursor in reached) + 80)
+    for run in seeds:  # where they would have ended
+        config = read_config(run)
+        write_config(
+            run,
+            dataclasses.replace(config, train=dataclasses.replace(config.train, frames=int(end))),
+        )
+    assert main(["train", "--resume", str(folder), "--ray", nodes.address]) == 0
+    said = capsys.readouterr().out
+    assert "seed 1 has ended" in said and "2 seeds: return" in said
+    assert (folder / "curves.png").stat().st_size > 1000
+    alone = tmp_path / "alone"
+    assert main([*TRAIN, "--train.frames", end, "--run", str(alone)]) == 0
+    assert learned(seeds[0]) == learned(alone) != learned(seeds[1])
+
+
+@with_ray
+def test_a_comparison_as_tasks_goes_on_and_ends_in_one_picture(nodes, tmp_path, capsys):
+    pytest.importorskip("stable_baselines3")
+    argv = ["compare", "walker", "--methods", "ppo", "--preset", "tiny", "--frames", "40"]
+    argv += ["--eval-every", "40", "--eval-episodes", "1", "--out", str(tmp_path)]
+    argv += ["--ray", nodes.address, "--threads", "1"]
+    assert main([*argv, "--seeds", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "ppo, seed 0: return" in said and (tmp_path / "compare.png").exists()
+    evaluated = (tmp_path / "ppo-seed0" / "ppo.json").read_bytes()
+    assert main([*argv, "--seeds", "2"]) == 0
+    assert "ppo, seed 1: return" in capsys.readouterr().out
+    assert (tmp_path / "ppo-seed0" / "ppo.json").read_bytes() == evaluated
