@@ -306,7 +306,10 @@ class _Worker:
         elif not self._said:
             self._said = True
             if where is None:
-                _log.warning("the %s waits for a core that is free", self._name)
+                _log.warning(
+                    "the %s waits for its start: no core of the cluster is free, or it is slow",
+                    self._name,
+                )
                 return
             _log.warning(
                 "the %s (%s) has given no sign for %.0f s: it is stopped, or in a "

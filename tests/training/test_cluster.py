@@ -142,7 +142,7 @@ def test_a_worker_waits_for_a_core_without_being_replaced(nodes, tmp_path, monke
         pass
 
     def leave():
-        if "the collector 3 of 3 waits for a core that is free" in caplog.text:
+        if "the collector 3 of 3 waits for its start: no core" in caplog.text:
             raise Asked
 
     monkeypatch.setattr(collector_module, "QUIET", 0.5)
