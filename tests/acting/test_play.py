@@ -155,7 +155,8 @@ def test_episodes_side_by_side_are_those_alone(controller):
             env = short[i % 4]
             assert told[i] == play_alone(agent, env, seed, controller=controller)
             assert len(told[i]) == lengths[i % 4] + 1
-            assert returns[i] == sum(step[-1] for step in told[i])
+            # From Python 3.12 on sum() makes up for rounding, which adding one by one does not.
+            assert returns[i] == pytest.approx(sum(step[-1] for step in told[i]), rel=1e-12)
             assert returns[i] == evaluate(agent, env, seed, controller=controller)
 
 
