@@ -158,10 +158,16 @@ def test_tasks_are_listed_one_a_line_and_others_explained(capsys):
 
 
 @pytest.fixture
-def settings(tmp_path, monkeypatch):
+def untrained(monkeypatch):
+    """Runs end before they have learned or drawn anything."""
+    monkeypatch.setattr(Trainer, "train", lambda self: None)
+    monkeypatch.setattr("fastdreamer.cli.train.plot_runs", lambda runs, picture: picture)
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch, untrained):
     """Write a file for --config, and start a run that does not train; what its settings are."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Trainer, "train", lambda self: None)
 
     def train(told, *options):
         if told is not None:
@@ -325,7 +331,7 @@ def test_a_dm_control_that_does_not_fit_its_mujoco_is_named(capsys, monkeypatch,
     assert dict(doctor._simulator())["simulator"] == "walker-walk loads and steps"
 
 
-def test_names_of_runs_hold_the_seed_and_do_not_collide(capsys, monkeypatch, tmp_path):
+def test_names_of_runs_hold_the_seed_and_do_not_collide(monkeypatch, tmp_path, untrained):
     class Noon(datetime.datetime):
         @classmethod
         def now(cls):
@@ -333,7 +339,6 @@ def test_names_of_runs_hold_the_seed_and_do_not_collide(capsys, monkeypatch, tmp
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datetime.datetime", Noon)
-    monkeypatch.setattr(Trainer, "train", lambda self: None)
     for seed in ("7", "7", "8", "7"):
         assert main([*STATE, "--preset", "tiny", "--seed", seed]) == 0
     names = sorted(path.name for path in (tmp_path / "runs").iterdir())
@@ -343,9 +348,8 @@ def test_names_of_runs_hold_the_seed_and_do_not_collide(capsys, monkeypatch, tmp
     assert seeds == [7, 7, 7, 8]
 
 
-def test_a_full_disk_is_looked_at_before_a_run(capsys, monkeypatch, tmp_path):
+def test_a_full_disk_is_looked_at_before_a_run(capsys, monkeypatch, tmp_path, untrained):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Trainer, "train", lambda self: None)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
     assert main(STATE) == 1
