@@ -317,18 +317,9 @@ void dot_backward_act(const DotBackwardArgs& x) {
 
 template <class P>
 void dot_backward(const DotBackwardArgs& x) {
-  switch (x.act) {
-    case Activation::elu:
-      return dot_backward_act<P, Activation::elu>(x);
-    case Activation::relu:
-      return dot_backward_act<P, Activation::relu>(x);
-    case Activation::silu:
-      return dot_backward_act<P, Activation::silu>(x);
-    case Activation::tanh:
-      return dot_backward_act<P, Activation::tanh>(x);
-    default:
-      return dot_backward_act<P, Activation::none>(x);
-  }
+  by_activation(x.act, [&](auto chosen) __attribute__((always_inline)) {
+    dot_backward_act<P, decltype(chosen)::act>(x);
+  });
 }
 
 template <class P>

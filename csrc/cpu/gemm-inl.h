@@ -348,6 +348,28 @@ FD_INLINE Vec activate(Vec x) {
   }
 }
 
+template <Activation activation>
+struct Chosen {
+  static constexpr Activation act = activation;
+};
+
+// body(Chosen<act>{}): what is compiled for each.
+template <class Body>
+FD_INLINE void by_activation(Activation act, Body body) {
+  switch (act) {
+    case Activation::elu:
+      return body(Chosen<Activation::elu>{});
+    case Activation::relu:
+      return body(Chosen<Activation::relu>{});
+    case Activation::silu:
+      return body(Chosen<Activation::silu>{});
+    case Activation::tanh:
+      return body(Chosen<Activation::tanh>{});
+    default:
+      return body(Chosen<Activation::none>{});
+  }
+}
+
 // s + x s (1 - s) with s = sigmoid(x).
 template <bool fast>
 FD_INLINE Vec silu_slope(Vec x) {
@@ -493,18 +515,9 @@ void linear_act(const LinearArgs& x) {
 
 template <class P>
 void linear(const LinearArgs& x) {
-  switch (x.act) {
-    case Activation::elu:
-      return linear_act<P, Activation::elu>(x);
-    case Activation::relu:
-      return linear_act<P, Activation::relu>(x);
-    case Activation::silu:
-      return linear_act<P, Activation::silu>(x);
-    case Activation::tanh:
-      return linear_act<P, Activation::tanh>(x);
-    default:
-      return linear_act<P, Activation::none>(x);
-  }
+  by_activation(x.act, [&](auto chosen) __attribute__((always_inline)) {
+    linear_act<P, decltype(chosen)::act>(x);
+  });
 }
 
 // --- GRU -----------------------------------------------------------------------------------------
@@ -718,10 +731,12 @@ FD_INLINE void add_exactly(float* total, float* carry, Vec part) {
   store(carry, load(carry) + ((before - (after - added)) + (part - added)));
 }
 
-// What they are together; where a sum is infinite, what it lost is NaN.
-FD_INLINE Vec exact_sum(const float* total, const float* carry) {
-  const Vec sum = load(total), lost = load(carry);
-  return select(lost < fill(__builtin_inff()), sum + lost, sum);
+// to = what they are together, [n] or null; where a sum is infinite, what it lost is NaN.
+FD_INLINE void put_exact_sums(const float* total, const float* carry, Index n, float* to) {
+  by_vectors(0, to == nullptr ? 0 : n, [&](Index c, auto, auto put) __attribute__((always_inline)) {
+    const Vec sum = load(total + c), lost = load(carry + c);
+    put(to + c, select(lost < fill(__builtin_inff()), sum + lost, sum));
+  });
 }
 
 // Where the deltas of a block lie for the microkernel: it broadcasts, so step by step, all columns
@@ -864,10 +879,7 @@ void weight_gradient(const WeightGradientArgs& x) {
           }
         });
   }
-  by_vectors(0, x.bias_grad == nullptr ? 0 : x.out,
-             [&](Index c, auto, auto put) __attribute__((always_inline)) {
-               put(x.bias_grad + c, exact_sum(total + c, carry + c));
-             });
+  put_exact_sums(total, carry, x.out, x.bias_grad);
 }
 
 }  // namespace

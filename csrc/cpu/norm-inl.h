@@ -60,18 +60,9 @@ void normalise_act(const NormArgs& x) {
 
 template <class P>
 void normalise(const NormArgs& x) {
-  switch (x.act) {
-    case Activation::elu:
-      return normalise_act<P, Activation::elu>(x);
-    case Activation::relu:
-      return normalise_act<P, Activation::relu>(x);
-    case Activation::silu:
-      return normalise_act<P, Activation::silu>(x);
-    case Activation::tanh:
-      return normalise_act<P, Activation::tanh>(x);
-    default:
-      return normalise_act<P, Activation::none>(x);
-  }
+  by_activation(x.act, [&](auto chosen) __attribute__((always_inline)) {
+    normalise_act<P, decltype(chosen)::act>(x);
+  });
 }
 
 // dx = inverse (g - mean(g) - x̂ mean(g x̂)) with g = weight · grad; with rms without the mean of g.
@@ -127,14 +118,8 @@ void norm_gradient(const NormGradientArgs& x) {
       add_exactly(bias.total + c, bias.carry + c, of_bias);
     });
   }
-  const auto finish = [&](const Sum& sum, float* to) __attribute__((always_inline)) {
-    by_vectors(0, to == nullptr ? 0 : x.cols,
-               [&](Index c, auto, auto put) __attribute__((always_inline)) {
-                 put(to + c, exact_sum(sum.total + c, sum.carry + c));
-               });
-  };
-  finish(weight, x.weight_grad);
-  finish(bias, x.bias_grad);
+  put_exact_sums(weight.total, weight.carry, x.cols, x.weight_grad);
+  put_exact_sums(bias.total, bias.carry, x.cols, x.bias_grad);
 }
 
 template <class P>
