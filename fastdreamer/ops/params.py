@@ -199,6 +199,10 @@ class RSSMParams(NamedTuple):
         dims |= {"A": taken - stoch, "S": stoch}
         return dims if self.post is None else dims | {"E": self.post.weights[0].shape[1] - deter}
 
+    def taken(self, action: Tensor) -> Tensor:
+        """An action [..., A] as ``inp`` takes it."""
+        return bounded(action) if self.bound_action else action
+
     @property
     def noise(self) -> str:
         """The letter of a step's noise: S standard normals or Gumbels, or C uniforms in [0, 1)."""

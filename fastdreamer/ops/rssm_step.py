@@ -11,7 +11,7 @@ from fastdreamer.ops.backend import Op
 from fastdreamer.ops.cells import recur
 from fastdreamer.ops.checks import check_tensor
 from fastdreamer.ops.layers import mlp, mlp_act
-from fastdreamer.ops.params import Branches, Latent, RSSMParams, State, bounded, latent_dist
+from fastdreamer.ops.params import Branches, Latent, RSSMParams, State, latent_dist
 from fastdreamer.ops.vocabulary import lacking
 
 
@@ -51,7 +51,7 @@ def rssm_step(
 
 def deter_step(params: RSSMParams, state: State, action: Tensor) -> Tensor:
     """h' [B, D] of the previous state and action; the half of a step that observing shares."""
-    stoch, action = state.stoch, bounded(action) if params.bound_action else action
+    stoch, action = state.stoch, params.taken(action)
     if isinstance(params.inp, Branches):
         stoch, action = mlp_act(params.inp.stoch, stoch), mlp_act(params.inp.action, action)
     x = torch.cat((action, stoch) if params.action_first else (stoch, action), -1)

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastdreamer import _native
 from fastdreamer.ops.layers import MLPParams
 from fastdreamer.ops.native.packs import arrays, autocast_bf16, pack_decider
-from fastdreamer.ops.params import ActorParams, RSSMParams, State, bounded
+from fastdreamer.ops.params import ActorParams, RSSMParams, State
 
 
 def decide(
@@ -25,7 +25,7 @@ def decide(
     """See ``fastdreamer.ops.decide``."""
     if embed is not None and embed.dtype == torch.bfloat16:
         embed = embed.float()
-    action = bounded(action) if params.bound_action else action
+    action = params.taken(action)
     new = State(*map(torch.empty_like, state))
     chosen = None if actor is None else torch.empty_like(action)
     _native.decide(

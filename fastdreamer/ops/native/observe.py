@@ -22,7 +22,7 @@ from fastdreamer.ops.native.packs import (
     pack_rssm,
     split,
 )
-from fastdreamer.ops.params import Latent, RSSMParams, State, bounded
+from fastdreamer.ops.params import Latent, RSSMParams, State
 
 
 def observe(
@@ -35,7 +35,7 @@ def observe(
     resets: tuple[bool, bool, bool],
 ) -> tuple[State, Latent, Latent]:
     """See ``fastdreamer.ops.observe``: posterior states, posterior and prior."""
-    action = bounded(action) if params.bound_action else action
+    action = params.taken(action)
     bf16 = autocast_bf16()
     if embed.dtype == torch.bfloat16 and not bf16:
         embed = embed.float()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastdreamer.ops.native.rollout import Call
-from fastdreamer.ops.params import RSSMParams, State, bounded
+from fastdreamer.ops.params import RSSMParams, State
 
 
 def open_loop(params: RSSMParams, start: State, action: Tensor, noise: Tensor) -> State:
     """See ``fastdreamer.ops.open_loop``."""
-    action = bounded(action) if params.bound_action else action
+    action = params.taken(action)
     return State(*Call("open_loop", params)(*start, noise, None, action)[:2])

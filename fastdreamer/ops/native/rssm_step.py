@@ -8,14 +8,14 @@ from torch import Tensor
 from fastdreamer import _native
 from fastdreamer.ops.native.packs import arrays, autocast_bf16, latent_of, new_latent, pack_rssm
 from fastdreamer.ops.native.rollout import Call
-from fastdreamer.ops.params import Latent, RSSMParams, State, bounded
+from fastdreamer.ops.params import Latent, RSSMParams, State
 
 
 def rssm_step(
     params: RSSMParams, state: State, action: Tensor, noise: Tensor
 ) -> tuple[State, Latent]:
     """See ``fastdreamer.ops.rssm_step``: a rollout of one step."""
-    action = bounded(action) if params.bound_action else action
+    action = params.taken(action)
     if not torch.is_grad_enabled():  # the latency of acting: nothing that is not needed
         model = pack_rssm(params, bf16=autocast_bf16(), gradients=False)
         new = torch.empty_like
