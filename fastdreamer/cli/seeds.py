@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import platform
 import statistics
@@ -15,11 +14,11 @@ from fastdreamer.analysis.viz.curves import plot_runs
 from fastdreamer.config import Config, ConfigError, from_dict, to_dict
 from fastdreamer.config.schema import build
 from fastdreamer.files import replacing
-from fastdreamer.learning.dreamer import NonFiniteLoss
 from fastdreamer.training.checkpoint import list_checkpoints, load_meta
 from fastdreamer.training.cluster import Call, Cluster
 from fastdreamer.training.logger import METRICS_FILE, read_metrics
-from fastdreamer.training.trainer import RunError, Stopped, Trainer, stop_signals
+from fastdreamer.training.tasks import carry_out, run_tasks
+from fastdreamer.training.trainer import RunError, Trainer, stop_signals
 
 _FILE = "seeds.json"
 """What such a folder has beside its runs: their seeds, in the order of training."""
@@ -121,25 +120,14 @@ def train_on(
             stop.check()
 
         gpu = any(config.device != "cpu" for config in configs.values())
-        with contextlib.closing(cluster.run(calls, gpu=gpu, look=look)) as ended:
-            for name, done in ended:
-                look()
-                if not done:
-                    raise Stopped
-                say(f"{name} has ended")
+        run_tasks(cluster, calls, gpu=gpu, look=look, ended=lambda name: say(f"{name} has ended"))
 
 
 def _train(run_dir: str, config_json: str) -> bool:
     """The task: train a run, to its end unless it is stopped."""
     if not (Path(run_dir) / "config.json").is_file():
         raise RunError(f"{platform.node()} has no {run_dir}: all nodes must share that folder")
-    try:
-        Trainer(run_dir, from_dict(json.loads(config_json))).train()
-    except (Stopped, KeyboardInterrupt):
-        return False
-    except NonFiniteLoss as error:
-        raise RunError(f"the {error}") from error
-    return True
+    return carry_out(lambda: Trainer(run_dir, from_dict(json.loads(config_json))).train())
 
 
 def _evaluated(run_dir: Path) -> list[dict[str, Any]]:

@@ -30,10 +30,10 @@ from fastdreamer.analysis.compare.methods import (
 from fastdreamer.analysis.compare.records import Settings, Stage, read_json, write_json
 from fastdreamer.analysis.compare.results import write_results
 from fastdreamer.config import ConfigError
-from fastdreamer.learning.dreamer import NonFiniteLoss
 from fastdreamer.machine.device import resolve_config, resolve_device
 from fastdreamer.training.cluster import Call, Cluster
 from fastdreamer.training.logger import format_seconds
+from fastdreamer.training.tasks import carry_out, run_tasks
 from fastdreamer.training.trainer import RunError, Stopped, StopSignals, lock_run, stop_signals
 
 
@@ -120,26 +120,20 @@ def _train_on(
 
     console.print(f"{cluster.describe()}; {len(calls)} runs", highlight=False)
     gpu = settings.device != "cpu"
-    with contextlib.closing(cluster.run(calls, gpu=gpu, look=look)) as ended:
-        for _, done in ended:
-            look()
-            if not done:
-                raise Stopped
+    run_tasks(cluster, calls, gpu=gpu, look=look)
 
 
 def _run_here(out: str, settings: dict[str, Any], methods: Sequence[str], seed: int) -> bool:
     """The task: bring methods to their last evaluation, unless it is stopped."""
     if not Path(out).is_dir():
         raise RunError(f"{platform.node()} has no {out}: all nodes must share that folder")
-    try:
+
+    def work() -> None:
         with stop_signals() as stop:
             for method in methods:
                 _run(Path(out), Settings(**settings), method, seed, stop, Console())
-    except (Stopped, KeyboardInterrupt):
-        return False
-    except NonFiniteLoss as error:
-        raise RunError(f"the {error}") from error
-    return True
+
+    return carry_out(work)
 
 
 def _check(settings: Settings, methods: Sequence[str], seeds: int) -> None:
