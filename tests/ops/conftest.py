@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -108,6 +108,13 @@ def check_backends() -> Callable[..., None]:
             pytest.skip(f"{name} has a kernel for every backend here")
 
     return check
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """``threads(n)``: from here to the test's end."""
+    yield torch.set_num_threads
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -11,16 +11,21 @@ from unittest import mock
 
 import pytest
 import torch
+from native_and_eager import (
+    INPUTS,
+    assert_threads_change_nothing,
+    compare,
+    compare_with_and_without_gradients,
+)
 
 from fastdreamer import testing
 from fastdreamer.ops.cem import cem
 from fastdreamer.ops.decide import decide
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.observe import observe
-from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.params import Categorical, State
 from fastdreamer.ops.rssm_step import rssm_step
-from fastdreamer.testing import Sizes, assert_accurate, evaluate
+from fastdreamer.testing import Sizes
 
 # sizes, H or T, B, classes, unimix: below, at and above vectors of 8 and 16, and two of them;
 # one row, and tiles of 50 rows
@@ -37,12 +42,6 @@ CASES = {
     "certain": (Sizes(2, 11, 6, 4, 17, 5, 1, 1, 1, "elu"), 3, 4, 1, 0.0),
 }
 ONLY_FP32 = ("one",)  # in bfloat16 the error of a single number is luck
-INPUTS = {
-    "rssm_step": (rssm_step, lambda sizes, H, B: testing.rssm_step_inputs(sizes, B)),
-    "observe": (observe, testing.observe_inputs),
-    "open_loop": (open_loop, testing.open_loop_inputs),
-    "imagine": (imagine, lambda *shape: testing.imagine_inputs(*shape, heads=True)),
-}
 
 
 def drawn_safely(run, inputs, classes, unimix):
@@ -54,33 +53,14 @@ def make_inputs(op, sizes, H, B, classes, unimix):
     return drawn_safely(run, make(sizes, H, B), classes, unimix)
 
 
-def compare(run, inputs, *, bf16=False, **options):
-    fp32 = {"dtype": torch.float32, "autocast": bf16, **options}
-    got = evaluate(run, inputs, backend="native", **fp32)
-    eager = evaluate(run, inputs, backend="eager", **fp32)
-    truth = evaluate(run, inputs, backend="eager", dtype=torch.float64, **options)
-    for name in truth:  # the very classes: what follows compares roundings
-        if name.endswith("stoch") and not name.startswith("grad"):
-            assert torch.equal(got[name], truth[name].float()), name
-            assert torch.equal(eager[name], truth[name].float()), name
-    assert_accurate(run.__name__, got, eager, truth, bf16=bf16, native=True)
-    return got
-
-
 def precisions(name):
     return (False,) if name in ONLY_FP32 else (False, True)
 
 
 def check_case(op, name):
-    """And without gradients, when nothing is kept, the same outputs."""
     run, inputs = INPUTS[op][0], make_inputs(op, *CASES[name])
     for bf16 in precisions(name):
-        got = compare(run, inputs, bf16=bf16)
-        with torch.no_grad():
-            lean = evaluate(
-                run, inputs, backend="native", dtype=torch.float32, autocast=bf16, wrt=()
-            )
-        assert all(torch.equal(got[key], out) for key, out in lean.items())
+        compare_with_and_without_gradients(run, inputs, bf16=bf16)
 
 
 def check_cem(name):
@@ -89,20 +69,7 @@ def check_cem(name):
     inputs = testing.cem_inputs(sizes, H, B, 5, 2) | {"num_elites": 5}
     inputs = drawn_safely(cem, inputs, classes, unimix)
     for score, bf16 in itertools.product(("lambda_return", "reward"), precisions(name)):
-        given = inputs | {"score": score}
-        results = []
-        for backend, dtype in (("native", None), ("eager", None), ("eager", torch.float64)):
-            results.append(
-                evaluate(
-                    cem,
-                    given,
-                    backend=backend,
-                    dtype=dtype or torch.float32,
-                    wrt=(),
-                    autocast=bf16 and dtype is None,
-                )  # fmt: skip
-            )
-        assert_accurate("cem", *results, bf16=bf16, native=True)
+        compare(cem, inputs | {"score": score}, bf16=bf16, wrt=())
 
 
 def check_decide(name):
@@ -245,23 +212,11 @@ def test_a_nan_stays_in_its_row_and_categorical():
     assert prior.logits.isnan().sum() == len(state.stoch)
 
 
-@pytest.fixture
-def threads():
-    yield torch.set_num_threads
-    torch.set_num_threads(1)
-
-
 @pytest.mark.parametrize("name", ["one", "15", "33", "32"])
 @pytest.mark.parametrize("op", INPUTS)
 def test_threads_change_nothing(op, name, threads):
     run, inputs = INPUTS[op][0], make_inputs(op, *CASES[name])
-    for bf16 in (False, True):
-        want = None
-        for n in (1, 2, 3, 8):
-            threads(n)
-            got = evaluate(run, inputs, backend="native", dtype=torch.float32, autocast=bf16)
-            want = want or got
-            assert all(torch.equal(got[key], out) for key, out in want.items())
+    assert_threads_change_nothing(run, inputs, threads)
 
 
 def test_cem_whatever_the_threads(threads):

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from native_and_eager import assert_threads_change_nothing
 from torch import Tensor
 
 from fastdreamer.ops.backend import BackendError, last_backend, use_backend
@@ -240,24 +241,10 @@ def test_what_is_not_finite_goes_where_eager_lets_it(value, bf16):
                     assert torch.equal(got.isinf(), want.isinf()), (op, name, key)
 
 
-@pytest.fixture
-def threads():
-    yield torch.set_num_threads
-    torch.set_num_threads(1)
-
-
 @pytest.mark.parametrize("name", ["one", "odd", "chunks"])
 @pytest.mark.parametrize("op", OPS)
 def test_threads_change_nothing(op, name, threads):
-    inputs = codec_inputs(*CASES[name])[op]
-    for bf16 in (False, True):
-        want = None
-        for n in (1, 2, 3, 8):
-            threads(n)
-            got = evaluate(OPS[op], inputs, backend="native", dtype=torch.float32, autocast=bf16)
-            want = want or got
-            for key in want:
-                assert torch.equal(got[key], want[key]), (n, bf16, key)
+    assert_threads_change_nothing(OPS[op], codec_inputs(*CASES[name])[op], threads)
 
 
 def test_an_image_s_result_does_not_depend_on_the_batch():

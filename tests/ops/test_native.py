@@ -5,13 +5,16 @@ every ISA of the host and for several numbers of threads. Instruction sets are c
 environment before anything is imported, so those run this file as a script.
 """
 
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any
 from unittest import mock
 
+import native_and_eager
 import pytest
 import torch
+from native_and_eager import assert_threads_change_nothing
 from torch import Tensor
 
 from fastdreamer import testing
@@ -72,14 +75,7 @@ def make_inputs(op: str, sizes: Sizes, H: int, B: int, layers=(1, 2), **options)
 
 
 def results(op: str, inputs: Mapping[str, Any], *, bf16: bool, **options) -> tuple[dict, ...]:
-    """Of native, eager and the truth."""
-    run = OPS[op]
-    fp32 = {"dtype": torch.float32, "autocast": bf16, **options}
-    return (
-        evaluate(run, inputs, backend="native", **fp32),
-        evaluate(run, inputs, backend="eager", **fp32),
-        evaluate(run, inputs, backend="eager", dtype=torch.float64, **options),
-    )
+    return native_and_eager.results(OPS[op], inputs, bf16=bf16, **options)
 
 
 def overall(result: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
@@ -329,26 +325,12 @@ def test_what_nothing_reaches_gets_no_gradient():
 # --- threads and ISAs ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def threads():
-    yield torch.set_num_threads
-    torch.set_num_threads(1)
-
-
 @pytest.mark.parametrize("name", ["one-row", "tile-1", "tiles+1", "wide"])
 @pytest.mark.parametrize("op", OPS)
 def test_threads_change_nothing(op, name, threads):
     inputs = make_inputs(op, *CASES[name])
-    for bf16 in (False, True):
-        want = None
-        for n in (1, 2, 3, 8):
-            threads(n)
-            got = evaluate(OPS[op], inputs, backend="native", dtype=torch.float32, autocast=bf16)
-            want = want or got
-            for key in want:
-                assert torch.equal(got[key], want[key]), (n, bf16, key)
-            for key, out in inferred(op, inputs, bf16).items():
-                assert torch.equal(out, want[key]), (n, bf16, key)
+    lean = functools.partial(inferred, op, inputs)
+    assert_threads_change_nothing(OPS[op], inputs, threads, lean)
 
 
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16", "amx", "amx_emulated"])

@@ -9,6 +9,12 @@ import itertools
 
 import pytest
 import torch
+from native_and_eager import (
+    INPUTS,
+    assert_threads_change_nothing,
+    compare,
+    compare_with_and_without_gradients,
+)
 from torch import Tensor
 
 from fastdreamer import testing
@@ -19,18 +25,10 @@ from fastdreamer.ops.decide import decide
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.layers import MLPParams, Norm
 from fastdreamer.ops.observe import observe
-from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.params import Begin, Categorical
-from fastdreamer.ops.rssm_step import rssm_step
-from fastdreamer.testing import Sizes, assert_accurate, evaluate
+from fastdreamer.testing import Sizes
 
 PARTS = ("inp", "prior", "post")
-INPUTS = {
-    "rssm_step": (rssm_step, lambda sizes, H, B: testing.rssm_step_inputs(sizes, B)),
-    "observe": (observe, testing.observe_inputs),
-    "open_loop": (open_loop, testing.open_loop_inputs),
-    "imagine": (imagine, lambda *shape: testing.imagine_inputs(*shape, heads=True)),
-}
 
 
 class Style:
@@ -134,29 +132,14 @@ def make(op, name, **changes):
     return run, style.apply(run, given | changes)
 
 
-def compare(run, inputs, *, bf16=False, **options):
-    fp32 = {"dtype": torch.float32, "autocast": bf16, **options}
-    got = evaluate(run, inputs, backend="native", **fp32)
-    eager = evaluate(run, inputs, backend="eager", **fp32)
-    truth = evaluate(run, inputs, backend="eager", dtype=torch.float64, **options)
-    assert_accurate(run.__name__, got, eager, truth, bf16=bf16, native=True)
-    return got
-
-
 def precisions(name):
     return (False,) if name in ONLY_FP32 else (False, True)
 
 
 def check_case(op, name):
-    """And without gradients, when nothing is kept, the same outputs."""
     run, inputs = make(op, name)
     for bf16 in precisions(name):
-        got = compare(run, inputs, bf16=bf16)
-        with torch.no_grad():
-            lean = evaluate(
-                run, inputs, backend="native", dtype=torch.float32, autocast=bf16, wrt=()
-            )
-        assert all(torch.equal(got[key], out) for key, out in lean.items())
+        compare_with_and_without_gradients(run, inputs, bf16=bf16)
 
 
 def check_cem(name):
@@ -304,23 +287,11 @@ def test_a_nan_stays_in_its_row():
         assert torch.equal(seen.state.deter[:, rest], clean.state.deter[:, rest])
 
 
-@pytest.fixture
-def threads():
-    yield torch.set_num_threads
-    torch.set_num_threads(1)
-
-
 @pytest.mark.parametrize("name", ["one", "plain", "wide"])
 @pytest.mark.parametrize("op", INPUTS)
 def test_threads_change_nothing(op, name, threads):
     run, inputs = make(op, name)
-    for bf16 in (False, True):
-        want = None
-        for n in (1, 2, 3, 8):
-            threads(n)
-            got = evaluate(run, inputs, backend="native", dtype=torch.float32, autocast=bf16)
-            want = want or got
-            assert all(torch.equal(got[key], out) for key, out in want.items())
+    assert_threads_change_nothing(run, inputs, threads)
 
 
 def parameters(part):

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from native_and_eager import assert_threads_change_nothing
 
 from fastdreamer import _native, testing
 from fastdreamer.ops.backend import BackendError, last_backend
@@ -304,22 +305,11 @@ def test_bad_transforms_are_refused():
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_threads_change_nothing(op):
+def test_threads_change_nothing(op, threads):
     flags = {"discount": discount_head(), "stoch_first": True, "through_feat": True}
     flags |= {"action_first": True, "embed_first": True, "departure": True}
     inputs = make(op, 3, 101, transform="floor", **flags)
-    for bf16 in (False, True):
-        want = None
-        for number in (1, 2, 3, 8):
-            torch.set_num_threads(number)
-            try:
-                got = evaluate(
-                    OPS[op], inputs, backend="native", dtype=torch.float32, autocast=bf16
-                )
-            finally:
-                torch.set_num_threads(1)
-            want = want or got
-            assert all(torch.equal(got[name], want[name]) for name in want), (number, bf16)
+    assert_threads_change_nothing(OPS[op], inputs, threads)
 
 
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16", "amx", "amx_emulated"])
