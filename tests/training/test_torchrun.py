@@ -13,20 +13,19 @@ import time
 from pathlib import Path
 
 import pytest
+from logged import WALL_CLOCK, learned
 
 from fastdreamer.cli import main
 from fastdreamer.config import ConfigError, preset
 from fastdreamer.learning.dreamer import NonFiniteLoss
 from fastdreamer.learning.ranks import Ranks
 from fastdreamer.training import ranks as training_ranks
-from fastdreamer.training.checkpoint import list_checkpoints, load_checkpoint
 from fastdreamer.training.logger import METRICS_FILE, read_metrics
 
 FRAMES = ["--train.frames", "240"]
 TRAIN = ["train", "walker", "--preset", "tiny", *FRAMES, "--behavior.target-every", "7"]
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 240
-WALL_CLOCK = ("seconds", "updates_per_s", "wait_collector_s", "wait_learner_s")
 
 
 def launch(*argv):
@@ -66,15 +65,6 @@ def rank(process, number):
         if f"\0RANK={number}\0" in Path(f"/proc/{child}/environ").read_text():
             return int(child)
     raise AssertionError(children)
-
-
-def learned(run_dir):
-    """All that was logged but for the clock, and the last weights and moments."""
-    lines = [
-        {k: v for k, v in line.items() if k not in WALL_CLOCK} for line in read_metrics(run_dir)
-    ]
-    tensors, _ = load_checkpoint(list_checkpoints(run_dir / "checkpoints")[-1])
-    return lines, {name: x.tolist() for name, x in tensors.items()}
 
 
 def undisturbed(run_dir):

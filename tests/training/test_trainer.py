@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from logged import WALL_CLOCK
 
 from fastdreamer.acting.play import agent_policy, collect, episode_seed, random_policy
 from fastdreamer.acting.policy import Policy
@@ -63,7 +64,6 @@ CONFIG = dataclasses.replace(
 )
 UPDATES, PREFILL, CYCLE = 165, 2, 20
 KINDS = ["state", "pixels", "both"]  # what a run sees: whether it has convolutions
-WALL_CLOCK = ("seconds", "updates_per_s", "wait_collector_s", "wait_learner_s")
 KILLS, SEED = ["seconds"] * 2 + ["updates"] * 5 + ["call"] * 3, 1  # of each of two runs
 FEW_KILLS = ["seconds"] + ["updates"] * 2 + ["call"]  # from pixels a start takes longer
 TIMEOUT = 240  # seconds; a run takes a few, but ten times that on a machine that others load
