@@ -1,5 +1,6 @@
 """The largest Triton kernels, compiled ahead; ``python -m tests.triton_resources`` for all."""
 
+import threading
 from importlib.metadata import version as version_of
 
 import pytest
@@ -107,13 +108,28 @@ def test_a_load_that_crossed_a_barrier_is_seen():
 
 
 def test_kernels_are_compiled_side_by_side_and_a_long_wait_is_announced_once(monkeypatch, caplog):
+    compile_kernel, wait, waited = aot.compile_kernel, aot.wait, threading.Event()
+
+    def held(spec, capability):
+        assert waited.wait(60), "what is in Triton's cache would be there before the wait"
+        return compile_kernel(spec, capability)
+
+    def let_go(*arguments, **options):
+        try:
+            return wait(*arguments, **options)
+        finally:
+            waited.set()
+
     monkeypatch.setattr(aot, "_LONG", 0.0)
+    monkeypatch.setattr(aot, "compile_kernel", held)
+    monkeypatch.setattr(aot, "wait", let_go)
     aot._announce.cache_clear()
     found = [s for s in kernels(REPORT, WALKER, Precision(False, 90)) if "cem." in label(s)][:2]
     assert len(found) == 2
     for _ in range(2):
-        aot.compile_kernel.cache_clear()
+        compile_kernel.cache_clear()
+        waited.clear()
         made = aot.compile_kernels([*found, found[0]], 90)
-        assert made == {spec: aot.compile_kernel(spec, 90) for spec in found}
+        assert made == {spec: compile_kernel(spec, 90) for spec in found}
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("compiling kernels for sm_90, once")
