@@ -44,6 +44,7 @@ _NOT_NEGATIVE = {
     "model": ("reward_layers", "state_layers"),
     "loss": ("kl_scale", "free_nats"),
     "behavior": ("actor_layers", "critic_layers", "target_every"),
+    "optim": ("anneal",),
     "collect": ("noise", "round", "workers"),
     "explore": ("beta",),
     "safety": ("layers", "step_scale", "limit", "multiplier_lr"),

@@ -163,6 +163,8 @@ class OptimConfig:
     """Adam's epsilon."""
     clip: float = 100.0
     """Largest norm of each optimiser's gradient."""
+    anneal: int = 0
+    """Env frames at the end of a run over which all learning rates fall linearly to a tenth."""
 
 
 @dataclass(frozen=True)

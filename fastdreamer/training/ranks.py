@@ -142,11 +142,13 @@ class Lead:
         with together():
             dist.broadcast_object_list([what], src=0)
 
-    def deal(self, arrays: dict[str, np.ndarray], *, health: bool) -> dict[str, Tensor]:
+    def deal(
+        self, arrays: dict[str, np.ndarray], *, pace: float, health: bool
+    ) -> dict[str, Tensor]:
         """Give every rank its sequences of a batch; this one's.
 
         Args:
-            arrays: [T, B, ...] by name. health: as ``Dreamer.update`` takes it.
+            arrays: [T, B, ...] by name. pace, health: as ``Dreamer.update`` takes it.
         """
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if self.ranks.size == 1:
@@ -157,7 +159,7 @@ class Lead:
             with together():
                 dist.broadcast_object_list([layout], src=0)
             self._layout = layout
-        _order(_UPDATE, health)
+        _order(_UPDATE, pace, health)
         return {name: _scatter(x, *layout[name], self.ranks) for name, x in batch.items()}
 
     @contextlib.contextmanager
@@ -200,7 +202,7 @@ def follow(ranks: Ranks) -> NoReturn:
         learning: _Learning | None = None
         layout: _Layout = {}
         while (order := _order())[0] != _END:
-            what, health = order
+            what, pace, health = order
             if what == _START:
                 backend.close()
                 learning = _begin(ranks, backend)
@@ -210,7 +212,7 @@ def follow(ranks: Ranks) -> NoReturn:
                 layout = _hear()
             else:
                 batch = {name: _scatter(None, *about, ranks) for name, about in layout.items()}
-                _update(learning, batch, bool(health))
+                _update(learning, batch, pace, bool(health))
     os._exit(0)  # nothing to clean up, and see joined()
 
 
@@ -259,16 +261,18 @@ def _hear() -> Any:
     return told[0]
 
 
-def _update(learning: _Learning, batch: dict[str, Tensor], health: bool) -> None:
+def _update(learning: _Learning, batch: dict[str, Tensor], pace: float, health: bool) -> None:
     batch = {name: x.to(learning.agent.device) for name, x in batch.items()}
     # The first rank finds the same and says it.
     with contextlib.suppress(NonFiniteLoss):
-        learning.agent.update(batch, learning.optimizers, learning.generator, health=health)
+        learning.agent.update(
+            batch, learning.optimizers, learning.generator, pace=pace, health=health
+        )
 
 
-def _order(what: int | None = None, health: bool = False) -> list[int]:
+def _order(what: int | None = None, pace: float = 1.0, health: bool = False) -> list[float]:
     """What the first rank orders, said by it and heard by the others."""
-    order = torch.tensor([what or 0, health])
+    order = torch.tensor([what or 0, pace, health], dtype=torch.float64)
     with together():
         dist.broadcast(order, src=0)
     return order.tolist()

@@ -460,15 +460,24 @@ class Trainer:
         with nvtx.annotate("data"):
             arrays = self.replay.sample(config.replay.batch, config.replay.length, self.sample_rng)
             health = (self.update + 1) % config.train.log_every == 0  # of what is logged
-            batch = self._lead.deal(arrays, health=health)
+            how = {"pace": self._pace(), "health": health}
+            batch = self._lead.deal(arrays, **how)
             batch = {name: x.to(self.agent.device) for name, x in batch.items()}
         with nvtx.annotate("update"):
-            metrics = self.agent.update(batch, self.optimizers, self.generator, health=health)
+            metrics = self.agent.update(batch, self.optimizers, self.generator, **how)
         every = config.behavior.target_every
         if every and (self.update + 1) % every == 0:
             self.agent.update_target()
             self._lead.update_target()
         return metrics
+
+    def _pace(self) -> float:
+        """Factor of the learning rates: 1, and a tenth of it where the run is to end."""
+        anneal = self.config.optim.anneal
+        if not anneal:
+            return 1.0
+        left = (self.config.train.frames - self.env_frames) / anneal
+        return 0.1 + 0.9 * min(1.0, max(0.0, left))
 
     def _next_cycle(self) -> bool:
         """End a cycle and start the next; False when the run is complete."""
