@@ -81,13 +81,18 @@ class Dreamer(Policy):
             for name, (module, lr) in self._optimized().items()
         }
 
+    def set_pace(self, optimizers: dict[str, torch.optim.Optimizer], pace: float) -> None:
+        """Let optimisers go on at so much of the learning rates of the configuration."""
+        for name, (_, lr) in self._optimized().items():
+            for group in optimizers[name].param_groups:
+                group["lr"] = pace * lr
+
     def update(
         self,
         batch: dict[str, Tensor],
         optimizers: dict[str, torch.optim.Optimizer],
         generator: torch.Generator,
         *,
-        pace: float = 1.0,
         health: bool = False,
     ) -> dict[str, float]:
         """Learn from one batch: world model, then actor and critic in imagination.
@@ -99,7 +104,6 @@ class Dreamer(Policy):
                 ranks, this one's sequences.
             optimizers: of ``make_optimizers()``.
             generator: draws every noise of the update, on its own device; alike on all ranks.
-            pace: factor of all learning rates.
             health: also measure what tells a healthy run from a dead one: ``prior_entropy``,
                 ``post_entropy``, ``actor_entropy`` (of the squashed action, all in nats),
                 ``actor_std`` (before the tanh) and ``action_saturated``, the share of imagined
@@ -114,7 +118,6 @@ class Dreamer(Policy):
                 and of actor and critic neither. RankError: another rank is gone.
         """
         release_memory()  # the last rollout's would lie idle beside the decoder's
-        self._set_pace(optimizers, pace)
         watching, *dreaming = self._noise(*batch["reward"].shape, generator)
         # Dynamics learning: the model's states of the batch; a step up the evidence lower bound.
         seen = self.world_model.watch(batch, watching)
@@ -261,11 +264,6 @@ class Dreamer(Policy):
             ahead = open_loop(rssm.params(), now, batch["action"][context:], noise[context:])
             means = self.model.decoder(torch.cat([watched.feat, ahead.feat]))
         return _observed(means)
-
-    def _set_pace(self, optimizers: dict[str, torch.optim.Optimizer], pace: float) -> None:
-        for name, (_, lr) in self._optimized().items():
-            for group in optimizers[name].param_groups:
-                group["lr"] = pace * lr
 
     def _optimized(self) -> dict[str, tuple[nn.Module, float]]:
         """Networks, one an optimiser, by its name, and their learning rates."""

@@ -148,7 +148,8 @@ class Lead:
         """Give every rank its sequences of a batch; this one's.
 
         Args:
-            arrays: [T, B, ...] by name. pace, health: as ``Dreamer.update`` takes it.
+            arrays: [T, B, ...] by name. pace: as ``Dreamer.set_pace`` takes it.
+            health: as ``Dreamer.update`` takes it.
         """
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if self.ranks.size == 1:
@@ -263,11 +264,10 @@ def _hear() -> Any:
 
 def _update(learning: _Learning, batch: dict[str, Tensor], pace: float, health: bool) -> None:
     batch = {name: x.to(learning.agent.device) for name, x in batch.items()}
+    learning.agent.set_pace(learning.optimizers, pace)
     # The first rank finds the same and says it.
     with contextlib.suppress(NonFiniteLoss):
-        learning.agent.update(
-            batch, learning.optimizers, learning.generator, pace=pace, health=health
-        )
+        learning.agent.update(batch, learning.optimizers, learning.generator, health=health)
 
 
 def _order(what: int | None = None, pace: float = 1.0, health: bool = False) -> list[float]:

@@ -460,11 +460,12 @@ class Trainer:
         with nvtx.annotate("data"):
             arrays = self.replay.sample(config.replay.batch, config.replay.length, self.sample_rng)
             health = (self.update + 1) % config.train.log_every == 0  # of what is logged
-            how = {"pace": self._pace(), "health": health}
-            batch = self._lead.deal(arrays, **how)
+            pace = self._pace()
+            batch = self._lead.deal(arrays, pace=pace, health=health)
             batch = {name: x.to(self.agent.device) for name, x in batch.items()}
         with nvtx.annotate("update"):
-            metrics = self.agent.update(batch, self.optimizers, self.generator, **how)
+            self.agent.set_pace(self.optimizers, pace)
+            metrics = self.agent.update(batch, self.optimizers, self.generator, health=health)
         every = config.behavior.target_every
         if every and (self.update + 1) % every == 0:
             self.agent.update_target()

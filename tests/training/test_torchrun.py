@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from logged import WALL_CLOCK, learned
 
@@ -23,7 +24,8 @@ from fastdreamer.training import ranks as training_ranks
 from fastdreamer.training.logger import METRICS_FILE, read_metrics
 
 FRAMES = ["--train.frames", "240"]
-TRAIN = ["train", "walker", "--preset", "tiny", *FRAMES, "--behavior.target-every", "7"]
+SLOWER = ["--optim.anneal", "80"]
+TRAIN = ["train", "walker", "--preset", "tiny", *FRAMES, "--behavior.target-every", "7", *SLOWER]
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 240
 
@@ -103,6 +105,31 @@ def test_stopped_and_killed_and_resumed_it_is_the_same_run(tmp_path):
     text, status = end(launch("train", "--resume", run_dir))
     assert status == 0 and "resumed from" in text, text
     assert learned(run_dir) == learned(reference)
+
+
+def test_all_ranks_learn_at_the_first_one_s_pace(monkeypatch):
+    """As it is ordered, and heard."""
+    said = []
+    monkeypatch.setattr(training_ranks.dist, "broadcast", lambda order, src: said.append(order))
+    lead = training_ranks.Lead(Ranks(0, 2))
+    monkeypatch.setattr(training_ranks, "_scatter", lambda x, *about: x)
+    monkeypatch.setattr(training_ranks.dist, "broadcast_object_list", lambda told, src: None)
+    lead.deal({"reward": np.zeros((4, 2), np.float32)}, pace=0.3, health=True)
+    what, pace, health = said[-1].tolist()
+    assert (pace, health) == (0.3, True)
+
+    class Agent:
+        device = "cpu"
+
+        def set_pace(self, optimizers, pace):
+            said.append((optimizers, pace))
+
+        def update(self, batch, optimizers, generator, *, health):
+            said.append((optimizers, health))
+
+    learning = training_ranks._Learning(Agent(), "theirs", None)
+    training_ranks._update(learning, {}, pace, bool(health))
+    assert said[-2:] == [("theirs", 0.3), ("theirs", True)]
 
 
 def test_what_ranks_cannot_learn_together_is_refused(tmp_path, monkeypatch, capsys):

@@ -54,12 +54,14 @@ from fastdreamer.training.trainer import (
 
 TINY = preset("tiny")
 # 10 episodes of 20 decisions; 5 + 8 · 20 updates. Every 7 updates a checkpoint, so that they fall
-# all over the cycles; episodes are evicted; the target critic and the return range have state.
+# all over the cycles; episodes are evicted; the target critic and the return range have state;
+# over the second half of the run the learning rates fall.
 CONFIG = dataclasses.replace(
     TINY,
     seed=3,
     replay=dataclasses.replace(TINY.replay, capacity=200),
     behavior=dataclasses.replace(TINY.behavior, target_every=15, return_norm=True),
+    optim=dataclasses.replace(TINY.optim, anneal=200),
     train=dataclasses.replace(TINY.train, pretrain=5, checkpoint_every=7),
 )
 UPDATES, PREFILL, CYCLE = 165, 2, 20
@@ -718,6 +720,27 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path, reference, launch
     (run_dir / "log.txt").unlink()
     assert launcher.run(run_dir) == 0
     assert_equals(run_dir, reference[0])
+
+
+def test_learning_rates_fall_at_the_end_alone(tmp_path, monkeypatch, own_threads):
+    seen = {}
+    update = Dreamer.update
+
+    def watched(agent, batch, optimizers, generator, **how):
+        rates = {n: group["lr"] for n, o in optimizers.items() for group in o.param_groups}
+        seen.setdefault(trainer.env_frames, []).append(rates)
+        return update(agent, batch, optimizers, generator, **how)
+
+    monkeypatch.setattr(Dreamer, "update", watched)
+    trainer = Trainer(new_run(tmp_path / "run"))
+    trainer.train()
+    full = {"model": TINY.optim.model_lr, "actor": TINY.optim.actor_lr}
+    full["critic"] = TINY.optim.critic_lr
+    assert list(seen) == list(range(80, 400, 40))
+    for frames, rates in seen.items():
+        left = min(1, (400 - frames) / 200)
+        for each in rates:
+            assert each == pytest.approx({n: lr * (0.1 + 0.9 * left) for n, lr in full.items()})
 
 
 def test_a_killed_collector_changes_nothing(tmp_path, reference, launcher):
