@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,8 +29,8 @@ from fastdreamer.training.episodes import episode_path
 
 POOLS = {"1 × 1": (1, 1), "1 × 2": (1, 2), "1 × 4": (1, 4), "2 × 1": (2, 1), "2 × 2": (2, 2)}
 """Name → workers and environments in each. Others are compared with the first."""
-RAY = {f"{name}, Ray": POOLS[name] for name in ("1 × 1", "2 × 1")}
-"""Pools of Ray actors on this machine, where Ray is installed."""
+RAY = {f"{name}, Ray": name for name in ("1 × 1", "2 × 1")}
+"""Pools of Ray actors on this machine, where Ray is installed, and those that they are like."""
 KINDS = {"pixels": "walker", "state": "state"}
 """What the agent sees → the preset of its settings."""
 ROUND = 4  # episodes
@@ -68,9 +69,11 @@ def opened(kind: str) -> Iterator[dict[str, Callable[[], object]]]:
         places, pools = dict.fromkeys(POOLS), dict(POOLS)
         if importlib.util.find_spec("ray"):
             # Room for all of them at once: who is not asked is idle.
-            cluster = stack.enter_context(connected("local", sum(n for n, _ in RAY.values())))
+            cluster = stack.enter_context(
+                connected("local", sum(POOLS[name][0] for name in RAY.values()))
+            )
             places |= dict.fromkeys(RAY, cluster)
-            pools |= RAY
+            pools |= {name: POOLS[like] for name, like in RAY.items()}
         for name, (workers, envs) in pools.items():
             config, directory = _config(kind, workers, envs), folder / name.replace(" ", "")
             pool = Collector(config, directory, place=places[name])
@@ -95,12 +98,20 @@ def measure(rounds: int) -> dict[str, Any]:
     Args:
         rounds: timed ones of each.
     """
-    circumstances, times = machine.record(), {}
+    circumstances, times, overhead = machine.record(), {}, {}
     for kind in KINDS:
         with opened(kind) as runs:
-            times[kind] = race(runs, rounds=rounds)
+            seconds: dict[str, list[float]] = {}
+            times[kind] = race(runs, rounds=rounds, kept=seconds)
+        overhead[kind] = {
+            name: statistics.median(
+                a / b for a, b in zip(seconds[like], seconds[name], strict=True)
+            )
+            for name, like in RAY.items()
+            if name in seconds
+        }
     settings = {"round": ROUND, "frames": {kind: frames(kind) for kind in KINDS}}
-    return {"machine": circumstances, "settings": settings, "times": times}
+    return {"machine": circumstances, "settings": settings, "times": times, "ray": overhead}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -117,11 +128,21 @@ def table(result: dict[str, Any]) -> str:
             own = measured[name]
             row += [rate_cell(own, amounts[kind]), f"{base / own['median_ms']:.2f}×"]
         rows.append(row)
+    beside = [
+        f"{name} {ratio:.2f} from {kind}"
+        for kind, ratios in result["ray"].items()
+        for name, ratio in ratios.items()
+    ]
     told = ", ".join(f"{n} env frames from {kind}" for kind, n in amounts.items())
-    return (
+    text = (
         f"A round of {result['settings']['round']} episodes ({told}), its files included; nothing "
         f"learns beside it.\n\n" + report.table(header, rows)
     )
+    if beside:
+        text += (
+            f"\n\nAgainst the same pool of processes, in one round: {', '.join(beside)} (medians)."
+        )
+    return text
 
 
 def main() -> None:

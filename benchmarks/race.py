@@ -272,6 +272,7 @@ def race(
     pause: float = 0.0,
     wait: Callable[[], object] = lambda: None,
     drive: Callable[[Callable[[], object], Callable[[], object], int], object] | None = None,
+    kept: dict[str, list[float]] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Time functions in turn, round by round, so that a change of the machine's load meets all.
 
@@ -285,6 +286,7 @@ def race(
         wait: until what a function has started is done; within the clock, and before it starts.
         drive: runs the rounds: ``drive(first, others, rounds)`` calls ``others`` and then
             ``first``, the first variant, that often; for a harness that wants to time it itself.
+        kept: is given the seconds of each variant, round by round.
 
     Returns:
         A ``timing.summary`` for each variant.
@@ -324,6 +326,8 @@ def race(
     for times in seconds.values():
         times.clear()
     (drive or alone)(lambda: run(first), others, rounds)
+    if kept is not None:
+        kept.update(seconds)
     return {name: summary(times) for name, times in seconds.items()}
 
 
