@@ -43,7 +43,7 @@ _NOT_NEGATIVE = {
     "": ("seed", "threads"),
     "model": ("reward_layers", "state_layers"),
     "loss": ("kl_scale", "free_nats"),
-    "behavior": ("actor_layers", "critic_layers", "target_every"),
+    "behavior": ("actor_layers", "critic_layers", "target_every", "entropy"),
     "optim": ("anneal",),
     "collect": ("noise", "round", "workers"),
     "explore": ("beta",),

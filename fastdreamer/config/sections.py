@@ -147,6 +147,8 @@ class BehaviorConfig:
     """Copy the critic to a target network every so many updates; 0: no target network."""
     return_norm: bool = False
     """Divide the actor's loss by the 5-95 percentile range of the returns, at least 1."""
+    entropy: float = 0.0
+    """Weight of the entropy of the actor's squashed action, in nats, beside the returns."""
 
 
 @dataclass(frozen=True)

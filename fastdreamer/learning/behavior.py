@@ -7,9 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastdreamer.acting.policy import Policy
 from fastdreamer.learning import losses
 from fastdreamer.learning.learner import Learner, Losses
 from fastdreamer.machine import nvtx
+from fastdreamer.nn import Actor
 from fastdreamer.nn.dists import squashed_entropy
 from fastdreamer.ops.imagine import Imagination, imagine
 from fastdreamer.ops.params import State
@@ -61,14 +63,16 @@ class BehaviorLearner(Learner):
         return Dream(start, noise, ahead, self._weights(ahead, batch), self._scale(ahead.returns))
 
     def losses(self, dream: Dream, *, health: bool = False) -> Losses:
-        """The actor: up the returns. The critic: towards them, in the states 0..H−1 that the
-        actions were chosen in.
+        """The actor: up the returns, and to entropy where that is asked for. The critic: towards
+        them, in the states 0..H−1 that the actions were chosen in.
 
         Args:
             health: also measure how wide the actor is and how its actions saturate.
         """
-        ahead, weights = dream.ahead, dream.weights
-        actor = losses.actor_loss(ahead.returns, weights, dream.scale)
+        ahead, weights, bonus = dream.ahead, dream.weights, None
+        if self.agent.config.behavior.entropy:
+            bonus = entropy_bonus(self.agent, self.agent.actor, dream.feat[:-1], dream.noise[1])
+        actor = losses.actor_loss(ahead.returns, weights, dream.scale, bonus)
         critic = losses.critic_loss(ahead.value, ahead.returns, weights)
         critic = self.agent.config.behavior.value_scale * critic
         metrics = self._health(dream) if health else {}
@@ -113,3 +117,15 @@ class BehaviorLearner(Learner):
             "actor_std": dist.std.mean(),
             "action_saturated": (dream.ahead.action.abs() > SATURATED).float().mean(),
         }
+
+
+def entropy_bonus(agent: Policy, actor: Actor, feat: Tensor, noise: Tensor) -> Tensor:
+    """``behavior.entropy`` times the entropy of an actor's squashed actions, [H, B].
+
+    Args:
+        actor: the agent's or its explorer's; the gradient is its alone.
+        feat: [H, B, F], states that actions were chosen in. noise: [H, B, A], by what.
+    """
+    with agent.autocast():
+        dist = actor(feat.detach())
+    return agent.config.behavior.entropy * squashed_entropy(dist, noise)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastdreamer.acting.exploration import Explorer, spread, upper_bound
 from fastdreamer.learning import losses
-from fastdreamer.learning.behavior import Dream
+from fastdreamer.learning.behavior import Dream, entropy_bonus
 from fastdreamer.learning.learner import Learner, Losses
 from fastdreamer.machine import nvtx
 from fastdreamer.ops.imagine import imagine
@@ -69,7 +69,10 @@ class ExplorerLearner(Learner):
                 named["critics"] = agent.config.behavior.value_scale * loss
         if explorer.actor is not None:
             bound = upper_bound(returns, explorer.beta)
-            named["explorer"] = losses.actor_loss(bound, dream.weights, dream.scale)
+            bonus = None
+            if agent.config.behavior.entropy:
+                bonus = entropy_bonus(agent, explorer.actor, before, dream.noise[1])
+            named["explorer"] = losses.actor_loss(bound, dream.weights, dream.scale, bonus)
         metrics |= {f"{name}_loss": loss for name, loss in named.items()}
         return Losses(named, metrics)
 

@@ -86,15 +86,19 @@ def survival_weights(discount: Tensor, terminated: Tensor, gamma: float) -> Tens
     return torch.cat([alive, discount.detach()[:-1] / gamma]).cumprod(0)
 
 
-def actor_loss(returns: Tensor, weights: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-    """−mean of the weighted λ-returns (report equation 3.1, left).
+def actor_loss(
+    returns: Tensor, weights: Tensor, scale: Tensor | float = 1.0, bonus: Tensor | None = None
+) -> Tensor:
+    """−mean of the weighted λ-returns (report equation 3.1, left), with what else is sought.
 
     Args:
         returns: G_0 .. G_{H−1}, [H, B], with gradient to the actor.
         weights: [H, 1] or [H, B], no gradient.
         scale: the returns are divided by it (return normalisation).
+        bonus: added to them then, [H, B]: the scaled entropy of the policy (DreamerV2, equation 6).
     """
-    return -(weights * returns / scale).mean()
+    loss = -(weights * returns / scale).mean()
+    return loss if bonus is None else loss - (weights * bonus).mean()
 
 
 def critic_loss(value: Tensor, returns: Tensor, weights: Tensor) -> Tensor:

@@ -253,6 +253,25 @@ def test_an_update_moves_every_part_and_reports_it():
     assert {id(p) for p in owned} == {id(p) for p in agent.parameters() if p.requires_grad}
 
 
+def test_both_actors_are_kept_uncertain():
+    """Each loss falls by the scaled entropy of that actor's own actions; nothing else changes."""
+    found = []
+    for entropy in (0.0, 0.5, 1.0):
+        behavior = dataclasses.replace(preset("tiny").behavior, entropy=entropy)
+        config = dataclasses.replace(make_agent().config, behavior=behavior)
+        agent = Dreamer(config, {"state": (STATE,)}, A)
+        with torch.no_grad():  # unlike the other actor, and narrow
+            agent.explorer.actor.mlp.layers[-1].bias[A:] = -5.0
+        found.append(agent.update(make_batch(), agent.make_optimizers(), seeded()))
+    without, half, all_of_it = found
+    for name in ("actor_loss", "explorer_loss"):
+        by_half, by_one = half[name] - without[name], all_of_it[name] - without[name]
+        assert by_one != 0 and by_half == pytest.approx(by_one / 2, rel=1e-4), name
+    assert all_of_it["explorer_loss"] != pytest.approx(all_of_it["actor_loss"], rel=1e-2)
+    same = [name for name in without if without[name] == half[name]]
+    assert {"model_loss", "critic_loss", "rewards_loss", "explore_return"} <= set(same)
+
+
 def test_target_critics_follow_when_told():
     config = preset("tiny")
     behavior = dataclasses.replace(config.behavior, target_every=3)

@@ -132,6 +132,11 @@ def test_actor_loss():
     assert loss.item() == -(1 + 3 + 2.5 + 3.5) / 4 / 4
     loss.backward()  # upwards: −weight / (scale · count)
     assert returns.grad.tolist() == [[-1 / 16, -1 / 16], [-1 / 32, -1 / 32]]
+    bonus = tensor([[0.5, 1.0], [-1.0, 3.0]], grad=True)  # not divided by the scale
+    more = losses.actor_loss(returns, weights, 4.0, bonus)
+    assert (more - loss).item() == -(0.5 + 1 - 0.5 + 1.5) / 4
+    more.backward()
+    assert bonus.grad.tolist() == [[-1 / 4, -1 / 4], [-1 / 8, -1 / 8]]
 
 
 def test_critic_loss():
@@ -289,12 +294,16 @@ def behaviour_losses(w, config, start, state_noise, action_noise, return_range, 
     ``frozen``: (features that the actor saw, scale, targets), which take no part in a derivative.
     """
     b, (deter, stoch) = config.behavior, start
-    feats, seen = [np.concatenate(start, -1)], []
+    feats, seen, entropy = [np.concatenate(start, -1)], [], []
     for t in range(b.imag_horizon):
         seen.append(feats[-1] if frozen is None else frozen[0][t])
         x, y = np.split(mlp(w, "actor.mlp", seen[-1]), 2, -1)
         std = softplus(y + b.std_offset) + b.min_std
-        action = np.tanh(b.mean_scale * np.tanh(x / b.mean_scale) + std * action_noise[t])
+        raw = b.mean_scale * np.tanh(x / b.mean_scale) + std * action_noise[t]
+        action = np.tanh(raw)
+        # of the Normal, and the mean log-determinant of its tanh
+        log_slope = 2 * (math.log(2) - raw - softplus(-2 * raw))
+        entropy.append((np.log(std * math.sqrt(2 * math.pi * math.e)) + log_slope).sum(-1))
         deter = dynamics(w, deter, stoch, action)
         mean, std = latent(w, "prior", deter)
         stoch = mean + std * state_noise[t]
@@ -318,7 +327,7 @@ def behaviour_losses(w, config, start, state_noise, action_noise, return_range, 
         _, scale, targets = frozen
     value = mlp(w, "critic", feat[:-1])[..., 0]
     got = {
-        "actor_loss": -(weights * returns).mean() / scale,
+        "actor_loss": -(weights * (returns / scale + b.entropy * np.stack(entropy))).mean(),
         "critic_loss": b.value_scale * (weights * (value - targets) ** 2).mean(),
         "imagined_reward": reward.mean(),
         "imagined_value": value.mean(),
@@ -353,6 +362,11 @@ def styles():
             walker,
             loss=dataclasses.replace(walker.loss, free_nats=3.0),
             behavior=dataclasses.replace(walker.behavior, std_offset=0.0, return_norm=False),
+        ),
+        "walker, an uncertain actor": dataclasses.replace(
+            walker,
+            loss=dataclasses.replace(walker.loss, free_nats=3.0),
+            behavior=dataclasses.replace(walker.behavior, std_offset=0.0, entropy=0.3),
         ),
     }
 

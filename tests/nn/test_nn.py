@@ -366,6 +366,10 @@ def test_entropies():
         Normal(torch.full((1, 1), 50.0), torch.ones(1, 1)), torch.ones(1, 1)
     )
     assert far.isfinite()
+    mean = torch.tensor([[0.3, -9.0], [1.0, 0.0]], dtype=torch.float64)
+    std, noise = mean.flip(0).exp(), mean.flip(1)
+    entropy = lambda *p: ours.squashed_entropy(Normal(*p), noise)  # noqa: E731
+    assert torch.autograd.gradcheck(entropy, (mean.requires_grad_(), std.requires_grad_()))
 
 
 def test_greedy_actions():
