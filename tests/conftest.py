@@ -11,13 +11,12 @@ import torch
 torch.set_num_threads(1)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def one_thread():
-    """Sums depend on the number; for tests that share a process with those that change it."""
-    threads = torch.get_num_threads()
+    """Whatever another test, or a run that it made, has set was its own."""
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
 
 
 # Native's bfloat16 is to be tested, also where the CPU computes faster in float32.

@@ -29,7 +29,6 @@ from fastdreamer.ops.backend import use_backend
 
 CONFIG = preset("tiny")
 DECISIONS, FRAMES = 20, 40
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

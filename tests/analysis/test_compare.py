@@ -34,14 +34,6 @@ TINY = Settings("walker-stand", frames=160, eval_every=80, eval_episodes=2, pres
 LEARNING = dataclasses.replace(TINY, frames=320, eval_every=160)
 
 
-@pytest.fixture(autouse=True)
-def own_threads():
-    """Training in this process sets torch's thread count."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def run(out, settings, methods, seeds=1):
     return compare(out, settings, methods, seeds, console=Console(quiet=True))
 

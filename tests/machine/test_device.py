@@ -160,7 +160,8 @@ def test_what_auto_chose_is_in_the_output_and_in_config_json(
 ):
     monkeypatch.delenv("FASTDREAMER_BACKEND", raising=False)
     run, auto = tmp_path / "run", ["--precision", "auto", "--threads", "0"]
-    assert main(["train", "walker", "--preset", "tiny", *auto, "--run", str(run)]) == 0
+    few = ["--train.frames", "120", "--eval.every", "0"]
+    assert main(["train", "walker", "--preset", "tiny", *auto, *few, "--run", str(run)]) == 0
     chosen = json.loads((run / "config.json").read_text())["chosen"]
     assert chosen == {
         "device": "cpu",
@@ -173,7 +174,7 @@ def test_what_auto_chose_is_in_the_output_and_in_config_json(
     assert said in " ".join(capsys.readouterr().out.split())
     assert read_config(run).backend == "auto", "which goes on meaning what is fast"
     monkeypatch.setenv("FASTDREAMER_BACKEND", "eager")
-    assert main(["train", "--resume", str(run), "--train.frames", "440"]) == 0
+    assert main(["train", "--resume", str(run), "--train.frames", "160"]) == 0
     assert f"in {chosen['precision']} by eager" in " ".join(capsys.readouterr().out.split())
     chosen = json.loads((run / "config.json").read_text())["chosen"]
     assert (chosen["backend"], chosen["kernels"]) == ("eager", None)

@@ -35,7 +35,6 @@ CONFIG = dataclasses.replace(
 )
 JOB = Job(0, [0, 1, 2], False, 1, None)
 TIMEOUT = 120
-pytestmark = pytest.mark.usefixtures("one_thread")
 with_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="no Ray")
 
 

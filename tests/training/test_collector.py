@@ -39,7 +39,6 @@ from fastdreamer.training.worker import Share, batches
 
 CONFIG = preset("tiny")
 DECISIONS, FRAMES = 20, 40
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def job(episode, *, random=False, evaluations=0, video=None):

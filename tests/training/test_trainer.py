@@ -407,14 +407,6 @@ def reference(undisturbed):
     return undisturbed("state")
 
 
-@pytest.fixture
-def own_threads():
-    """Training in this process sets torch's thread count."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def seeing(kind):
     return dataclasses.replace(CONFIG, env=dataclasses.replace(CONFIG.env, obs=kind))
 
@@ -722,7 +714,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path, reference, launch
     assert_equals(run_dir, reference[0])
 
 
-def test_learning_rates_fall_at_the_end_alone(tmp_path, monkeypatch, own_threads):
+def test_learning_rates_fall_at_the_end_alone(tmp_path, monkeypatch):
     seen = {}
     update = Dreamer.update
 
@@ -805,7 +797,7 @@ def test_checkpoints_of_a_lost_future_do_not_displace_good_ones(tmp_path, refere
 
 
 def test_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
-    tmp_path, reference, launcher, monkeypatch, own_threads
+    tmp_path, reference, launcher, monkeypatch
 ):
     run_dir = new_run(tmp_path / "run")
     update, calls = Dreamer.update, []
