@@ -44,7 +44,8 @@ def main(checkout: str, run_dir: str, *options: str) -> None:
     if canonical_task(command.task) != config.env.task:
         raise SystemExit(f"--env.task {config.env.task} is not {command.task}")
     trainer.create_run(Path(run_dir), config.validate())
-    run = trainer.Trainer(Path(run_dir))
+    ray = {"ray": command.ray} if getattr(command, "ray", None) else {}  # older checkouts have none
+    run = trainer.Trainer(Path(run_dir), **ray)
     turns: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(turns,), daemon=True).start()
     losses: dict[str, float] = {}  # of the first update

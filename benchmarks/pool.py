@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, report
+from benchmarks import machine, report, run
 from benchmarks.race import race
 from benchmarks.timing import MIN_REPEATS, rate_cell
 from fastdreamer.acting.parts import acting_weights
@@ -31,10 +31,18 @@ POOLS = {"1 × 1": (1, 1), "1 × 2": (1, 2), "1 × 4": (1, 4), "2 × 1": (2, 1),
 """Name → workers and environments in each. Others are compared with the first."""
 RAY = {f"{name}, Ray": name for name in ("1 × 1", "2 × 1")}
 """Pools of Ray actors on this machine, where Ray is installed, and those that they are like."""
+WHOLE = {
+    "1 × 1": (),
+    "1 × 2": ("--collect.envs", "2"),
+    "2 × 1": ("--collect.round", "2", "--collect.workers", "2"),
+    "1 × 1, Ray": ("--ray", "local"),
+}
+"""Pools beside a learner, the whole default recipe: name → options of ``fastdreamer train``."""
 KINDS = {"pixels": "walker", "state": "state"}
 """What the agent sees → the preset of its settings."""
 ROUND = 4  # episodes
 SECONDS = {"pixels": 2.0, "state": 25.0}  # simulated, of an episode
+WHOLE_SECONDS = 2.5
 FRAMES = 40  # env frames a simulated second: Walker's control steps
 
 
@@ -93,7 +101,7 @@ def _collect(pool: Collector, job: Job, weights: dict[str, torch.Tensor]) -> Non
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """Check and time every pool, with nothing learning beside it.
+    """Check and time every pool, with nothing learning beside it; then some in whole runs.
 
     Args:
         rounds: timed ones of each.
@@ -110,8 +118,16 @@ def measure(rounds: int) -> dict[str, Any]:
             for name, like in RAY.items()
             if name in seconds
         }
-    settings = {"round": ROUND, "frames": {kind: frames(kind) for kind in KINDS}}
-    return {"machine": circumstances, "settings": settings, "times": times, "ray": overhead}
+    names = [name for name in WHOLE if "Ray" not in name or importlib.util.find_spec("ray")]
+    variants = {name: run.Variant(run.ROOT, "auto", WHOLE[name]) for name in names}
+    recipe = run.settings("walker", WHOLE_SECONDS, ["--preset", "walker"])
+    return {
+        "machine": circumstances,
+        "settings": {"round": ROUND, "frames": {kind: frames(kind) for kind in KINDS}},
+        "times": times,
+        "ray": overhead,
+        "whole": run.measure(variants, recipe, rounds=max(5, rounds // 4)),
+    }
 
 
 def table(result: dict[str, Any]) -> str:
@@ -138,6 +154,8 @@ def table(result: dict[str, Any]) -> str:
         f"A round of {result['settings']['round']} episodes ({told}), its files included; nothing "
         f"learns beside it.\n\n" + report.table(header, rows)
     )
+    if "whole" in result:
+        text += f"\n\nBeside a learner: {run.table(result['whole'])}"
     if beside:
         text += (
             f"\n\nAgainst the same pool of processes, in one round: {', '.join(beside)} (medians)."

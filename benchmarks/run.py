@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -39,10 +40,11 @@ paced.main(*sys.argv[2:])
 
 
 class Variant(NamedTuple):
-    """What trains: a backend (or "auto") of a checkout's package, by its options."""
+    """What trains: a backend (or "auto") of a checkout's package, by further options of its own."""
 
     checkout: Path
     backend: str
+    options: tuple[str, ...] = ()
 
 
 class RunFailed(RuntimeError):
@@ -63,7 +65,7 @@ class Run:
         self._log = folder / "log.txt"
         command = [sys.executable, "-c", _START, str(ROOT / "benchmarks" / "paced.py"),
                    str(variant.checkout), str(folder / "run"), *options,
-                   "--backend", variant.backend]  # fmt: skip
+                   "--backend", variant.backend, *variant.options]  # fmt: skip
         path = os.pathsep.join([str(variant.checkout), os.environ.get("PYTHONPATH", "")])
         with open(self._log, "w") as log:
             self._process = subprocess.Popen(
@@ -135,17 +137,20 @@ def running(variants: Mapping[str, Variant], options: Sequence[str]) -> Iterator
 def check(first: Mapping[str, dict[str, Any]], variants: Mapping[str, Variant]) -> None:
     """Assert that first cycles are of the same work.
 
-    The updates an env frame calls for are the same; the losses of the very first update, from the
-    same weights, batch and noise, too, as far as the variants are of one checkout.
+    The updates an env frame calls for are the same, however many episodes a cycle has; the losses
+    of the very first update, from the same weights, batch and noise, too, as far as the variants
+    are of one checkout.
 
     Raises:
         AssertionError: which and how.
     """
     reference, expected = next(iter(first.items()))
     for name, got in first.items():
-        mine, other = (f"{c['updates']} updates in {c['env_frames']} env frames"
-                       for c in (got, expected))  # fmt: skip
-        assert mine == other, f"{name} makes {mine}, {reference} {other}: not the same recipe"
+        (updates, frames), (like, of) = ((c["updates"], c["env_frames"]) for c in (got, expected))
+        mine, other = f"{updates} updates in {frames} env frames", f"{like} in {of}"
+        assert updates * of == like * frames, (
+            f"{name} makes {mine}, {reference} {other}: not the same recipe"
+        )
         backend = variants[name].backend
         assert backend == "auto" or set(got["ran"].values()) == {backend}, f"{name}: {got['ran']}"
         if variants[name].checkout != variants[reference].checkout:
@@ -231,6 +236,7 @@ def table(result: dict[str, Any]) -> str:
     """Return the result as Markdown."""
     runs, commits = result["runs"], result["commits"]
     (reference, first), *_ = runs.items()
+    frame_ms = {n: run["cycle"]["median_ms"] / run["frames_per_cycle"] for n, run in runs.items()}
     header = ["", "env frames/s: median (p20–p80)", f"{reference} ÷ it", "updates/s"]
     rows = []
     for name, run in runs.items():
@@ -238,7 +244,7 @@ def table(result: dict[str, Any]) -> str:
         rows.append([
             name if here else f"{name} ({commits[name]})",
             rate_cell(run["cycle"], run["frames_per_cycle"]),
-            f"{run['cycle']['median_ms'] / first['cycle']['median_ms']:.2f}×",
+            f"{frame_ms[name] / frame_ms[reference]:.2f}×",
             f"{run['updates_per_s']:.2f}",
             f"{run['waiting']:.0%}",
         ])  # fmt: skip
@@ -257,6 +263,9 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, d
     parser.add_argument("--against", type=Path, metavar="PATH", action="append", default=[],
                         help="a checkout, built in place, whose package is to be timed beside this "
                         "one by the first of the backends")  # fmt: skip
+    parser.add_argument("--beside", metavar="OPTIONS", action="append", default=[],
+                        help="further options of `fastdreamer train` in one argument; the first of "
+                        "the backends is timed with them, too")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5, help="timed cycles of each")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--time-limit", type=float, default=2.5,
@@ -268,6 +277,8 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, d
         if not (path / "fastdreamer" / "__init__.py").is_file():
             parser.error(f"--against {path}: no checkout of fastdreamer")
         variants[f"{args.backends[0]} of {path.name}"] = Variant(path.resolve(), args.backends[0])
+    for beside in args.beside:
+        variants[beside] = Variant(ROOT, args.backends[0], tuple(shlex.split(beside)))
     return args, variants, settings(args.task, args.time_limit, recipe)
 
 

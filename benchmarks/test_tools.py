@@ -462,6 +462,7 @@ def test_runs_of_different_work_are_refused(tmp_path):
     variants = {"native": here, "other": here, "old": there}
     same = {"native": cycle(), "other": cycle(actor_loss=-2.01), "old": cycle(model_loss=9.0)}
     run.check(same, variants)
+    run.check(same | {"other": cycle(updates=8, env_frames=80)}, variants)  # rounds of two
     for name, wrong, message in [
         ("old", cycle(updates=5), "old makes 5 updates in 40 env frames, native 4"),
         ("other", cycle(actor_loss=-2.2), "other: actor_loss is -2.2, with native -2"),
@@ -476,6 +477,10 @@ def test_options_of_a_run(tmp_path, capsys):
     own = f"native of {run.ROOT.name}"
     assert list(variants) == ["native", "eager", own] and variants[own].backend == "native"
     assert options[0] == "walker" and options[-2:] == ["--threads", "1"] and args.rounds == 5
+    pool = "--collect.envs 2 --ray local"
+    _, variants, _ = run.parse(["--backends", "auto", "--beside", pool])
+    own = ("--collect.envs", "2", "--ray", "local")
+    assert variants[pool] == run.Variant(run.ROOT, "auto", own)
     with pytest.raises(SystemExit):
         run.parse(["--against", str(tmp_path)])
     assert "no checkout of fastdreamer" in capsys.readouterr().err
