@@ -19,7 +19,7 @@ from fastdreamer.learning import losses
 from fastdreamer.ops.imagine import OP, imagine
 from fastdreamer.ops.lambda_return import OP as LAMBDA_RETURN
 from fastdreamer.ops.layers import MLPParams, mlp
-from fastdreamer.ops.params import ReturnParams, State
+from fastdreamer.ops.params import Readout, ReturnParams, State
 
 H, B = 15, 400  # of preset report, from every state of a batch of 8 × 50
 LEARNING_RATE = 8e-5
@@ -102,7 +102,8 @@ def _actor_loss(out: Imagined) -> Tensor:
 
 def _both_losses(out: Imagined) -> Tensor:
     weights = out.returns.new_ones(H, 1)
-    return _actor_loss(out) + losses.critic_loss(out.value, out.returns, weights)
+    value = out.value.unsqueeze(-1)
+    return _actor_loss(out) + losses.critic_loss(value, Readout(), out.returns, weights)
 
 
 def heads_case(H: int, B: int, sizes: testing.Sizes) -> Case:

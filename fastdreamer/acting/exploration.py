@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdreamer.config import Config, ExploreConfig
-from fastdreamer.nn import Actor, Ensemble
+from fastdreamer.nn import Actor, Ensemble, ScalarHead
 from fastdreamer.ops.imagine import predicted_discount
 from fastdreamer.ops.lambda_return import lambda_return
 from fastdreamer.ops.layers import MLPParams
@@ -127,7 +127,7 @@ class Explorer(nn.Module):
 
     def score(
         self,
-        critic: nn.Module | None,
+        critic: ScalarHead | None,
         by: Literal["lambda_return", "reward"],
         discount: MLPParams | None = None,
     ) -> Callable[[Tensor], Tensor]:
@@ -144,7 +144,7 @@ class Explorer(nn.Module):
             if by == "reward":
                 total = self.rewards(feat).squeeze(-1).to(feat.dtype).sum(1)  # [M, B]
             else:
-                value = critic(feat).squeeze(-1).to(feat.dtype) if self.values is None else None
+                value = critic.number(feat) if self.values is None else None
                 total = self.member_returns(feat, value, discount)[:, 0]
             return upper_bound(total, beta)
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from fastdreamer.ops.params import RSSMParams, noise_of
 
 Source = torch.Generator | Sequence[torch.Generator]
 """One generator for a whole batch, or one a row, which then draws what it would draw alone."""
 
 
 def normal(source: Source, *shape: int, dim: int = 0) -> Tensor:
-    """Standard normal numbers on the CPU, float32.
+    """Standard normal numbers on the generator's device, float32.
 
     Args:
         source: one generator, or as many as there are rows along ``dim``.
@@ -22,9 +24,18 @@ def normal(source: Source, *shape: int, dim: int = 0) -> Tensor:
     Raises:
         ValueError: another number of generators than of rows.
     """
+    return _draw(torch.randn, source, shape, dim)
+
+
+def latent(params: RSSMParams, source: Source, *lead: int, dim: int = 0) -> Tensor:
+    """The noise of latent samples as the ops take it, [*lead, n]; else as :func:`normal`."""
+    return _draw(noise_of(params.latent), source, (*lead, params.dims()[params.noise]), dim)
+
+
+def _draw(draw: Callable[..., Tensor], source: Source, shape: tuple[int, ...], dim: int) -> Tensor:
     if isinstance(source, torch.Generator):
-        return torch.randn(shape, generator=source)
+        return draw(shape, generator=source, device=source.device)
     if len(source) != shape[dim]:
         raise ValueError(f"{len(source)} generators for a batch of {shape[dim]}")
     row = (*shape[:dim], 1, *shape[dim + 1 :])
-    return torch.cat([torch.randn(row, generator=generator) for generator in source], dim)
+    return torch.cat([_draw(draw, generator, row, dim) for generator in source], dim)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdreamer.acting.noise import Source, normal
+from fastdreamer.acting.noise import Source, latent, normal
 from fastdreamer.config import PlanConfig
 from fastdreamer.config.sections import Greedy
 from fastdreamer.errors import FastdreamerError
@@ -97,8 +97,11 @@ def plan(
 
     source = torch.default_generator if generator is None else generator
 
-    def draw(*shape: int) -> Tensor:
-        return normal(source, *shape, dim=1).to(like)
+    def draw(*lead: int) -> Tensor:  # of actions
+        return normal(source, *lead, dims["A"], dim=1).to(like)
+
+    def draw_latent(*lead: int) -> Tensor:
+        return latent(params, source, *lead, dim=1).to(like)
 
     if warm:
         shape = (horizon, batch, dims["A"])
@@ -109,16 +112,16 @@ def plan(
         mean = like.new_zeros(horizon, batch, dims["A"])
     leads = actor is not None and not warm
     if leads and greedy != "median":
-        noise = draw(horizon, batch, dims["S"])
+        noise = draw_latent(horizon, batch)
         mean = _follow(params, actor, state, noise, greedy, backend)
     # The actor's rollouts, in one call: first the start, where it is one, then the proposals. The
     # median is the action of no noise.
     first = int(leads and greedy == "median")
     rollouts, proposals = first + config.proposals, None
     if rollouts:
-        action_noise = draw(horizon, batch, rollouts, dims["A"])
+        action_noise = draw(horizon, batch, rollouts)
         action_noise[:, :, :first] = 0
-        state_noise = draw(horizon, batch, rollouts, dims["S"])
+        state_noise = draw_latent(horizon, batch, rollouts)
         many = State(*(part.repeat_interleave(rollouts, 0) for part in state))
         noise = state_noise.flatten(1, 2), action_noise.flatten(1, 2)
         actions = imagine(params, actor, many, *noise, backend=backend).action
@@ -130,12 +133,12 @@ def plan(
     def noises(count: int) -> tuple[Tensor, Tensor]:
         """action_noise and state_noise of so many iterations."""
         shape = (count, horizon, batch, samples)
-        action, latent = like.new_empty(*shape, dims["A"]), like.new_empty(*shape, dims["S"])
+        action, state = (like.new_empty(*shape, dims[n]) for n in ("A", params.noise))
         each = 1 if config.common_noise else samples
         for i in range(count):  # one at a time, so that the count does not change them
-            action[i] = draw(*action.shape[1:])
-            latent[i] = draw(horizon, batch, each, dims["S"])
-        return action, latent
+            action[i] = draw(*action.shape[1:-1])
+            state[i] = draw_latent(horizon, batch, each)
+        return action, state
 
     def search(mean: Tensor, std: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         return cem(

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from fastdreamer.acting.exploration import Explorer
-from fastdreamer.acting.noise import Source, normal
+from fastdreamer.acting.noise import Source, latent, normal
 from fastdreamer.acting.parts import acting_parts, keep_only
 from fastdreamer.acting.planning import PlanInfo, plan
 from fastdreamer.acting.shield import Guard, Shield, Shields
 from fastdreamer.config import Config, ConfigError
 from fastdreamer.machine.device import resolve_device, resolve_precision
-from fastdreamer.nn import MLP, Actor, WorldModel
+from fastdreamer.nn import Actor, ScalarHead, WorldModel
 from fastdreamer.nn.dists import greedy_action
 from fastdreamer.ops.decide import decide
 from fastdreamer.ops.layers import MLPParams
-from fastdreamer.ops.params import ReturnParams, State
+from fastdreamer.ops.params import Readout, ReturnParams, State
 
 
 class PolicyState(NamedTuple):
@@ -77,9 +77,7 @@ class Policy(nn.Module):
             self.actor = self.critic = None
             if config.agent == "dreamer":
                 self.actor = Actor.from_config(model, behavior, feat, action_dim)
-                self.critic = MLP(
-                    [feat, *[model.units] * behavior.critic_layers, 1], model.activation
-                )
+                self.critic = ScalarHead.from_config(model, feat, behavior.critic_layers)
             self.explorer = self.guard = None
             if config.explore.method == "ucb":
                 self.explorer = Explorer(config, feat, action_dim)
@@ -97,7 +95,7 @@ class Policy(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return self.model.rssm.gru.weight_hh.device
+        return self.model.rssm.prior.layers[0].weight.device
 
     def initial_state(self, batch: int) -> PolicyState:
         """The state before an episode, [batch, ...] zeros."""
@@ -153,7 +151,7 @@ class Policy(nn.Module):
         if len(state.deter) != batch:
             raise ValueError(f"act: a batch of {batch} observations, {len(state.deter)} states")
         generator = generator or self._act_generator
-        draw = lambda size: normal(generator, batch, size).to(state.deter.device)  # noqa: E731
+        draw = lambda: normal(generator, batch, self.action_dim).to(self.device)  # noqa: E731
         controller = self.controller(controller)
         if explore and self.explorer is None:
             raise ConfigError("act: this agent has no explorer; train one with --explore ucb")
@@ -162,15 +160,15 @@ class Policy(nn.Module):
             actor = (self.explorer.actor if explore else None) or self.actor
         greedy = self.config.behavior.greedy
         inside = actor is not None and (sample or greedy == "median")  # one call does it all
-        encoder, rssm = self.model.encoder, self.model.rssm
+        encoder, rssm = self.model.encoder, self.model.rssm.params()
         now, action = decide(
-            rssm.params(),
+            rssm,
             actor.params() if inside else None,
             State(state.deter, state.stoch),
             state.action,
             self._embed(tensors.get("pixels"), alone=not isinstance(generator, torch.Generator)),
-            draw(rssm.stoch),
-            draw(self.action_dim) if sample and inside else None,
+            latent(rssm, generator, batch).to(self.device),
+            draw() if sample and inside else None,
             encoder=encoder.state and encoder.state.params(),
             vector=tensors.get("state"),
         )
@@ -183,7 +181,7 @@ class Policy(nn.Module):
             )
             chosen = info.mean
         if noise:
-            action = (action + noise * draw(self.action_dim)).clamp(-1, 1)
+            action = (action + noise * draw()).clamp(-1, 1)
         if shield is not None:
             action = shield(now, action, generator)
         out = action.cpu().numpy().copy()  # the caller may change it, the filter must not see that
@@ -300,7 +298,8 @@ class Policy(nn.Module):
         """
         critics = (self.critic, self.target_critic)
         critic, target = (None if head is None else head.params() for head in critics)
-        reward, behavior = self.model.reward, self.config.behavior
+        reward, value = self.model.reward, self.critic or self.target_critic
+        behavior = self.config.behavior
         return ReturnParams(
             None if reward is None else reward.params().detach(),
             critic,
@@ -309,6 +308,8 @@ class Policy(nn.Module):
             behavior.lam,
             self.discount_params(),
             departure=behavior.pairing == "departure",
+            reward_as=Readout() if reward is None else reward.readout,
+            value_as=Readout() if value is None else value.readout,
         )
 
     def discount_params(self) -> MLPParams | None:

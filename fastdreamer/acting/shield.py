@@ -28,7 +28,7 @@ from fastdreamer.nn import MLP, RSSM
 from fastdreamer.ops.cem import top
 from fastdreamer.ops.layers import MLPParams, mlp
 from fastdreamer.ops.open_loop import open_loop
-from fastdreamer.ops.params import RSSMParams, State
+from fastdreamer.ops.params import Categorical, RSSMParams, State, latent_dist
 
 
 class Guard(nn.Module):
@@ -93,8 +93,8 @@ def filter_actions(
     first, and after them those with the greatest margin; its standard deviation stays ``std`` until
     a candidate keeps the condition. Of all candidates of all iterations the
     nearest one that keeps the condition is returned, or, where none does, the one with the greatest
-    margin, the proposal included. The next state is the mean of its prior: the dynamics' noise is
-    left out.
+    margin, the proposal included. The next state is the mean of its prior, or the mode
+    of a categorical one: the dynamics' noise is left out.
 
     Args:
         params: the RSSM's tensors.
@@ -125,9 +125,12 @@ def filter_actions(
         """B(next) − (1 − α)·B(now) of actions [b, n, A] -> [b, n]."""
         n = tried.shape[1]
         start = State(*(part[rows].repeat_interleave(n, 0) for part in state))
-        still = torch.zeros(1, len(start.stoch), start.stoch.shape[1]).to(start.stoch)
+        still = torch.zeros(1, len(start.stoch), params.dims()[params.noise]).to(start.stoch)
         after = open_loop(params, start, tried.reshape(1, -1, A), still, backend=backend)
-        value = mlp(barrier, State(after.deter[0], after.stoch[0]).feat).squeeze(-1)
+        deter, stoch = after.deter[0], after.stoch[0]
+        if isinstance(params.latent, Categorical):
+            stoch = latent_dist(mlp(params.prior, deter), params.latent, deter.dtype).mode()
+        value = mlp(barrier, State(deter, stoch).feat).squeeze(-1)
         return value.view(-1, n) - floor[rows].unsqueeze(1)
 
     best, kept = action.clone(), margin(slice(None), action.unsqueeze(1)).squeeze(1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdreamer.acting.exploration import spread
+from fastdreamer.acting.noise import latent
 from fastdreamer.nn import Ensemble, WorldModel
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.open_loop import open_loop
@@ -57,7 +58,7 @@ def predict_rewards(
         rewards: M reward heads.
         states: of the filter, deter [T, D] and stoch [T, S].
         action: [T, A]; action[t] led to state t.
-        noise: [k, T − k, S] standard normal; k = 0 predicts from the filtered state itself.
+        noise: [k, T − k, ...] of the latents; k = 0 predicts from the filtered state itself.
 
     Returns:
         [M, T − k], predictions of the rewards at steps k..T−1.
@@ -94,19 +95,18 @@ def calibrate_episodes(
         generator: of the latent samples.
     """
     found: dict[int, list[tuple[Tensor, Tensor]]] = {k: [] for k in ahead}
-    rssm, size = model.rssm.params(), model.rssm.stoch
-    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    rssm = model.rssm.params()
     for episode in episodes:
         seen = {k: torch.from_numpy(v)[:, None] for k, v in episode.items()}  # [T, 1, ...]
         T = len(seen["action"])
         first = torch.arange(T)[:, None] == 0
         embed = model.encoder(seen)
-        state = observe(
-            rssm, model.rssm.initial(1), embed, seen["action"], first, draw(T, 1, size)
-        ).state
+        start, noise = model.rssm.initial(1), latent(rssm, generator, T, 1)
+        state = observe(rssm, start, embed, seen["action"], first, noise).state
         states, action = State(*(part[:, 0] for part in state)), seen["action"][:, 0]
         for k, pairs in found.items():
-            samples = predict_rewards(rssm, rewards, states, action, draw(k, T - k, size))
+            noise = latent(rssm, generator, k, T - k)
+            samples = predict_rewards(rssm, rewards, states, action, noise)
             true = seen["reward"][k:, 0]
             if k == 0:  # step 0 is the reset: no reward was received with it
                 samples, true = samples[:, 1:], true[1:]

@@ -6,7 +6,15 @@ from typing import Any
 
 from fastdreamer.config.config import Config, to_dict
 
-_BEFORE = {"env.render": "opengl"}
+_BEFORE = {
+    "env.render": "opengl",
+    "model.classes": None,
+    "model.unimix": 0.0,
+    "model.cell": "gru",
+    "model.norm": "none",
+    "model.readout": "plain",
+    "model.bins": 255,
+}
 """What was built in before it could be chosen: an architecture from then does not name it."""
 
 

@@ -62,7 +62,7 @@ _BEFORE: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run. Presets: report, walker, state, tiny."""
+    """Every setting of a run. Presets: report, walker, walker-v3, state, tiny."""
 
     seed: int = 0
     """Fixes every random number of the run."""
@@ -104,6 +104,7 @@ class Config:
         for name in ("gamma", "lam"):
             value = getattr(self.behavior, name)
             require(0 <= value <= 1, f"behavior.{name}", "between 0 and 1", value)
+        self._validate_model()
         if self.model.discount:
             gamma = self.behavior.gamma
             require(gamma > 0, "behavior.gamma", "> 0 with model.discount", gamma)
@@ -141,6 +142,13 @@ class Config:
         ok = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
         require(ok, "device", "auto, cpu, cuda or cuda:N", self.device)
         return self
+
+    def _validate_model(self) -> None:
+        classes, unimix, bins = self.model.classes, self.model.unimix, self.model.bins
+        require(classes is None or classes >= 2, "model.classes", "none or >= 2", classes)
+        require(0 <= unimix < 1, "model.unimix", ">= 0 and < 1", unimix)
+        require(classes or not unimix, "model.unimix", "0 without model.classes", unimix)
+        require(bins >= 3 and bins % 2 == 1, "model.bins", "an odd number >= 3", bins)
 
     def _validate_explore(self) -> None:
         explore = self.explore

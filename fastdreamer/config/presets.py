@@ -61,6 +61,32 @@ def _walker() -> Config:
     )
 
 
+def _walker_v3() -> Config:
+    """The walker preset with what DreamerV3 has in the place of the original's: categorical
+    latents, normalised layers and cell, two-hot heads, returns by their range."""
+    walker = _walker()
+    return dataclasses.replace(
+        walker,
+        model=dataclasses.replace(
+            walker.model,
+            stoch=16,
+            classes=16,
+            unimix=0.01,
+            cell="late-reset",
+            activation="silu",
+            norm="layer",
+            readout="two-hot",
+        ),
+        # 0.5 of the KL for the prior and 0.1 for the posterior
+        loss=dataclasses.replace(
+            walker.loss, reward_scale=1.0, kl_scale=0.6, kl_balance=5 / 6, free_nats_each=True
+        ),
+        behavior=dataclasses.replace(
+            walker.behavior, value_scale=1.0, return_norm=True, entropy=3e-4
+        ),
+    )
+
+
 def _state() -> Config:
     """From the simulator's state on a small CPU: the walker preset with fewer updates."""
     walker = _walker()
@@ -106,7 +132,13 @@ def _tiny() -> Config:
     )
 
 
-PRESETS = {"report": Config(), "walker": _walker(), "state": _state(), "tiny": _tiny()}
+PRESETS = {
+    "report": Config(),
+    "walker": _walker(),
+    "walker-v3": _walker_v3(),
+    "state": _state(),
+    "tiny": _tiny(),
+}
 """Named starting points; the ``walker`` preset is the default of ``fastdreamer train``."""
 
 

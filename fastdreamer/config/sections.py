@@ -15,7 +15,9 @@ except ModuleNotFoundError:  # no command line is installed, which alone looks a
 
 Activation = Literal["elu", "relu", "silu", "tanh"]
 Greedy = Literal["median", "mode"]
+Norms = Literal["none", "layer", "rms"]
 Quality = Literal["full", "fast", "matte", "unshadowed", "bare"]
+Readouts = Literal["plain", "symlog", "two-hot"]
 
 
 def _short(name: str) -> Any:
@@ -63,7 +65,14 @@ class ModelConfig:
     deter: int = 200
     """D, size of the deterministic state."""
     stoch: int = 30
-    """S, size of the stochastic state."""
+    """S, size of the stochastic state; with ``classes`` the number of its categoricals."""
+    classes: int | None = None
+    """K: the stochastic state is that many categorical latents of K classes each, straight-through
+    as in DreamerV2; none: it is Gaussian."""
+    unimix: float = 0.0
+    """Part of the uniform distribution in these categoricals (0.01 in DreamerV3)."""
+    cell: Literal["gru", "late-reset"] = "gru"
+    """The RSSM's recurrence: torch's GRU, or DreamerV2's, whose reset is inside the candidate."""
     hidden: int = 400
     """Units of the RSSM's prior and posterior layers."""
     input_hidden: int | None = 200
@@ -91,6 +100,14 @@ class ModelConfig:
     """Hidden layers of the state encoder and of the state decoder, at least 1."""
     activation: Activation = "elu"
     """Activation of the RSSM and of every MLP."""
+    norm: Norms = "none"
+    """LayerNorm or RMSNorm in front of these activations, in the place of the layers' biases, and
+    inside the late-reset cell; ensembles of an explorer and a barrier have none."""
+    readout: Readouts = "plain"
+    """How the heads of reward and value say a number: as it is, by its symlog, or (two-hot) as a
+    mean over bins that they classify into, which starts at 0 (DreamerV3)."""
+    bins: int = 255
+    """Bins of two-hot heads, from symexp(−20) to symexp(20); an odd number."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +126,8 @@ class LossConfig:
     """Factor of the KL divergence."""
     free_nats: float = 3.0
     """The mean KL is not pushed below this."""
+    free_nats_each: bool = False
+    """The KL of no single state is pushed below it (DreamerV3), instead of their mean."""
     kl_balance: float | None = None
     """Weight of the prior's share of the KL gradient (0.8 in DreamerV2); None: not balanced."""
 

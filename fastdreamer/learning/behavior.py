@@ -14,7 +14,7 @@ from fastdreamer.machine import nvtx
 from fastdreamer.nn import Actor
 from fastdreamer.nn.dists import squashed_entropy
 from fastdreamer.ops.imagine import Imagination, imagine
-from fastdreamer.ops.params import State
+from fastdreamer.ops.params import Readout, State
 
 SATURATED = 0.99
 """An action beyond ± this counts as saturated."""
@@ -24,7 +24,7 @@ class Dream(NamedTuple):
     """What was imagined from every state of a batch, B of them."""
 
     start: State  # [B, ...], where from; no gradient
-    noise: tuple[Tensor, Tensor]  # of states [H, B, S] and actions [H, B, A]
+    noise: tuple[Tensor, Tensor]  # of states [H, B, S or C] and actions [H, B, A]
     ahead: Imagination  # states 1..H, actions, rewards, values and λ-returns
     weights: Tensor  # [H, 1] or [H, B], of states 0..H−1 in the losses
     scale: Tensor | float  # the returns are divided by it for the actor
@@ -73,7 +73,8 @@ class BehaviorLearner(Learner):
         if self.agent.config.behavior.entropy:
             bonus = entropy_bonus(self.agent, self.agent.actor, dream.feat[:-1], dream.noise[1])
         actor = losses.actor_loss(ahead.returns, weights, dream.scale, bonus)
-        critic = losses.critic_loss(ahead.value, ahead.returns, weights)
+        outputs, readout = self._critic(dream)
+        critic = losses.critic_loss(outputs, readout, ahead.returns, weights)
         critic = self.agent.config.behavior.value_scale * critic
         metrics = self._health(dream) if health else {}
         metrics |= {
@@ -83,6 +84,18 @@ class BehaviorLearner(Learner):
             "imagined_value": ahead.value.mean(),
         }
         return Losses({"actor": actor, "critic": critic}, metrics)
+
+    def _critic(self, dream: Dream) -> tuple[Tensor, Readout]:
+        """The critic's outputs in the states 0..H−1, [H, B, n], and how they say a value.
+
+        Imagination returns values, of which the outputs are had only where they are the same.
+        """
+        critic = self.agent.critic
+        if critic.kind == "plain":
+            return dream.ahead.value.unsqueeze(-1), critic.readout
+        feat = dream.feat[:-1].detach()
+        with self.agent.autocast():
+            return critic(feat).to(feat.dtype), critic.readout
 
     def _weights(self, ahead: Imagination, batch: dict[str, Tensor]) -> Tensor:
         """What the states 0..H−1 count: 1 or γ^t, and the chance to get there at all."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastdreamer.acting.noise import latent, normal
 from fastdreamer.acting.policy import Policy, PolicyState
 from fastdreamer.config import Config
 from fastdreamer.errors import FastdreamerError
@@ -172,27 +173,26 @@ class Dreamer(Policy):
         if horizon < 1 or len(state.deter) != 1:
             raise ValueError(f"dream: {horizon} decisions of {len(state.deter)} environments")
         generator = generator or self._act_generator
-        rssm = self.model.rssm
-        draw = lambda *shape: torch.randn(*shape, generator=generator).to(self.device)  # noqa: E731
-        state_noise = draw(horizon, 1, rssm.stoch)
+        rssm = self.model.rssm.params()
+        state_noise = latent(rssm, generator, horizon, 1).to(self.device)
         now = State(state.deter, state.stoch)
-        first = open_loop(rssm.params(), now, state.action[None], state_noise[:1])
+        first = open_loop(rssm, now, state.action[None], state_noise[:1])
         deter, stoch, action = first.deter, first.stoch, state.action[None]
         if self.actor is None:
             for noise in state_noise[1:]:
                 now = State(deter[-1], stoch[-1])
                 then, _ = self.plan(now, "planet", generator=generator)
                 then = then[None]
-                step = open_loop(rssm.params(), now, then, noise[None])
+                step = open_loop(rssm, now, then, noise[None])
                 deter, stoch = torch.cat([deter, step.deter]), torch.cat([stoch, step.stoch])
                 action = torch.cat([action, then])
         elif horizon > 1:
             rest = imagine(
-                rssm.params(),
+                rssm,
                 self.actor.params(),
                 State(deter[0], stoch[0]),
                 state_noise[1:],
-                draw(horizon - 1, 1, self.action_dim),
+                normal(generator, horizon - 1, 1, self.action_dim).to(self.device),
             )
             deter, stoch = torch.cat([deter, rest.deter]), torch.cat([stoch, rest.stoch])
             action = torch.cat([action, rest.action])
@@ -216,12 +216,10 @@ class Dreamer(Policy):
             state: as ``act`` returned it; its action is the one that is taken.
             generator: of the latent sample; None uses the agent's own.
         """
-        rssm = self.model.rssm
-        noise = torch.randn(
-            1, len(state.deter), rssm.stoch, generator=generator or self._act_generator
-        ).to(self.device)
+        rssm = self.model.rssm.params()
+        noise = latent(rssm, generator or self._act_generator, 1, len(state.deter)).to(self.device)
         now = State(state.deter, state.stoch)
-        ahead = open_loop(rssm.params(), now, state.action[None], noise)
+        ahead = open_loop(rssm, now, state.action[None], noise)
         return state._replace(deter=ahead.deter[0], stoch=ahead.stoch[0])
 
     @torch.no_grad()
@@ -248,20 +246,20 @@ class Dreamer(Policy):
                 f"predict: {context} of {T} steps watched, or an episode begins behind"
             )
         generator = generator or self._act_generator
-        rssm = self.model.rssm
-        noise = torch.randn(T, B, rssm.stoch, generator=generator).to(self.device)
+        rssm = self.model.rssm.params()
+        noise = latent(rssm, generator, T, B).to(self.device)
         seen = {kind: x[:context] for kind, x in batch.items()}
         with self.autocast():
             watched = observe(
-                rssm.params(),
-                rssm.initial(B),
+                rssm,
+                self.model.rssm.initial(B),
                 self.model.encoder(seen),
                 seen["action"],
                 seen["is_first"],
                 noise[:context],
             ).state
             now = State(watched.deter[-1], watched.stoch[-1])
-            ahead = open_loop(rssm.params(), now, batch["action"][context:], noise[context:])
+            ahead = open_loop(rssm, now, batch["action"][context:], noise[context:])
             means = self.model.decoder(torch.cat([watched.feat, ahead.feat]))
         return _observed(means)
 
@@ -275,15 +273,15 @@ class Dreamer(Policy):
         }
 
     def _noise(self, T: int, B: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the posterior [T, B, S], and of imagined states and actions [H, T·B, ...]."""
-        H, S, ranks = self.config.behavior.imag_horizon, self.model.rssm.stoch, self.ranks
-
-        def draw(steps: int, rows: int, size: int) -> Tensor:
-            shape = (steps, ranks.size * rows, size)
-            noise = torch.randn(shape, generator=generator, device=generator.device)
-            return ranks.own(noise, B).to(self.device)
-
-        return draw(T, B, S), draw(H, T * B, S), draw(H, T * B, self.action_dim)
+        """Of the posterior [T, B, ...], and of imagined states and actions [H, T·B, ...]."""
+        H, rows = self.config.behavior.imag_horizon, self.ranks.size * B
+        rssm = self.model.rssm.params()
+        drawn = (
+            latent(rssm, generator, T, rows),
+            latent(rssm, generator, H, T * rows),
+            normal(generator, H, T * rows, self.action_dim),
+        )
+        return tuple(self.ranks.own(noise, B).to(self.device) for noise in drawn)
 
     def _learn(
         self, what: str, found: Losses, optimizers: dict[str, torch.optim.Optimizer]

@@ -14,8 +14,8 @@ from fastdreamer.learning.behavior import Dream, entropy_bonus
 from fastdreamer.learning.learner import Learner, Losses
 from fastdreamer.machine import nvtx
 from fastdreamer.ops.imagine import imagine
-from fastdreamer.ops.layers import MLPParams, mlp
-from fastdreamer.ops.params import ActorParams, RSSMParams, State
+from fastdreamer.ops.layers import MLPParams
+from fastdreamer.ops.params import ActorParams, Readout, RSSMParams, State, scalar
 
 
 class ExplorerLearner(Learner):
@@ -61,6 +61,7 @@ class ExplorerLearner(Learner):
                     dream.noise,
                     (agent.target_critic or agent.critic).params().detach(),
                     agent.discount_params(),
+                    agent.critic.readout,
                 )
                 metrics["explore_return"] = returns.mean()
                 metrics["explore_spread"] = spread(returns.detach()).mean()
@@ -115,14 +116,16 @@ def imagine_members(
     noise: tuple[Tensor, Tensor],
     critic: MLPParams,
     discount: MLPParams | None = None,
+    value_as: Readout = Readout(),  # noqa: B008 (immutable)
 ) -> tuple[Tensor, Tensor]:
     """Imagine an actor's trajectories and value them as every member would.
 
     Args:
         rssm: frozen dynamics. actor: whose imagination; gradients reach it alone.
-        start: [B, ...]. noise: of the states [H, B, S] and actions [H, B, A].
+        start: [B, ...]. noise: of the states [H, B, S or C] and actions [H, B, A].
         critic: whose value the members share where there is no ensemble of critics.
         discount: the continuation head, frozen, or None.
+        value_as: how the critic's outputs say its value.
 
     Returns:
         Features of states 0..H−1, [H, B, F], and returns G_0..G_{H−1}, [M, H, B].
@@ -131,6 +134,6 @@ def imagine_members(
     ahead = State(dream.deter, dream.stoch).feat
     value = None
     if explorer.values is None:
-        value = mlp(critic, ahead).squeeze(-1).to(ahead.dtype)
+        value = scalar(critic, value_as, ahead)
     before = torch.cat([start.feat[None], ahead[:-1]])
     return before, explorer.member_returns(ahead, value, discount)

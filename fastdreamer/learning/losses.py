@@ -10,12 +10,31 @@ from torch import Tensor
 
 from fastdreamer.config import LossConfig
 from fastdreamer.nn.dists import detach, kl_divergence
-from fastdreamer.ops.params import Normal
+from fastdreamer.ops.layers import symlog
+from fastdreamer.ops.params import Latent, Readout
 
 
-def reward_loss(mean: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of the predicted reward, both [T, B]."""
-    return (mean - target).square().mean()
+def head_error(outputs: Tensor, readout: Readout, target: Tensor) -> Tensor:
+    """What a head's outputs [..., n] are off a number [...]: [...].
+
+    The squared error, or with bins the cross-entropy in nats of their softmax to the weights of the
+    two bins around the number, whose mean it is (two-hot; Bellemare et al. 2017, DreamerV3). A head
+    in symlog space is held to the number's symlog.
+    """
+    target = symlog(target) if readout.squashed else target
+    if readout.bins is None:
+        return (outputs[..., 0] - target).square()
+    bins, log_probs = readout.bins.to(outputs), F.log_softmax(outputs, -1)
+    above = torch.searchsorted(bins, target.contiguous()).clamp(1, len(bins) - 1)
+    below = above - 1
+    weight = ((target - bins[below]) / (bins[above] - bins[below])).clamp(0, 1)
+    of = lambda index: log_probs.gather(-1, index.unsqueeze(-1)).squeeze(-1)  # noqa: E731
+    return -(1 - weight) * of(below) - weight * of(above)
+
+
+def reward_loss(outputs: Tensor, readout: Readout, target: Tensor) -> Tensor:
+    """Mean error of the predicted reward, [T, B, n] and [T, B]."""
+    return head_error(outputs, readout, target).mean()
 
 
 def discount_loss(log_odds: Tensor, terminated: Tensor) -> Tensor:
@@ -29,11 +48,12 @@ def discount_loss(log_odds: Tensor, terminated: Tensor) -> Tensor:
 
 
 def kl_loss(
-    post: Normal,
-    prior: Normal,
+    post: Latent,
+    prior: Latent,
     *,
     free_nats: float,
     balance: float | None,
+    each: bool = False,
     mean: Callable[[Tensor], Tensor] = torch.mean,
 ) -> tuple[Tensor, Tensor]:
     """The KL term of the evidence lower bound (report equation 2.1), with free nats.
@@ -42,21 +62,27 @@ def kl_loss(
     α·max(mean KL(sg(post) ‖ prior), free) + (1 − α)·max(mean KL(post ‖ sg(prior)), free).
 
     Args:
-        post, prior: mean and std, [T, B, S].
+        post, prior: mean and std, [T, B, S], or logits, [T, B, C, K].
         free_nats: the mean is not pushed below this.
         balance: α, or None.
+        each: nor is the KL of any single state: the mean of max(KL, free_nats) then.
         mean: over the batch, where this is a part of one.
 
     Returns:
         The loss, and the plain mean KL in nats (no gradient).
     """
+
+    def held(p: Latent, q: Latent) -> tuple[Tensor, Tensor]:
+        """The mean KL, with its free nats and as it is."""
+        kl = kl_divergence(p, q)
+        nats = mean(kl)
+        return mean(kl.clamp(min=free_nats)) if each else nats.clamp(min=free_nats), nats.detach()
+
     if balance is None:
-        kl = mean(kl_divergence(post, prior))
-        return kl.clamp(min=free_nats), kl.detach()
-    to_prior = mean(kl_divergence(detach(post), prior))
-    to_post = mean(kl_divergence(post, detach(prior)))
-    loss = balance * to_prior.clamp(min=free_nats) + (1 - balance) * to_post.clamp(min=free_nats)
-    return loss, to_prior.detach()
+        return held(post, prior)
+    to_prior, nats = held(detach(post), prior)
+    to_post, _ = held(post, detach(prior))
+    return balance * to_prior + (1 - balance) * to_post, nats
 
 
 def model_loss(config: LossConfig, parts: dict[str, Tensor]) -> Tensor:
@@ -101,12 +127,13 @@ def actor_loss(
     return loss if bonus is None else loss - (weights * bonus).mean()
 
 
-def critic_loss(value: Tensor, returns: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean squared error to the λ-returns (report equation 3.1, right).
+def critic_loss(outputs: Tensor, readout: Readout, returns: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean error to the λ-returns (report equation 3.1, right).
 
     Args:
-        value: v of states 0 .. H−1, [H, B].
+        outputs: of the critic in states 0 .. H−1, [H, B, n]; v itself where that is what they say.
+        readout: how they say v.
         returns: G_0 .. G_{H−1}, [H, B]; no gradient flows into them.
         weights: [H, 1] or [H, B], no gradient.
     """
-    return (weights * (value - returns.detach()).square()).mean()
+    return (weights * head_error(outputs, readout, returns.detach())).mean()

@@ -25,7 +25,8 @@ class WorldModelLearner(Learner):
         """The states of the batch's sequences: encode and filter.
 
         Args:
-            batch: as :meth:`fastdreamer.Dreamer.update` takes it. noise: [T, B, S].
+            batch: as :meth:`fastdreamer.Dreamer.update` takes it. noise: [T, B, ...], of the
+                posterior.
         """
         model = self.agent.model
         with self.agent.autocast():
@@ -50,16 +51,18 @@ class WorldModelLearner(Learner):
         T, B = batch["reward"].shape
         with self.agent.autocast(), nvtx.annotate("decode"):
             errors = model.decoder.squared_errors(feat, batch)
-            reward = model.predict_reward(feat)
+            reward = model.reward(feat).to(feat.dtype)
             goes_on = model.discount and model.predict_continuation(feat)
         kl, kl_nats = losses.kl_loss(
             seen.post,
             seen.prior,
             free_nats=config.free_nats,
             balance=config.kl_balance,
+            each=config.free_nats_each,
             mean=self.ranks.mean,
         )
-        parts = {"reward": losses.reward_loss(reward, batch["reward"]), "kl": kl}
+        reward = losses.reward_loss(reward, model.reward.readout, batch["reward"])
+        parts = {"reward": reward, "kl": kl}
         if goes_on is not None:
             parts["discount"] = losses.discount_loss(goes_on, batch["terminated"])
         # Of unit-variance Normals: the squared error summed over an observation.

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdreamer.config.sections import Norms
 from fastdreamer.nn.heads import MLP
 from fastdreamer.ops.codec import decode, decode_error, encode
 from fastdreamer.ops.layers import embed_vector, symlog
@@ -20,7 +21,7 @@ class Encoder(nn.Module):
         channels: of the four convolutions (kernel 4, stride 2, ReLU): 64² to 31², 14², 6², 2².
         linear: size of a linear layer behind them, or None.
         units, layers: of the state MLP.
-        activation: of the state MLP.
+        activation, norm: of the state MLP.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Encoder(nn.Module):
         units: int,
         layers: int,
         activation: str,
+        norm: Norms = "none",
     ) -> None:
         super().__init__()
         self.embed_size = 0
@@ -47,7 +49,7 @@ class Encoder(nn.Module):
             self.embed_size += linear or flat
         if "state" in obs_shapes:
             (n,) = obs_shapes["state"]
-            self.state = MLP([n, *[units] * layers], activation)
+            self.state = MLP([n, *[units] * layers], activation, norm, active=True)
             self.embed_size += units
 
     def forward(self, obs: dict[str, Tensor]) -> Tensor:
@@ -88,7 +90,7 @@ class Decoder(nn.Module):
             1² -> 5² -> 13² -> 30² -> 64².
         linear: size of the linear layer before them.
         linear_relu: apply a ReLU behind it.
-        units, layers, activation: of the state MLP.
+        units, layers, activation, norm: of the state MLP.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class Decoder(nn.Module):
         units: int,
         layers: int,
         activation: str,
+        norm: Norms = "none",
     ) -> None:
         super().__init__()
         self.linear_relu = linear_relu
@@ -114,7 +117,7 @@ class Decoder(nn.Module):
             ).to(memory_format=torch.channels_last)
         if "state" in obs_shapes:
             (n,) = obs_shapes["state"]
-            self.state = MLP([feat_size, *[units] * layers, n], activation)
+            self.state = MLP([feat_size, *[units] * layers, n], activation, norm)
 
     def forward(self, feat: Tensor) -> dict[str, Tensor]:
         """Means of the observations' unit-variance Normals.

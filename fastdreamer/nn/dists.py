@@ -1,4 +1,4 @@
-"""Diagonal Normal distributions, and what to take of one that a tanh squashes."""
+"""The latents' distributions, and what to take of a Normal that a tanh squashes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdreamer.config.sections import Greedy
-from fastdreamer.ops.params import Normal
+from fastdreamer.ops.params import Latent, Normal, OneHot
 
 _NEWTON_STEPS = 16  # fewer than 8 do, but for means near 0 with a variance near ½
 
 
-def entropy(p: Normal) -> Tensor:
-    """Differential entropy in nats, summed over the last dimension: [..., S] -> [...]."""
+def entropy(p: Latent) -> Tensor:
+    """Entropy in nats, of Normals the differential one, summed over the latents: [...]."""
+    if isinstance(p, OneHot):
+        return -(p.probs * p.log_probs).sum((-2, -1))
     return (p.std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
 
@@ -54,16 +56,21 @@ def greedy_action(p: Normal, rule: Greedy) -> Tensor:
         return torch.copysign(torch.tanh(x), p.mean)
 
 
-def kl_divergence(p: Normal, q: Normal) -> Tensor:
-    """KL(p ‖ q) in nats, summed over the last dimension: [..., S] -> [...].
+def kl_divergence(p: Latent, q: Latent) -> Tensor:
+    """KL(p ‖ q) in nats, summed over the latents: [...].
 
-    Σ log(σ_q/σ_p) + (σ_p² + (μ_p − μ_q)²) / (2σ_q²) − ½.
+    Of Normals Σ log(σ_q/σ_p) + (σ_p² + (μ_p − μ_q)²) / (2σ_q²) − ½, of categoricals
+    Σ p·(log p − log q) over all classes.
     """
+    if isinstance(p, OneHot):
+        return (p.probs * (p.log_probs - q.log_probs)).sum((-2, -1))
     ratio = p.std / q.std
     distance = (p.mean - q.mean) / q.std
     return (0.5 * (ratio.square() + distance.square() - 1) - ratio.log()).sum(-1)
 
 
-def detach(p: Normal) -> Normal:
+def detach(p: Latent) -> Latent:
     """The same distribution, receiving no gradient."""
+    if isinstance(p, OneHot):
+        return p._replace(logits=p.logits.detach())
     return Normal(p.mean.detach(), p.std.detach())

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fastdreamer.config import ModelConfig
 from fastdreamer.nn.codec import Decoder, Encoder
-from fastdreamer.nn.heads import MLP
+from fastdreamer.nn.heads import MLP, ScalarHead
 from fastdreamer.nn.rssm import RSSM
 
 
@@ -23,7 +23,7 @@ class WorldModel(nn.Module):
         self, config: ModelConfig, obs_shapes: dict[str, tuple[int, ...]], action_dim: int
     ) -> None:
         super().__init__()
-        act, units = config.activation, config.units
+        act, norm, units = config.activation, config.norm, config.units
         self.encoder = Encoder(
             obs_shapes,
             channels=config.encoder_channels,
@@ -31,6 +31,7 @@ class WorldModel(nn.Module):
             units=units,
             layers=config.state_layers,
             activation=act,
+            norm=norm,
         )
         self.rssm = RSSM(
             action_dim=action_dim,
@@ -41,6 +42,10 @@ class WorldModel(nn.Module):
             embed=self.encoder.embed_size,
             activation=act,
             min_std=config.min_std,
+            norm=norm,
+            cell=config.cell,
+            classes=config.classes,
+            unimix=config.unimix,
         )
         feat = self.rssm.feat_size
         self.decoder = Decoder(
@@ -52,15 +57,16 @@ class WorldModel(nn.Module):
             units=units,
             layers=config.state_layers,
             activation=act,
+            norm=norm,
         )
-        self.reward = MLP([feat, *[units] * config.reward_layers, 1], act)
+        self.reward = ScalarHead.from_config(config, feat, config.reward_layers)
         self.discount = None
         if config.discount:
-            self.discount = MLP([feat, *[units] * config.reward_layers, 1], act)
+            self.discount = MLP([feat, *[units] * config.reward_layers, 1], act, norm)
 
     def predict_reward(self, feat: Tensor) -> Tensor:
         """Mean reward on arriving at a state, feat [..., F] -> [...]."""
-        return self.reward(feat).squeeze(-1).to(feat.dtype)
+        return self.reward.number(feat)
 
     def predict_continuation(self, feat: Tensor) -> Tensor:
         """Log-odds that the episode goes on behind a state, feat [..., F] -> [...]."""

@@ -7,8 +7,8 @@ drive the same ops. Weights are laid out as in ``torch.nn.Linear`` and ``torch.n
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -130,6 +130,20 @@ class Categorical(NamedTuple):
     classes: int  # K
     unimix: float = 0.0  # u, the part of the uniform distribution that is mixed in
     gumbel: bool = False  # straight-through Gumbel-softmax samples
+
+
+def noise_of(latent: StdTransform | Categorical) -> Callable[..., Tensor]:
+    """What draws the noise of such samples, called as ``torch.randn`` is with a shape."""
+    if not isinstance(latent, Categorical):
+        return torch.randn
+    return gumbel if latent.gumbel else torch.rand
+
+
+def gumbel(
+    shape: Sequence[int], *, generator: torch.Generator | None = None, **options: Any
+) -> Tensor:
+    """Standard Gumbel numbers, −log e of standard exponential e."""
+    return torch.empty(shape, **options).exponential_(generator=generator).log().neg()
 
 
 class Branches(NamedTuple):

@@ -35,6 +35,7 @@ from fastdreamer.ops.params import (
     State,
     StdTransform,
     latent_dist,
+    noise_of,
 )
 from fastdreamer.ops.rssm_step import rssm_step
 from fastdreamer.rollout.cells import read_cell
@@ -516,12 +517,8 @@ class Rollout:
         self, given: Tensor | None, lead: tuple[int, ...], generator: torch.Generator | None
     ) -> Tensor:
         """[*lead, S] standard normal, or [*lead, C] uniform of categorical latents; or Gumbel."""
-        latent = self.options.latent
-        if isinstance(latent, StdTransform):
-            return self._noise(given, (*lead, self.dims["S"]), generator)
-        if latent.gumbel:
-            return self._noise(given, (*lead, self.dims["S"]), generator, _gumbel)
-        return self._noise(given, (*lead, self.dims["C"]), generator, torch.rand)
+        shape = (*lead, self.dims[self.rssm.noise])
+        return self._noise(given, shape, generator, noise_of(self.options.latent))
 
     def _action_noise(
         self, given: Tensor | None, lead: tuple[int, ...], generator: torch.Generator | None
@@ -541,12 +538,6 @@ class Rollout:
         if self.batch_first and isinstance(x, Tensor):
             return x.transpose(0, 1)
         return type(x)(*map(self._outward, x)) if isinstance(x, tuple) else x
-
-
-def _gumbel(shape: tuple[int, ...], **options: Any) -> Tensor:
-    """Standard Gumbel numbers, −log e of standard exponential e."""
-    generator = options.pop("generator")
-    return torch.empty(shape, **options).exponential_(generator=generator).log().neg()
 
 
 def _why_no_inputs(read: dict[str, Any], inp: object) -> list[str]:

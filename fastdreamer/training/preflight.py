@@ -15,7 +15,7 @@ from fastdreamer.envs import is_foreign
 from fastdreamer.envs.gl import select_gl
 from fastdreamer.files import DiskFullError, file_in_the_way
 from fastdreamer.machine.device import resolve_device
-from fastdreamer.nn import MLP, Actor, WorldModel
+from fastdreamer.nn import Actor, ScalarHead, WorldModel
 from fastdreamer.training.ranks import check_ranks
 
 _LEARNING = 16
@@ -80,8 +80,7 @@ def _parameters(config: Config, seen: dict[str, tuple[int, ...]], action_dim: in
             parts, feat = [world], world.rssm.feat_size
             if config.agent == "dreamer":
                 parts.append(Actor.from_config(model, behavior, feat, action_dim))
-                sizes = [feat, *[model.units] * behavior.critic_layers, 1]
-                parts.append(MLP(sizes, model.activation))
+                parts.append(ScalarHead.from_config(model, feat, behavior.critic_layers))
     except RuntimeError as error:
         if "overflow" not in str(error):
             raise
@@ -94,7 +93,7 @@ def _check_memory(
 ) -> None:
     """Refuse what cannot fit: a lower bound, of the tensors that are there without any doubt."""
     model, rows = config.model, config.replay.batch * config.replay.length
-    state = model.deter + model.stoch
+    state = model.deter + model.stoch * (model.classes or 1)
     batch = rows * sum(torch.Size(shape).numel() for shape in seen.values())
     dream = 4 * rows * config.behavior.imag_horizon * (state + action_dim)
     plan = 4 * config.plan.num_samples * (state + config.plan.plan_horizon * action_dim)

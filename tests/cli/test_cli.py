@@ -254,7 +254,10 @@ def test_resume_a_finished_run_and_extend_it(run, capsys):
     ("argv", "says"),
     [
         (["train", "walkr"], "did you mean walker-"),
-        (["train", "walker", "--preset", "fast"], "valid presets: report, walker, state, tiny"),
+        (
+            ["train", "walker", "--preset", "fast"],
+            "valid presets: report, walker, walker-v3, state, tiny",
+        ),
         (["train"], "needs a TASK"),
         (["train", "walker", "--model.deter", "0"], "model.deter must be > 0"),
         (["train", "walker", "--behavior.gamma", "1.5"], "behavior.gamma must be between 0 and 1"),

@@ -36,7 +36,9 @@ def test_presets_validate_and_survive_json(name):
 
 
 def test_an_unknown_preset_lists_the_known_ones():
-    with pytest.raises(ConfigError, match="'wlaker'; valid presets: report, walker, state, tiny"):
+    with pytest.raises(
+        ConfigError, match="'wlaker'; valid presets: report, walker, walker-v3, state, tiny"
+    ):
         preset("wlaker")
 
 

@@ -17,7 +17,7 @@ from fastdreamer.config import BehaviorConfig, LossConfig, preset
 from fastdreamer.learning import losses
 from fastdreamer.learning.dreamer import Dreamer
 from fastdreamer.ops.lambda_return import lambda_return
-from fastdreamer.ops.params import Normal
+from fastdreamer.ops.params import Normal, Readout
 
 rng = np.random.default_rng
 
@@ -36,9 +36,11 @@ def kl_numpy(p, q):
 
 
 def test_reward_loss():
-    assert losses.reward_loss(tensor([[1.0, 2.0]]), tensor([[0.0, 5.0]])).item() == 5.0
+    plain = Readout()
+    outputs, target = tensor([[[1.0], [2.0]]]), tensor([[0.0, 5.0]])
+    assert losses.reward_loss(outputs, plain, target).item() == 5.0
     x, y = rng(0).normal(size=(2, 4, 3))
-    assert losses.reward_loss(tensor(x), tensor(y)).item() == pytest.approx(
+    assert losses.reward_loss(tensor(x[..., None]), plain, tensor(y)).item() == pytest.approx(
         ((x - y) ** 2).sum() / 12, rel=1e-13
     )
 
@@ -142,7 +144,7 @@ def test_actor_loss():
 def test_critic_loss():
     value, returns = tensor([[1.0, 2.0], [3.0, 4.0]], True), tensor([[0.0, 4.0], [3.0, 5.0]], True)
     weights = tensor([[1.0], [0.5]])
-    loss = losses.critic_loss(value, returns, weights)
+    loss = losses.critic_loss(value.unsqueeze(-1), Readout(), returns, weights)
     assert loss.item() == (1 + 4 + 0.5 * 0 + 0.5 * 1) / 4
     loss.backward()
     assert value.grad.tolist() == [[0.5, -1.0], [0.0, -0.25]]
