@@ -17,7 +17,7 @@ from fastdreamer.config import BehaviorConfig, LossConfig, preset
 from fastdreamer.learning import losses
 from fastdreamer.learning.dreamer import Dreamer
 from fastdreamer.ops.lambda_return import lambda_return
-from fastdreamer.ops.params import Normal, Readout
+from fastdreamer.ops.params import Normal, OneHot, Readout, two_hot
 
 rng = np.random.default_rng
 
@@ -52,11 +52,11 @@ def distributions(seed=0, spread=1.0):
     return post, prior
 
 
-def kl_and_gradients(free_nats, balance, spread=1.0):
+def kl_and_gradients(free_nats, balance, spread=1.0, each=False):
     """Loss, nats and the gradients of the four parameters, from torch."""
     post, prior = distributions(spread=spread)
     p, q = (Normal(tensor(m, True), tensor(s, True)) for m, s in (post, prior))
-    loss, nats = losses.kl_loss(p, q, free_nats=free_nats, balance=balance)
+    loss, nats = losses.kl_loss(p, q, free_nats=free_nats, balance=balance, each=each)
     assert not nats.requires_grad
     grads = torch.autograd.grad(loss, [*p, *q], allow_unused=True)
     return loss.item(), nats.item(), [0.0 if g is None else g.numpy() for g in grads]
@@ -104,6 +104,105 @@ def test_free_nats_apply_to_the_mean_and_not_to_each_step():
     loss, _, grads = kl_and_gradients(free, None)
     assert loss == pytest.approx(steps.mean(), rel=1e-13)
     assert all((np.abs(g) > 0).all() for g in grads)
+
+
+def test_free_nats_of_each_step():
+    """The steps below the threshold count as much as it and push nothing, the others as ever."""
+    steps = kl_numpy(*distributions())
+    free = (steps.min() + steps.mean()) / 2
+    pushed = (steps > free)[..., None]
+    assert pushed.any() and not pushed.all()
+    want = np.maximum(steps, free).mean()
+    for balance in (None, 0.8):
+        loss, nats, grads = kl_and_gradients(free, balance, each=True)
+        assert loss == pytest.approx(want, rel=1e-13) and loss > steps.mean()
+        assert nats == pytest.approx(steps.mean(), rel=1e-13)
+        shares = (1, 1, 1, 1) if balance is None else (0.2, 0.2, 0.8, 0.8)
+        for got, exact, share in zip(grads, kl_gradients_numpy(), shares, strict=True):
+            np.testing.assert_allclose(got, share * pushed * exact, rtol=1e-11, atol=1e-13)
+
+
+def mixed(logits, unimix):
+    """Probabilities of logits [..., K] with a part of the uniform distribution, in numpy."""
+    raised = np.exp(logits - logits.max(-1, keepdims=True))
+    return (1 - unimix) * raised / raised.sum(-1, keepdims=True) + unimix / logits.shape[-1]
+
+
+@pytest.mark.parametrize("unimix", [0.0, 0.01])
+@pytest.mark.parametrize("balance", [None, 0.8])
+def test_kl_of_categoricals(unimix, balance):
+    """Summed over categoricals, unimix on both sides; its gradient by central differences."""
+    post, prior = (2 * rng(seed).normal(size=(3, 2, 4, 5)) for seed in (0, 1))
+
+    def numpy_kl(post, prior):
+        p, q = (mixed(x, unimix) for x in (post, prior))
+        return (p * np.log(p / q)).sum((-2, -1)).mean()
+
+    given = [tensor(x, True) for x in (post, prior)]
+    loss, nats = losses.kl_loss(*(OneHot(x, unimix) for x in given), free_nats=0.0, balance=balance)
+    assert loss.item() == pytest.approx(numpy_kl(post, prior), rel=1e-12) and loss == nats
+    shares = (1, 1) if balance is None else (1 - balance, balance)
+    gradients = torch.autograd.grad(loss, given)
+    for at, (got, share) in enumerate(zip(gradients, shares, strict=True)):
+        way = rng(7).normal(size=post.shape)
+        ends = [[post, prior] for _ in (0, 1)]
+        for sign, end in zip((1, -1), ends, strict=True):
+            end[at] = end[at] + sign * 1e-5 * way
+        slope = (numpy_kl(*ends[0]) - numpy_kl(*ends[1])) / 2e-5
+        assert (got.numpy() * way).sum() == pytest.approx(share * slope, rel=1e-7)
+
+
+BINS = np.array([-9.0, -2.0, 0.0, 2.0, 9.0])
+
+
+@pytest.mark.parametrize(
+    ("target", "weights"),
+    [
+        (0.0, [0, 0, 1, 0, 0]),
+        (-2.0, [0, 1, 0, 0, 0]),
+        (0.5, [0, 0, 0.75, 0.25, 0]),
+        (-5.5, [0.5, 0.5, 0, 0, 0]),
+        (9.0, [0, 0, 0, 0, 1]),
+        (50.0, [0, 0, 0, 0, 1]),  # beyond the bins: the last one
+        (-50.0, [1, 0, 0, 0, 0]),
+    ],
+)
+def test_two_hot_cross_entropy(target, weights):
+    """−Σ w·log softmax, and its gradient softmax − w."""
+    logits = rng(0).normal(size=5)
+    outputs = tensor(logits, True)
+    loss = losses.head_error(outputs, Readout(tensor(BINS)), tensor(target))
+    p = mixed(logits, 0.0)
+    assert loss.item() == pytest.approx(-(weights * np.log(p)).sum(), rel=1e-13)
+    loss.backward()
+    np.testing.assert_allclose(outputs.grad.numpy(), p - weights, rtol=1e-12, atol=1e-14)
+
+
+def test_two_hot_weights_have_the_target_as_their_mean():
+    """What the gradient pulls towards, softmax − gradient, for the bins of a head."""
+    bins = two_hot(255, torch.empty((), dtype=torch.float64)).bins
+    targets = tensor([[-3.7, 0.0, 1e-3], [0.9, 150.0, -4e4]])
+    outputs = torch.randn(2, 3, 255, generator=torch.Generator().manual_seed(0)).double()
+    loss = losses.head_error(outputs.requires_grad_(), Readout(bins), targets)
+    assert loss.shape == targets.shape
+    (gradient,) = torch.autograd.grad(loss.sum(), outputs)
+    weights = (outputs.softmax(-1) - gradient).detach()
+    assert ((weights > 1e-12).sum(-1) <= 2).all() and (weights > -1e-12).all()
+    near = weights.masked_fill(weights < 1e-12, 0) * bins
+    np.testing.assert_allclose(near.sum(-1).numpy(), targets.numpy(), rtol=1e-9, atol=1e-12)
+    nothing = torch.full_like(targets, torch.nan)
+    assert losses.head_error(outputs, Readout(bins), nothing).isnan().all()
+
+
+@pytest.mark.parametrize("target", [0.0, 3.0, -0.2])
+def test_symlog_heads(target):
+    """The squared distance of the output to sign(x)·log(1 + |x|)."""
+    outputs = tensor([0.7], True)
+    loss = losses.head_error(outputs, Readout(squashed=True), tensor(target))
+    apart = 0.7 - math.copysign(math.log1p(abs(target)), target)
+    assert loss.item() == pytest.approx(apart**2, rel=1e-13)
+    loss.backward()
+    assert outputs.grad.item() == pytest.approx(2 * apart, rel=1e-13)
 
 
 @pytest.mark.parametrize("balance", [0.0, 0.5, 0.8, 1.0])

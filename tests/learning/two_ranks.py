@@ -26,6 +26,13 @@ CASES = {
         "behavior": dataclasses.replace(TINY.behavior, return_norm=True, target_every=2),
         "model": dataclasses.replace(TINY.model, discount=True),
     },
+    "categorical": {
+        "loss": dataclasses.replace(TINY.loss, kl_balance=0.8, free_nats_each=True),
+        "behavior": dataclasses.replace(TINY.behavior, return_norm=True, entropy=0.1),
+        "model": dataclasses.replace(
+            TINY.model, classes=4, unimix=0.01, cell="late-reset", norm="layer", readout="two-hot"
+        ),
+    },
 }
 
 

@@ -28,6 +28,7 @@ from logged import WALL_CLOCK
 
 from fastdreamer.acting.play import agent_policy, collect, episode_seed, random_policy
 from fastdreamer.acting.policy import Policy
+from fastdreamer.cli import main
 from fastdreamer.config import ConfigError, preset, to_dict
 from fastdreamer.envs import make_env
 from fastdreamer.envs.gl import GLError, select_gl
@@ -629,6 +630,38 @@ def test_kill_9_at_random_moments(kinds, kills, tmp_path, undisturbed, launchers
         for room in ("checkpoints", "episodes"):  # nothing missing, nothing left behind
             assert names(run_dir / room) == names(want / room)
         assert eventually(lambda pids=killed: not any(map(session, pids)), 20), "orphans live on"
+
+
+def test_dreamerv3_s_parts_through_kills(tmp_path, launcher, capsys):
+    """A run of them from pixels and state equals one that is killed twice; it evaluates along the
+    way, and acts, plans and dreams afterwards."""
+    v3 = preset("walker-v3")
+    parts = ("classes", "unimix", "cell", "activation", "norm", "readout")
+    config = dataclasses.replace(
+        CONFIG,
+        env=dataclasses.replace(CONFIG.env, obs="both", render="rays", render_quality="bare"),
+        model=dataclasses.replace(
+            CONFIG.model, stoch=3, **{name: getattr(v3.model, name) for name in parts}
+        ),
+        loss=v3.loss,
+        behavior=dataclasses.replace(CONFIG.behavior, entropy=v3.behavior.entropy),
+        train=dataclasses.replace(CONFIG.train, frames=240),
+    )
+    want, run_dir = (new_run(tmp_path / name, config) for name in ("reference", "run"))
+    assert launcher.run(want) == 0, (want / "log.txt").read_text()
+    for count in (20, 30):
+        launcher.start(run_dir, KILL_AFTER_UPDATES.format(count=count, seconds=0.01))
+        assert launcher.wait() == -signal.SIGKILL
+    assert launcher.run(run_dir) == 0, (run_dir / "log.txt").read_text()
+    assert_equals(run_dir, want)
+    assert [line["env_frames"] for line in metrics(run_dir) if line["kind"] == "eval"] == [120, 240]
+    for controller in ("actor", "mpc"):
+        asked = ["--episodes", "1", "--controller", controller]
+        assert main(["eval", str(run_dir), *asked]) == 0, capsys.readouterr().err
+    out = ["--context", "3", "--decisions", "3", "--out", str(tmp_path / "dream")]
+    assert main(["dream", str(run_dir), *out]) == 0, capsys.readouterr().err
+    assert main(["train", "--resume", str(run_dir), "--model.norm", "rms"]) == 1
+    assert "model.norm, 'layer' here, 'rms' asked for" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("kind", KINDS)
