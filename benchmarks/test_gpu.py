@@ -38,7 +38,7 @@ from benchmarks.race import race
 from benchmarks.synthetic import ACTION_DIM, OBS_SHAPES
 from benchmarks.test_tools import small, small_imagine, wrong_case
 from benchmarks.variants import Variant, gpu_variants
-from fastdreamer.config import preset
+from fastdreamer.config import PRESETS, preset
 from fastdreamer.learning import dreamer as agent_module
 from fastdreamer.learning.dreamer import Dreamer, NonFiniteLoss
 from fastdreamer.ops import backend as backend_module
@@ -485,19 +485,11 @@ def update_on_meta(monkeypatch, config):
         return agent.update(batch, agent.make_optimizers(), _Generator())
 
 
-@pytest.mark.parametrize("name", ["report", "walker", "state", "tiny"])
+@pytest.mark.parametrize("name", PRESETS)
 def test_an_update_stays_on_its_device(monkeypatch, name):
     metrics = update_on_meta(monkeypatch, preset(name))
     assert {"model_loss", "actor_loss", "critic_grad_norm"} <= metrics.keys()
     assert all(x.device.type == "meta" and not x.requires_grad for x in metrics.values())
-
-
-def test_return_normalisation_does_not(monkeypatch):
-    """As docs/gpu.md says: the levels of its quantiles come from the host."""
-    config = preset("tiny")
-    behavior = dataclasses.replace(config.behavior, return_norm=True)
-    with pytest.raises(RuntimeError, match="new_tensor"):
-        update_on_meta(monkeypatch, dataclasses.replace(config, behavior=behavior))
 
 
 def test_works_stay_on_their_device(monkeypatch):

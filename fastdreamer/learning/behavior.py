@@ -115,7 +115,8 @@ class BehaviorLearner(Learner):
         if not self.agent.config.behavior.return_norm:
             return 1.0
         returns = self.ranks.gather(returns.detach().flatten())
-        low, high = torch.quantile(returns, returns.new_tensor([0.05, 0.95]))
+        levels = torch.linspace(0.05, 0.95, 2, device=returns.device)  # made where they are used
+        low, high = torch.quantile(returns, levels)
         self.agent.return_range.lerp_(high - low, 0.01)
         return self.agent.return_range.clamp(min=1.0)
 

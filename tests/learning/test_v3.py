@@ -247,18 +247,19 @@ def test_the_shield_looks_at_the_likeliest_state():
     agent.update(make_batch(), agent.make_optimizers(), seeded())
     _, state = agent.act({"state": make_batch()["state"][0].numpy()}, shield=agent.make_shield())
     rssm, now = agent.model.rssm.params(), State(state.deter, state.stoch)
-    barrier, noise = agent.guard.barrier.params(), torch.zeros(1, B, 4, A)
-    found = filter_actions(
-        rssm, barrier, now, state.action, noise, alpha=0.5, std=0.5, num_elites=2
-    )
-    kept = ~found.changed
-    after = open_loop(rssm, now, state.action[None], torch.zeros(1, B, C))
-    logits = agent.model.rssm.prior(after.deter[0]).unflatten(-1, (C, K))
-    likeliest = nn.functional.one_hot(logits.argmax(-1), K).flatten(-2).float()
-    value = agent.guard.barrier(torch.cat([after.deter[0], likeliest], -1))[:, 0]
-    margin = value - 0.5 * agent.guard.barrier(now.feat)[:, 0]
-    assert torch.equal(found.changed, ~(margin >= 0))
-    torch.testing.assert_close(found.margin[kept], margin[kept], rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        agent.guard.barrier.layers[-1].bias.fill_(5.0)  # every proposal keeps the condition
+        barrier, noise = agent.guard.barrier.params(), torch.zeros(1, B, 4, A)
+        found = filter_actions(
+            rssm, barrier, now, state.action, noise, alpha=0.5, std=0.5, num_elites=2
+        )
+        after = open_loop(rssm, now, state.action[None], torch.zeros(1, B, C))
+        logits = agent.model.rssm.prior(after.deter[0]).unflatten(-1, (C, K))
+        likeliest = nn.functional.one_hot(logits.argmax(-1), K).flatten(-2).float()
+        value = agent.guard.barrier(torch.cat([after.deter[0], likeliest], -1))[:, 0]
+        margin = value - 0.5 * agent.guard.barrier(now.feat)[:, 0]
+    assert not found.changed.any() and (margin > 0).all()
+    torch.testing.assert_close(found.margin, margin, rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------- settings
