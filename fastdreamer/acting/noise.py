@@ -29,7 +29,8 @@ def normal(source: Source, *shape: int, dim: int = 0) -> Tensor:
 
 def latent(params: RSSMParams, source: Source, *lead: int, dim: int = 0) -> Tensor:
     """The noise of latent samples as the ops take it, [*lead, n]; else as :func:`normal`."""
-    return _draw(noise_of(params.latent), source, (*lead, params.dims()[params.noise]), dim)
+    size, draw = noise_of(params.latent)
+    return _draw(draw, source, (*lead, params.dims()[size]), dim)
 
 
 def _draw(draw: Callable[..., Tensor], source: Source, shape: tuple[int, ...], dim: int) -> Tensor:

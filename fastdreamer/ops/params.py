@@ -132,11 +132,14 @@ class Categorical(NamedTuple):
     gumbel: bool = False  # straight-through Gumbel-softmax samples
 
 
-def noise_of(latent: StdTransform | Categorical) -> Callable[..., Tensor]:
-    """What draws the noise of such samples, called as ``torch.randn`` is with a shape."""
+def noise_of(latent: StdTransform | Categorical) -> tuple[str, Callable[..., Tensor]]:
+    """The letter of a step's noise, and what draws it, called as ``torch.randn`` is with a shape.
+
+    S standard normals or, of Gumbel-softmax samples, Gumbels; or C uniforms in [0, 1).
+    """
     if not isinstance(latent, Categorical):
-        return torch.randn
-    return gumbel if latent.gumbel else torch.rand
+        return "S", torch.randn
+    return ("S", gumbel) if latent.gumbel else ("C", torch.rand)
 
 
 def gumbel(
@@ -219,8 +222,8 @@ class RSSMParams(NamedTuple):
 
     @property
     def noise(self) -> str:
-        """The letter of a step's noise: S standard normals or Gumbels, or C uniforms in [0, 1)."""
-        return "C" if isinstance(self.latent, Categorical) and not self.latent.gumbel else "S"
+        """The letter of a step's noise, see :func:`noise_of`."""
+        return noise_of(self.latent)[0]
 
     def detach(self) -> RSSMParams:
         """The same parameters, receiving no gradient: frozen dynamics."""

@@ -517,8 +517,8 @@ class Rollout:
         self, given: Tensor | None, lead: tuple[int, ...], generator: torch.Generator | None
     ) -> Tensor:
         """[*lead, S] standard normal, or [*lead, C] uniform of categorical latents; or Gumbel."""
-        shape = (*lead, self.dims[self.rssm.noise])
-        return self._noise(given, shape, generator, noise_of(self.options.latent))
+        size, draw = noise_of(self.options.latent)
+        return self._noise(given, (*lead, self.dims[size]), generator, draw)
 
     def _action_noise(
         self, given: Tensor | None, lead: tuple[int, ...], generator: torch.Generator | None
