@@ -18,8 +18,8 @@ def head_error(outputs: Tensor, readout: Readout, target: Tensor) -> Tensor:
     """What a head's outputs [..., n] are off a number [...]: [...].
 
     The squared error, or with bins the cross-entropy in nats of their softmax to the weights of the
-    two bins around the number, whose mean it is (two-hot; Bellemare et al. 2017, DreamerV3). A head
-    in symlog space is held to the number's symlog.
+    two bins around the number, whose mean it is (two-hot; MuZero, DreamerV3). A head in
+    symlog space is held to the number's symlog.
     """
     target = symlog(target) if readout.squashed else target
     if readout.bins is None:
