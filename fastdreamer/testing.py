@@ -361,14 +361,14 @@ def away_from_borders(op: Callable, inputs: Mapping[str, Any]) -> dict[str, Any]
     Or the likeliest, if that is an improbable one: roundings are not to draw another. Found by a
     run in float64.
     """
-    noise = "noise" if "noise" in inputs else "state_noise"
     double = tree_map_only(
         Tensor, lambda t: t.double() if t.is_floating_point() else t, dict(inputs)
     )
-    double[noise] = double[noise].clone()
+    noises = [name for name, t in double.items() if name.endswith("noise") and t is not None]
+    double |= {name: double[name].clone() for name in noises}
     with torch.no_grad(), mock.patch.object(OneHot, "sample", _moving(OneHot.sample)):
         op(**double, backend="eager")
-    return dict(inputs) | {noise: double[noise].to(inputs[noise])}
+    return dict(inputs) | {name: double[name].to(inputs[name]) for name in noises}
 
 
 def _moving(sample: Callable) -> Callable:

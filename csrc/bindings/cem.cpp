@@ -6,18 +6,19 @@
 namespace fastdreamer {
 namespace {
 
-// rssm: (inp, gru, prior, latent). heads: (reward, bootstrap or None, discount or None, gamma,
-// lam); without a bootstrap the score is the sum of the rewards. proposals: an array or None.
+// rssm: (inp, gru, prior, latent). heads: (reward, bootstrap or None, discount or None, gamma, lam,
+// reward_as, value_as, hard_discount), of which make_readout takes reward_as and value_as; without
+// a bootstrap the score is the sum of the rewards. proposals: an array or None.
 // Arrays as in cpu/cem.h; mean and std are changed.
 void cem(py::tuple rssm, py::tuple heads, py::handle start_deter, py::handle start_stoch,
          py::handle mean, py::handle std, py::handle action_noise, py::handle state_noise,
          py::handle scores, py::handle proposals, Index num_elites, double min_std, bool sample_std,
-         double clip, int threads) {
+         double clip, bool bound_action, int threads) {
   const char* op = "cem";
-  if (rssm.size() != 4 || heads.size() != 5) {
+  if (rssm.size() != 4 || heads.size() != 8) {
     fail(
         "cem: rssm must be (inp, gru, prior, latent), heads (reward, bootstrap, discount, gamma, "
-        "lam)");
+        "lam, reward_as, value_as, hard_discount)");
   }
   const PackedGru& gru = rssm[1].cast<const PackedGru&>();
   const Precision precision = gru.precision();
@@ -30,13 +31,20 @@ void cem(py::tuple rssm, py::tuple heads, py::handle start_deter, py::handle sta
   x.rssm = &model;
   const auto head = [&](const char* name, const py::object& object) {
     const PackedMlp& packed = object.cast<const PackedMlp&>();
-    check_mlp(op, name, packed, precision, D + S, 1, false);
+    check_mlp(op, name, packed, precision, D + S, packed.mlp().out(), false);
     return &packed.mlp();
   };
   x.reward = head("reward", heads[0]);
   if (!heads[1].is_none()) x.bootstrap = head("bootstrap", heads[1]);
   if (!heads[2].is_none()) x.discount = head("discount", heads[2]);
   set_returns(op, heads[3], heads[4], x);
+  Arrays arrays(op);
+  x.reward_as = make_readout("reward_as.bins", arrays, heads[5], x.reward->out());
+  if (x.bootstrap != nullptr) {
+    x.value_as = make_readout("value_as.bins", arrays, heads[6], x.bootstrap->out());
+  }
+  x.hard_discount = heads[7].cast<bool>();
+  x.bound_action = bound_action;
 
   const Array shape(op, "action_noise", action_noise);
   if (shape.ndim() != 5 || shape.size(1) < 1 || shape.size(2) < 1 || shape.size(3) < 1) {
@@ -55,7 +63,6 @@ void cem(py::tuple rssm, py::tuple heads, py::handle start_deter, py::handle sta
   x.min_std = static_cast<float>(min_std);
   x.sample_std = sample_std;
   x.clip = static_cast<float>(clip);
-  Arrays arrays(op);
   x.start_deter = arrays.in("start.deter", start_deter, {B, D});
   x.start_stoch = arrays.in("start.stoch", start_stoch, {B, S});
   x.action_noise = arrays.in("action_noise", action_noise, {I, H, B, N, A});
@@ -82,7 +89,8 @@ void bind_cem(py::module_& m) {
   m.def("cem", &cem, py::arg("rssm"), py::arg("heads"), py::arg("start_deter"),
         py::arg("start_stoch"), py::arg("mean"), py::arg("std"), py::arg("action_noise"),
         py::arg("state_noise"), py::arg("scores"), py::arg("proposals"), py::arg("num_elites"),
-        py::arg("min_std"), py::arg("sample_std"), py::arg("clip"), py::arg("threads"),
+        py::arg("min_std"), py::arg("sample_std"), py::arg("clip"), py::arg("bound_action"),
+        py::arg("threads"),
         "All iterations of the cross-entropy method; see csrc/bindings/cem.cpp.");
 }
 

@@ -11,7 +11,7 @@ constexpr const char* kOp = "decide";
 // Packed weights put together once, so that a call for one row has little left to do but compute.
 class PackedDecider {
  public:
-  // encoder: of vectors, the activation last, or None. actor: (mlp, mean_scale, std), its layers
+  // encoder: of vectors, the activation last, or None. actor: as make_actor takes it, its layers
   // packed for [stoch, deter], or None.
   PackedDecider(py::object inp, py::object gru, py::object post, py::tuple latent,
                 py::object encoder, py::object actor)
@@ -43,12 +43,9 @@ class PackedDecider {
       decider_.encoder = mlp.mlp();
     }
     if (!decider_.acts) return;
-    const py::tuple three = actor;
-    actor_ = three[0];
-    const PackedMlp& mlp = actor_.cast<const PackedMlp&>();
-    check_mlp(kOp, "actor", mlp, precision_, S + D, 2 * A, false);
-    decider_.actor = {mlp.mlp(), three[1].cast<float>(), make_std(kOp, three[2]), false};
-    if (!(decider_.actor.mean_scale > 0)) fail("decide: mean_scale must be positive");
+    const py::tuple four = actor;
+    actor_ = four[0];
+    decider_.actor = make_actor(kOp, four, precision_, S + D, A, false);
   }
 
   const Decider& decider() const { return decider_; }
@@ -82,7 +79,8 @@ void decide(const PackedDecider& packed, py::handle deter, py::handle stoch, py:
   if (d.embed() > 0) x.embed = arrays.in("embed", embed, {B, d.embed()});
   if (d.sees) x.vector = arrays.in("vector", vector, {B, d.vector()});
   x.state_noise = arrays.in("state_noise", state_noise, {B, d.rssm.noise()});
-  x.action_noise = arrays.maybe_in("action_noise", action_noise, {B, A});
+  const Index drawn = d.acts ? d.actor.noise(A) : A;
+  x.action_noise = arrays.maybe_in("action_noise", action_noise, {B, drawn});
   x.next_deter = arrays.out("deter", outputs[0], {B, D});
   x.next_stoch = arrays.out("stoch", outputs[1], {B, S});
   if (d.acts) x.next_action = arrays.out("action", outputs[2], {B, A});

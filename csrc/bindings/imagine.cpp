@@ -25,11 +25,12 @@ struct ImagineRun {
 
 const PackedMlp& mlp_of(const py::object& pack) { return pack.cast<const PackedMlp&>(); }
 
-// rssm: (inp, gru, prior, latent). actor: (mlp, mean_scale, std, through_feat) or None. heads:
-// (reward, critic or None, target or None, discount or None, gamma, lam, departure) or None. wants:
-// None, or (through, actor, rssm, reward, critic, discount). Arrays as in cpu/imagine.h; `outputs`
-// are deter, stoch, prior_mean, prior_std, reward, next_value, returns, value, discount, each an
-// array or None.
+// rssm: (inp, gru, prior, latent). actor: what make_actor takes, and through_feat and bound; or
+// None. heads: (reward, critic or None, target or None, discount or None, gamma, lam, departure,
+// reward_as, value_as, hard_discount), or None; what make_readout takes is reward_as and value_as.
+// wants: None, or (through, actor, rssm, reward, critic, discount). Arrays as in cpu/imagine.h;
+// `outputs` are deter, stoch, prior_mean, prior_std, reward, next_value, returns, value, discount,
+// each an array or None.
 std::unique_ptr<ImagineRun> imagine_forward(const char* op, py::tuple rssm, py::object actor,
                                             py::object heads, py::handle start_deter,
                                             py::handle start_stoch, py::handle state_noise,
@@ -69,15 +70,14 @@ std::unique_ptr<ImagineRun> imagine_forward(const char* op, py::tuple rssm, py::
   if (actor.is_none()) {
     x.action = const_cast<float*>(t.arrays.in("action", action, {H, B, A}));
   } else {
-    const py::tuple four = actor;
-    t.actor_pack = four[0];
-    const PackedMlp& mlp = mlp_of(t.actor_pack);
-    const bool through_feat = four[3].cast<bool>();
-    check_mlp(op, "actor", mlp, precision, D + S, 2 * A, w.actor || (w.through && through_feat));
-    t.actor = {mlp.mlp(), four[1].cast<float>(), make_std(op, four[2]), through_feat};
-    if (!(t.actor.mean_scale > 0)) fail(std::string(op) + ": mean_scale must be positive");
+    const py::tuple six = actor;
+    t.actor_pack = six[0];
+    const bool through_feat = six[4].cast<bool>();
+    t.actor = make_actor(op, six, precision, D + S, A, w.actor || (w.through && through_feat));
+    t.actor.through_feat = through_feat;
+    t.actor.bound = six[5].cast<bool>();
     x.actor = &t.actor;
-    x.action_noise = t.arrays.in("action_noise", action_noise, {H, B, A});
+    x.action_noise = t.arrays.in("action_noise", action_noise, {H, B, t.actor.noise(A)});
     x.action = t.arrays.out("action", action, {H, B, A});
   }
   x.deter = t.arrays.maybe_out("deter", outputs[0], {H, B, D});
@@ -85,22 +85,30 @@ std::unique_ptr<ImagineRun> imagine_forward(const char* op, py::tuple rssm, py::
   x.prior_mean = t.arrays.maybe_out("prior_mean", outputs[2], {H, B, S});
   x.prior_std = t.arrays.maybe_out("prior_std", outputs[3], {H, B, S});
   if (!heads.is_none()) {
-    const py::tuple seven = heads;
-    t.reward_pack = seven[0], t.critic_pack = seven[1], t.target_pack = seven[2];
-    t.discount_pack = seven[3];
-    x.departure = seven[6].cast<bool>();
+    const py::tuple ten = heads;
+    t.reward_pack = ten[0], t.critic_pack = ten[1], t.target_pack = ten[2];
+    t.discount_pack = ten[3];
+    x.departure = ten[6].cast<bool>();
+    x.hard_discount = ten[9].cast<bool>();
     const auto head = [&](const char* name, const py::object& pack, Mlp& to, bool gradients) {
       if (pack.is_none()) return static_cast<const Mlp*>(nullptr);
       const PackedMlp& mlp = mlp_of(pack);
-      check_mlp(op, name, mlp, precision, D + S, 1, gradients);
+      check_mlp(op, name, mlp, precision, D + S, mlp.mlp().out(), gradients);
       to = mlp.mlp();
       return static_cast<const Mlp*>(&to);
     };
     x.reward = head("reward", t.reward_pack, t.reward, w.through);
     x.critic = head("critic", t.critic_pack, t.critic, w.through || w.critic);
     x.target = head("target", t.target_pack, t.target, w.through);
-    x.discount = head("discount", t.discount_pack, t.discount, w.through);
-    set_returns(op, seven[4], seven[5], x);
+    x.discount = head("discount", t.discount_pack, t.discount, w.through && !x.hard_discount);
+    set_returns(op, ten[4], ten[5], x);
+    if (x.reward != nullptr) {
+      x.reward_as = make_readout("reward_as.bins", t.arrays, ten[7], t.reward.out());
+    }
+    for (const Mlp* mlp : {x.critic, x.target}) {
+      if (mlp == nullptr) continue;
+      x.value_as = make_readout("value_as.bins", t.arrays, ten[8], mlp->out());
+    }
     x.reward_out = t.arrays.maybe_out("reward", outputs[4], {H, B});
     x.next_value = t.arrays.maybe_out("next_value", outputs[5], {H, B});
     x.returns = t.arrays.maybe_out("returns", outputs[6], {H, B});
@@ -110,7 +118,8 @@ std::unique_ptr<ImagineRun> imagine_forward(const char* op, py::tuple rssm, py::
     if (x.reward == nullptr || x.reward_out == nullptr || (x.next_value && !bootstraps) ||
         (x.returns && !x.next_value) || (x.value && (!x.critic || !x.next_value)) ||
         (w.critic && !x.value) || (w.through && !x.next_value) ||
-        (x.discount != nullptr) != (x.discount_out != nullptr) || (w.discount && !x.discount)) {
+        (x.discount != nullptr) != (x.discount_out != nullptr) ||
+        (w.discount && (!x.discount || x.hard_discount))) {
       fail(std::string(op) + ": a head or its output is missing");
     }
   } else if (w.reward || w.critic || w.discount) {

@@ -295,6 +295,30 @@ Latent make_latent(const char* op, py::tuple latent, Index outputs) {
   return {classes, unimix, {}};
 }
 
+Actor make_actor(const char* op, py::tuple four, Precision precision, Index feat, Index A,
+                 bool gradients) {
+  const PackedMlp& packed = four[0].cast<const PackedMlp&>();
+  const std::string squash = four[3].cast<std::string>();
+  Actor actor{packed.mlp(), four[1].cast<float>(), {}, Squash::tanh, false, false};
+  actor.latent = make_latent(op, four[2].cast<py::tuple>(), A);
+  check_mlp(op, "actor", packed, precision, feat, actor.raw(A), gradients);
+  if (!(actor.mean_scale > 0)) fail(std::string(op) + ": mean_scale must be positive");
+  if (squash == "none") {
+    actor.squash = Squash::none;
+  } else if (squash == "bound") {
+    actor.squash = Squash::bound;
+  } else if (squash == "clip") {
+    actor.squash = Squash::clip;
+  } else if (squash != "tanh") {
+    fail(std::string(op) + ": squash must be tanh, none, bound or clip, got '" + squash + "'");
+  }
+  return actor;
+}
+
+Readout make_readout(const char* name, Arrays& arrays, py::tuple readout, Index outputs) {
+  return {arrays.maybe_in(name, readout[0], {outputs}), readout[1].cast<bool>()};
+}
+
 Rssm make_rssm(const char* op, const PackedMlp& inp, const PackedGru& gru, const PackedMlp& prior,
                py::tuple latent) {
   const Index D = gru.gru().forward.D, outputs = prior.mlp().out();

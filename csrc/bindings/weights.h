@@ -73,6 +73,13 @@ StdTransform make_std(const char* op, py::tuple std);
 // Of the same, or of (classes, unimix), for prior or posterior with so many outputs.
 Latent make_latent(const char* op, py::tuple latent, Index outputs);
 
+// Of (mlp, mean_scale, std or (classes, unimix), squash), for features and actions of those sizes.
+Actor make_actor(const char* op, py::tuple four, Precision precision, Index feat, Index A,
+                 bool gradients);
+
+// Of (bins or None, squashed), for a head with so many outputs.
+Readout make_readout(const char* name, Arrays& arrays, py::tuple readout, Index outputs);
+
 // Puts the parts of a model together; throws if their sizes or precisions do not fit.
 Rssm make_rssm(const char* op, const PackedMlp& inp, const PackedGru& gru, const PackedMlp& prior,
                py::tuple latent);

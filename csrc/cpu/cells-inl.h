@@ -97,6 +97,20 @@ void sample_kind(const SampleArgs& x) {
 FD_INLINE void put_one(float* p) { *p = 1.0f; }
 FD_INLINE void put_one(Bfloat16* p) { *p = 0x3f80; }
 
+// Leaves e^(y - the largest), and returns what makes the softmax of it.
+template <class P>
+FD_INLINE float exponentials(float* y, Index n) {
+  const Vec most = fill(largest(y, n));
+  by_vectors(0, n, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
+    put(y + c, exp<P::fast>(get(y + c) - most));
+  });
+  Vec total = fill(0.0f);
+  by_vectors(0, n, [&](Index c, auto get, auto) __attribute__((always_inline)) {
+    total = total + get(y + c);
+  });
+  return 1.0f / sum(total);
+}
+
 // Sums of a row's probabilities are made in order, whatever the vectors' width: every instruction
 // set draws the same class but for what rounding does at a border.
 template <class P>
@@ -115,15 +129,7 @@ void sample_classes(const SampleArgs& x) {
     const float* noise = at(x.noise, row);
     for (Index first = 0; first < x.S; first += K, ++noise) {
       const Index end = first + K;
-      const Vec most = fill(largest(raw + first, K));
-      by_vectors(first, end, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
-        put(raw + c, exp<P::fast>(get(raw + c) - most));
-      });
-      Vec total = fill(0.0f);
-      by_vectors(first, end, [&](Index c, auto get, auto) __attribute__((always_inline)) {
-        total = total + get(raw + c);
-      });
-      const Vec inverse = fill(1.0f / sum(total));
+      const Vec inverse = fill(exponentials<P>(raw + first, K));
       by_vectors(first, end, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
         const Vec p = get(raw + c) * inverse, none = p - p;  // NaN where p is
         put(raw + c, p);
@@ -206,92 +212,6 @@ void sample_backward(const SampleBackwardArgs& x) {
   }
 }
 
-// Calls body(StdOf, whether the mean is bounded) with the right types, once a tile of rows.
-template <class P, class Body>
-FD_INLINE void by_policy(const StdTransform& t, float mean_scale, const Body& body) {
-  const auto with = [&](const auto& std_of) {
-    if (mean_scale < __builtin_inff()) return body(std_of, Bool<true>());
-    return body(std_of, Bool<false>());
-  };
-  switch (t.kind) {
-    case StdKind::softplus:
-      return with(StdOf<P, StdKind::softplus>(t));
-    case StdKind::sigmoid:
-      return with(StdOf<P, StdKind::sigmoid>(t));
-    case StdKind::exp:
-      return with(StdOf<P, StdKind::exp>(t));
-  }
-}
-
-// tanh in full precision whatever P: A columns cost little, and actions near ±1 are what a fast one
-// rounds worse than autocast does.
-template <class P>
-void act(const ActArgs& x) {
-  const Index A = x.A;
-  const Vec scale = fill(x.mean_scale), inverse = fill(1.0f / x.mean_scale);
-  by_policy<P>(x.transform, x.mean_scale, [&](const auto& std_of, auto bounded) {
-    for (Index row = 0; row < x.rows; ++row) {
-      const float *raw = at(x.raw, row), *noise = at(x.noise, row);
-      by_vectors(0, A, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
-        Vec mean = get(raw + c);
-        if (bounded.value) mean = scale * tanh<false>(mean * inverse);
-        const Vec a = tanh<false>(fma(std_of(get(raw + A + c)), get(noise + c), mean));
-        put(at(x.out32, row) + c, a);
-        if (x.out.data != nullptr) put(at<typename P::Elem>(x.out, row) + c, a);
-      });
-    }
-  });
-}
-
-template <class P>
-void act_backward(const ActBackwardArgs& x) {
-  const Index A = x.A;
-  const Vec one = fill(1.0f), inverse = fill(1.0f / x.mean_scale);
-  by_policy<P>(x.transform, x.mean_scale, [&](const auto& std_of, auto bounded) {
-    for (Index row = 0; row < x.rows; ++row) {
-      const float *raw = at(x.raw, row), *noise = at(x.noise, row), *grad = at(x.grad, row),
-                  *action = at(x.action, row);
-      auto* out = at<typename P::Elem>(x.raw_grad, row);
-      by_vectors(0, A, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
-        const Vec a = get(action + c);
-        const Vec inner = get(grad + c) * (one - a * a);
-        Vec d_mean = inner;
-        if (bounded.value) {
-          const Vec t = tanh<false>(get(raw + c) * inverse);
-          d_mean = inner * (one - t * t);
-        }
-        put(out + c, d_mean);
-        put(out + A + c, inner * get(noise + c) * std_of.derivative(get(raw + A + c)));
-      });
-    }
-  });
-}
-
-template <class P>
-void discount(const DiscountArgs& x) {
-  const Vec gamma = fill(x.gamma), one = fill(1.0f);
-  by_vectors(0, x.n, [&](Index i, auto get, auto put) __attribute__((always_inline)) {
-    const Vec s = sigmoid<P::fast>(get(x.data + i));
-    put(x.data + i, gamma * s);
-    if (x.slope != nullptr) put(x.slope + i, gamma * s * (one - s));
-  });
-}
-
-// Multiplied, then added, as the eager body does: both plan with the same candidates.
-template <class P>
-void perturb(const PerturbArgs& x) {
-  const Vec low = fill(-x.clip), high = fill(x.clip);
-  for (Index row = 0; row < x.rows; ++row) {
-    const float* noise = at(x.noise, row);
-    by_vectors(0, x.A, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
-      const Vec free = get(x.mean + c) + get(x.std + c) * get(noise + c);
-      const Vec a = min(high, max(low, free));  // bounds first: NaN passes
-      if (x.out.data != nullptr) put(at<typename P::Elem>(x.out, row) + c, a);
-      if (x.out32.data != nullptr) put(at(x.out32, row) + c, a);
-    });
-  }
-}
-
 template <class P>
 void dot(const DotArgs& x) {
   for (Index row = 0; row < x.rows; ++row) {
@@ -365,6 +285,8 @@ void evaluate(Function function, const float* in, float* out, Index n) {
         return put(out + i, tanh<P::fast>(x));
       case Function::softplus:
         return put(out + i, softplus<P::fast>(x));
+      case Function::symexp:
+        return put(out + i, symexp(x).value);
     }
   });
 }

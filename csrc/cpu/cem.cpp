@@ -85,6 +85,11 @@ Cem::Cem(const CemArgs& args, Arena& scratch, int threads) : args_(args) {
       std::fill_n(discount_.data, slots_ * args.H * tile_, args.gamma);
     }
   }
+  Index outputs = 1;
+  for (const Mlp* head : {args.reward, args.bootstrap, args.discount}) {
+    if (head != nullptr) outputs = std::max(outputs, head->out());
+  }
+  if (outputs > 1) outputs_ = take_floats(scratch, head_rows, outputs);
   elites_ = take_floats(scratch, threads_ * args.K, rssm.A);
   order_ = scratch.take<Index>(threads_ * args.N);
   if (args.P > 0) {
@@ -148,14 +153,14 @@ void Cem::candidates(Index i, Index t, Index b, Index n, Index count, const Buff
   const Index given = std::clamp<Index>(x.P - n, 0, count);
   if (given > 0) {  // a proposal is the noise of a standard Normal: 0 + 1 · a = a
     const float* actions = x.proposals + (place * x.P + n) * A;
-    x.kernels->perturb({A, given, zero_, one_, rows_of(actions, A).at(0), x.clip,
+    x.kernels->perturb({A, given, zero_, one_, rows_of(actions, A).at(0), x.clip, x.bound_action,
                         packed.at(row, rssm.D + rssm.S), plain.at(0)});
   }
   if (given < count) {
     const float* noise = x.action_noise + ((i * x.H * x.B + place) * x.N + n + given) * A;
     x.kernels->perturb({A, count - given, x.mean + place * A, x.std + place * A,
-                        rows_of(noise, A).at(0), x.clip, packed.at(row + given, rssm.D + rssm.S),
-                        plain.at(given)});
+                        rows_of(noise, A).at(0), x.clip, x.bound_action,
+                        packed.at(row + given, rssm.D + rssm.S), plain.at(given)});
   }
 }
 
@@ -206,16 +211,16 @@ void Cem::evaluate(const Tile& tile, Index part, int thread) const {
   const Rows feat = states_.at(place);
   const Ones ones = drawn_.at(place).ones(*x.rssm, x.rssm->D);
   const Index scratch = thread * head_tile_;
-  float* reward = reward_.at(tile.slot).data + first;
-  forward(k, *x.reward, feat, rows, reward_hidden_, scratch, {reward, 1}, kNoFloats, ones);
-  if (x.bootstrap != nullptr) {
-    float* value = value_.at(tile.slot).data + first;
-    forward(k, *x.bootstrap, feat, rows, bootstrap_hidden_, scratch, {value, 1}, kNoFloats, ones);
-  }
+  const auto read = [&](const Mlp& mlp, const Readout& as, const MlpBuffers& hidden,
+                        const FloatBuffer& to) {
+    read_forward(k, mlp, as, feat, rows, hidden, scratch, outputs_.at(scratch),
+                 to.at(tile.slot, first).data, kNoRows, ones);
+  };
+  read(*x.reward, x.reward_as, reward_hidden_, reward_);
+  if (x.bootstrap != nullptr) read(*x.bootstrap, x.value_as, bootstrap_hidden_, value_);
   if (x.discount != nullptr) {
-    float* discount = discount_.at(tile.slot).data + first;
-    forward(k, *x.discount, feat, rows, discount_hidden_, scratch, {discount, 1}, kNoFloats, ones);
-    k.discount({rows, x.gamma, discount, nullptr});
+    read(*x.discount, {}, discount_hidden_, discount_);
+    k.discount({rows, x.gamma, x.hard_discount, discount_.at(tile.slot, first).data, nullptr});
   }
 }
 

@@ -14,9 +14,12 @@ namespace fastdreamer {
 struct CemArgs {
   const Kernels* kernels;
   const Rssm* rssm;
-  const Mlp *reward, *bootstrap;  // feat -> 1; bootstrap null: the score is the sum of rewards,
+  const Mlp *reward, *bootstrap;  // of feat; bootstrap null: the score is the sum of rewards,
   float gamma, lam, mix;          // else G_0 of the λ-return with these; mix = 1 - λ
   const Mlp* discount;            // * feat -> logit of the episode going on, else γ alone
+  Readout reward_as, value_as;    // of their outputs
+  bool hard_discount;             // as DiscountArgs
+  bool bound_action;              // whether the dynamics take candidates bounded, as ActArgs
   Index I, H, B, N, K, P;         // I and P may be 0; 1 <= K <= N; P <= N
   float min_std, clip;
   bool sample_std;  // the refit divides by one elite less, unless there is only one
@@ -68,7 +71,7 @@ class Cem {
   FloatBuffer h_;  // twice: h in float
   DeterBuffers deter_;
   MlpBuffers prior_, reward_hidden_, bootstrap_hidden_, discount_hidden_;
-  FloatBuffer raw_;
+  FloatBuffer raw_, outputs_;  // outputs: of one tile of heads a thread, where one is of several
   // scratch of one refit a thread
   FloatBuffer elites_;                      // [K, A]
   Index* order_;                            // [N]

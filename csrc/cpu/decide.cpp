@@ -6,6 +6,23 @@
 #include "cpu/task.h"
 
 namespace fastdreamer {
+namespace {
+
+// One-hot vectors of the greatest of each `classes` logits, the first of equals; NaN of NaN.
+void likeliest(Floats logits, Index classes, Index A, Index rows, Floats out) {
+  for (Index r = 0; r < rows; ++r) {
+    for (Index first = 0; first < A; first += classes) {
+      const float* from = logits.data + r * logits.stride + first;
+      float* to = out.data + r * out.stride + first;
+      const bool undefined =
+          std::any_of(from, from + classes, [](float logit) { return std::isnan(logit); });
+      std::fill_n(to, classes, undefined ? std::nanf("") : 0.0f);
+      if (!undefined) to[std::max_element(from, from + classes) - from] = 1.0f;
+    }
+  }
+}
+
+}  // namespace
 
 Decide::Decide(const DecideArgs& args, Arena& scratch, int threads)
     : args_(args),
@@ -31,7 +48,7 @@ Decide::Decide(const DecideArgs& args, Arena& scratch, int threads)
   }
   if (!d.acts) return;
   actor_ = take_mlp(scratch, k, d.actor.mlp, rows, false);
-  actor_raw_ = take_floats(scratch, rows, 2 * d.rssm.A);
+  actor_raw_ = take_floats(scratch, rows, d.actor.raw(d.rssm.A));
   if (args.action_noise != nullptr) return;
   zeros_ = scratch.take<float>(d.rssm.A);
   std::fill_n(zeros_, d.rssm.A, 0.0f);
@@ -73,18 +90,19 @@ void Decide::tile(Index begin, Index rows, int thread) const {
   k.sample({S, rows, raw_.at(row), rows_of(x.state_noise, rssm.noise()).at(begin), rssm.latent,
             found_.at(row), rows_of(x.next_stoch, S).at(begin), kNoFloats, kNoFloats, kNoFloats,
             drawn_.at(row).data});
-  // a' = tanh(mean + std ε)
   if (!d.acts) return;
   forward(k, d.actor.mlp, found_.at(row), rows, actor_, row, actor_raw_.at(row), kNoFloats,
           drawn_.at(row).ones(rssm, 0));
-  const Floats raw = actor_raw_.at(row);
-  Floats noise = rows_of(x.action_noise, A).at(begin);
+  const Floats raw = actor_raw_.at(row), action = rows_of(x.next_action, A).at(begin);
+  Floats noise = rows_of(x.action_noise, d.actor.noise(A)).at(begin);
+  if (noise.data == nullptr && d.actor.one_hot()) {
+    return likeliest(raw, d.actor.latent.classes, A, rows, action);
+  }
   if (noise.data == nullptr) {  // 0 · std is 0 whatever the policy's std is: it is left out
     noise = {zeros_, 0};
     for (Index i = 0; i < rows; ++i) std::fill_n(raw.data + i * raw.stride + A, A, 0.0f);
   }
-  k.act({A, rows, raw, noise, d.actor.mean_scale, d.actor.std, kNoRows,
-         rows_of(x.next_action, A).at(begin)});
+  act(k, d.actor, A, rows, raw, noise, kNoRows, action, kNoFloats);
 }
 
 }  // namespace fastdreamer

@@ -27,7 +27,7 @@ struct DecideArgs {
   const float *deter, *stoch, *action;  // [B, D], [B, S], [B, A]: before, and what was done
   const float *embed, *vector;          // * [B, embed()], * [B, vector()]
   const float* state_noise;             // [B, rssm.noise()]
-  const float* action_noise;            // * [B, A], or null: the mode
+  const float* action_noise;            // * [B, actor.noise(A)], or null: the mode
   float *next_deter, *next_stoch, *next_action;  // [B, D], [B, S], * [B, A]
 };
 

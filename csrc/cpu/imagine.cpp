@@ -7,15 +7,19 @@
 namespace fastdreamer {
 namespace {
 
-Head take_head(Arena& arena, const Kernels& k, const Mlp* mlp, Index rows, bool kept, Index first,
-               bool gradients) {
+Head take_head(Arena& arena, const Kernels& k, const Mlp* mlp, const Readout& as, Index rows,
+               bool kept, Index first, bool gradients) {
   Head head;
   if (mlp == nullptr) return head;
   head.mlp = mlp;
+  head.as = as;
   head.kept = kept;
   head.first = first;
   head.hidden = take_mlp(arena, k, *mlp, rows, gradients);
-  if (gradients) head.deltas = take_unit_deltas(arena, k, *mlp, rows);
+  if (gradients) {
+    const auto take = plain(*mlp, as) ? take_unit_deltas : take_deltas;
+    head.deltas = take(arena, k, *mlp, rows);
+  }
   return head;
 }
 
@@ -41,7 +45,8 @@ Imagine::Imagine(const ImagineArgs& args, const ImagineWants& wants, ImagineTape
   t.states = take_rows(arena, k, taped_ ? all + args.B : 2 * tiles, rssm.width());
   if (args.actor != nullptr) {
     t.actor = take_mlp(arena, k, args.actor->mlp, rows, sweep);
-    t.actor_raw = take_floats(arena, rows, 2 * rssm.A);
+    t.actor_raw = take_floats(arena, rows, args.actor->raw(rssm.A));
+    if (sweep && args.actor->one_hot()) t.actor_slope = take_floats(arena, rows, rssm.A);
   }
   t.deter = take_deter(arena, k, rssm, rows, sweep);
   t.prior = take_mlp(arena, k, rssm.prior, rows, sweep);
@@ -53,17 +58,22 @@ Imagine::Imagine(const ImagineArgs& args, const ImagineWants& wants, ImagineTape
 
   const bool critic = taped_ && wants.critic, reward = sweep && wants.reward;
   const Index to_value = args.target == nullptr ? all + args.B : all;
-  t.reward =
-      take_head(arena, k, args.reward, reward ? all : tiles, reward, args.departure ? 0 : 1, sweep);
-  t.critic = take_head(arena, k, args.critic, critic ? to_value : tiles, critic, 0,
+  t.reward = take_head(arena, k, args.reward, args.reward_as, reward ? all : tiles, reward,
+                       args.departure ? 0 : 1, sweep);
+  t.critic = take_head(arena, k, args.critic, args.value_as, critic ? to_value : tiles, critic, 0,
                        critic || (sweep && args.target == nullptr));
-  t.target = take_head(arena, k, args.target, tiles, false, 1, sweep);
-  const bool discount = sweep && wants.discount;
-  t.discount = take_head(arena, k, args.discount, discount ? all : tiles, discount, 1, sweep);
+  t.target = take_head(arena, k, args.target, args.value_as, tiles, false, 1, sweep);
+  const bool discount = sweep && wants.discount, soft = sweep && !args.hard_discount;
+  t.discount = take_head(arena, k, args.discount, {}, discount ? all : tiles, discount, 1, soft);
+  Index outputs = 1;
+  for (const Mlp* head : {args.reward, args.critic, args.target, args.discount}) {
+    if (head != nullptr) outputs = std::max(outputs, head->out());
+  }
+  if (outputs > 1) outputs_ = take_floats(scratch, tiles, outputs);
   if (sweep) {
     t.reward_unit = take_rows(arena, k, all, rssm.feat());
     t.value_unit = take_rows(arena, k, all, rssm.feat());
-    if (args.discount != nullptr) {
+    if (args.discount != nullptr && soft) {
       t.discount_unit = take_rows(arena, k, all, rssm.feat());
       t.discount_slope = take_floats(arena, args.H, args.B);
     }
@@ -123,13 +133,13 @@ void Imagine::tile(Index begin, Index rows, int thread) const {
                x.reward_out + row, unit(tape.reward_unit, t), tape.wants.reward);
     };
     if (x.reward != nullptr && x.departure) pay(t);
-    // a_t = tanh(mean + std ε), from the actor or as given
+    // a_t from the actor or as given
     const Floats action = rows_of(x.action, A).at(row);
     if (x.actor != nullptr) {
       const Floats actor_raw = tape.actor_raw.at(kept);
       forward(k, x.actor->mlp, states(t, 0), rows, tape.actor, kept, actor_raw, kNoFloats, ones(t));
-      k.act({A, rows, actor_raw, rows_of(x.action_noise, A).at(row), x.actor->mean_scale,
-             x.actor->std, states(t, F), action});
+      act(k, *x.actor, A, rows, actor_raw, rows_of(x.action_noise, x.actor->noise(A)).at(row),
+          states(t, F), action, tape.actor_slope.at(kept));
     } else {
       k.copy({action, nullptr, A, rows, states(t, F), kNoFloats, false});
     }
@@ -145,8 +155,8 @@ void Imagine::tile(Index begin, Index rows, int thread) const {
     if (x.discount != nullptr) {
       evaluate(k, tape.discount, t + 1, begin, rows, thread, states(t + 1, 0), ones(t + 1),
                x.discount_out + row, unit(tape.discount_unit, t), tape.wants.discount);
-      k.discount(
-          {rows, x.gamma, x.discount_out + row, sweep ? tape.discount_slope.data + row : nullptr});
+      k.discount({rows, x.gamma, x.hard_discount, x.discount_out + row,
+                  tape.discount_slope.at(t, begin).data});
     }
     // and the bootstrap value there, if it is not the critic's own at the next turn
     const Head& bootstrap = x.target != nullptr ? tape.target : tape.critic;
@@ -174,9 +184,13 @@ void Imagine::evaluate(const Kernels& k, const Head& head, Index t, Index begin,
                        bool deltas) const {
   const ImagineArgs& x = tape_->args;
   const Index row = head.kept ? (t - head.first) * x.B + begin : thread * tile_;
-  forward(k, *head.mlp, feat, rows, head.hidden, row, {out, 1}, kNoFloats, ones);
-  if (unit.data == nullptr && !(deltas && head.kept)) return;
-  backward(k, *head.mlp, head.hidden, row, head.deltas, row, rows, kNoFloats, false, unit);
+  const Mlp& mlp = *head.mlp;
+  const bool gradients = unit.data != nullptr || (deltas && head.kept);
+  const Rows slope = gradients ? head.deltas.hidden[mlp.depth - 1].at(row) : kNoRows;
+  read_forward(k, mlp, head.as, feat, rows, head.hidden, row, outputs_.at(thread * tile_), out,
+               slope, ones);
+  if (!gradients) return;
+  backward(k, mlp, head.hidden, row, head.deltas, row, rows, kNoFloats, false, unit);
 }
 
 ImagineBackward::ImagineBackward(const ImagineTape& tape, const ImagineGrads& grads, Arena& scratch,
@@ -246,6 +260,8 @@ void ImagineBackward::tile(Index begin, Index rows, int thread) const {
   const Floats dh = dh_.at(scratch), ds = ds_.at(scratch), ds_da = ds_da_.at(scratch);
   const Floats ds_before{ds_da.data, S + A}, da{ds_da.data + S, S + A};
 
+  const bool soft = tape_.discount_slope.data != nullptr;  // whether a discount has a gradient
+
   // What reaches every reward and bootstrap value, before the sweep: the λ-return is linear.
   if (x.reward != nullptr) {
     const auto in = [&](const float* data) { return Matrix<const float>{data, H, B}; };
@@ -274,7 +290,7 @@ void ImagineBackward::tile(Index begin, Index rows, int thread) const {
         d_discount_.data[i] += g.discount[i];
       }
     }
-    for (Index t = 0; t < H && x.discount != nullptr; ++t) {  // of the logit from here on
+    for (Index t = 0; t < H && soft; ++t) {  // of the logit from here on
       for (Index i = t * B + begin; i < t * B + begin + rows; ++i) {
         d_discount_.data[i] *= tape_.discount_slope.data[i];
       }
@@ -299,7 +315,7 @@ void ImagineBackward::tile(Index begin, Index rows, int thread) const {
         k.add_scaled({tape_.value_unit.at(row), d_value_.data + row, D, rows, dh});
         k.add_scaled({tape_.value_unit.at(row, D), d_value_.data + row, S, rows, ds});
       }
-      if (x.discount != nullptr) {
+      if (soft) {
         k.add_scaled({tape_.discount_unit.at(row), d_discount_.data + row, D, rows, dh});
         k.add_scaled({tape_.discount_unit.at(row, D), d_discount_.data + row, S, rows, ds});
       }
@@ -315,18 +331,19 @@ void ImagineBackward::tile(Index begin, Index rows, int thread) const {
                         ds_da);
     k.copy({ds_before, nullptr, S, rows, kNoRows, ds, false});
     // a_t: unless the actor's input is detached, this comes back to the state
-    add_rows(k, rows_of(g.action, A).at(row), A, rows, da);
+    const Floats own = rows_of(g.action, A).at(row);
     if (x.actor == nullptr) {
+      add_rows(k, own, A, rows, da);
       if (g.given_action != nullptr) {
         k.copy({da, nullptr, A, rows, kNoRows, rows_of(g.given_action, A).at(row), false});
       }
     } else if (tape_.wants.actor || x.actor->through_feat) {
-      const Index own = tape_.wants.actor ? row : scratch;
+      const Index to = tape_.wants.actor ? row : scratch;
       const Floats d_feat = d_feat_.at(scratch);
-      k.act_backward({A, rows, da, tape_.actor_raw.at(row), rows_of(x.action_noise, A).at(row),
-                      rows_of(x.action, A).at(row), x.actor->mean_scale, x.actor->std,
-                      actor_.hidden[x.actor->mlp.depth - 1].at(own)});
-      backward(k, x.actor->mlp, tape_.actor, row, actor_, own, rows, d_feat, false);
+      act_backward(k, *x.actor, A, rows, da, own, tape_.actor_raw.at(row),
+                   rows_of(x.action_noise, x.actor->noise(A)).at(row), rows_of(x.action, A).at(row),
+                   tape_.actor_slope.at(row), actor_.hidden[x.actor->mlp.depth - 1].at(to));
+      backward(k, x.actor->mlp, tape_.actor, row, actor_, to, rows, d_feat, false);
       add_rows(k, d_feat, D, rows, dh);
       add_rows(k, d_feat_.at(scratch, D), S, rows, ds);
     }

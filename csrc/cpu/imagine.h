@@ -25,8 +25,10 @@ struct ImagineArgs {
   const Kernels* kernels;
   const Rssm* rssm;
   const Actor* actor;                   // *: the actions are given
-  const Mlp *reward, *critic, *target;  // *: feat -> 1; the target bootstraps if there is one
+  const Mlp *reward, *critic, *target;  // *: of feat; the target bootstraps if there is one
   const Mlp* discount;                  // *: feat -> logit of the episode going on, else γ alone
+  Readout reward_as, value_as;          // of their outputs; the bins are used by the forward pass
+  bool hard_discount;                   // as DiscountArgs
   float gamma, lam, mix;                // mix = 1 - λ
   bool departure;                       // rewards are of states 0..H-1, else of 1..H
   Index H, B;
@@ -37,12 +39,13 @@ struct ImagineArgs {
   float *prior_mean, *prior_std;             // *, the mean of categorical latents the logits
   float *reward_out, *next_value, *returns;  // * [H, B]: reward; bootstrap of states 1..H
   float* value;                              // * [H, B]: the critic's of states 0..H-1
-  float* discount_out;                       // * [H, B]: γ sigmoid(logit), with a discount head
+  float* discount_out;                       // * [H, B]: the head's factors, as DiscountArgs
 };
 
 // A head and its activations: of the whole rollout, or of one tile a thread.
 struct Head {
   const Mlp* mlp = nullptr;
+  Readout as{};
   MlpBuffers hidden, deltas;
   bool kept = false;  // row t * B + b is state t + first of row b
   Index first = 0;
@@ -54,15 +57,16 @@ struct ImagineTape {
   ImagineWants wants;
   Buffer states;  // [H + 1] × B rows [h | s | a]; a is the action taken there
   MlpBuffers actor;
-  FloatBuffer actor_raw;
+  FloatBuffer actor_raw, actor_slope;  // the latter of one-hot actions
   DeterBuffers deter;
   MlpBuffers prior;
   FloatBuffer slope;  // as SampleArgs
-  // d / d feat of the states they are of: of the reward, the bootstrap and the discount's logit
+  // d / d feat of the states they are of: of the reward, the bootstrap and the discount's logit;
+  // of a hard discount nothing
   Buffer reward_unit, value_unit, discount_unit;
   Head reward, critic, target, discount;
   FloatBuffer gamma;           // [H, B], where there is no discount head
-  FloatBuffer discount_slope;  // [H, B] d discount / d logit
+  FloatBuffer discount_slope;  // [H, B] d discount / d logit; no data: there is none
   Arena arena;
 };
 
@@ -83,10 +87,11 @@ class Imagine {
   ImagineTape* tape_;
   bool taped_;
   int threads_;
-  Index tile_;       // rows
-  FloatBuffer raw_;  // of one tile a thread
-  FloatBuffer h_;    // likewise, twice: h where the caller does not want it
-  Drawn drawn_;      // likewise
+  Index tile_;           // rows
+  FloatBuffer raw_;      // of one tile a thread
+  FloatBuffer outputs_;  // likewise: a head's
+  FloatBuffer h_;        // likewise, twice: h where the caller does not want it
+  Drawn drawn_;          // likewise
 };
 
 // Gradients that reach the outputs (null: none) and where those of the inputs go (null: not

@@ -8,6 +8,7 @@
 #include "cpu/gemm-inl.h"
 #include "cpu/lambda_return-inl.h"
 #include "cpu/norm-inl.h"
+#include "cpu/readout-inl.h"
 
 namespace fastdreamer {
 namespace {
@@ -67,8 +68,10 @@ constexpr Kernels table(const Kernels* few = nullptr) {
   k.norm_gradient = norm_gradient<Cells>;
   k.sample = sample<Cells>;
   k.sample_backward = sample_backward<Cells>;
+  k.read_out = read_out<Cells>;
   k.act = act<Cells>;
   k.act_backward = act_backward<Cells>;
+  k.bound_backward = bound_backward<Cells>;
   k.discount = discount<Cells>;
   k.perturb = perturb<Cells>;
   k.dot = dot<Cells>;

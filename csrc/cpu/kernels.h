@@ -222,12 +222,34 @@ struct SampleBackwardArgs {
   Rows raw_grad;
 };
 
-// x, y = raw; action = tanh(c * tanh(x / c) + std(y) * noise), c = mean_scale; infinite: x itself.
+// How a head's outputs y become one number x: y_0, or with bins b Σ softmax(y) b.
+struct Readout {
+  const float* bins;  // [N] or null
+  bool squashed;      // the number is symexp(x)
+};
+
+struct ReadoutArgs {
+  Index N, rows;
+  Readout as;
+  Floats raw;  // y [N]; with bins scratch afterwards
+  float* out;  // [rows]; of one output it may be raw
+  Rows slope;  // the number's derivative by y [N]; null data: not wanted
+};
+
+// What a policy's Normal sample a passes through: tanh; a / max(1, |a|), the divisor without a
+// gradient; or a within ±kClip, with the gradient of a itself.
+enum class Squash : int { tanh, none, bound, clip };
+constexpr float kClip = 1.0f - 1e-6f;
+
+// x, y = raw; action = squash(c * tanh(x / c) + std(y) * noise), c = mean_scale; infinite: x
+// itself.
 struct ActArgs {
   Index A, rows;
   Floats raw, noise;  // [2A], [A]
   float mean_scale;
   StdTransform transform;
+  Squash squash;
+  bool bound;    // whether `out` is the action / max(1, |action|)
   Rows out;      // null data: not wanted
   Floats out32;  // the action
 };
@@ -237,15 +259,24 @@ struct ActBackwardArgs {
   Floats grad, raw, noise, action;
   float mean_scale;
   StdTransform transform;
+  Squash squash;
   Rows raw_grad;  // [2A]
 };
 
-// In place: discount = gamma * sigmoid(logit), n of them.
+// In place: the gradient of action / max(1, |action|) becomes that of the action.
+struct BoundBackwardArgs {
+  Index A, rows;
+  Floats action, grad;
+};
+
+// In place: discount = gamma * sigmoid(logit), n of them; or with `hard` gamma where that is more
+// than 1/2, else 0.
 struct DiscountArgs {
   Index n;
   float gamma;
+  bool hard;
   float* data;
-  float* slope;  // d discount / d logit; or null
+  float* slope;  // d discount / d logit; or null. None of a hard one
 };
 
 // out = clamp(mean + std * noise, ±clip), the same mean and std for every row; NaN stays NaN.
@@ -254,6 +285,7 @@ struct PerturbArgs {
   const float *mean, *std;  // [A]
   Floats noise;
   float clip;
+  bool bound;    // as ActArgs
   Rows out;      // null data: not wanted
   Floats out32;  // likewise
 };
@@ -374,7 +406,7 @@ struct LambdaReturnBackward {
 enum class Precision : int { fp32, bf16 };
 
 // The functions of functions.h, to be measured.
-enum class Function : int { exp, expm1, sigmoid, tanh, softplus };
+enum class Function : int { exp, expm1, sigmoid, tanh, softplus, symexp };
 
 // A row's (in the scans a column's) result does not depend on the tile it is computed in.
 struct Kernels {
@@ -406,8 +438,10 @@ struct Kernels {
   void (*norm_gradient)(const NormGradientArgs& args);
   void (*sample)(const SampleArgs& args);
   void (*sample_backward)(const SampleBackwardArgs& args);
+  void (*read_out)(const ReadoutArgs& args);
   void (*act)(const ActArgs& args);
   void (*act_backward)(const ActBackwardArgs& args);
+  void (*bound_backward)(const BoundBackwardArgs& args);
   void (*discount)(const DiscountArgs& args);
   void (*perturb)(const PerturbArgs& args);
   void (*dot)(const DotArgs& args);

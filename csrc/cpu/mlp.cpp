@@ -92,6 +92,18 @@ void forward(const Kernels& k, const Mlp& mlp, Rows in, Index rows, const MlpBuf
   }
 }
 
+bool plain(const Mlp& mlp, const Readout& as) {
+  return mlp.out() == 1 && as.bins == nullptr && !as.squashed;
+}
+
+void read_forward(const Kernels& k, const Mlp& mlp, const Readout& as, Rows in, Index rows,
+                  const MlpBuffers& buffers, Index row, Floats raw, float* out, Rows slope,
+                  const Ones& ones) {
+  if (mlp.out() == 1) raw = {out, 1};
+  forward(k, mlp, in, rows, buffers, row, raw, kNoFloats, ones);
+  if (!plain(mlp, as)) k.read_out({mlp.out(), rows, as, raw, out, slope});
+}
+
 Rows behind_norm(const Mlp& mlp, const MlpBuffers& deltas, int i, Index row) {
   return (mlp.layers[i].norm ? deltas.normed : deltas.hidden)[i].at(row);
 }

@@ -92,6 +92,16 @@ MlpBuffers take_unit_deltas(Arena& arena, const Kernels& k, const Mlp& mlp, Inde
 void forward(const Kernels& k, const Mlp& mlp, Rows in, Index rows, const MlpBuffers& buffers,
              Index row, Floats out, Floats add = kNoFloats, const Ones& ones = {});
 
+// Whether a head's only output is its number.
+bool plain(const Mlp& mlp, const Readout& as);
+
+// The numbers of a head, [rows], to `out`: forward(), and what its outputs, which go to `raw` if
+// there are several, mean. Their derivatives by the outputs go to `slope` (or no data), of a plain
+// head none.
+void read_forward(const Kernels& k, const Mlp& mlp, const Readout& as, Rows in, Index rows,
+                  const MlpBuffers& buffers, Index row, Floats raw, float* out, Rows slope,
+                  const Ones& ones);
+
 // Where the gradient before the activation of layer i goes, which through_norm() takes on to
 // deltas.hidden[i]; without a norm it goes there at once.
 Rows behind_norm(const Mlp& mlp, const MlpBuffers& deltas, int i, Index row);

@@ -17,6 +17,29 @@ Drawn take_drawn(Arena& arena, const Rssm& rssm, Index rows) {
   return {arena.take<std::int32_t>(rows * rssm.noise()), rssm.noise()};
 }
 
+void act(const Kernels& k, const Actor& actor, Index A, Index rows, Floats raw, Floats noise,
+         Rows out, Floats out32, Floats slope) {
+  if (actor.one_hot()) {  // within ±1 as they are
+    k.sample({A, rows, raw, noise, actor.latent, out, out32, kNoFloats, kNoFloats, slope});
+  } else {
+    k.act({A, rows, raw, noise, actor.mean_scale, actor.latent.std, actor.squash, actor.bound, out,
+           out32});
+  }
+}
+
+void act_backward(const Kernels& k, const Actor& actor, Index A, Index rows, Floats grad,
+                  Floats own, Floats raw, Floats noise, Floats action, Floats slope,
+                  Rows raw_grad) {
+  if (actor.bound && !actor.one_hot()) k.bound_backward({A, rows, action, grad});
+  add_rows(k, own, A, rows, grad);
+  if (actor.one_hot()) {
+    k.sample_backward({A, rows, actor.latent, grad, kNoFloats, kNoFloats, noise, slope, raw_grad});
+  } else {
+    k.act_backward({A, rows, grad, raw, noise, action, actor.mean_scale, actor.latent.std,
+                    actor.squash, raw_grad});
+  }
+}
+
 void deter_step(const Kernels& k, const Rssm& rssm, Rows state, const Drawn& drawn, Floats h32,
                 Index rows, const DeterBuffers& to, Index row, Rows next, Floats out32) {
   forward(k, rssm.inp, columns(k, state, rssm.D), rows, to.inp, row, kNoFloats, kNoFloats,

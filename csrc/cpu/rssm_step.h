@@ -37,11 +37,27 @@ struct Rssm {
 };
 
 struct Actor {
-  Mlp mlp;  // feat -> 2A
-  float mean_scale;
-  StdTransform std;
+  Mlp mlp;           // feat -> raw()
+  float mean_scale;  // of a Normal, as ActArgs, and so is squash
+  Latent latent;     // one-hot actions are drawn as categorical latents are
+  Squash squash;
   bool through_feat;  // whether gradients reach the features that it looks at
+  bool bound;         // whether the dynamics take its actions bounded, as ActArgs
+
+  bool one_hot() const { return latent.classes > 0; }
+  Index raw(Index A) const { return one_hot() ? A : 2 * A; }
+  Index noise(Index A) const { return one_hot() ? A / latent.classes : A; }
 };
+
+// The actions of raw outputs, which are scratch afterwards: as the dynamics take them to `out`
+// (or no data), themselves to `out32`. Of one-hot ones the softmax goes to `slope` (or no data).
+void act(const Kernels& k, const Actor& actor, Index A, Index rows, Floats raw, Floats noise,
+         Rows out, Floats out32, Floats slope);
+
+// The gradient of the raw outputs, of `grad`, that of the actions as the dynamics take them, and of
+// `own` (or no data), that of the actions themselves, which is added to it.
+void act_backward(const Kernels& k, const Actor& actor, Index A, Index rows, Floats grad,
+                  Floats own, Floats raw, Floats noise, Floats action, Floats slope, Rows raw_grad);
 
 // What the steps of the dynamics leave for a backward pass, or scratch for one step.
 struct DeterBuffers {

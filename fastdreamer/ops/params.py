@@ -298,6 +298,11 @@ class ReturnParams(NamedTuple):
     value_as: Readout = Readout()  # of critic and target
     hard_discount: bool = False
 
+    @property
+    def soft_discount(self) -> bool:
+        """Whether the factors of a discount head have a gradient."""
+        return self.discount is not None and not self.hard_discount
+
     def heads(self) -> tuple[MLPParams | None, ...]:
         """Reward, critic, target and discount."""
         return self.reward, self.critic, self.target, self.discount

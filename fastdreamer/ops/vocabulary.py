@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from fastdreamer.ops.cells import BlockGRUParams, GRUParams
 from fastdreamer.ops.layers import MLPParams
 from fastdreamer.ops.params import (
+    SQUASHES,
     ActorParams,
     Branches,
     Categorical,
@@ -24,7 +25,10 @@ BODIES: dict[str, frozenset[str]] = {
         (
             *("layers without bias", "LayerNorm", "RMSNorm"),
             *("GRU with its reset inside the candidate", "categorical latents", "learned start"),
-            "bound on actions",
+            *("bound on actions", "bound on its own actions", "one-hot actions"),
+            *(f"policy squashed by {squash!r}" for squash in SQUASHES),
+            *("two-hot heads", "symexp heads", "heads of several outputs"),
+            "continuation by its mode",
         )
     ),
     "triton": frozenset(),
@@ -114,7 +118,7 @@ def _of_model(params: RSSMParams | None) -> Iterator[str]:
 def _of_heads(actor: ActorParams | None, returns: ReturnParams | None) -> Iterator[str]:
     if actor is not None:
         if isinstance(actor.std, Categorical):
-            yield "one-hot actions"
+            yield "Gumbel-softmax actions" if actor.std.gumbel else "one-hot actions"
         elif actor.squash != "tanh":
             yield f"policy squashed by {actor.squash!r}"
     if returns is None:
@@ -125,6 +129,8 @@ def _of_heads(actor: ActorParams | None, returns: ReturnParams | None) -> Iterat
             continue
         if readout.bins is not None:
             yield "two-hot heads"
+            if readout.bins.requires_grad:
+                yield "learned bins"
         elif head.outputs > 1:
             yield "heads of several outputs"
         if readout.squashed:

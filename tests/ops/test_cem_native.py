@@ -71,7 +71,7 @@ def captured(given):
     names = [
         *("rssm", "heads", "start_deter", "start_stoch", "mean", "std", "action_noise"),
         *("state_noise", "scores", "proposals", "num_elites", "min_std", "sample_std", "clip"),
-        "threads",
+        *("bound_action", "threads"),
     ]
     arguments = dict(zip(names, spy.call_args.args, strict=True))
     return arguments | {name: given[name].numpy().copy() for name in ("mean", "std")}
@@ -429,9 +429,9 @@ def test_bindings_reject_what_the_kernels_cannot_take():
         ({"clip": 0.0}, "clip must be positive"),
         ({"clip": nan}, "clip must be positive"),
         ({"threads": 0}, "threads must be at least 1"),
-        ({"heads": (*heads[:4], 1.5)}, r"lam must be in \[0, 1\], got 1.5"),
-        ({"heads": (*heads[:4], nan)}, "lam must be in"),
-        ({"heads": heads[:3]}, "heads .reward, bootstrap, discount, gamma, lam"),
+        ({"heads": (*heads[:4], 1.5, *heads[5:])}, r"lam must be in \[0, 1\], got 1.5"),
+        ({"heads": (*heads[:4], nan, *heads[5:])}, "lam must be in"),
+        ({"heads": heads[:3]}, "heads .reward, bootstrap, discount, gamma, lam, reward_as"),
         ({"rssm": good["rssm"][:2]}, "rssm must be"),
         ({"rssm": other["rssm"]}, "weights of two precisions"),
         ({"heads": other["heads"]}, "weights of two precisions"),

@@ -190,7 +190,7 @@ def test_the_extension_checks_again():
     with pytest.raises(ValueError, match="decide: the encoder's output is no part"):
         native.PackedDecider(*dynamics, pack_mlp(x["encoder"], **pack), None)
     with pytest.raises(ValueError, match="decide: actor must map 12 to 6"):
-        native.PackedDecider(*dynamics, None, (dynamics[2], 5.0, params.latent))
+        native.PackedDecider(*dynamics, None, (dynamics[2], 5.0, params.latent, "tanh"))
     packed = pack_decider(params, x["actor"], x["encoder"], bf16=False)
     names = ("action", "embed", "vector", "state_noise", "action_noise")
     given = arrays(*x["state"], *(x[name] for name in names))

@@ -385,9 +385,12 @@ def check_buffers(name: str, bf16: bool, threads: int) -> None:
     )
     discount = returns.discount or returns.reward
     heads = (*(pack_mlp(head, **pack) for head in (*returns[:3], discount)), *returns[3:5], False)
+    heads += ((None, False), (None, False), False)
     for with_actor in (True, False):
         g = Guarded()
-        policy = (pack_mlp(actor.mlp, **pack), *actor[1:3], True) if with_actor else None
+        policy = (
+            (pack_mlp(actor.mlp, **pack), *actor[1:3], "tanh", True, False) if with_actor else None
+        )
         action = g.new(H, B, A) if with_actor else testing.open_loop_inputs(sizes, H, B)["action"]
         shapes = [(H, B, D), *[(H, B, S)] * 3, *[(H, B)] * 5]
         noise = arrays(*start, given["state_noise"], given["action_noise"] if with_actor else None)

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from fastdreamer import _native
-from fastdreamer.ops.native.packs import arrays, autocast_bf16, pack_mlp, pack_rssm
+from fastdreamer.ops.native.packs import (
+    arrays,
+    autocast_bf16,
+    given_readouts,
+    pack_mlp,
+    pack_rssm,
+)
 from fastdreamer.ops.params import ReturnParams, RSSMParams, State
 
 
@@ -39,6 +45,7 @@ def cem(
         bootstrap and pack_head(bootstrap),
         discount and pack_head(discount),
         *((returns.gamma, returns.lam) if bootstrap else (1.0, 1.0)),
+        *given_readouts(returns),
     )
     iterations, _, batch, samples, _ = action_noise.shape
     mean, std = mean.clone(), std.clone()  # the extension refits them in place
@@ -46,6 +53,6 @@ def cem(
     _native.cem(
         *(pack_rssm(params, **pack), heads),
         *arrays(*start, mean, std, action_noise, state_noise, scores, proposals),
-        *(num_elites, min_std, sample_std, clip, torch.get_num_threads()),
+        *(num_elites, min_std, sample_std, clip, params.bound_action, torch.get_num_threads()),
     )
     return mean, std, scores

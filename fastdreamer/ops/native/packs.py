@@ -24,7 +24,16 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from fastdreamer import _native
 from fastdreamer.ops.cells import GRUParams, LateGRUParams
 from fastdreamer.ops.layers import MLPParams, Norm
-from fastdreamer.ops.params import ActorParams, Categorical, Latent, Normal, OneHot, RSSMParams
+from fastdreamer.ops.params import (
+    ActorParams,
+    Categorical,
+    Latent,
+    Normal,
+    OneHot,
+    ReturnParams,
+    RSSMParams,
+    StdTransform,
+)
 from fastdreamer.ops.private import expired
 
 LIMIT = 512
@@ -206,7 +215,7 @@ def pack_rssm(params: RSSMParams, *, bf16: bool, gradients: bool) -> tuple:
                 pack_mlp(params.inp, act_last=True, rotate=dims["A"], **pack),
                 pack_gru(params.gru, **pack),
                 pack_mlp(params.prior, **pack),
-                latent_as_given(params),
+                as_given(params.latent),
             ),
             gradients,
         )
@@ -223,7 +232,7 @@ def pack_decider(
     key = (bf16, *map(constants, parts), *params[4:7])
     if actor is not None:
         tensors += flat(actor.mlp)
-        key += (constants(actor.mlp), *actor[1:4])
+        key += (constants(actor.mlp), *actor[1:4], actor.squash)
     if encoder is not None:
         tensors += flat(encoder)
         key += (len(encoder.weights), constants(encoder))
@@ -233,14 +242,14 @@ def pack_decider(
         chooses = None
         if actor is not None:  # the core has [stoch, deter]
             rotate = 0 if actor.stoch_first else dims["D"]
-            chooses = (pack_mlp(actor.mlp, rotate=rotate, **pack), actor.mean_scale, actor.std)
+            chooses = pack_actor(actor, rotate, **pack)
         return _native.PackedDecider(
             pack_mlp(
                 params.inp, act_last=True, rotate=dims["A"] if params.action_first else 0, **pack
             ),
             pack_gru(params.gru, **pack),
             pack_mlp(params.post, rotate=dims["E"] if params.embed_first else 0, **pack),
-            latent_as_given(params),
+            as_given(params.latent),
             encoder and pack_mlp(encoder, act_last=True, **pack),
             chooses,
         )
@@ -248,9 +257,25 @@ def pack_decider(
     return cached(key, tensors, False, make)
 
 
-def latent_as_given(params: RSSMParams) -> tuple:
-    """What latents are, as the extension takes it: a std's transform, or (classes, unimix)."""
-    latent = params.latent
+def pack_actor(actor: ActorParams, rotate: int, *, bf16: bool, gradients: bool) -> tuple:
+    """A policy as the extension takes it; rotate as of :func:`pack_mlp`."""
+    packed = pack_mlp(actor.mlp, rotate=rotate, bf16=bf16, gradients=gradients)
+    return packed, actor.mean_scale, as_given(actor.std), actor.squash
+
+
+def given_readouts(returns: ReturnParams) -> tuple:
+    """What the outputs of heads mean, as the extension takes it: of reward, of critic and target,
+    and whether the discount is a hard one."""
+    like = returns.reward.weights[0]
+    numbers = [
+        (None if bins is None else arrays(bins.to(like).contiguous())[0], squashed)
+        for bins, squashed in (returns.reward_as, returns.value_as)
+    ]
+    return (*numbers, returns.hard_discount)
+
+
+def as_given(latent: StdTransform | Categorical) -> tuple:
+    """What latents or actions are, likewise: a std's transform, or (classes, unimix)."""
     return (latent.classes, latent.unimix) if isinstance(latent, Categorical) else latent
 
 

@@ -18,8 +18,10 @@ from fastdreamer.ops.native.packs import (
     first_order,
     flat,
     flat_gru,
+    given_readouts,
     like,
     new_latent,
+    pack_actor,
     pack_mlp,
     pack_rssm,
     split,
@@ -68,7 +70,7 @@ class Call:
             flat_gru(params.gru),
             flat(params.prior),
             () if returns is None else flat(returns.reward),
-            () if returns is None or returns.discount is None else flat(returns.discount),
+            () if returns is None or not returns.soft_discount else flat(returns.discount),
         ]
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -98,19 +100,19 @@ class Call:
         model = pack_rssm(self.params, **pack)
         actor = heads = None
         if self.actor is not None:
-            actor = self.actor
-            rotate = start_stoch.shape[1] if actor.stoch_first else 0
-            packed = pack_mlp(actor.mlp, rotate=rotate, **pack)
-            actor = (packed, actor.mean_scale, actor.std, actor.through_feat)
+            rotate = start_stoch.shape[1] if self.actor.stoch_first else 0
+            actor = pack_actor(self.actor, rotate, **pack)
+            actor = (*actor, self.actor.through_feat, self.params.bound_action)
         if (returns := self.returns) is not None:
             rotate = start_stoch.shape[1] if returns.stoch_first else 0
             four = (returns.reward, returns.critic, returns.target, returns.discount)
             heads = [head and pack_mlp(head, rotate=rotate, **pack) for head in four]
             heads = (*heads, returns.gamma, returns.lam, returns.departure)
+            heads += given_readouts(returns)
         H, B, _ = state_noise.shape
         new = state_noise.new_empty  # torch.empty would ask torch's default dtype and device
         if action is None:
-            action = new(action_noise.shape)
+            action = new(H, B, self.params.dims()["A"])
         deter, stoch = new(H, B, start_deter.shape[1]), new(H, B, start_stoch.shape[1])
         mean = std = reward = next_value = total = value = discount = None
         if self.prior:
@@ -155,7 +157,10 @@ class _Rollout(torch.autograd.Function):
         rolled = (start_deter, start_stoch, state_noise, action_noise, action)
         used = (*rolled, next_value, total, discount)
         ctx.save_for_backward(*used, *parameters)
-        ctx.mark_non_differentiable(*[t for t in (next_value, value) if t is not None])
+        constant = [next_value, value]
+        if call.returns is not None and not call.returns.soft_discount:
+            constant.append(discount)
+        ctx.mark_non_differentiable(*[t for t in constant if t is not None])
         drawn = None if ctx.given else action
         return deter, stoch, drawn, mean, std, reward, next_value, total, value, discount
 
