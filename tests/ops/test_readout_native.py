@@ -114,7 +114,7 @@ CASES = {
     ),
     "V3": Case(
         Sizes(3, 32, 48, 33, 64, 40, 1, 2, 1, "silu", 40), 5, 16,
-        (two_hot(17), 17), (symlog_bins(16), 16), "none", BOUNDED, 1.0,
+        (two_hot(17), 17), (symlog_bins(63), 63), "none", BOUNDED, 1.0,
         bound=True, latent=Categorical(16, 0.01), hard=False,
     ),
     "pairs": Case(MIDDLE, 2, 51, (PLAIN, 2), (SYMEXP, 2), "clip", V2, 1.0, hard=False),
@@ -124,8 +124,8 @@ CASES = {
     ),
     "one-hot": Case(MIDDLE, 3, 20, (PLAIN, 1), (two_hot(31), 31), std=Categorical(6, 0.01)),
     "dice": Case(
-        MIDDLE, 3, 9, (symlog_bins(15), 15), (PLAIN, 3), std=Categorical(3), through=True,
-        bound=True, latent=Categorical(5),
+        MIDDLE, 3, 9, (Readout(torch.linspace(-3, 5, 15)), 15), (PLAIN, 3), std=Categorical(3),
+        through=True, bound=True, latent=Categorical(5),
     ),
 }  # fmt: skip
 ONLY_FP32 = ("one", "symexp")  # in bfloat16 the error of few numbers is luck, and so are signs

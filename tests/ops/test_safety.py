@@ -283,8 +283,8 @@ class Forward:
         self.imagine = {
             "op": "imagine",
             "rssm": (inp, gru, prior, tuple(params.latent)),
-            "actor": (pack_mlp(actor.mlp, **pack), 5.0, tuple(actor.std), False),
-            "heads": (*heads, 0.99, 0.95, False),
+            "actor": (pack_mlp(actor.mlp, **pack), 5.0, tuple(actor.std), "tanh", False, False),
+            "heads": (*heads, 0.99, 0.95, False, (None, False), (None, False), False),
             "start_deter": zeros(B, D),
             "start_stoch": zeros(B, S),
             "state_noise": zeros(H, B, S),
