@@ -248,8 +248,9 @@ class ActorParams(NamedTuple):
     squash: str = "tanh"  # what the Normal's sample passes through, of SQUASHES
 
     def noise(self, size: int) -> str | int:
-        """How much noise an action takes: the letter A, or one uniform number a one-hot."""
-        return size // self.std.classes if isinstance(self.std, Categorical) else "A"
+        """How much noise an action takes: the letter A, or one uniform number a one-hot; what
+        draws it :func:`noise_of` says, of ``std``."""
+        return size // self.std.classes if noise_of(self.std)[0] == "C" else "A"
 
 
 class Readout(NamedTuple):

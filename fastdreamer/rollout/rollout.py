@@ -483,14 +483,16 @@ class Rollout:
             function: without arguments.
             noise, action_noise: time-major, as ``observe`` and ``imagine`` take them.
         """
-        latent, std = self.options.latent, self.options.action_std
         kinds: dict[str, list[Tensor]] = {"normal": [], "uniform": [], "gumbel": []}
+
+        def serve(numbers: Tensor, of: StdTransform | Categorical) -> None:
+            categorical = isinstance(of, Categorical)
+            kind = ("gumbel" if of.gumbel else "uniform") if categorical else "normal"
+            kinds[kind].append(numbers)
+
         if action_noise is not None:
-            kinds["uniform" if isinstance(std, Categorical) else "normal"].append(action_noise)
-        if isinstance(latent, StdTransform):
-            kinds["normal"].append(noise)
-        else:
-            kinds["gumbel" if latent.gumbel else "uniform"].append(noise)
+            serve(action_noise, self.options.action_std)
+        serve(noise, self.options.latent)
         return with_noise(function, *kinds.pop("normal"), **kinds)
 
     # ---------------------------------------------------------------- inside
@@ -523,11 +525,12 @@ class Rollout:
     def _action_noise(
         self, given: Tensor | None, lead: tuple[int, ...], generator: torch.Generator | None
     ) -> Tensor:
-        """[*lead, A] standard normal, or one uniform number a one-hot action."""
+        """[*lead, A] standard normal or Gumbel, or one uniform number a one-hot action."""
         size, std = self.dims["A"], self.options.action_std
-        if isinstance(std, Categorical):
-            return self._noise(given, (*lead, size // std.classes), generator, torch.rand)
-        return self._noise(given, (*lead, size), generator)
+        letter, draw = noise_of(std)
+        if letter == "C":
+            size //= std.classes
+        return self._noise(given, (*lead, size), generator, draw)
 
     def _inward(self, x: Tensor) -> Tensor:
         """[B, T, ...] to time-major, contiguous."""

@@ -18,6 +18,7 @@ from fastdreamer.ops.params import (
     Latent,
     Normal,
     State,
+    StdTransform,
     bounded,
     choose,
     latent_dist,
@@ -172,19 +173,18 @@ def _inputs(rollout: Any, batch: dict[str, Tensor], seed: int) -> dict[str, Any]
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator).to(like)
 
-    def drawn(*lead: int) -> Tensor:
-        if not isinstance(options.latent, Categorical):
-            return randn(*lead, dims["S"])
-        if options.latent.gumbel:
-            return -(-uniform(*lead, dims["S"]).clamp(min=1e-30).log()).log()
-        return uniform(*lead, dims["C"])
+    def drawn(of: StdTransform | Categorical, size: int, *lead: int) -> Tensor:
+        if not isinstance(of, Categorical):
+            return randn(*lead, size)
+        if of.gumbel:
+            return -(-uniform(*lead, size).clamp(min=1e-30).log()).log()
+        return uniform(*lead, size // of.classes)
 
-    given |= {"noise": drawn(T, B), "deter": randn(B, dims["D"]).tanh()}
+    given |= {"noise": drawn(options.latent, dims["S"], T, B), "deter": randn(B, dims["D"]).tanh()}
     given |= {"stoch": randn(B, dims["S"])}
-    one_hot = isinstance(options.action_std, Categorical)
-    chosen = uniform(15, B, dims["A"] // options.action_std.classes) if one_hot else None
-    action_noise = randn(15, B, dims["A"]) if chosen is None else chosen
-    return given | {"state_noise": drawn(15, B), "action_noise": action_noise}
+    action_noise = drawn(options.action_std, dims["A"], 15, B)
+    state_noise = drawn(options.latent, dims["S"], 15, B)
+    return given | {"state_noise": state_noise, "action_noise": action_noise}
 
 
 def _results(

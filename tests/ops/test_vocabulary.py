@@ -531,6 +531,19 @@ def test_one_hot_policies(actions):
             imagine(params, actor, x.start, x.noise, x.action_noise)
 
 
+def test_gumbel_softmax_policies():
+    """Of as many numbers as there are actions."""
+    params, draw = model(), Draw(4)
+    actor = policy(draw, A, std=Categorical(A // 2, 0.01, gumbel=True))
+    x, noise = Inputs(params), -(-draw.uniform(4, 3, A).log()).log()
+    dream = imagine(params, actor, x.start, x.noise, noise)
+    logits = mlp(actor.mlp, x.start.feat).unflatten(-1, (2, A // 2))
+    want = OneHot(logits, 0.01, True).sample(noise[0])
+    torch.testing.assert_close(dream.action[0], want, **CLOSE)
+    with pytest.raises(ValueError, match=rf"action_noise must be \[H=4, B=3, A={A}\]"):
+        imagine(params, actor, x.start, x.noise, noise[..., :1])
+
+
 def test_readouts():
     draw = Draw()
     feat = draw(4, 5)

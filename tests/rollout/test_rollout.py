@@ -411,6 +411,19 @@ class Categoricals(nn.Module):
         return dict(zip(names, (torch.stack(x, 1) for x in zip(*out, strict=True)), strict=True))
 
 
+@pytest.mark.parametrize("gumbel", [False, True])
+def test_a_policy_of_one_hot_actions_draws_its_own_noise(gumbel):
+    torch.manual_seed(0)
+    parts = dict(Categoricals().named_children())
+    parts["actor"] = nn.Linear(D + parts["post"][-1].out_features, A)
+    how = {"latent": Categorical(Categoricals.K), "action_std": Categorical(A, gumbel=gumbel)}
+    rollout = Rollout.from_modules(**parts, **how)
+    dream = rollout.imagine(rollout.initial(2), 6)
+    assert torch.equal(dream.action.detach().sort(-1).values[..., -1], torch.ones(6, 2))
+    found = rollout.verify(repeats=1)
+    assert found.ok, str(found)
+
+
 def test_categorical_latents():
     """All loops, against a filter that draws its classes itself."""
     torch.manual_seed(0)
