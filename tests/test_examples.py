@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def test_rollout():
     done = subprocess.run(
-        [sys.executable, EXAMPLES / "rollout.py"], capture_output=True, text=True, timeout=120
+        [sys.executable, EXAMPLES / "rollout.py"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     *losses, _ = [line for line in done.stdout.splitlines() if line.startswith("loss")] + [""]
@@ -81,7 +81,7 @@ def test_torchrl_s_script_with_its_change():
     for flags in ([], ["--own"]):
         done = subprocess.run(
             [sys.executable, EXAMPLES / "torchrl_v3.py", *flags],
-            capture_output=True, text=True, timeout=120,
+            capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         lines = done.stdout.splitlines()

@@ -53,8 +53,10 @@ def gradients(inputs: dict[str, Any], leaves: list[Tensor]) -> list[Tensor]:
 
 def run(code: str, **environment: str) -> str:
     """Run code that may import this file as ``company``."""
+    forks = "ignore:This process:DeprecationWarning"  # of a fork beside threads, from 3.12 on
+    command = f"import test_company as company\n{code}"
     done = subprocess.run(
-        [sys.executable, "-X", "faulthandler", "-c", f"import test_company as company\n{code}"],
+        [sys.executable, "-X", "faulthandler", "-W", forks, "-c", command],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path]),
