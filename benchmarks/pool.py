@@ -146,7 +146,7 @@ def table(result: dict[str, Any]) -> str:
         rows.append(row)
     beside = [
         f"{name} {ratio:.2f} from {kind}"
-        for kind, ratios in result["ray"].items()
+        for kind, ratios in result.get("ray", {}).items()
         for name, ratio in ratios.items()
     ]
     told = ", ".join(f"{n} env frames from {kind}" for kind, n in amounts.items())

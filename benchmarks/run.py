@@ -137,9 +137,9 @@ def running(variants: Mapping[str, Variant], options: Sequence[str]) -> Iterator
 def check(first: Mapping[str, dict[str, Any]], variants: Mapping[str, Variant]) -> None:
     """Assert that first cycles are of the same work.
 
-    The updates an env frame calls for are the same, however many episodes a cycle has; the losses
-    of the very first update, from the same weights, batch and noise, too, as far as the variants
-    are of one checkout.
+    The updates an env frame calls for are the same but for rounding, however many episodes a cycle
+    has; the losses of the very first update, from the same weights, batch and noise, too, as far as
+    the variants are of one checkout.
 
     Raises:
         AssertionError: which and how.
@@ -148,7 +148,7 @@ def check(first: Mapping[str, dict[str, Any]], variants: Mapping[str, Variant]) 
     for name, got in first.items():
         (updates, frames), (like, of) = ((c["updates"], c["env_frames"]) for c in (got, expected))
         mine, other = f"{updates} updates in {frames} env frames", f"{like} in {of}"
-        assert updates * of == like * frames, (
+        assert abs(updates - like * frames / of) <= frames / of / 2, (
             f"{name} makes {mine}, {reference} {other}: not the same recipe"
         )
         backend = variants[name].backend
