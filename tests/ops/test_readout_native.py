@@ -369,7 +369,7 @@ def test_what_is_refused_still():
     gumbel = actor._replace(std=Categorical(6, gumbel=True))
     with pytest.raises(BackendError, match="native.*no Gumbel-softmax actions"):
         imagine(
-            **inputs | {"actor": gumbel, "action_noise": torch.rand(3, 49, 1)}, backend="native"
+            **inputs | {"actor": gumbel, "action_noise": torch.rand(3, 49, 6)}, backend="native"
         )
 
 
