@@ -146,16 +146,15 @@ def table(result: dict[str, Any]) -> str:
         rows.append(row)
     beside = [
         f"{name} {ratio:.2f} from {kind}"
-        for kind, ratios in result.get("ray", {}).items()
+        for kind, ratios in result["ray"].items()
         for name, ratio in ratios.items()
     ]
     told = ", ".join(f"{n} env frames from {kind}" for kind, n in amounts.items())
     text = (
         f"A round of {result['settings']['round']} episodes ({told}), its files included; nothing "
-        f"learns beside it.\n\n" + report.table(header, rows)
+        f"learns beside it.\n\n{report.table(header, rows)}\n\n"
+        f"Beside a learner: {run.table(result['whole'])}"
     )
-    if "whole" in result:
-        text += f"\n\nBeside a learner: {run.table(result['whole'])}"
     if beside:
         text += (
             f"\n\nAgainst the same pool of processes, in one round: {', '.join(beside)} (medians)."
