@@ -142,6 +142,11 @@ def noise_of(latent: StdTransform | Categorical) -> tuple[str, Callable[..., Ten
     return ("S", gumbel) if latent.gumbel else ("C", torch.rand)
 
 
+def noise_size(latent: StdTransform | Categorical, size: int) -> int:
+    """How many numbers of it a sample of that size takes: one each, or one uniform a one-hot."""
+    return size // latent.classes if noise_of(latent)[0] == "C" else size
+
+
 def gumbel(
     shape: Sequence[int], *, generator: torch.Generator | None = None, **options: Any
 ) -> Tensor:
@@ -248,9 +253,8 @@ class ActorParams(NamedTuple):
     squash: str = "tanh"  # what the Normal's sample passes through, of SQUASHES
 
     def noise(self, size: int) -> str | int:
-        """How much noise an action takes: the letter A, or one uniform number a one-hot; what
-        draws it :func:`noise_of` says, of ``std``."""
-        return size // self.std.classes if noise_of(self.std)[0] == "C" else "A"
+        """How much noise an action takes: the letter A, or what :func:`noise_size` says."""
+        return noise_size(self.std, size) if noise_of(self.std)[0] == "C" else "A"
 
 
 class Readout(NamedTuple):

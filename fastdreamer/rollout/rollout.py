@@ -36,6 +36,7 @@ from fastdreamer.ops.params import (
     StdTransform,
     latent_dist,
     noise_of,
+    noise_size,
 )
 from fastdreamer.ops.rssm_step import rssm_step
 from fastdreamer.rollout.cells import read_cell
@@ -527,10 +528,7 @@ class Rollout:
     ) -> Tensor:
         """[*lead, A] standard normal or Gumbel, or one uniform number a one-hot action."""
         size, std = self.dims["A"], self.options.action_std
-        letter, draw = noise_of(std)
-        if letter == "C":
-            size //= std.classes
-        return self._noise(given, (*lead, size), generator, draw)
+        return self._noise(given, (*lead, noise_size(std, size)), generator, noise_of(std)[1])
 
     def _inward(self, x: Tensor) -> Tensor:
         """[B, T, ...] to time-major, contiguous."""

@@ -22,6 +22,8 @@ from fastdreamer.ops.params import (
     bounded,
     choose,
     latent_dist,
+    noise_of,
+    noise_size,
     policy_dist,
     read_out,
     stack,
@@ -170,15 +172,9 @@ def _inputs(rollout: Any, batch: dict[str, Tensor], seed: int) -> dict[str, Any]
         first = torch.rand(T, B, generator=generator) < 0.1
         given["is_first"] = first.to(like.device)
 
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator).to(like)
-
     def drawn(of: StdTransform | Categorical, size: int, *lead: int) -> Tensor:
-        if not isinstance(of, Categorical):
-            return randn(*lead, size)
-        if of.gumbel:
-            return -(-uniform(*lead, size).clamp(min=1e-30).log()).log()
-        return uniform(*lead, size // of.classes)
+        _, draw = noise_of(of)
+        return draw((*lead, noise_size(of, size)), generator=generator).to(like)
 
     given |= {"noise": drawn(options.latent, dims["S"], T, B), "deter": randn(B, dims["D"]).tanh()}
     given |= {"stoch": randn(B, dims["S"])}
