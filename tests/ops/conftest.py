@@ -117,11 +117,12 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(1)
 
 
-@pytest.fixture
-def run_on_isa() -> Callable[[str, str], None]:
-    """``run(file, isa)``: the file as a program, its native core held to an instruction set."""
+@pytest.fixture(params=["scalar", "avx2", "avx512", "avx512bf16", "amx", "amx_emulated"])
+def run_on_isa(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """``run(file)``: the file as a program, its native core held to each instruction set."""
+    isa = request.param
 
-    def run(file: str, isa: str) -> None:
+    def run(file: str) -> None:
         from fastdreamer import _native
 
         if reason := _native.isa_reasons()[isa]:

@@ -41,9 +41,9 @@ def compare(run, inputs, *, bf16=False, **options):
     return got
 
 
-def compare_with_and_without_gradients(run, inputs, *, bf16):
+def compare_with_and_without_gradients(run, inputs, *, bf16, **options):
     """And without gradients, when nothing is kept, the same outputs."""
-    got = compare(run, inputs, bf16=bf16)
+    got = compare(run, inputs, bf16=bf16, **options)
     with torch.no_grad():
         lean = evaluate(run, inputs, backend="native", dtype=torch.float32, autocast=bf16, wrt=())
     assert all(torch.equal(got[key], out) for key, out in lean.items())

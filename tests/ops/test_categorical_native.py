@@ -268,9 +268,8 @@ def test_the_bindings_refuse():
         _native.rssm_step(model, *arrays, (*outputs[:2], short, None), threads)
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16", "amx", "amx_emulated"])
-def test_isa(run_on_isa, isa):
-    run_on_isa(__file__, isa)
+def test_isa(run_on_isa):
+    run_on_isa(__file__)
 
 
 if __name__ == "__main__":

@@ -362,9 +362,8 @@ def test_double_and_empty_are_eager_s():
             assert last_backend(op) == "eager" and out.dtype == dtype
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16", "amx", "amx_emulated"])
-def test_isa(run_on_isa, isa):
-    run_on_isa(__file__, isa)
+def test_isa(run_on_isa):
+    run_on_isa(__file__)
 
 
 def test_no_worse_than_autocast_at_the_report_s_sizes():

@@ -206,10 +206,9 @@ def test_the_extension_checks_again():
         native.decide(packed, *given, tuple(outputs), 0)
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16", "amx", "amx_emulated"])
-def test_isa(isa, run_on_isa):
+def test_isa(run_on_isa):
     pytest.importorskip("fastdreamer._native")
-    run_on_isa(__file__, isa)
+    run_on_isa(__file__)
 
 
 if __name__ == "__main__":  # on the instruction set that FASTDREAMER_ISA names

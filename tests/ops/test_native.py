@@ -333,9 +333,8 @@ def test_threads_change_nothing(op, name, threads):
     assert_threads_change_nothing(OPS[op], inputs, threads, lean)
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16", "amx", "amx_emulated"])
-def test_isa(run_on_isa, isa):
-    run_on_isa(__file__, isa)
+def test_isa(run_on_isa):
+    run_on_isa(__file__)
 
 
 # --- the bindings' buffers ----------------------------------------------------------------------

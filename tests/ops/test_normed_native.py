@@ -399,9 +399,8 @@ def test_bound_actions(op):
     compare(decide, inputs | {"actor": None, "action_noise": None}, wrt=())
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512bf16", "amx", "amx_emulated"])
-def test_isa(run_on_isa, isa):
-    run_on_isa(__file__, isa)
+def test_isa(run_on_isa):
+    run_on_isa(__file__)
 
 
 if __name__ == "__main__":
