@@ -18,8 +18,8 @@ from fastdreamer import testing
 from fastdreamer.learning import losses
 from fastdreamer.ops.imagine import OP, imagine
 from fastdreamer.ops.lambda_return import OP as LAMBDA_RETURN
-from fastdreamer.ops.layers import MLPParams, mlp
-from fastdreamer.ops.params import Readout, ReturnParams, State
+from fastdreamer.ops.layers import MLPParams
+from fastdreamer.ops.params import Readout, ReturnParams, State, scalar
 
 H, B = 15, 400  # of preset report, from every state of a batch of 8 × 50
 LEARNING_RATE = 8e-5
@@ -57,17 +57,17 @@ def with_heads(
         seen = out.deter, out.stoch, out.action, out.reward, out.returns
         return Imagined(*seen, out.value if value else None)
     plain = functools.partial(imagine, backend=backend)
-    return _composed(plain, mlp, LAMBDA_RETURN.eager, value, returns, **rollout)
+    return _composed(plain, scalar, LAMBDA_RETURN.eager, value, returns, **rollout)
 
 
 def _compiled(*, returns: ReturnParams, value: bool = False, **rollout: Any) -> Imagined:
     scan = compiled.compiled(LAMBDA_RETURN.eager)
-    return _composed(compiled.imagine, compiled.compiled(mlp), scan, value, returns, **rollout)
+    return _composed(compiled.imagine, compiled.compiled(scalar), scan, value, returns, **rollout)
 
 
 def _composed(
     rollout: Callable[..., Any],
-    head: Callable[[MLPParams, Tensor], Tensor],
+    number: Callable[[MLPParams, Readout, Tensor], Tensor],
     scan: Callable[..., Tensor],
     value: bool,
     returns: ReturnParams,
@@ -77,13 +77,13 @@ def _composed(
 ) -> Imagined:
     deter, stoch, action = rollout(start=start, **arguments)[:3]
     feat = torch.cat([deter, stoch], -1)  # [H, B, F], states 1..H
-    predict = lambda params, x: head(params, x)[..., 0].to(x.dtype)  # noqa: E731
-    reward = predict(returns.reward, feat)
-    bootstrap = predict(returns.critic.detach(), feat)
+    reward = number(returns.reward, returns.reward_as, feat)
+    bootstrap = number(returns.critic.detach(), returns.value_as, feat)
     result = scan(reward, bootstrap, torch.full_like(reward, returns.gamma), returns.lam)
     values = None
     if value:
-        values = predict(returns.critic, torch.cat([start.feat[None], feat[:-1].detach()]))
+        before = torch.cat([start.feat[None], feat[:-1].detach()])
+        values = number(returns.critic, returns.value_as, before)
     return Imagined(deter, stoch, action, reward, result, values)
 
 

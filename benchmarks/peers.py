@@ -3,7 +3,9 @@
 Each peer's own filter and the one that ``adapt`` puts in its place: compared first (values and all
 gradients, with the same noise), then timed, forward and backward, interleaved. torchrl's and
 sheeprl's own classes where they are installed, the minimal models of ``tests/rollout`` for the
-others, all at the sizes of the repositories. Nothing is fetched.
+others, all at the sizes of the repositories. Where a peer has faster loops of its own (torchrl's
+over plain tensors, with a compiled step, by a compiled scan), they run by turns with these.
+Nothing is fetched.
 """
 
 from __future__ import annotations
@@ -231,6 +233,25 @@ def torchrl_v3(recurrent: str) -> tuple[Any, Inputs]:
     return model, inputs
 
 
+def torchrl_v3_loops(model: Any) -> dict[str, Callable[..., Any]]:
+    """The other loops of torchrl's own over the modules of its ``RSSMRolloutV3``."""
+    from tensordict.nn import TensorDictModule
+    from torchrl.modules.models.model_based import RSSMRolloutV3
+
+    n = lambda *names: [("next", name) for name in names]  # noqa: E731
+    named = {"rssm_prior": n("prior_logits", "state", "belief")}
+    named["rssm_posterior"] = n("posterior_logits", "state")
+    parts = (getattr(model, name) for name in named)
+    wired = [
+        TensorDictModule(part.module, part.in_keys, keys)
+        for part, keys in zip(parts, named.values(), strict=True)
+    ]
+    loops = {name: RSSMRolloutV3(*wired) for name in ("tensors", "step compiled", "scan compiled")}
+    loops["step compiled"].compile_rollout("step")
+    loops["scan compiled"].compile_rollout("scan", options={"fallback_random": True})
+    return loops
+
+
 def scripted() -> tuple[Any, Inputs]:
     return transition(first.ScriptedTransition())
 
@@ -255,6 +276,8 @@ PEERS: dict[str, Callable[[], tuple[Any, Inputs]]] = {
     "torchrl V3, gru": functools.partial(torchrl_v3, "gru"),
     "torchrl V3, block_gru": functools.partial(torchrl_v3, "block_gru"),
 }
+LOOPS = {f"torchrl V3, {kind}": torchrl_v3_loops for kind in ("gru", "block_gru")}
+"""Of a peer's model: the faster loops of its own."""
 
 
 # ---------------------------------------------------------------- the two loops
@@ -312,9 +335,31 @@ def differences(loop: Any, given: tuple[Any, ...], noise: Tensor) -> tuple[float
     return tuple(max(relative_difference(a, b) for a, b in side) for side in pairs)  # type: ignore[return-value]
 
 
-def race(loop: Any, given: tuple[Any, ...], bf16: bool, repeats: int) -> dict[str, Any]:
-    """Seconds of both, forward and backward, by turns."""
-    parameters = [p for p in loop.parameters() if p.requires_grad]
+def agreeing(loops: dict[str, Callable[..., Any]], given: tuple[Any, ...]) -> dict[str, Any]:
+    """The loops over TensorDicts, once they have given what the first gives."""
+
+    def values(loop: Callable[..., Any]) -> dict[Any, Tensor]:
+        torch.manual_seed(0)  # all draw alike
+        result = loop(*fresh(given))
+        return {key: result[key].detach().float() for key in result.keys(True, True)}
+
+    want = values(next(iter(loops.values())))
+    for name, loop in loops.items():
+        got = values(loop)
+        assert got.keys() == want.keys(), f"{name}: other keys"
+        off = max(relative_difference(got[key], want[key]) for key in want)
+        assert off <= TOLERANCE[0], f"{name}: values differ by {off:.1e}"
+    return loops
+
+
+def race(
+    sides: dict[str, Callable[..., Any]],
+    parameters: list[nn.Parameter],
+    given: tuple[Any, ...],
+    bf16: bool,
+    repeats: int,
+) -> dict[str, Any]:
+    """Seconds of every side, forward and backward, by turns."""
 
     def run(side: Callable[..., Any]) -> float:
         arguments = fresh(given)
@@ -326,9 +371,9 @@ def race(loop: Any, given: tuple[Any, ...], bf16: bool, repeats: int) -> dict[st
         sum(x.float().sum() for x in outputs(result)).backward()
         return time.perf_counter() - begin
 
-    seconds: dict[str, list[float]] = {"own": [], "fast": []}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(repeats + 1):
-        for name, side in (("own", loop.own), ("fast", loop)):
+        for name, side in sides.items():
             taken = run(side)
             if turn:  # the first warms up
                 seconds[name].append(taken)
@@ -356,8 +401,12 @@ def measure(names: list[str], threads: int, steps: int, rows: int, repeats: int)
         assert values <= TOLERANCE[0], f"{name}: values differ by {values:.1e}"
         assert grads <= TOLERANCE[1], f"{name}: gradients differ by {grads:.1e}"
         found = {"values": values, "gradients": grads, "backend": last_backend("observe")}
+        sides = {"own": loop.own, "fast": loop}
+        if repeats and name in LOOPS:
+            sides |= agreeing(LOOPS[name](model), few)
+        parameters = [p for p in loop.parameters() if p.requires_grad]
         for precision, bf16 in (("fp32", False), ("bf16", True)) if repeats else ():
-            found[precision] = race(loop, inputs(steps, rows), bf16, repeats)
+            found[precision] = race(sides, parameters, inputs(steps, rows), bf16, repeats)
         result["peers"][name] = found
         print(name, found, file=sys.stderr, flush=True)
     return result
@@ -380,7 +429,22 @@ def table(result: dict[str, Any]) -> str:
     what = f"observe, T {steps}, B {rows}, forward and backward, ms" if timed else "observe"
     heads = [what, "runs", "values", "gradients"]
     heads += [f"{side} {p}" for p in timed for side in ("own", "fast", "ratio")]
-    return report.table(heads, lines)
+    return "\n\n".join([report.table(heads, lines), *loops_tables(result, timed)])
+
+
+def loops_tables(result: dict[str, Any], timed: list[str]) -> Iterator[str]:
+    """The fast rollout against the faster loops of the peers' own, where they were timed."""
+    lines = []
+    for name, found in result["peers"].items():
+        for loop in [x for x in found.get("fp32", {}) if x not in ("own", "fast")]:
+            line = [name, loop]
+            for precision in timed:
+                own, fast = (found[precision][side] for side in (loop, "fast"))
+                line += [cell(own), f"{own['median_ms'] / fast['median_ms']:.2f}×"]
+            lines.append(line)
+    if lines:
+        heads = [f"{head} {p}" for p in timed for head in ("its", "against fast")]
+        yield report.table(["peer", "its other loops, ms", *heads], lines)
 
 
 def main() -> None:

@@ -1,15 +1,17 @@
 """What a Rollout adds to an op, and what it saves its caller: `python -m benchmarks.rollout`.
 
-Forward passes one by one, and a step of learning behaviour as Dreamer V1 takes it from every state
-of a batch: imagination with heads, forward and backward, the caller's modules in either loop.
+Forward passes one by one, and a step of learning behaviour from every state of a batch, of a V1 and
+of a V3 model: imagination with heads, forward and backward, the caller's modules in either loop.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,19 +19,23 @@ from torch import Tensor, nn
 
 from benchmarks import machine, report
 from benchmarks.timing import cell, summary
+from fastdreamer.ops.backend import last_backend
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.observe import observe
-from fastdreamer.ops.params import State
+from fastdreamer.ops.params import Categorical, State
 from fastdreamer.ops.rssm_step import rssm_step
-from fastdreamer.rollout import Rollout
+from fastdreamer.rollout import Rollout, adapt
 from fastdreamer.rollout.verify import _imagine_loop, _observe_loop
 from fastdreamer.testing import REPORT
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "rollout"))
+import modern  # noqa: E402
 
 CALLS = {"rssm_step, B 1": 1000, "observe, T 50, B 50": 60, "imagine, H 15, B 400": 24}
 """Repeats of each."""
 HORIZON = 15
-STEPS = {400: 20, 1000: 12, 2500: 6}
-"""Steps of learning by the rows that they start from (8, 20 and 50 sequences of 50)."""
+LEARNING = {"V1, B 400": 20, "V1, B 1000": 12, "V1, B 2500": 6, "V3, B 1024": 5}
+"""Steps of learning by the model and the rows that they start from (V1: n × 50; V3: 16 × 64)."""
 PRECISIONS = {"bf16": True, "fp32": False}
 
 
@@ -101,18 +107,34 @@ def cases() -> dict[str, dict[str, Callable[[], Any]]]:
     }
 
 
-def learning(rows: int) -> tuple[dict[str, Callable[[], Any]], list[nn.Parameter]]:
+def latest_model() -> Rollout:
+    """A model in the manner and of the sizes of dreamerv3-torch, with its actor and heads."""
+    sizes = modern.Sizes(6, 512, 32, 32, 4096, 512)
+    heads = {name: modern.StatsMLP(sizes, 255) for name in ("reward", "critic")}
+    heads["discount"] = modern.StatsMLP(sizes, 1, "binary")
+    actor = modern.StatsMLP(sizes, sizes.action, "normal")
+    rollout = adapt(modern.StatsRSSM(sizes), actor=actor, backend="native", **heads).rollout
+    rollout.batch_first = False
+    return rollout
+
+
+def learning(
+    rollout: Rollout, rows: int, horizon: int = HORIZON
+) -> tuple[dict[str, Callable[[], list[Tensor]]], list[nn.Parameter]]:
     """By name: one step through a Rollout and through the caller's loop; and the parameters.
 
     Nothing is frozen: as in most peers' code, the world model's gradients are made as well.
     """
     torch.manual_seed(0)
-    rollout = Rollout.from_modules(**world_model(), backend="native")
-    A, D, S = (rollout.dims[name] for name in "ADS")
-    start = State(torch.randn(rows, D).tanh(), torch.randn(rows, S))
-    noises = {"state_noise": torch.randn(HORIZON, rows, S)}
-    noises |= {"action_noise": torch.randn(HORIZON, rows, A)}
-    modules = [m for name, net in rollout.nets.items() if name != "post" for m in net.modules]
+    stoch, latent = rollout._state_noise(None, (1, rows), None)[0], rollout.options.latent
+    if isinstance(latent, Categorical):
+        classes = (stoch * latent.classes).long()
+        stoch = nn.functional.one_hot(classes, latent.classes).flatten(1).float()
+    start = State(torch.randn(rows, rollout.dims["D"]).tanh(), stoch)
+    noises = {"state_noise": rollout._state_noise(None, (horizon, rows), None)}
+    noises |= {"action_noise": rollout._action_noise(None, (horizon, rows), None)}
+    unused = "post", "begin"
+    modules = [m for name, net in rollout.nets.items() if name not in unused for m in net.modules]
     parameters = [parameter for module in modules for parameter in module.parameters()]
 
     def step(loop: bool, bf16: bool) -> list[Tensor]:
@@ -138,9 +160,9 @@ def learning(rows: int) -> tuple[dict[str, Callable[[], Any]], list[nn.Parameter
     return variants, parameters
 
 
-def measure_learning(rows: int, steps: int) -> dict[str, Any]:
-    """Time steps of learning, the variants interleaved; what they compute is compared first."""
-    variants, parameters = learning(rows)
+def check_learning(rollout: Rollout, rows: int, horizon: int) -> None:
+    """The values and gradients of a step of learning against the caller's loop in float32."""
+    variants, _ = learning(rollout, rows, horizon)
     exact = variants["own loop fp32"]()
 
     def errors(variant: str) -> list[float]:
@@ -148,17 +170,32 @@ def measure_learning(rows: int, steps: int) -> dict[str, Any]:
         return [float((got - want).norm() / want.norm()) for got, want in pairs]
 
     assert max(errors("Rollout fp32")) < 1e-4, "float32 does not agree"
+    assert last_backend("imagine") == "native"
     pairs = zip(errors("Rollout bf16"), errors("own loop bf16"), strict=True)
     assert all(ours <= 2 * own for ours, own in pairs), "bfloat16 is worse than the own loop's"
+
+
+def measure_learning(name: str, steps: int) -> dict[str, Any]:
+    """Time steps of learning, the variants interleaved; what they compute is compared first."""
+    kind, rows = name.split(", B ")
+    torch.manual_seed(0)
+    if kind == "V1":
+        rollout = Rollout.from_modules(**world_model(), backend="native")
+        check_learning(rollout, int(rows), HORIZON)
+    else:
+        rollout = latest_model()
+        check_learning(rollout, 8, 2)  # a class drawn otherwise goes on to all that follows
+    variants, parameters = learning(rollout, int(rows))
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
-    for _ in range(steps):
+    for turn in range(steps + 1):
         for variant, run in variants.items():
             with torch.no_grad():
                 for parameter in parameters:
                     parameter.mul_(1)  # as after an optimiser's step: weights are packed again
             begin = time.perf_counter()
             run()
-            seconds[variant].append(time.perf_counter() - begin)
+            if turn:  # the first warms up
+                seconds[variant].append(time.perf_counter() - begin)
     return {variant: summary(values) for variant, values in seconds.items()}
 
 
@@ -168,8 +205,8 @@ def measure(threads: int) -> dict[str, Any]:
     result: dict[str, Any] = {"machine": machine.record(), "times": {}, "learning": {}}
     with torch.no_grad():
         _measure_forward(result)
-    for rows, steps in STEPS.items():
-        result["learning"][str(rows)] = measure_learning(rows, steps)
+    for name, steps in LEARNING.items():
+        result["learning"][name] = measure_learning(name, steps)
     return result
 
 
@@ -202,8 +239,8 @@ def table(result: dict[str, Any]) -> str:
     if "learning" not in result:
         return forward
     rows = []
-    for count, times in result["learning"].items():
-        row = [f"H {HORIZON}, B {count}"]
+    for name, times in result["learning"].items():
+        row = [f"{name}, H {HORIZON}"]
         for precision in PRECISIONS:
             rollout, loop = (times[f"{v} {precision}"] for v in ("Rollout", "own loop"))
             ratio = loop["median_ms"] / rollout["median_ms"]
