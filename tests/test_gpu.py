@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent / "ops"))
 
 import gpu_matrix
 import test_triton
+import test_triton_vocabulary
 from test_triton import OPS, SMALL, make_inputs
 
 from fastdreamer import testing
@@ -318,7 +319,7 @@ def check_update() -> None:
 OWN = {
     name.removeprefix("check_"): f for name, f in list(globals().items()) if name[:6] == "check_"
 }
-CHECKS = {**test_triton.QUICK, **OWN}
+CHECKS = {**test_triton.QUICK, **test_triton_vocabulary.QUICK, **OWN}
 
 
 # --- the tests ----------------------------------------------------------------------------------
@@ -356,7 +357,7 @@ def test_on_the_gpu(name, gpu):
     assert done.stdout.split()[-1] == "cuda"
 
 
-@pytest.mark.parametrize("name", OWN)  # test_triton.py runs the others
+@pytest.mark.parametrize("name", OWN)  # their own files run the others
 def test_under_the_interpreter(name):
     done = run_self(name, "cpu")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -4,7 +4,7 @@ import threading
 from importlib.metadata import version as version_of
 
 import pytest
-from triton_resources import compile_for, faults, kernels, label, memory_order
+from triton_resources import MODELS, compile_for, faults, kernels, label, memory_order
 
 from fastdreamer.ops.triton import aot, tiles
 from fastdreamer.ops.triton.build import Precision
@@ -16,16 +16,18 @@ WALKER = 50  # rows
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("cells.forward_kernel True with first/extra", (True, 90)),
-        ("cells.backward_kernel with first", (True, 90)),
-        ("mlp.forward_kernel action True", (True, 80)),
-        ("weights.gradient_kernel", (True, 90)),
-        ("cem.refit_kernel", (True, 90)),
+        ("cells.forward_kernel True with first/extra", ("report", True, 90)),
+        ("cells.backward_kernel with first", ("report", True, 90)),
+        ("cells.backward_kernel with i_norms/l_norms/first", ("today", True, 90)),
+        ("mlp.forward_kernel action True", ("report", True, 80)),
+        ("weights.gradient_kernel", ("report", True, 90)),
+        ("cem.refit_kernel", ("report", True, 90)),
     ],
 )
 def test_kernel(name, options):
-    bf16, arch = options
-    found = [s for s in kernels(REPORT, WALKER, Precision(bf16, arch)) if label(s).startswith(name)]
+    model, bf16, arch = options
+    specs = kernels(MODELS[model], WALKER, Precision(bf16, arch))
+    found = [spec for spec in specs if label(spec).startswith(name)]
     assert found, name
     used = compile_for(found[0], arch)
     assert not faults(found[0], used), used

@@ -2,8 +2,9 @@
 
 Compiles every kernel of every program of the recurrent ops at Walker's sizes, all layers of 400,
 for each precision, tile and architecture; those of a step and of the actor with an input layer of
-200, as preset ``report`` has; and the same in bfloat16 for two other models: SiLU at those sizes,
-and widths of 1024 with SiLU as DreamerV3 has. Checks:
+200, as preset ``report`` has; the same in bfloat16 for two other models: SiLU at those sizes,
+and widths of 1024 with SiLU as DreamerV3 has; and every kernel that multiplies of a model made of
+today's parts, see :func:`todays`, in both precisions. Checks:
 no stack, no local memory (LDL, STL), at most 99 KB of shared memory, matrix instructions in every
 kernel with products in bfloat16, barriers where layers hand over through global memory, and no load
 that pipelining moved across one. The whole matrix, two processes at a time, takes minutes::
@@ -27,9 +28,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from fastdreamer.ops.layers import MLPParams, Norm
+from fastdreamer.ops.params import ActorParams, ReturnParams, RSSMParams
 from fastdreamer.ops.triton import cem, observe, rollout
 from fastdreamer.ops.triton.aot import source
 from fastdreamer.ops.triton.build import Action, Precision
@@ -50,12 +54,14 @@ MODELS = {
     "input": REPORT._replace(input_hidden=200),
     "silu": REPORT._replace(activation="silu"),
     "wide": Sizes(6, 1024, 32, 1024, 1024, 1024, 2, 3, 4, "silu"),
+    "today": Sizes(6, 512, 1024, 1024, 512, 512, 2, 2, 2, "silu"),
 }
 SHARED = 99 * 1024  # what the least of the four architectures lends a block
 MATRIX = re.compile(r"\b(HMMA|HGMMA|UTCHMMA)\b")
-PRODUCTS = ("cells", "mlp", "gradient_kernel")  # of modules or functions: they multiply
+PRODUCTS = ("cells", "mlp", "weights.gradient_kernel")  # of modules or functions: they multiply
 FEW = 4
 ACTOR = ("mlp.forward_kernel action", "mlp.backward_kernel action")
+OPTIONAL = ("first", "extra", "d_mean", "d_x1", "proposals", "norms", "i_norms", "l_norms")
 BLOCKS = ("BM", "BN", "BK", "BG", "BS", "BO", "BI", "BR", "BLOCK", "BLOCK_K", "BLOCK_N")
 
 
@@ -75,9 +81,29 @@ class Usage(NamedTuple):
     seconds: float  # of compiling
 
 
+def todays(
+    params: RSSMParams, actor: ActorParams, returns: ReturnParams
+) -> tuple[RSSMParams, ActorParams, ReturnParams]:
+    """The same model of what DreamerV3 is made of: layers with a norm and without a bias."""
+
+    def layers(mlp: MLPParams, act_last: bool = False) -> MLPParams:
+        hidden = mlp.weights[: len(mlp.weights) - (not act_last)]
+        norms = tuple(Norm("layer", torch.ones(len(w)), torch.zeros(len(w)), 1e-3) for w in hidden)
+        return mlp._replace(biases=(*[None] * len(hidden), *mlp.biases[len(hidden) :]), norms=norms)
+
+    params = params._replace(
+        inp=layers(params.inp, True), prior=layers(params.prior), post=layers(params.post)
+    )
+    reward, critic, target = map(layers, returns[:3])
+    returns = returns._replace(reward=reward, critic=critic, target=target)
+    return params, actor._replace(mlp=layers(actor.mlp)), returns
+
+
 def programs(sizes: Sizes, rows: int, precision: Precision) -> Iterator[Program]:
     """Every program of the ops, forward and backward; the first FEW train imagine and observe."""
     params, actor, returns = make_params(sizes)
+    if sizes == MODELS["today"]:
+        params, actor, returns = todays(params, actor, returns)
     step, D, S = step_shape(params), sizes.D, sizes.S
     shapes = [feat_shape(head, D, S) for head in returns[:3]]
     heads = rollout._Heads(*shapes, None, returns.gamma, returns.lam)
@@ -126,14 +152,16 @@ def programs(sizes: Sizes, rows: int, precision: Precision) -> Iterator[Program]
 def kernels(sizes: Sizes, rows: int, precision: Precision) -> list[Spec]:
     """What there is to compile: of kernels that differ in the model's sizes alone, the largest.
 
-    Of other models than Walker's, the steps and the actor of the first FEW programs.
+    Of other models than Walker's, the steps and the actor of the first FEW programs, of today's
+    everything in those that multiplies.
     """
     found: dict[Any, tuple[int, Spec]] = {}
     count = None if sizes == REPORT else FEW
     for program in itertools.islice(programs(sizes, rows, precision), count):
         for launch, indices in program.launches():
             spec = launch.spec(dict.fromkeys(indices, 1))
-            if sizes != REPORT and not label(spec).startswith(("cells", *ACTOR)):
+            wanted = {REPORT: ("",), MODELS["today"]: ("cells", "mlp", "weights.norm_gradient")}
+            if not label(spec).startswith(wanted.get(sizes, ("cells", *ACTOR))):
                 continue
             size = sum(v for _, v in spec.constants if type(v) is int)
             key = (
@@ -160,7 +188,7 @@ def label(spec: Spec) -> str:
 
 
 def _optional(spec: Spec) -> list[str]:
-    return [n for n, _ in spec.types if n in ("first", "extra", "d_mean", "d_x1", "proposals")]
+    return [n for n, _ in spec.types if n in OPTIONAL]
 
 
 def compile_for(spec: Spec, arch: int) -> Usage:
@@ -294,12 +322,15 @@ def barriers(spec: Spec) -> int:
     c = dict(spec.constants)
     module = spec.fn.fn.__module__.rpartition(".")[2]
     backward = spec.fn.fn.__name__ == "backward_kernel"
+    each = {name: 1 + (name in dict(spec.types)) for name in ("norms", "i_norms", "l_norms")}
     if module == "cells":
         # forward: input layers, gates, latent layers; backward: outputs, latent layers, gates,
-        # what the recurrent weights and the last input layer share, the other input layers
-        return min(c["IL"] - backward, 2) + min(c["LL"], 2) + (3 if backward else 1)
+        # input layers; a layer with a norm has one more, between its sums and their norm
+        layers = min(c["IL"], 2) * each["i_norms"] + min(c["LL"], 2) * each["l_norms"]
+        return layers + (2 if backward else 1)
     if module == "mlp":
-        return min(c["LAYERS"], 2) + (1 if backward and c["HEAD"] != "ready" else 0)
+        layers = min(c["LAYERS"], 2) * each["norms"]
+        return layers + (1 if backward and c["HEAD"] != "ready" else 0)
     return 0
 
 
@@ -324,7 +355,7 @@ def main() -> int:
         options.model, options.arch, options.precision, options.rows
     ):
         bf16 = precision == "bf16"
-        if model not in ("report", "input") and not bf16:
+        if model in ("silu", "wide") and not bf16:
             continue
         for i, spec in enumerate(kernels(MODELS[model], rows, Precision(bf16, arch))):
             name = (label(spec), arch, model)

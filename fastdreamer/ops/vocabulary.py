@@ -31,7 +31,7 @@ BODIES: dict[str, frozenset[str]] = {
             "continuation by its mode",
         )
     ),
-    "triton": frozenset(),
+    "triton": frozenset(("layers without bias", "LayerNorm", "RMSNorm")),
 }
 """What each compiled backend has besides, in the words of :func:`lacking`."""
 

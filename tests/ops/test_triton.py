@@ -292,9 +292,10 @@ def check_all() -> None:
                 print(op, name, flush=True)
 
 
-def run_self(name: str) -> str:
+def run_self(name: str, file: str = __file__) -> str:
+    """Run a check of a file in a process whose triton is interpreted; return its last word."""
     done = subprocess.run(
-        [sys.executable, __file__, name],
+        [sys.executable, file, name],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -309,12 +310,17 @@ def test_under_the_interpreter(name):
     assert run_self(name) == "triton"
 
 
-if __name__ == "__main__":
+def main(checks: dict, name: str) -> None:
+    """That process."""
     from interpreter import correct_bfloat16
 
     correct_bfloat16()
     os.environ.setdefault("FASTDREAMER_BACKEND", "triton")
-    (check_all if sys.argv[1] == "all" else QUICK[sys.argv[1]])()
+    checks[name]()
     ops = [op for op in OPS if last_backend(op)]
-    assert ops or sys.argv[1] == "refit"
+    assert ops or name == "refit"
     print("triton")
+
+
+if __name__ == "__main__":
+    main(QUICK | {"all": check_all}, sys.argv[1])

@@ -12,12 +12,21 @@ from torch import Tensor
 from fastdreamer.ops.cells import GRUParams
 from fastdreamer.ops.layers import MLPParams
 from fastdreamer.ops.triton import cells, mlp, tiles, weights
-from fastdreamer.ops.triton.layout import NO_STD, MlpShape, Std, StepShape
+from fastdreamer.ops.triton.layout import (
+    NO_STD,
+    MlpShape,
+    NormShape,
+    Places,
+    Std,
+    StepShape,
+    norm_columns,
+)
 from fastdreamer.ops.triton.program import Affine, Arg, Kernel, Launch, Loop, Program, Slot
 
 COPY_BLOCK = 1024
 PACK_BLOCK = 32
 FILL = 264  # programs that fill a large GPU twice
+NORM_BLOCK = 16, 64  # rows and columns of a block of the norms' gradients
 
 
 class Weights(NamedTuple):
@@ -25,6 +34,7 @@ class Weights(NamedTuple):
 
     weights: Arg
     biases: Arg | None  # transposed weights have none
+    norms: dict[str, Arg | None]  # by the kernels' names of them
 
 
 class Action(NamedTuple):
@@ -130,13 +140,13 @@ class Builder:
 
     # parameters --------------------------------------------------------------------------------
 
-    def mlp_slots(self, name: str, shape: MlpShape) -> list[tuple[Slot, Slot]]:
-        """The inputs that :func:`mlp_inputs` fills: weight and bias of each layer."""
+    def mlp_slots(self, name: str, shape: MlpShape) -> list[tuple[Slot, Slot | None]]:
+        """Of the inputs that :func:`named` fills: weight and bias of each layer."""
         slots = []
         for i, layer in enumerate(shape.all_layers()):
             rows = layer.groups * layer.n
             weight = self.slot(f"{name}.weight{i}", (rows, layer.columns))
-            slots.append((weight, self.slot(f"{name}.bias{i}", (rows,))))
+            slots.append((weight, self.slot(f"{name}.bias{i}", (rows,)) if layer.biased else None))
         return slots
 
     def pack_mlp(self, name: str, shape: MlpShape, *, transposed: bool = False) -> Weights:
@@ -146,7 +156,7 @@ class Builder:
         if not transposed:
             biases = self.slot(f"{name}.biases", (shape.biases,), "scratch").at(0)
         self._pack_layers(name, shape, packed, 0, biases and biases.slot, 0)
-        return Weights(packed.at(0), biases)
+        return Weights(packed.at(0), biases, {"norms": self._pack_norms(name, shape)})
 
     def pack_step(
         self, name: str, shape: StepShape, latent: str, *, transposed: bool = False
@@ -175,7 +185,11 @@ class Builder:
         self._pack_layers(
             latent, shape.latent, packed, shape.latent_at, biases, shape.latent_bias_at
         )
-        return Weights(packed.at(0), biases and biases.at(0))
+        norms = {
+            "i_norms": self._pack_norms("inp", shape.inp),
+            "l_norms": self._pack_norms(latent, shape.latent),
+        }
+        return Weights(packed.at(0), biases and biases.at(0), norms)
 
     def pack_embed(self, shape: MlpShape, *, transposed: bool = False) -> Weights:
         """Pack the embedding's columns of the posterior's first weight; the bias is the step's."""
@@ -187,11 +201,12 @@ class Builder:
             layer.columns, layer.begins, layer.pieces, layer.padded,
             layer.n, layer.n_padded, layer.groups,
         )  # fmt: skip
+        norms = {"norms": None}
         if transposed:
-            return Weights(packed.at(0), None)
+            return Weights(packed.at(0), None, norms)
         biases = self.slot("embed.biases", (shape.biases,), "scratch")
         self.copy(None, biases, 1, shape.biases)
-        return Weights(packed.at(0), biases.at(0))
+        return Weights(packed.at(0), biases.at(0), norms)
 
     def gru_slots(self, shape: StepShape) -> tuple[Slot, Slot, Slot, Slot]:
         D = shape.D
@@ -201,6 +216,38 @@ class Builder:
             self.slot("gru.bias_ih", (3 * D,)),
             self.slot("gru.bias_hh", (3 * D,)),
         )
+
+    def norm_slots(self, name: str, norm: NormShape, size: int) -> tuple[Slot | None, Slot | None]:
+        """Of the same inputs: weight and bias of a norm."""
+        given = ("weight", norm.weight), ("bias", norm.bias)
+        return tuple(self.slot(f"{name}.{part}", (size,)) if has else None for part, has in given)
+
+    def _pack_norms(self, name: str, shape: MlpShape) -> Arg | None:
+        """The norms of an MLP, each layer's behind the other's; None without."""
+        if not shape.norms:
+            return None
+        packed = self.slot(f"{name}.norms", (shape.packed_norms,), "scratch")
+        each = norm_columns(shape.width)
+        for i, norm in enumerate(shape.norms):
+            at = packed.at(i * each)
+            self._pack_norm(f"{name}.norm{i}", norm, at, shape.widths[i], shape.width)
+        return packed.at(0)
+
+    def _pack_norm(
+        self, name: str, norm: NormShape | None, packed: Arg, n: int, n_padded: int, groups: int = 1
+    ) -> None:
+        weight, bias = (None, None) if norm is None else self.norm_slots(name, norm, groups * n)
+        self.launch(
+            weights.pack_norm_kernel,
+            (-(-norm_columns(groups * n_padded) // COPY_BLOCK),),
+            {
+                "weight": weight, "bias": bias, "packed": packed,
+                "eps": norm.eps if norm else 0.0,
+                "centred": 1.0 if norm and norm.kind == "layer" else 0.0,
+                "normed": 1.0 if norm else 0.0,
+            },
+            {"N": n, "NP": n_padded, "GROUPS": groups, "BLOCK": COPY_BLOCK},
+        )  # fmt: skip
 
     def _pack_layers(self, name, shape, packed, at, biases, bias_at) -> None:
         slots = self.mlp_slots(name, shape)
@@ -258,7 +305,8 @@ class Builder:
             mlp.forward_kernel,
             (-(-rows // tile.rows),),
             {
-                "weights": packed.weights, "biases": packed.biases, "x1": x[0], "x2": x[1],
+                "weights": packed.weights, "biases": packed.biases, **packed.norms,
+                "x1": x[0], "x2": x[1],
                 "noise": noise, "out": out, "std": std, "tape": tape, "rows": rows,
                 "bound": bound if bounded else 1.0, **normal.scalars,
             },
@@ -295,7 +343,8 @@ class Builder:
             mlp.backward_kernel,
             (-(-rows // tile.rows),),
             {
-                "weights": packed.weights, "noise": noise, "action": drawn, "d_out": d_out,
+                "weights": packed.weights, **packed.norms,
+                "noise": noise, "action": drawn, "d_out": d_out,
                 "d_std": d_std, "tape": tape, "grads": grads, "d_x1": d_x[0], "d_x2": d_x[1],
                 "rows": rows, "bound": bound if bounded else 1.0, **normal.scalars,
             },
@@ -313,19 +362,20 @@ class Builder:
         shape: MlpShape,
         x: Sequence[tuple[Arg, int, Arg | None]],
         tape: Arg,
-        tape_width: int,
         grads: Arg,
-        grads_width: int,
         rows: int,
         *,
+        places: Places | None = None,
         more: tuple[Arg, int, int, int, None] | None = None,
     ) -> None:
         """Outputs ``d_`` and the parameter's name for each of an MLP's parameters.
 
         ``x`` holds each piece of the input, its columns and the rows that were zeroed; ``tape`` and
-        ``grads`` begin at the MLP's hidden layers. ``more`` is a further piece of
-        the input, as in :meth:`gradient`.
+        ``grads`` begin at the MLP's hidden layers, ``places`` says where they have what, None: as
+        those of the MLP by itself. ``more`` is a further piece of the input, as in
+        :meth:`gradient`.
         """
+        places = places or shape.places
         for i, layer in enumerate(shape.all_layers()):
             if i == 0:
                 pieces = [
@@ -335,13 +385,77 @@ class Builder:
                     )
                 ] + ([more] if more else [])
             else:
-                below = tape._replace(offset=tape.offset + (i - 1) * shape.width)
-                pieces = [(below, tape_width, layer.columns, 0, None)]
-            own = grads._replace(offset=grads.offset + i * shape.width)
+                below = _moved(tape, (i - 1) * shape.width)
+                pieces = [(below, places.tape, layer.columns, 0, None)]
             self.gradient(
-                f"{name}.weight{i}", f"{name}.bias{i}", own, grads_width, pieces, rows,
+                f"{name}.weight{i}", f"{name}.bias{i}" if layer.biased else None,
+                _moved(grads, i * shape.width), places.grads, pieces, rows,
                 columns=layer.columns, n=layer.n, n_padded=layer.n_padded, groups=layer.groups,
             )  # fmt: skip
+        for i, norm in enumerate(shape.norms):
+            self.norm_gradient(
+                f"{name}.norm{i}", norm, tape, grads, places, rows,
+                index=i, n=shape.widths[i], n_padded=shape.width,
+            )  # fmt: skip
+
+    def norm_gradient(
+        self,
+        name: str,
+        norm: NormShape | None,
+        tape: Arg,
+        grads: Arg,
+        places: Places,
+        rows: int,
+        *,
+        index: int,
+        n: int,
+        n_padded: int,
+        groups: int = 1,
+    ) -> None:
+        """Outputs for the parameters of the norm number ``index`` of those that ``places`` has."""
+        if norm is None or not (norm.weight or norm.bias):
+            return
+        depth, columns = NORM_BLOCK
+        tiles_out = -(-groups * n // columns)
+        splits = max(1, min(-(-rows // (8 * depth)), FILL // tiles_out))
+        share = -(-rows // (splits * depth)) * depth
+        splits = -(-rows // share)
+        of_weight, of_bias = (
+            self._parts(f"{name}.{part}", (groups * n,), splits) if has else (None, None)
+            for part, has in (("weight", norm.weight), ("bias", norm.bias))
+        )
+        self.launch(
+            weights.norm_gradient_kernel,
+            (tiles_out, splits),
+            {
+                "outer": _moved(grads, places.outer + index * n_padded),
+                "sums": _moved(tape, places.sums + index * n_padded),
+                "stats": _moved(tape, places.stats + 4 * index),
+                "d_weight": of_weight[0], "d_bias": of_bias[0], "rows": rows, "share": share,
+            },
+            {
+                "GRADS": places.grads, "TAPE": places.tape, "N": n, "NP": n_padded,
+                "GROUPS": groups, "BO": columns, "BR": depth,
+            },
+        )  # fmt: skip
+        self._sum_parts(of_weight, of_bias, splits=splits)
+
+    def _parts(self, name: str, shape: tuple[int, ...], splits: int) -> tuple[Slot, Slot]:
+        """Where splits of a gradient go, and the output itself: both are one without splits."""
+        total = self.slot(f"d_{name}", shape, "output")
+        if splits == 1:
+            return total, total
+        return self.slot(f"{name}.parts", (splits, *shape), "scratch"), total
+
+    def _sum_parts(self, *gradients: tuple[Slot | None, Slot | None], splits: int) -> None:
+        for parts, total in gradients if splits > 1 else ():
+            if total is not None:
+                self.launch(
+                    weights.sum_kernel,
+                    (-(-total.numel // COPY_BLOCK),),
+                    {"parts": parts, "total": total, "size": total.numel},
+                    {"SPLITS": splits, "BLOCK": COPY_BLOCK},
+                )
 
     def gradient(
         self,
@@ -369,13 +483,8 @@ class Builder:
         splits = max(1, min(-(-rows // (8 * tile.rows)), FILL // (out_tiles * in_tiles)))
         share = -(-rows // (splits * tile.rows)) * tile.rows
         splits = -(-rows // share)
-        d_weight = self.slot(f"d_{weight}", (groups * n, columns), "output")
-        d_bias = None if bias is None else self.slot(f"d_{bias}", (groups * n,), "output")
-        w_parts, b_parts = d_weight, d_bias
-        if splits > 1:
-            w_parts = self.slot(f"{weight}.parts", (splits, *d_weight.shape), "scratch")
-            if d_bias is not None:
-                b_parts = self.slot(f"{bias}.parts", (splits, *d_bias.shape), "scratch")
+        of_weight = w_parts, _ = self._parts(weight, (groups * n, columns), splits)
+        of_bias = b_parts, _ = self._parts(bias, (groups * n,), splits) if bias else (None, None)
         for i, (x, width, size, begin, first) in enumerate(pieces):
             self.launch(
                 weights.gradient_kernel,
@@ -392,15 +501,7 @@ class Builder:
                 },
                 tile,
             )  # fmt: skip
-        if splits > 1:
-            for parts, total in ((w_parts, d_weight), (b_parts, d_bias)):
-                if total is not None:
-                    self.launch(
-                        weights.sum_kernel,
-                        (-(-total.numel // COPY_BLOCK),),
-                        {"parts": parts, "total": total, "size": total.numel},
-                        {"SPLITS": splits, "BLOCK": COPY_BLOCK},
-                    )
+        self._sum_parts(of_weight, of_bias, splits=splits)
 
     # steps -------------------------------------------------------------------------------------
 
@@ -414,7 +515,8 @@ class Builder:
             cells.forward_kernel,
             (-(-rows // tile.rows),),
             {
-                "weights": packed.weights, "biases": packed.biases, **optional, **args,
+                "weights": packed.weights, "biases": packed.biases, **packed.norms,
+                **optional, **args,
                 "rows": rows, **shape.std.scalars,
             },
             {**shape.constants(save=save), "SAVE": save, **_step_blocks(tile, shape)},
@@ -430,7 +532,7 @@ class Builder:
             cells.backward_kernel,
             (-(-rows // tile.rows),),
             {
-                "weights": packed.weights, **optional, **args,
+                "weights": packed.weights, **packed.norms, **optional, **args,
                 "rows": rows, **shape.std.scalars,
             },
             {**shape.constants(), "GRADS": shape.grads, **_step_blocks(tile, shape)},
@@ -457,10 +559,10 @@ class Builder:
         of_deter, of_stoch, of_action = (first if zeroed else None for zeroed in shape.resets)
         self.mlp_gradients(
             "inp", shape.inp, [(stoch, shape.S, of_stoch), (action, shape.A, of_action)],
-            tape, T, grads, G, rows,
+            tape, grads, rows, places=shape.inp_places,
         )  # fmt: skip
-        gates = grads._replace(offset=grads.offset + shape.gates)
-        x = tape._replace(offset=tape.offset + (shape.inp.layers - 1) * shape.inp.width)
+        gates = _moved(grads, shape.gates)
+        x = _moved(tape, (shape.inp.layers - 1) * shape.inp.width)
         hidden = shape.inp.widths[-1]
         for side, piece, columns, last in (
             ("ih", (x, T, hidden, 0, None), hidden, 0),
@@ -471,9 +573,8 @@ class Builder:
                 columns=columns, n=D, n_padded=DP, groups=3, last=last,
             )  # fmt: skip
         self.mlp_gradients(
-            latent, shape.latent, [(new_deter, D, None)],
-            tape._replace(offset=tape.offset + shape.latents), T,
-            grads._replace(offset=grads.offset + shape.latents), G, rows, more=more,
+            latent, shape.latent, [(new_deter, D, None)], _moved(tape, shape.latents),
+            _moved(grads, shape.latents), rows, places=shape.latent_places, more=more,
         )  # fmt: skip
 
 
@@ -493,6 +594,10 @@ class _LoopScope:
         self.builder._bodies[-1].append(Loop(self.name, self.count, body))
 
 
+def _moved(pointer: Arg, columns: int) -> Arg:
+    return pointer._replace(offset=pointer.offset + columns)
+
+
 def _blocks(tile: tiles.Tile, shape: MlpShape) -> dict[str, int]:
     out = tile.out(max(shape.n_padded, shape.padded[1]))
     return {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "BO": out}
@@ -505,17 +610,20 @@ def _step_blocks(tile: tiles.Tile, shape: StepShape) -> dict[str, int]:
     }  # fmt: skip
 
 
-def mlp_inputs(name: str, params: MLPParams) -> dict[str, Tensor]:
-    """A program's inputs for an MLP's parameters; see :meth:`Builder.mlp_slots`."""
-    named = {}
-    for i, (weight, bias) in enumerate(zip(params.weights, params.biases, strict=True)):
-        named[f"{name}.weight{i}"] = weight.detach().contiguous()
-        named[f"{name}.bias{i}"] = bias.detach().contiguous()
-    return named
+def named(name: str, params: MLPParams) -> dict[str, Tensor]:
+    """An MLP's parameters by the names of a program's inputs."""
+    found: dict[str, Tensor | None] = {}
+    for i, pair in enumerate(zip(params.weights, params.biases, strict=True)):
+        found |= zip((f"{name}.weight{i}", f"{name}.bias{i}"), pair, strict=True)
+    for i, norm in enumerate(params.norms):
+        if norm is not None:
+            found |= {f"{name}.norm{i}.weight": norm.weight, f"{name}.norm{i}.bias": norm.bias}
+    return {key: tensor for key, tensor in found.items() if tensor is not None}
 
 
-def gru_inputs(params: GRUParams) -> dict[str, Tensor]:
-    return {f"gru.{key}": value.detach().contiguous() for key, value in params._asdict().items()}
+def gru_named(params: GRUParams) -> dict[str, Tensor]:
+    """The same of a recurrence."""
+    return {f"gru.{key}": value for key, value in params._asdict().items()}
 
 
 def autocast_bf16(device: torch.device) -> bool:

@@ -6,10 +6,10 @@ what is added to the first layer's sum (``extra``, the embedding's part) and in 
 :func:`fastdreamer.ops.observe`.
 
 Columns of the tape: the input layers, the GRU's r, z, n and the recurrent part of n's sum, the
-latent's hidden layers, the sum that becomes std, and behind them (SiLU alone) the input and latent
-layers' sums. Columns of ``grads``, gradients by sums: the input layers, r, z, n, n's recurrent
-part, the latent's hidden layers, mean and std. Both are described by
-:class:`fastdreamer.ops.triton.layout.StepLayout`.
+latent's hidden layers, the sum that becomes std, and behind them (with SiLU or norms alone) the
+input and latent layers' sums, then what norms computed. Columns of ``grads``, gradients by sums:
+the input layers, r, z, n, n's recurrent part, the latent's hidden layers, mean and std, and the
+gradients behind norms. Both are described by :class:`fastdreamer.ops.triton.layout.StepShape`.
 """
 
 import triton
@@ -18,7 +18,6 @@ import triton.language as tl
 from fastdreamer.ops.triton.device import (
     accumulate,
     accumulate_gates,
-    activation_slope,
     bias_block,
     hidden_backward,
     hidden_layers,
@@ -35,6 +34,8 @@ from fastdreamer.ops.triton.device import (
 def forward_kernel(
     weights,  # packed, the input layers first, then W_ih, W_hh, then the latent's
     biases,  # float32
+    i_norms,  # of the input layers, or None
+    l_norms,  # of the latent's hidden layers
     deter,  # [rows, D] float32, as all the states and noise
     stoch,
     action,
@@ -66,6 +67,8 @@ def forward_kernel(
     L_ACT: tl.constexpr,
     I_PRE: tl.constexpr,
     L_PRE: tl.constexpr,
+    I_STATS: tl.constexpr,
+    L_STATS: tl.constexpr,
     STD: tl.constexpr,
     RESET_D: tl.constexpr,
     RESET_S: tl.constexpr,
@@ -98,8 +101,8 @@ def forward_kernel(
         extra += block * (LW if LL > 0 else 2 * SP)
 
     hidden_layers(
-        stoch, action, None, weights, biases, tape, row, real, kept_s, kept_a,
-        S, SP, A, AP, IW, IL, TAPE, I_PRE, I_ACT, BM, BN, BK,
+        stoch, action, None, weights, biases, i_norms, tape, row, real, kept_s, kept_a,
+        S, SP, A, AP, IW, IL, TAPE, I_PRE, I_STATS, I_ACT, BM, BN, BK,
     )  # fmt: skip
 
     wih = weights + (SP + AP + (IL - 1) * IW) * IW
@@ -136,8 +139,8 @@ def forward_kernel(
     lb = bias + 4 * DP
     latent = gates + 4 * DP
     hidden_layers(
-        new_deter, None, extra, lw, lb, latent, row, real, real, real,
-        D, DP, 0, 0, LW, LL, TAPE, L_PRE, L_ACT, BM, BN, BK,
+        new_deter, None, extra, lw, lb, l_norms, latent, row, real, real, real,
+        D, DP, 0, 0, LW, LL, TAPE, L_PRE, L_STATS, L_ACT, BM, BN, BK,
     )  # fmt: skip
     for start in range(0, SP, BS):
         column = start + tl.arange(0, BS)
@@ -167,6 +170,8 @@ def forward_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def backward_kernel(
     weights,  # packed, transposed, in the order of the forward kernel's
+    i_norms,
+    l_norms,
     deter,  # [rows, D], the state before the step
     noise,
     first,
@@ -199,6 +204,10 @@ def backward_kernel(
     L_ACT: tl.constexpr,
     I_PRE: tl.constexpr,
     L_PRE: tl.constexpr,
+    I_STATS: tl.constexpr,
+    L_STATS: tl.constexpr,
+    I_OUTER: tl.constexpr,
+    L_OUTER: tl.constexpr,
     STD: tl.constexpr,
     RESET_D: tl.constexpr,
     RESET_S: tl.constexpr,
@@ -229,8 +238,7 @@ def backward_kernel(
     d_action += block * A
     grads += block * GRADS
 
-    wih = weights + (SP + AP + (IL - 1) * IW) * IW
-    whh = wih + IW * 3 * DP
+    whh = weights + (SP + AP + (IL - 1) * IW + 3 * DP) * IW
     lw = whh + DP * 3 * DP
     t_gates = tape + IL * IW
     t_latent = t_gates + 4 * DP
@@ -259,8 +267,8 @@ def backward_kernel(
     tl.debug_barrier()
 
     hidden_backward(
-        lw, t_latent, g_latent, row, real,
-        DP, LW, LL, 2 * SP, TAPE, GRADS, L_PRE, L_ACT, BM, BN, BK,
+        lw, l_norms, t_latent, g_latent, row, real,
+        DP, LW, LL, 2 * SP, TAPE, GRADS, L_PRE, L_STATS, L_OUTER, L_ACT, BM, BN, BK,
     )  # fmt: skip
     for start in range(0, DP, BN):
         column = start + tl.arange(0, BN)
@@ -302,23 +310,10 @@ def backward_kernel(
         mask = kept_d[:, None] & (column < D)[None, :]
         acc += tl.load(d_deter + at, mask=mask, other=0.0)
         tl.store(d_deter + at, acc, mask=mask)
-    for start in range(0, IW, BN):  # to the last input layer
-        column = start + tl.arange(0, BN)
-        inside = column < IW
-        mask = real[:, None] & inside[None, :]
-        acc = tl.zeros([BM, BN], tl.float32)
-        acc = accumulate(acc, g_gates, wih, row, real, column, inside, 3 * DP, GRADS, IW, BK)
-        at = row[:, None] * TAPE + (IL - 1) * IW + column[None, :]
-        value = tl.load(tape + at + I_PRE, mask=mask, other=0.0).to(tl.float32)
-        acc *= activation_slope(value, I_ACT)
-        at = row[:, None] * GRADS + (IL - 1) * IW + column[None, :]
-        tl.store(grads + at, acc.to(grads.dtype.element_ty), mask=mask)
-    tl.debug_barrier()
-
-    # the last input layer stands for the output of the ones below it
+    # the gates are the layer above the input layers
     hidden_backward(
-        weights, tape, grads, row, real,
-        SP + AP, IW, IL - 1, IW, TAPE, GRADS, I_PRE, I_ACT, BM, BN, BK,
+        weights, i_norms, tape, grads, row, real,
+        SP + AP, IW, IL, 3 * DP, TAPE, GRADS, I_PRE, I_STATS, I_OUTER, I_ACT, BM, BN, BK,
     )  # fmt: skip
     for start in range(0, SP, BS):
         column = start + tl.arange(0, BS)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastdreamer.ops.params import ReturnParams, RSSMParams, State
 from fastdreamer.ops.triton import tiles
-from fastdreamer.ops.triton.build import Builder, Precision, autocast_bf16, gru_inputs, mlp_inputs
+from fastdreamer.ops.triton.build import Builder, Precision, autocast_bf16, gru_named, named
 from fastdreamer.ops.triton.layout import NO_STD, MlpShape, StepShape, feat_shape, step_shape
 from fastdreamer.ops.triton.program import Program
 from fastdreamer.ops.triton.run import run
@@ -298,12 +298,12 @@ def cem(
     inputs = {
         "start.deter": start.deter, "start.stoch": start.stoch, "start.mean": mean,
         "start.std": std, "action_noise": action_noise, "state_noise": state_noise,
-        **mlp_inputs("inp", params.inp), **gru_inputs(params.gru),
-        **mlp_inputs("prior", params.prior), **mlp_inputs("reward", returns.reward),
-        **(mlp_inputs("value", bootstrap) if bootstrap else {}),
-        **(mlp_inputs("discount", discount) if discount else {}),
-        **({"proposals": proposals.contiguous()} if spec.proposals else {}),
+        **named("inp", params.inp), **gru_named(params.gru),
+        **named("prior", params.prior), **named("reward", returns.reward),
+        **(named("value", bootstrap) if bootstrap else {}),
+        **(named("discount", discount) if discount else {}),
+        **({"proposals": proposals} if spec.proposals else {}),
     }  # fmt: skip
     with torch.no_grad():
-        found = run(program(spec), {name: t.detach() for name, t in inputs.items()})
+        found = run(program(spec), {name: t.detach().contiguous() for name, t in inputs.items()})
     return found["mean"], found["std"], found["scores"]

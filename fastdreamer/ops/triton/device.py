@@ -7,7 +7,8 @@ Pointers come already moved to the program's first row; ``row`` counts from ther
 
 Weights are packed ``[K][N]`` in the dtype of the products' operands (bfloat16 or float32), K and N
 padded with zeros to multiples of 16 (:mod:`fastdreamer.ops.triton.layout`). So a padded column of
-a layer is act(0) = 0, and everything but the states needs no mask finer than 16 columns.
+a layer is act(0) = 0, and everything but the states and means over a layer needs no mask finer than
+16 columns.
 """
 
 import triton
@@ -67,6 +68,12 @@ def activation_slope(at, ACT: tl.constexpr):
     else:
         slope = 1.0 - at * at
     return slope
+
+
+@triton.jit
+def slope_at(x, ACT: tl.constexpr):
+    """The derivative at x."""
+    return activation_slope(x if ACT == "silu" else activate(x, ACT), ACT)
 
 
 @triton.jit
@@ -206,6 +213,7 @@ def hidden_layers(
     extra,  # [*, W] float32 added to the first layer's sum, or None
     weights,
     biases,
+    norms,  # packed, one a layer, or None
     tape,  # receives LAYERS · W columns; with PRE > 0 the sums, too, PRE columns behind
     row,
     real,  # rows of the batch
@@ -219,12 +227,13 @@ def hidden_layers(
     LAYERS: tl.constexpr,
     TAPE: tl.constexpr,
     PRE: tl.constexpr,
+    STATS: tl.constexpr,
     ACT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Layers of W columns, each followed by the activation and a barrier."""
+    """Layers of W columns, each followed by its norm, the activation and a barrier."""
     if LAYERS > 0:
         for start in range(0, W, BN):
             column = start + tl.arange(0, BN)
@@ -236,8 +245,11 @@ def hidden_layers(
             acc = accumulate_inputs(
                 acc, x1, x2, weights, row, alive1, alive2, column, inside, K1, K1P, K2, W, BK
             )
-            store_hidden(tape, row[:, None] * TAPE + column[None, :], acc, mask, PRE, ACT)
+            at = row[:, None] * TAPE + column[None, :]
+            store_hidden(tape, at, acc, mask, norms, PRE, ACT)
         tl.debug_barrier()
+        if norms is not None:
+            normalise_hidden(tape, norms, tape + STATS, row, real, W, TAPE, PRE, ACT, BM, BN)
     # A loop at run time, which keeps the code small whatever the depth. It must never be pipelined:
     # a layer's loads belong behind the barrier of the layer below.
     for layer in tl.range(1, LAYERS, num_stages=1):
@@ -250,15 +262,122 @@ def hidden_layers(
             acc = accumulate(acc, below, w, row, real, column, inside, W, TAPE, W, BK)
             at = row[:, None] * TAPE + column[None, :]
             mask = real[:, None] & inside[None, :]
-            store_hidden(below + W, at, acc, mask, PRE, ACT)
+            store_hidden(below + W, at, acc, mask, norms, PRE, ACT)
         tl.debug_barrier()
+        if norms is not None:
+            norm = norms + layer * (2 * W + 16)
+            stats = tape + STATS + 4 * layer
+            normalise_hidden(below + W, norm, stats, row, real, W, TAPE, PRE, ACT, BM, BN)
 
 
 @triton.jit
-def store_hidden(tape, at, acc, mask, PRE: tl.constexpr, ACT: tl.constexpr):
+def store_hidden(tape, at, acc, mask, norms, PRE: tl.constexpr, ACT: tl.constexpr):
     if PRE > 0:
         tl.store(tape + at + PRE, acc.to(tape.dtype.element_ty), mask=mask)
-    tl.store(tape + at, activate(acc, ACT).to(tape.dtype.element_ty), mask=mask)
+    if norms is None:
+        tl.store(tape + at, activate(acc, ACT).to(tape.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def normalise_hidden(
+    tape,  # of one layer; its sums are PRE columns behind
+    norm,
+    stats,
+    row,
+    real,
+    W: tl.constexpr,
+    TAPE: tl.constexpr,
+    PRE: tl.constexpr,
+    ACT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """The layer's values from its sums, and a barrier."""
+    mean, inverse = moments(tape + PRE, norm, row, real, W, W, TAPE, BM, BN)
+    keep_moments(stats, mean, inverse, row, real, TAPE)
+    for start in range(0, W, BN):
+        column = start + tl.arange(0, BN)
+        inside = column < W
+        x = standardised(tape + PRE, mean, inverse, row, real, column, inside, TAPE)
+        y = activate(scaled(x, norm, column, inside, W), ACT)
+        at = row[:, None] * TAPE + column[None, :]
+        mask = real[:, None] & inside[None, :]
+        tl.store(tape + at, y.to(tape.dtype.element_ty), mask=mask)
+    tl.debug_barrier()
+
+
+@triton.jit
+def moments(
+    x,  # [*, XS], W columns of it: groups of GROUP columns, the last of each perhaps padded
+    norm,  # gains [W], shifts [W], then: columns of a group, eps, 1 / all columns, and the same
+    # where the mean is taken off and where a norm is
+    row,
+    real,
+    W: tl.constexpr,
+    GROUP: tl.constexpr,
+    XS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """The mean that a norm takes off rows, and the factor of the rest: 0 and 1 without a norm."""
+    meta = norm + 2 * W
+    count = tl.load(meta).to(tl.int32)
+    total = tl.zeros([BM, BN], tl.float32)
+    for start in range(0, W, BN):
+        column = start + tl.arange(0, BN)
+        mask = real[:, None] & ((column < W) & (column % GROUP < count))[None, :]
+        at = row[:, None] * XS + column[None, :]
+        total += tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(total, 1) * tl.load(meta + 3)
+    total = tl.zeros([BM, BN], tl.float32)
+    for start in range(0, W, BN):
+        column = start + tl.arange(0, BN)
+        mask = real[:, None] & ((column < W) & (column % GROUP < count))[None, :]
+        at = row[:, None] * XS + column[None, :]
+        off = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - mean[:, None]
+        total += tl.where(mask, off * off, 0.0)
+    variance = tl.sum(total, 1) * tl.load(meta + 2)
+    inverse = 1.0 / tl.sqrt(variance + tl.load(meta + 1))
+    return mean, tl.where(tl.load(meta + 4) > 0.0, inverse, 1.0)
+
+
+@triton.jit
+def keep_moments(stats, mean, inverse, row, real, TAPE: tl.constexpr):
+    """Into four columns of a tape: each number, and what rounding left of it."""
+    at = row * TAPE
+    for i in tl.static_range(2):
+        value = mean if i == 0 else inverse
+        rounded = value.to(stats.dtype.element_ty)
+        tl.store(stats + at + 2 * i, rounded, mask=real)
+        rest = value - rounded.to(tl.float32)
+        tl.store(stats + at + 2 * i + 1, rest.to(stats.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def kept_moments(stats, row, real, TAPE: tl.constexpr):
+    """The same read."""
+    at = row * TAPE
+    mean = tl.load(stats + at, mask=real, other=0.0).to(tl.float32)
+    mean += tl.load(stats + at + 1, mask=real, other=0.0).to(tl.float32)
+    inverse = tl.load(stats + at + 2, mask=real, other=0.0).to(tl.float32)
+    inverse += tl.load(stats + at + 3, mask=real, other=0.0).to(tl.float32)
+    return mean, inverse
+
+
+@triton.jit
+def standardised(sums, mean, inverse, row, real, column, inside, XS: tl.constexpr):
+    """A block of (x - mean) · inverse."""
+    at = row[:, None] * XS + column[None, :]
+    x = tl.load(sums + at, mask=real[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    return (x - mean[:, None]) * inverse[:, None]
+
+
+@triton.jit
+def scaled(x, norm, column, inside, W: tl.constexpr):
+    """gain · x + shift; both are 0 in padded columns."""
+    gain = tl.load(norm + column, mask=inside, other=0.0)
+    shift = tl.load(norm + W + column, mask=inside, other=0.0)
+    return x * gain[None, :] + shift[None, :]
 
 
 @triton.jit
@@ -304,8 +423,10 @@ def output_block(
 @triton.jit
 def hidden_backward(
     weights,  # transposed: layer 0 [W][K1P + K2P], then [W][W], the last [OUT][W]
+    norms,
     tape,
-    grads,  # LAYERS · W columns of gradients by sums are written, OUT columns behind are read
+    grads,  # LAYERS · W columns of gradients by sums are written, OUT columns behind are read;
+    # with norms gradients behind them are written OUTER columns behind the first
     row,
     real,
     KP: tl.constexpr,
@@ -315,6 +436,8 @@ def hidden_backward(
     TAPE: tl.constexpr,
     GRADS: tl.constexpr,
     PRE: tl.constexpr,
+    STATS: tl.constexpr,
+    OUTER: tl.constexpr,
     ACT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -325,18 +448,36 @@ def hidden_backward(
         above = grads + LAYERS * W
         w = weights + (KP + (LAYERS - 1) * W) * W
         at = tape + (LAYERS - 1) * W + PRE
-        hidden_gradient(
-            above, w, at, row, real, OUT, W, TAPE, GRADS, ACT, BM, BN, BK,
-        )  # fmt: skip
+        if norms is None:
+            hidden_gradient(
+                above, w, at, row, real, OUT, W, TAPE, GRADS, ACT, BM, BN, BK,
+            )  # fmt: skip
+        else:
+            norm = norms + (LAYERS - 1) * (2 * W + 16)
+            stats = tape + STATS + 4 * (LAYERS - 1)
+            outer = grads + OUTER + (LAYERS - 1) * W
+            normed_gradient(
+                above, w, at, norm, stats, outer, row, real,
+                OUT, W, TAPE, GRADS, ACT, BM, BN, BK,
+            )  # fmt: skip
         tl.debug_barrier()
     for done in tl.range(1, LAYERS, num_stages=1):  # never pipelined, see hidden_layers
         layer = LAYERS - done  # whose gradient is there
         above = grads + layer * W
         w = weights + (KP + (layer - 1) * W) * W
         at = tape + (layer - 1) * W + PRE
-        hidden_gradient(
-            above, w, at, row, real, W, W, TAPE, GRADS, ACT, BM, BN, BK,
-        )  # fmt: skip
+        if norms is None:
+            hidden_gradient(
+                above, w, at, row, real, W, W, TAPE, GRADS, ACT, BM, BN, BK,
+            )  # fmt: skip
+        else:
+            norm = norms + (layer - 1) * (2 * W + 16)
+            stats = tape + STATS + 4 * (layer - 1)
+            outer = grads + OUTER + (layer - 1) * W
+            normed_gradient(
+                above, w, at, norm, stats, outer, row, real,
+                W, W, TAPE, GRADS, ACT, BM, BN, BK,
+            )  # fmt: skip
         tl.debug_barrier()
 
 
@@ -367,6 +508,106 @@ def hidden_gradient(
         acc *= activation_slope(y.to(tl.float32), ACT)
         at = row[:, None] * GRADS + column[None, :]
         tl.store(above - W + at, acc.to(above.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def normed_gradient(
+    above,
+    w,
+    sums,
+    norm,
+    stats,
+    outer,  # where the gradient behind the norm is written
+    row,
+    real,
+    OUT: tl.constexpr,
+    W: tl.constexpr,
+    TAPE: tl.constexpr,
+    GRADS: tl.constexpr,
+    ACT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """The same of a layer with a norm, with a barrier between what is behind and before it."""
+    mean, inverse = kept_moments(stats, row, real, TAPE)
+    total = tl.zeros([BM], tl.float32)
+    along = tl.zeros([BM], tl.float32)
+    for start in range(0, W, BN):
+        column = start + tl.arange(0, BN)
+        inside = column < W
+        acc = tl.zeros([BM, BN], tl.float32)
+        acc = accumulate(acc, above, w, row, real, column, inside, OUT, GRADS, W, BK)
+        x = standardised(sums, mean, inverse, row, real, column, inside, TAPE)
+        acc *= slope_at(scaled(x, norm, column, inside, W), ACT)
+        total, along = behind_norm(
+            acc, x, norm, outer, total, along, row, real, column, inside, GRADS
+        )
+    tl.debug_barrier()
+    before_norm(
+        above - W, outer, sums, norm, mean, inverse, total, along, row, real,
+        W, W, TAPE, GRADS, BM, BN,
+    )  # fmt: skip
+
+
+@triton.jit
+def behind_norm(
+    grad,  # [BM, BN], by what the norm returned
+    x,  # its input, standardised
+    norm,
+    outer,
+    total,
+    along,
+    row,
+    real,
+    column,
+    inside,
+    GRADS: tl.constexpr,
+):
+    """Store a block; return Σ g and Σ g · x so far, g = gain · grad."""
+    at = row[:, None] * GRADS + column[None, :]
+    mask = real[:, None] & inside[None, :]
+    tl.store(outer + at, grad.to(outer.dtype.element_ty), mask=mask)
+    g = grad * tl.load(norm + column, mask=inside, other=0.0)[None, :]
+    return total + tl.sum(g, 1), along + tl.sum(g * x, 1)
+
+
+@triton.jit
+def before_norm(
+    inner,  # W columns of gradients by the norm's input are written
+    outer,
+    sums,
+    norm,
+    mean,
+    inverse,
+    total,
+    along,
+    row,
+    real,
+    W: tl.constexpr,
+    GROUP: tl.constexpr,
+    TAPE: tl.constexpr,
+    GRADS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """inverse · (g - mean of g - x · mean of g · x), behind a barrier behind ``behind_norm``."""
+    meta = norm + 2 * W
+    count = tl.load(meta).to(tl.int32)
+    total *= tl.load(meta + 3)
+    along *= tl.load(meta + 4)
+    for start in range(0, W, BN):
+        column = start + tl.arange(0, BN)
+        inside = (column < W) & (column % GROUP < count)
+        at = row[:, None] * GRADS + column[None, :]
+        mask = real[:, None] & inside[None, :]
+        g = tl.load(outer + at, mask=mask, other=0.0).to(tl.float32)
+        g *= tl.load(norm + column, mask=inside, other=0.0)[None, :]
+        x = standardised(sums, mean, inverse, row, real, column, inside, TAPE)
+        g = inverse[:, None] * (g - total[:, None] - x * along[:, None])
+        g = tl.where(inside[None, :], g, 0.0)
+        mask = real[:, None] & (column < W)[None, :]
+        tl.store(inner + at, g.to(inner.dtype.element_ty), mask=mask)
 
 
 @triton.jit

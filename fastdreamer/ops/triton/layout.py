@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fastdreamer.ops.layers import MLPParams
+from fastdreamer.ops.layers import MLPParams, Norm
 from fastdreamer.ops.params import STDS, RSSMParams, StdTransform
 
 
@@ -44,6 +44,45 @@ class Std(NamedTuple):
 NO_STD = Std("softplus", 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
+class NormShape(NamedTuple):
+    """A norm without its tensors."""
+
+    kind: str
+    weight: bool
+    bias: bool
+    eps: float
+
+    @staticmethod
+    def of(norm: Norm | None) -> NormShape | None:
+        if norm is None:
+            return None
+        kind, weight, bias, eps = norm
+        return NormShape(kind, weight is not None, bias is not None, float(eps))
+
+
+def norm_columns(width: int) -> int:
+    """Of a packed norm: gains, shifts, and the numbers of ``device.moments``."""
+    return 2 * width + 16
+
+
+class Places(NamedTuple):
+    """Where an MLP's columns are in tapes and ``grads``, counted from the first hidden layer's."""
+
+    tape: int  # columns of a row
+    grads: int
+    sums: int  # of the hidden layers' sums in the tape, where it has them
+    stats: int  # of what norms computed of those
+    outer: int  # in grads, of the gradients behind norms
+
+    def constants(self, prefix: str, *, sums: bool) -> dict[str, int]:
+        """What kernels want to know; with ``sums`` 0 where they are not written or read."""
+        return {
+            f"{prefix}PRE": self.sums if sums else 0,
+            f"{prefix}STATS": self.stats,
+            f"{prefix}OUTER": self.outer,
+        }
+
+
 class MlpShape(NamedTuple):
     """An MLP whose input comes in one or two pieces; its hidden layers share one padded width."""
 
@@ -54,6 +93,8 @@ class MlpShape(NamedTuple):
     out: int  # of the last layer, 0: there is none and the hidden layers are the output
     groups: int  # 2 where the output is [mean, std], each padded by itself
     act: str
+    biased: tuple[bool, ...]  # of every layer
+    norms: tuple[NormShape | None, ...] = ()  # of every hidden layer; () is none
     least: int = 0  # padded columns of a group of the output, at least
 
     @property
@@ -86,8 +127,9 @@ class MlpShape(NamedTuple):
         return self.groups * self.n_padded
 
     @property
-    def silu(self) -> bool:
-        return self.act == "silu" and self.layers > 0
+    def sums(self) -> bool:
+        """Whether tapes keep the hidden layers' sums beside what became of them."""
+        return self.layers > 0 and (self.act == "silu" or bool(self.norms))
 
     @property
     def hidden(self) -> int:
@@ -95,17 +137,34 @@ class MlpShape(NamedTuple):
         return self.layers * self.width
 
     @property
-    def tape(self) -> int:
-        return max(self.pre + (self.hidden if self.silu else 0), 16)  # never empty
+    def stats(self) -> int:
+        """Columns of the tape for what norms computed, see ``device.keep_moments``."""
+        return pad(4 * self.layers) if self.norms else 0
 
     @property
-    def pre(self) -> int:
-        """Where a tape has the hidden layers' sums, if it has them."""
-        return self.hidden + (self.total if self.groups == 2 else 0)
+    def places(self) -> Places:
+        """Of an MLP by itself."""
+        sums = self.hidden + (self.total if self.groups == 2 else 0)
+        stats = sums + (self.hidden if self.sums else 0)
+        tape = max(stats + self.stats, 16)  # never empty
+        return Places(tape, self.grads, sums, stats, self.hidden + self.total)
+
+    @property
+    def tape(self) -> int:
+        return self.places.tape
 
     @property
     def grads(self) -> int:
-        return self.hidden + self.total
+        return self.hidden + self.total + self.outer
+
+    @property
+    def outer(self) -> int:
+        """Columns of gradients behind norms."""
+        return self.hidden if self.norms else 0
+
+    def writes_sums(self, save: bool) -> bool:
+        """Whether a kernel does, which norms then read."""
+        return bool(self.norms) or (self.sums and save)
 
     @property
     def first_output(self) -> int:
@@ -126,7 +185,7 @@ class MlpShape(NamedTuple):
             self.n if last else self.widths[i],
             self.n_padded if last else self.width,
             self.groups if last else 1,
-            before, i * self.width,
+            before, i * self.width, self.biased[i],
         )  # fmt: skip
 
     def all_layers(self) -> list[Layer]:
@@ -142,13 +201,18 @@ class MlpShape(NamedTuple):
     def biases(self) -> int:
         return self.hidden + self.total
 
+    @property
+    def packed_norms(self) -> int:
+        """Elements of the packed norms."""
+        return self.layers * norm_columns(self.width) if self.norms else 0
+
     def constants(self, *, save: bool = True) -> dict[str, object]:
         """What the kernels of ``mlp.py`` want to know."""
         return {
             "K1": self.pieces[0], "K1P": self.padded[0], "K2": self.pieces[1],
             "K2P": self.padded[1], "W": self.width, "LAYERS": self.layers, "N": self.n,
-            "NP": self.n_padded, "TAPE": self.tape, "ACT": self.act,
-            "PRE": self.pre if self.silu and save else 0, "TOTAL": self.total,
+            "NP": self.n_padded, "TAPE": self.tape, "ACT": self.act, "TOTAL": self.total,
+            **self.places.constants("", sums=self.writes_sums(save)),
         }  # fmt: skip
 
 
@@ -164,6 +228,7 @@ class Layer(NamedTuple):
     groups: int
     at: int  # first element of the packed weights
     bias_at: int
+    biased: bool
 
 
 def mlp_shape(
@@ -183,11 +248,14 @@ def mlp_shape(
         groups: 2 where the output is [mean, std].
         hidden_only: whether the activation follows the last layer, too.
     """
-    sizes = tuple(len(bias) for bias in params.biases)
+    sizes = tuple(len(weight) for weight in params.weights)
     widths, out = (sizes, 0) if hidden_only else (sizes[:-1], sizes[-1])
     columns = params.weights[0].shape[1]
     begins = (0, pieces[0]) if begins is None else begins
-    return MlpShape(pieces, begins, columns, widths, out, groups, params.activation)
+    biased = tuple(bias is not None for bias in params.biases)
+    norms = tuple(NormShape.of(norm) for norm in params.norms)
+    norms = norms if any(norms) else ()
+    return MlpShape(pieces, begins, columns, widths, out, groups, params.activation, biased, norms)
 
 
 class StepShape(NamedTuple):
@@ -245,31 +313,51 @@ class StepShape(NamedTuple):
         return self.latent_bias_at + self.latent.biases
 
     @property
-    def _sums(self) -> int:
-        return self.latents + self.latent.hidden + self.latent.n_padded
-
-    @property
-    def tape(self) -> int:
+    def _places(self) -> tuple[Places, Places]:
+        """Of the input and the latent layers, the latter counted from their first column."""
+        inp, latent = self.inp, self.latent
+        i_sums = self.latents + latent.hidden + latent.n_padded
+        l_sums = i_sums + (inp.hidden if inp.sums else 0)
+        i_stats = l_sums + (latent.hidden if latent.sums else 0)
+        l_stats = i_stats + inp.stats
+        tape = l_stats + latent.stats
+        i_outer = self.latents + latent.grads
+        grads = i_outer + inp.outer
+        l_outer = latent.hidden + latent.total
         return (
-            self._sums
-            + (self.inp.hidden if self.inp.silu else 0)
-            + (self.latent.hidden if self.latent.silu else 0)
+            Places(tape, grads, i_sums, i_stats, i_outer),
+            Places(tape, grads, l_sums - self.latents, l_stats - self.latents, l_outer),
         )
 
     @property
+    def inp_places(self) -> Places:
+        return self._places[0]
+
+    @property
+    def latent_places(self) -> Places:
+        return self._places[1]
+
+    @property
+    def tape(self) -> int:
+        return self.inp_places.tape
+
+    @property
     def grads(self) -> int:
-        return self.latents + self.latent.grads
+        return self.inp_places.grads
+
+    @property
+    def packed_norms(self) -> int:
+        return self.inp.packed_norms + self.latent.packed_norms
 
     def constants(self, *, save: bool = True) -> dict[str, object]:
         """What the kernels of ``cells.py`` want to know."""
-        inp, latent, sums = self.inp, self.latent, self._sums
-        l_sums = sums + (inp.hidden if inp.silu else 0) - self.latents
+        inp, latent = self.inp, self.latent
         return {
             "A": self.A, "D": self.D, "S": self.S, "AP": pad(self.A), "DP": self.d_padded,
             "SP": pad(self.S), "IW": inp.width, "IL": inp.layers, "LW": latent.width,
             "LL": latent.layers, "I_ACT": inp.act, "L_ACT": latent.act,
-            "I_PRE": sums if inp.silu and save else 0,
-            "L_PRE": l_sums if latent.silu and save else 0,
+            **self.inp_places.constants("I_", sums=inp.writes_sums(save)),
+            **self.latent_places.constants("L_", sums=latent.writes_sums(save)),
             "TAPE": self.tape, **self.std.constants,
             **dict(zip(("RESET_D", "RESET_S", "RESET_A"), self.resets, strict=True)),
         }  # fmt: skip
@@ -309,7 +397,8 @@ def embed_shape(params: RSSMParams) -> MlpShape:
         out,
         first.groups,
         "relu",
-        first.n_padded,
+        (False,),
+        least=first.n_padded,
     )
 
 

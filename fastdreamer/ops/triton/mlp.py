@@ -9,8 +9,9 @@ through all layers; what the last layer becomes is the ``HEAD``:
 - "action": tanh(mean + std · noise), the mean c·tanh(x / c) where BOUNDED;
 - "ready", backward only: ``grads`` holds the output's gradient already.
 
-Columns of the tape: the hidden layers, for the Normals the sums of mean and std, and (SiLU alone)
-the hidden layers' sums; of ``grads``: the hidden layers, then the output.
+Columns of the tape: the hidden layers, for the Normals the sums of mean and std, (with SiLU or
+norms alone) the hidden layers' sums, and what norms computed; of ``grads``: the hidden layers, the
+output, and with norms the gradients behind them.
 """
 
 import triton
@@ -32,6 +33,7 @@ from fastdreamer.ops.triton.device import (
 def forward_kernel(
     weights,
     biases,
+    norms,  # of the hidden layers, or None
     x1,  # [rows, K1]
     x2,  # [rows, K2], or None with K2 = 0
     noise,  # [rows, N], of an action
@@ -56,6 +58,7 @@ def forward_kernel(
     OUT: tl.constexpr,
     TAPE: tl.constexpr,
     PRE: tl.constexpr,
+    STATS: tl.constexpr,
     ACT: tl.constexpr,
     HEAD: tl.constexpr,
     BOUNDED: tl.constexpr,
@@ -75,8 +78,8 @@ def forward_kernel(
     tape += block * TAPE
     out += block * OUT
     hidden_layers(
-        x1, x2, None, weights, biases, tape, row, real, real, real,
-        K1, K1P, K2, K2P, W, LAYERS, TAPE, PRE, ACT, BM, BN, BK,
+        x1, x2, None, weights, biases, norms, tape, row, real, real, real,
+        K1, K1P, K2, K2P, W, LAYERS, TAPE, PRE, STATS, ACT, BM, BN, BK,
     )  # fmt: skip
     for start in range(0, NP if HEAD == "action" or HEAD == "normal" else TOTAL, BO):
         column = start + tl.arange(0, BO)
@@ -116,6 +119,7 @@ def forward_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def backward_kernel(
     weights,  # transposed
+    norms,
     noise,
     action,  # [rows, N], what the forward kernel returned, an action or a discount
     d_out,  # [rows, N] float32, by what the forward kernel calls out and std; None: HEAD "ready"
@@ -143,6 +147,8 @@ def backward_kernel(
     TAPE: tl.constexpr,
     GRADS: tl.constexpr,
     PRE: tl.constexpr,
+    STATS: tl.constexpr,
+    OUTER: tl.constexpr,
     ACT: tl.constexpr,
     HEAD: tl.constexpr,
     BOUNDED: tl.constexpr,
@@ -192,8 +198,8 @@ def backward_kernel(
     if HEAD != "ready":
         tl.debug_barrier()
     hidden_backward(
-        weights, tape, grads, row, real,
-        KP, W, LAYERS, TOTAL, TAPE, GRADS, PRE, ACT, BM, BN, BK,
+        weights, norms, tape, grads, row, real,
+        KP, W, LAYERS, TOTAL, TAPE, GRADS, PRE, STATS, OUTER, ACT, BM, BN, BK,
     )  # fmt: skip
     if d_x1 is not None:
         for start in range(0, K1P, BN):

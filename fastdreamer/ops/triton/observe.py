@@ -14,7 +14,14 @@ from torch import Tensor
 
 from fastdreamer.ops.params import Normal, RSSMParams, State
 from fastdreamer.ops.triton import tiles
-from fastdreamer.ops.triton.build import Builder, Precision, autocast_bf16, first_order
+from fastdreamer.ops.triton.build import (
+    Builder,
+    Precision,
+    autocast_bf16,
+    first_order,
+    gru_named,
+    named,
+)
 from fastdreamer.ops.triton.layout import (
     MlpShape,
     StepShape,
@@ -23,7 +30,7 @@ from fastdreamer.ops.triton.layout import (
     step_shape,
 )
 from fastdreamer.ops.triton.program import Program
-from fastdreamer.ops.triton.rollout import chosen, named
+from fastdreamer.ops.triton.rollout import chosen
 from fastdreamer.ops.triton.run import run
 
 OUTPUTS = ("deter", "stoch", "post.mean", "post.std", "prior.mean", "prior.std")
@@ -141,8 +148,8 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
         )  # fmt: skip
         if wants.prior:
             b.mlp_gradients(
-                "prior", prior, [(deter.at(B * D), D, None)], prior_tape.at(0), prior.tape,
-                prior_grads.at(0), prior.grads, rows,
+                "prior", prior, [(deter.at(B * D), D, None)], prior_tape.at(0),
+                prior_grads.at(0), rows,
             )  # fmt: skip
 
     dynamics = b.pack_step("step", step, "post", transposed=True)
@@ -200,7 +207,7 @@ def observe(
     }  # fmt: skip
     groups = {
         "inp": named("inp", params.inp),
-        "gru": {f"gru.{key}": value for key, value in params.gru._asdict().items()},
+        "gru": gru_named(params.gru),
         "post": named("post", params.post),
         "prior": named("prior", params.prior),
     }

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdreamer.ops.layers import MLPParams
 from fastdreamer.ops.params import ActorParams, ReturnParams, RSSMParams, State
 from fastdreamer.ops.triton import lambda_return, tiles
 from fastdreamer.ops.triton.build import (
@@ -23,6 +22,8 @@ from fastdreamer.ops.triton.build import (
     Precision,
     autocast_bf16,
     first_order,
+    gru_named,
+    named,
 )
 from fastdreamer.ops.triton.layout import (
     NO_STD,
@@ -251,7 +252,7 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
     if wants.actor:
         b.mlp_gradients(
             "actor", shape, [(deter.at(0), D, None), (stoch.at(0), S, None)],
-            actor_tape.at(0), shape.tape, actor_grads.at(0), shape.grads, rows,
+            actor_tape.at(0), actor_grads.at(0), rows,
         )  # fmt: skip
     return b.program()
 
@@ -301,7 +302,7 @@ def _heads_backward(b: Builder, spec: _Spec, wants: _Wants, reaching, arrived, d
         )
         if (name == "reward" and wants.reward) or (name == "discount" and wants.discount):
             x = [(arrived[0], spec.step.D, None), (arrived[1], spec.step.S, None)]
-            b.mlp_gradients(name, shape, x, tape.at(0), shape.tape, grads.at(0), shape.grads, rows)
+            b.mlp_gradients(name, shape, x, tape.at(0), grads.at(0), rows)
 
 
 @functools.lru_cache(maxsize=64)
@@ -318,7 +319,7 @@ def critic_program(spec: _Spec) -> Program:
     grads = b.operands("critic.grads", (rows, shape.grads), "scratch").at(0)
     packed = b.pack_mlp("critic", shape, transposed=True)
     b.mlp_backward(shape, packed, b.slot("d_out.value", (H, B)).at(0), tape, grads, rows)
-    b.mlp_gradients("critic", shape, x, tape, shape.tape, grads, shape.grads, rows)
+    b.mlp_gradients("critic", shape, x, tape, grads, rows)
     return b.program()
 
 
@@ -350,7 +351,7 @@ class Call:
         # parameters by group and name, in the order in which autograd sees them
         self.groups: dict[str, dict[str, Tensor]] = {
             "inp": named("inp", params.inp),
-            "gru": {f"gru.{key}": value for key, value in params.gru._asdict().items()},
+            "gru": gru_named(params.gru),
             "prior": named("prior", params.prior),
         }
         self.actor = self.policy = self.heads = None
@@ -407,14 +408,6 @@ class Call:
     def inputs(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         parameters = {name: t.detach().contiguous() for name, t in self.parameters().items()}
         return {**{name: t.detach() for name, t in given.items()}, **parameters}
-
-
-def named(name: str, params: MLPParams) -> dict[str, Tensor]:
-    """Weights and biases by the names of a program's inputs."""
-    found = {}
-    for i, pair in enumerate(zip(params.weights, params.biases, strict=True)):
-        found |= zip((f"{name}.weight{i}", f"{name}.bias{i}"), pair, strict=True)
-    return found
 
 
 def _shown(found: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from fastdreamer.ops.triton.device import kept_moments, standardised
+
 
 @triton.jit
 def pack_kernel(
@@ -10,7 +12,7 @@ def pack_kernel(
     bias,  # [GROUPS · N] float32, or None
     packed,  # [K1P + K2P][GROUPS · NP], or None
     transposed,  # [GROUPS · NP][K1P + K2P], or None
-    biases,  # [GROUPS · NP] float32
+    biases,  # [GROUPS · NP] float32, zeros without a bias; or None
     IN: tl.constexpr,
     FIRST1: tl.constexpr,  # the weight's column where each piece of the input begins
     K1: tl.constexpr,
@@ -44,9 +46,11 @@ def pack_kernel(
     if transposed is not None:
         at = n[None, :] * KP + k[:, None]
         tl.store(transposed + at, w.to(transposed.dtype.element_ty), mask=mask)
-    if bias is not None:  # noqa: SIM102 (decided when compiling)
+    if biases is not None:  # noqa: SIM102 (decided when compiling)
         if tl.program_id(0) == 0:
-            b = tl.load(bias + source_row, mask=valid_n, other=0.0)
+            b = tl.zeros([BLOCK_N], tl.float32)
+            if bias is not None:
+                b = tl.load(bias + source_row, mask=valid_n, other=0.0)
             tl.store(biases + n, b, mask=n < TOTAL)
 
 
@@ -66,6 +70,88 @@ def pack_gru_bias_kernel(
     i = tl.load(bias_ih + source, mask=valid & (gate < 3), other=0.0)
     h = tl.load(bias_hh + source, mask=valid & (gate != 2), other=0.0)
     tl.store(biases + at, i + h, mask=gate < 4)
+
+
+@triton.jit
+def pack_norm_kernel(
+    weight,  # [GROUPS · N] float32, or None
+    bias,
+    packed,  # [2 · W + 16], see device.moments; W is GROUPS · NP
+    eps,
+    centred,  # 1 where the mean is taken off, else 0
+    normed,  # 1; 0 where there is no norm at all
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    W: tl.constexpr = GROUPS * NP
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = at % W
+    valid = (at < 2 * W) & (column % NP < N)
+    source = column // NP * N + column % NP
+    gain = tl.where(valid, 1.0, 0.0)
+    if weight is not None:
+        gain = tl.load(weight + source, mask=valid & (at < W), other=0.0)
+    shift = tl.zeros([BLOCK], tl.float32)
+    if bias is not None:
+        shift = tl.load(bias + source, mask=valid & (at >= W), other=0.0)
+    value = tl.where(at < W, gain, shift)
+    meta = at - 2 * W
+    value = tl.where(meta == 0, N, value)
+    value = tl.where(meta == 1, eps, value)
+    each = 1.0 / (GROUPS * N)
+    value = tl.where(meta == 2, each, value)
+    value = tl.where(meta == 3, centred * each, value)
+    value = tl.where(meta == 4, normed * each, value)
+    tl.store(packed + at, value, mask=at < 2 * W + 16)
+
+
+@triton.jit(do_not_specialize=["rows", "share"])
+def norm_gradient_kernel(
+    outer,  # [rows, GRADS], moved to the gradients behind the norm
+    sums,  # [rows, TAPE], moved to what the norm was of
+    stats,  # the same, moved to what it computed
+    d_weight,  # [splits, GROUPS · N] float32, or None
+    d_bias,
+    rows,
+    share,  # rows of a split, a multiple of BR
+    GRADS: tl.constexpr,
+    TAPE: tl.constexpr,
+    N: tl.constexpr,
+    NP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BO: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """Σ over rows of grads · standardised sums, and of grads; each split sums its share."""
+    n = tl.program_id(0) * BO + tl.arange(0, BO)
+    inside = n < GROUPS * N
+    column = n // N * NP + n % N
+    split = tl.program_id(1)
+    begin = split.to(tl.int64) * share
+    left = (tl.minimum(begin + share, rows) - begin).to(tl.int32)
+    outer += begin * GRADS
+    sums += begin * TAPE
+    stats += begin * TAPE
+    row = tl.arange(0, BR)
+    of_weight = tl.zeros([BR, BO], tl.float32)
+    of_bias = tl.zeros([BR, BO], tl.float32)
+    for start in range(0, left, BR):
+        at = tl.cast(start, tl.int64)
+        alive = start + row < left
+        mask = alive[:, None] & inside[None, :]
+        where = outer + at * GRADS + row[:, None] * GRADS + column[None, :]
+        g = tl.load(where, mask=mask, other=0.0).to(tl.float32)
+        mean, inverse = kept_moments(stats + at * TAPE, row, alive, TAPE)
+        x = standardised(sums + at * TAPE, mean, inverse, row, alive, column, inside, TAPE)
+        of_weight += g * x
+        of_bias += g
+    out = split.to(tl.int64) * (GROUPS * N) + n
+    if d_weight is not None:
+        tl.store(d_weight + out, tl.sum(of_weight, 0), mask=inside)
+    if d_bias is not None:
+        tl.store(d_bias + out, tl.sum(of_bias, 0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "share"])
