@@ -18,7 +18,7 @@ WALKER = 50  # rows
     [
         ("cells.forward_kernel True with first/extra", ("report", True, 90)),
         ("cells.backward_kernel with first", ("report", True, 90)),
-        ("cells.backward_kernel with i_norms/l_norms/first", ("today", True, 90)),
+        ("cells.backward_kernel with i_norms/g_norm/l_norms/first", ("today", True, 90)),
         ("mlp.forward_kernel action True", ("report", True, 80)),
         ("weights.gradient_kernel", ("report", True, 90)),
         ("cem.refit_kernel", ("report", True, 90)),

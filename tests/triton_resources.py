@@ -32,6 +32,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from fastdreamer.ops.cells import LateGRUParams
 from fastdreamer.ops.layers import MLPParams, Norm
 from fastdreamer.ops.params import ActorParams, ReturnParams, RSSMParams
 from fastdreamer.ops.triton import cem, observe, rollout
@@ -61,7 +62,8 @@ MATRIX = re.compile(r"\b(HMMA|HGMMA|UTCHMMA)\b")
 PRODUCTS = ("cells", "mlp", "weights.gradient_kernel")  # of modules or functions: they multiply
 FEW = 4
 ACTOR = ("mlp.forward_kernel action", "mlp.backward_kernel action")
-OPTIONAL = ("first", "extra", "d_mean", "d_x1", "proposals", "norms", "i_norms", "l_norms")
+NORMS = ("norms", "i_norms", "g_norm", "l_norms")
+OPTIONAL = ("first", "extra", "d_mean", "d_x1", "proposals", *NORMS)
 BLOCKS = ("BM", "BN", "BK", "BG", "BS", "BO", "BI", "BR", "BLOCK", "BLOCK_K", "BLOCK_N")
 
 
@@ -84,15 +86,22 @@ class Usage(NamedTuple):
 def todays(
     params: RSSMParams, actor: ActorParams, returns: ReturnParams
 ) -> tuple[RSSMParams, ActorParams, ReturnParams]:
-    """The same model of what DreamerV3 is made of: layers with a norm and without a bias."""
+    """The same model of what DreamerV3 is made of: normalised layers without bias, a late GRU."""
 
     def layers(mlp: MLPParams, act_last: bool = False) -> MLPParams:
         hidden = mlp.weights[: len(mlp.weights) - (not act_last)]
-        norms = tuple(Norm("layer", torch.ones(len(w)), torch.zeros(len(w)), 1e-3) for w in hidden)
+        norms = tuple(norm(len(weight)) for weight in hidden)
         return mlp._replace(biases=(*[None] * len(hidden), *mlp.biases[len(hidden) :]), norms=norms)
 
+    def norm(n: int) -> Norm:
+        return Norm("layer", torch.ones(n), torch.zeros(n), 1e-3)
+
+    joint = torch.cat([params.gru.weight_ih, params.gru.weight_hh], 1)
     params = params._replace(
-        inp=layers(params.inp, True), prior=layers(params.prior), post=layers(params.post)
+        inp=layers(params.inp, True),
+        gru=LateGRUParams(joint, None, norm(len(joint))),
+        prior=layers(params.prior),
+        post=layers(params.post),
     )
     reward, critic, target = map(layers, returns[:3])
     returns = returns._replace(reward=reward, critic=critic, target=target)
@@ -327,7 +336,8 @@ def barriers(spec: Spec) -> int:
         # forward: input layers, gates, latent layers; backward: outputs, latent layers, gates,
         # input layers; a layer with a norm has one more, between its sums and their norm
         layers = min(c["IL"], 2) * each["i_norms"] + min(c["LL"], 2) * each["l_norms"]
-        return layers + (2 if backward else 1)
+        # and a late GRU, too
+        return layers + (2 if backward else 1) + ("g_norm" in dict(spec.types))
     if module == "mlp":
         layers = min(c["LAYERS"], 2) * each["norms"]
         return layers + (1 if backward and c["HEAD"] != "ready" else 0)

@@ -31,7 +31,12 @@ BODIES: dict[str, frozenset[str]] = {
             "continuation by its mode",
         )
     ),
-    "triton": frozenset(("layers without bias", "LayerNorm", "RMSNorm")),
+    "triton": frozenset(
+        (
+            *("layers without bias", "LayerNorm", "RMSNorm"),
+            "GRU with its reset inside the candidate",
+        )
+    ),
 }
 """What each compiled backend has besides, in the words of :func:`lacking`."""
 

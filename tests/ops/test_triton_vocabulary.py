@@ -68,6 +68,16 @@ def check_statistics() -> None:
     check("rssm_step", styled("rssm_step", Style("rms"), SMALL, 1, 5, 2, 2), bf16=True)
 
 
+def check_late_gru() -> None:
+    """Both orders of columns, some of gates; with a norm, another or none, with a bias or not."""
+    check("observe", styled("observe", Style(late={}), SMALL, 2, 3, 2, 2))
+    other = {"norm": "rms", "gates": "ruc", "update_bias": 0.5, "deter_first": True, "bias": True}
+    check("imagine", styled("imagine", Style("rms", late=other), WIDE, 1, 17))
+    plain = Style(None, True, late={"norm": None, "gates": "ucr"})
+    check("rssm_step", styled("rssm_step", plain, ROWS, 1, 1))
+    check("open_loop", styled("open_loop", Style(late={"bias": True}), SMALL, 2, 5), bf16=True)
+
+
 QUICK = {
     name.removeprefix("check_"): function
     for name, function in list(globals().items())

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdreamer.ops.cells import GRUParams
+from fastdreamer.ops.cells import GRUParams, LateGRUParams
 from fastdreamer.ops.layers import MLPParams
 from fastdreamer.ops.triton import cells, mlp, tiles, weights
 from fastdreamer.ops.triton.layout import (
@@ -165,28 +165,13 @@ class Builder:
         packed = self.operands(f"{name}.packed", (shape.weights,), "scratch")
         biases = None if transposed else self.slot(f"{name}.biases", (shape.biases,), "scratch")
         self._pack_layers("inp", shape.inp, packed, 0, biases, 0)
-        hidden, D, DP = shape.inp.widths[-1], shape.D, shape.d_padded
-        weight_ih, weight_hh, bias_ih, bias_hh = self.gru_slots(shape)
-        for weight, columns, padded, at in (
-            (weight_ih, hidden, shape.inp.width, shape.ih_at),
-            (weight_hh, D, DP, shape.hh_at),
-        ):
-            self._pack(
-                weight, None, packed.at(at), None, transposed,
-                columns, (0, 0), (columns, 0), (padded, 0), D, DP, 3,
-            )  # fmt: skip
-        if biases is not None:
-            self.launch(
-                weights.pack_gru_bias_kernel,
-                (-(-4 * DP // COPY_BLOCK),),
-                {"bias_ih": bias_ih, "bias_hh": bias_hh, "biases": biases.at(shape.gru_bias_at)},
-                {"D": D, "DP": DP, "BLOCK": COPY_BLOCK},
-            )
+        self._pack_gru(shape, packed, biases)
         self._pack_layers(
             latent, shape.latent, packed, shape.latent_at, biases, shape.latent_bias_at
         )
         norms = {
             "i_norms": self._pack_norms("inp", shape.inp),
+            "g_norm": self._pack_gate_norm(shape),
             "l_norms": self._pack_norms(latent, shape.latent),
         }
         return Weights(packed.at(0), biases and biases.at(0), norms)
@@ -208,14 +193,49 @@ class Builder:
         self.copy(None, biases, 1, shape.biases)
         return Weights(packed.at(0), biases.at(0), norms)
 
-    def gru_slots(self, shape: StepShape) -> tuple[Slot, Slot, Slot, Slot]:
-        D = shape.D
-        return (
-            self.slot("gru.weight_ih", (3 * D, shape.inp.widths[-1])),
-            self.slot("gru.weight_hh", (3 * D, D)),
-            self.slot("gru.bias_ih", (3 * D,)),
-            self.slot("gru.bias_hh", (3 * D,)),
-        )
+    def _pack_gru(self, shape: StepShape, packed: Slot, biases: Slot | None) -> None:
+        hidden, D, DP = shape.inp.widths[-1], shape.D, shape.d_padded
+        target = biases and biases.at(shape.gru_bias_at)
+        sides = [
+            (columns, padded, packed.at(at))
+            for columns, padded, at in (
+                (hidden, shape.inp.width, shape.ih_at),
+                (D, DP, shape.hh_at),
+            )
+        ]
+        if shape.late:
+            weight = self.slot("gru.weight", (3 * D, hidden + D))
+            bias = self.slot("gru.bias", (3 * D,)) if shape.late.biased else None
+            begins = _begins(shape)
+            for (columns, padded, at), begin, of_bias in zip(
+                sides, begins, ((bias, target), (None, None)), strict=True
+            ):
+                self._pack(
+                    weight, of_bias[0], at, of_bias[1], biases is None,
+                    hidden + D, (begin, 0), (columns, 0), (padded, 0), D, DP, 3,
+                )  # fmt: skip
+            return
+        for (columns, padded, at), side in zip(sides, ("ih", "hh"), strict=True):
+            self._pack(
+                self.slot(f"gru.weight_{side}", (3 * D, columns)), None, at, None, biases is None,
+                columns, (0, 0), (columns, 0), (padded, 0), D, DP, 3,
+            )  # fmt: skip
+        if biases is not None:
+            bias_ih, bias_hh = (self.slot(f"gru.bias_{side}", (3 * D,)) for side in ("ih", "hh"))
+            self.launch(
+                weights.pack_gru_bias_kernel,
+                (-(-4 * DP // COPY_BLOCK),),
+                {"bias_ih": bias_ih, "bias_hh": bias_hh, "biases": target},
+                {"D": D, "DP": DP, "BLOCK": COPY_BLOCK},
+            )
+
+    def _pack_gate_norm(self, shape: StepShape) -> Arg | None:
+        """That of a late GRU's gates, with or without a norm."""
+        if shape.late is None:
+            return None
+        packed = self.slot("gru.norms", (norm_columns(shape.gate_columns),), "scratch").at(0)
+        self._pack_norm("gru.norm", shape.late.norm, packed, shape.D, shape.d_padded, groups=3)
+        return packed
 
     def norm_slots(self, name: str, norm: NormShape, size: int) -> tuple[Slot | None, Slot | None]:
         """Of the same inputs: weight and bias of a norm."""
@@ -564,14 +584,27 @@ class Builder:
         gates = _moved(grads, shape.gates)
         x = _moved(tape, (shape.inp.layers - 1) * shape.inp.width)
         hidden = shape.inp.widths[-1]
-        for side, piece, columns, last in (
-            ("ih", (x, T, hidden, 0, None), hidden, 0),
-            ("hh", (deter, D, D, 0, of_deter), D, DP),
-        ):
+        sides = (x, T, hidden, 0, None), (deter, D, D, 0, of_deter)
+        of_gates: dict[str, Any] = {"n": D, "n_padded": DP, "groups": 3}
+        if shape.late:
+            pieces = [
+                (*piece[:3], begin, piece[4])
+                for piece, begin in zip(sides, _begins(shape), strict=True)
+            ]
+            bias = "gru.bias" if shape.late.biased else None
             self.gradient(
-                f"gru.weight_{side}", f"gru.bias_{side}", gates, G, [piece], rows,
-                columns=columns, n=D, n_padded=DP, groups=3, last=last,
+                "gru.weight", bias, gates, G, pieces, rows, columns=hidden + D, **of_gates
+            )
+            self.norm_gradient(
+                "gru.norm", shape.late.norm, _moved(tape, shape.gates), gates, shape.gru_places,
+                rows, index=0, **of_gates,
             )  # fmt: skip
+        else:
+            for side, piece, last in zip(("ih", "hh"), sides, (0, DP), strict=True):
+                self.gradient(
+                    f"gru.weight_{side}", f"gru.bias_{side}", gates, G, [piece], rows,
+                    columns=piece[2], last=last, **of_gates,
+                )  # fmt: skip
         self.mlp_gradients(
             latent, shape.latent, [(new_deter, D, None)], _moved(tape, shape.latents),
             _moved(grads, shape.latents), rows, places=shape.latent_places, more=more,
@@ -592,6 +625,11 @@ class _LoopScope:
     def __exit__(self, *raised: Any) -> None:
         body = self.builder._bodies.pop()
         self.builder._bodies[-1].append(Loop(self.name, self.count, body))
+
+
+def _begins(shape: StepShape) -> tuple[int, int]:
+    """The columns of a late GRU's weight where those of x and of h begin."""
+    return (shape.D, 0) if shape.late.deter_first else (0, shape.inp.widths[-1])
 
 
 def _moved(pointer: Arg, columns: int) -> Arg:
@@ -621,9 +659,14 @@ def named(name: str, params: MLPParams) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in found.items() if tensor is not None}
 
 
-def gru_named(params: GRUParams) -> dict[str, Tensor]:
+def gru_named(params: GRUParams | LateGRUParams) -> dict[str, Tensor]:
     """The same of a recurrence."""
-    return {f"gru.{key}": value for key, value in params._asdict().items()}
+    if isinstance(params, GRUParams):
+        return {f"gru.{key}": value for key, value in params._asdict().items()}
+    found = {"weight": params.weight, "bias": params.bias}
+    if params.norm is not None:
+        found |= {"norm.weight": params.norm.weight, "norm.bias": params.norm.bias}
+    return {f"gru.{key}": value for key, value in found.items() if value is not None}
 
 
 def autocast_bf16(device: torch.device) -> bool:

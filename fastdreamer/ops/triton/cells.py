@@ -9,7 +9,9 @@ Columns of the tape: the input layers, the GRU's r, z, n and the recurrent part 
 latent's hidden layers, the sum that becomes std, and behind them (with SiLU or norms alone) the
 input and latent layers' sums, then what norms computed. Columns of ``grads``, gradients by sums:
 the input layers, r, z, n, n's recurrent part, the latent's hidden layers, mean and std, and the
-gradients behind norms. Both are described by :class:`fastdreamer.ops.triton.layout.StepShape`.
+gradients behind norms. Where the GRU's reset is inside its candidate (``LATE``) its columns are the
+three sums in the order of its rows, and their gradients. Both are described by
+:class:`fastdreamer.ops.triton.layout.StepShape`.
 """
 
 import triton
@@ -18,16 +20,96 @@ import triton.language as tl
 from fastdreamer.ops.triton.device import (
     accumulate,
     accumulate_gates,
+    before_norm,
+    behind_norm,
     bias_block,
     hidden_backward,
     hidden_layers,
     input_gradient,
+    keep_moments,
+    kept_moments,
+    moments,
     output_block,
+    scaled,
     sigmoid,
+    standardised,
     std_of,
     std_slope,
     tanh,
 )
+
+
+@triton.jit
+def late_gru(
+    x,  # [*, TAPE], IW columns
+    deter,
+    wih,
+    whh,
+    bias,  # of the three sums
+    norm,
+    sums,  # receives them
+    stats,
+    new_deter,
+    row,
+    real,
+    kept,  # rows of deter that are read
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    IW: tl.constexpr,
+    TAPE: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    U: tl.constexpr,
+    UPDATE_BIAS: tl.constexpr,
+    BM: tl.constexpr,
+    BG: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """u · tanh(r · c) + (1 - u) · h of r, c, u = norm(W [x, h] + b), the update's bias added."""
+    for start in range(0, DP, BG):
+        column = start + tl.arange(0, BG)
+        inside = column < DP
+        first = bias_block(bias, column, inside, BM, BG)
+        second = bias_block(bias + DP, column, inside, BM, BG)
+        third = bias_block(bias + 2 * DP, column, inside, BM, BG)
+        first, second, third = accumulate_gates(
+            first, second, third, x, wih, row, real, column, inside, IW, TAPE, DP, BK
+        )
+        first, second, third = accumulate_gates(
+            first, second, third, deter, whh, row, kept, column, inside, D, D, DP, BK
+        )
+        at = row[:, None] * TAPE + column[None, :]
+        mask = real[:, None] & inside[None, :]
+        tl.store(sums + at, first.to(sums.dtype.element_ty), mask=mask)
+        tl.store(sums + at + DP, second.to(sums.dtype.element_ty), mask=mask)
+        tl.store(sums + at + 2 * DP, third.to(sums.dtype.element_ty), mask=mask)
+    tl.debug_barrier()
+    mean, inverse = moments(sums, norm, row, real, 3 * DP, DP, TAPE, BM, BG)
+    keep_moments(stats, mean, inverse, row, real, TAPE)
+    for start in range(0, DP, BG):
+        column = start + tl.arange(0, BG)
+        inside = column < DP
+        _, r = late_gate(sums, norm, mean, inverse, row, real, column, inside, R, DP, TAPE)
+        _, c = late_gate(sums, norm, mean, inverse, row, real, column, inside, C, DP, TAPE)
+        _, u = late_gate(sums, norm, mean, inverse, row, real, column, inside, U, DP, TAPE)
+        u = sigmoid(u + UPDATE_BIAS)
+        n = tanh(sigmoid(r) * c)
+        at = row[:, None] * D + column[None, :]
+        valid = (column < D)[None, :]
+        h = tl.load(deter + at, mask=kept[:, None] & valid, other=0.0)
+        tl.store(new_deter + at, u * n + (1.0 - u) * h, mask=real[:, None] & valid)
+
+
+@triton.jit
+def late_gate(
+    sums, norm, mean, inverse, row, real, column, inside,
+    AT: tl.constexpr,
+    DP: tl.constexpr,
+    TAPE: tl.constexpr,
+):  # fmt: skip
+    """A block of a gate's sums, standardised, and what the norm makes of it."""
+    x = standardised(sums + AT * DP, mean, inverse, row, real, column, inside, TAPE)
+    return x, scaled(x, norm + AT * DP, column, inside, 3 * DP)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -35,7 +117,8 @@ def forward_kernel(
     weights,  # packed, the input layers first, then W_ih, W_hh, then the latent's
     biases,  # float32
     i_norms,  # of the input layers, or None
-    l_norms,  # of the latent's hidden layers
+    g_norm,  # of a late GRU's gates, which has one in any case
+    l_norms,  # of the latent's hidden layers, or None
     deter,  # [rows, D] float32, as all the states and noise
     stoch,
     action,
@@ -68,7 +151,13 @@ def forward_kernel(
     I_PRE: tl.constexpr,
     L_PRE: tl.constexpr,
     I_STATS: tl.constexpr,
+    G_STATS: tl.constexpr,
     L_STATS: tl.constexpr,
+    LATE: tl.constexpr,
+    R: tl.constexpr,  # where reset, candidate and update are in the rows of a late GRU
+    C: tl.constexpr,
+    U: tl.constexpr,
+    UPDATE_BIAS: tl.constexpr,
     STD: tl.constexpr,
     RESET_D: tl.constexpr,
     RESET_S: tl.constexpr,
@@ -109,35 +198,44 @@ def forward_kernel(
     whh = wih + IW * 3 * DP
     bias = biases + IL * IW
     gates = tape + IL * IW
-    for start in range(0, DP, BG):
-        column = start + tl.arange(0, BG)
-        inside = column < DP
-        r = bias_block(bias, column, inside, BM, BG)
-        z = bias_block(bias + DP, column, inside, BM, BG)
-        nx = bias_block(bias + 2 * DP, column, inside, BM, BG)
-        nh = bias_block(bias + 3 * DP, column, inside, BM, BG)
-        r, z, nx = accumulate_gates(
-            r, z, nx, gates - IW, wih, row, real, column, inside, IW, TAPE, DP, BK
-        )
-        r, z, nh = accumulate_gates(r, z, nh, deter, whh, row, kept_d, column, inside, D, D, DP, BK)
-        r, z = sigmoid(r), sigmoid(z)
-        n = tanh(nx + r * nh)
-        at = row[:, None] * D + column[None, :]
-        valid = (column < D)[None, :]
-        h = tl.load(deter + at, mask=kept_d[:, None] & valid, other=0.0)
-        tl.store(new_deter + at, (1.0 - z) * n + z * h, mask=real[:, None] & valid)
-        if SAVE:
-            at = row[:, None] * TAPE + column[None, :]
-            mask = real[:, None] & inside[None, :]
-            tl.store(gates + at, r.to(tape.dtype.element_ty), mask=mask)
-            tl.store(gates + at + DP, z.to(tape.dtype.element_ty), mask=mask)
-            tl.store(gates + at + 2 * DP, n.to(tape.dtype.element_ty), mask=mask)
-            tl.store(gates + at + 3 * DP, nh.to(tape.dtype.element_ty), mask=mask)
+    if LATE:
+        late_gru(
+            gates - IW, deter, wih, whh, bias, g_norm, gates, gates + G_STATS, new_deter,
+            row, real, kept_d, D, DP, IW, TAPE, R, C, U, UPDATE_BIAS, BM, BG, BK,
+        )  # fmt: skip
+    else:
+        for start in range(0, DP, BG):
+            column = start + tl.arange(0, BG)
+            inside = column < DP
+            r = bias_block(bias, column, inside, BM, BG)
+            z = bias_block(bias + DP, column, inside, BM, BG)
+            nx = bias_block(bias + 2 * DP, column, inside, BM, BG)
+            nh = bias_block(bias + 3 * DP, column, inside, BM, BG)
+            r, z, nx = accumulate_gates(
+                r, z, nx, gates - IW, wih, row, real, column, inside, IW, TAPE, DP, BK
+            )
+            r, z, nh = accumulate_gates(
+                r, z, nh, deter, whh, row, kept_d, column, inside, D, D, DP, BK
+            )
+            r, z = sigmoid(r), sigmoid(z)
+            n = tanh(nx + r * nh)
+            at = row[:, None] * D + column[None, :]
+            valid = (column < D)[None, :]
+            h = tl.load(deter + at, mask=kept_d[:, None] & valid, other=0.0)
+            tl.store(new_deter + at, (1.0 - z) * n + z * h, mask=real[:, None] & valid)
+            if SAVE:
+                at = row[:, None] * TAPE + column[None, :]
+                mask = real[:, None] & inside[None, :]
+                tl.store(gates + at, r.to(tape.dtype.element_ty), mask=mask)
+                tl.store(gates + at + DP, z.to(tape.dtype.element_ty), mask=mask)
+                tl.store(gates + at + 2 * DP, n.to(tape.dtype.element_ty), mask=mask)
+                tl.store(gates + at + 3 * DP, nh.to(tape.dtype.element_ty), mask=mask)
     tl.debug_barrier()
 
     lw = whh + DP * 3 * DP
-    lb = bias + 4 * DP
-    latent = gates + 4 * DP
+    GATES: tl.constexpr = 3 if LATE else 4
+    lb = bias + GATES * DP
+    latent = gates + GATES * DP
     hidden_layers(
         new_deter, None, extra, lw, lb, l_norms, latent, row, real, real, real,
         D, DP, 0, 0, LW, LL, TAPE, L_PRE, L_STATS, L_ACT, BM, BN, BK,
@@ -171,6 +269,7 @@ def forward_kernel(
 def backward_kernel(
     weights,  # packed, transposed, in the order of the forward kernel's
     i_norms,
+    g_norm,
     l_norms,
     deter,  # [rows, D], the state before the step
     noise,
@@ -205,9 +304,16 @@ def backward_kernel(
     I_PRE: tl.constexpr,
     L_PRE: tl.constexpr,
     I_STATS: tl.constexpr,
+    G_STATS: tl.constexpr,
     L_STATS: tl.constexpr,
     I_OUTER: tl.constexpr,
+    G_OUTER: tl.constexpr,
     L_OUTER: tl.constexpr,
+    LATE: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    U: tl.constexpr,
+    UPDATE_BIAS: tl.constexpr,
     STD: tl.constexpr,
     RESET_D: tl.constexpr,
     RESET_S: tl.constexpr,
@@ -240,10 +346,11 @@ def backward_kernel(
 
     whh = weights + (SP + AP + (IL - 1) * IW + 3 * DP) * IW
     lw = whh + DP * 3 * DP
+    GATES: tl.constexpr = 3 if LATE else 4
     t_gates = tape + IL * IW
-    t_latent = t_gates + 4 * DP
+    t_latent = t_gates + GATES * DP
     g_gates = grads + IL * IW
-    g_latent = g_gates + 4 * DP
+    g_latent = g_gates + GATES * DP
     g_out = g_latent + LL * LW
 
     for start in range(0, SP, BS):
@@ -270,6 +377,10 @@ def backward_kernel(
         lw, l_norms, t_latent, g_latent, row, real,
         DP, LW, LL, 2 * SP, TAPE, GRADS, L_PRE, L_STATS, L_OUTER, L_ACT, BM, BN, BK,
     )  # fmt: skip
+    if LATE:
+        mean, inverse = kept_moments(t_gates + G_STATS, row, real, TAPE)
+        total = tl.zeros([BM], tl.float32)
+        along = tl.zeros([BM], tl.float32)
     for start in range(0, DP, BN):
         column = start + tl.arange(0, BN)
         inside = column < DP
@@ -281,31 +392,70 @@ def backward_kernel(
         )
         dh += tl.load(d_new_deter + at, mask=real[:, None] & valid, other=0.0)
         h = tl.load(deter + at, mask=kept_d[:, None] & valid, other=0.0)
-        on = row[:, None] * TAPE + column[None, :]
-        r = tl.load(t_gates + on, mask=mask, other=0.0).to(tl.float32)
-        z = tl.load(t_gates + on + DP, mask=mask, other=0.0).to(tl.float32)
-        n = tl.load(t_gates + on + 2 * DP, mask=mask, other=0.0).to(tl.float32)
-        nh = tl.load(t_gates + on + 3 * DP, mask=mask, other=0.0).to(tl.float32)
-        dn = dh * (1.0 - z) * (1.0 - n * n)
-        dz = dh * (h - n) * z * (1.0 - z)
-        dr = dn * nh * r * (1.0 - r)
-        to = row[:, None] * GRADS + column[None, :]
-        tl.store(g_gates + to, dr.to(grads.dtype.element_ty), mask=mask)
-        tl.store(g_gates + to + DP, dz.to(grads.dtype.element_ty), mask=mask)
-        tl.store(g_gates + to + 2 * DP, dn.to(grads.dtype.element_ty), mask=mask)
-        tl.store(g_gates + to + 3 * DP, (dn * r).to(grads.dtype.element_ty), mask=mask)
+        if LATE:
+            xr, r = late_gate(
+                t_gates, g_norm, mean, inverse, row, real, column, inside, R, DP, TAPE
+            )
+            xc, c = late_gate(
+                t_gates, g_norm, mean, inverse, row, real, column, inside, C, DP, TAPE
+            )
+            xu, u = late_gate(
+                t_gates, g_norm, mean, inverse, row, real, column, inside, U, DP, TAPE
+            )
+            r, u = sigmoid(r), sigmoid(u + UPDATE_BIAS)
+            n = tanh(r * c)
+            dn = dh * u * (1.0 - n * n)
+            du = dh * (n - h) * u * (1.0 - u)
+            outer = g_gates + G_OUTER
+            total, along = behind_norm(
+                dn * c * r * (1.0 - r), xr, g_norm + R * DP, outer + R * DP,
+                total, along, row, real, column, inside, GRADS,
+            )  # fmt: skip
+            total, along = behind_norm(
+                dn * r, xc, g_norm + C * DP, outer + C * DP,
+                total, along, row, real, column, inside, GRADS,
+            )  # fmt: skip
+            total, along = behind_norm(
+                du, xu, g_norm + U * DP, outer + U * DP,
+                total, along, row, real, column, inside, GRADS,
+            )  # fmt: skip
+            z = 1.0 - u
+        else:
+            on = row[:, None] * TAPE + column[None, :]
+            r = tl.load(t_gates + on, mask=mask, other=0.0).to(tl.float32)
+            z = tl.load(t_gates + on + DP, mask=mask, other=0.0).to(tl.float32)
+            n = tl.load(t_gates + on + 2 * DP, mask=mask, other=0.0).to(tl.float32)
+            nh = tl.load(t_gates + on + 3 * DP, mask=mask, other=0.0).to(tl.float32)
+            dn = dh * (1.0 - z) * (1.0 - n * n)
+            dz = dh * (h - n) * z * (1.0 - z)
+            dr = dn * nh * r * (1.0 - r)
+            to = row[:, None] * GRADS + column[None, :]
+            tl.store(g_gates + to, dr.to(grads.dtype.element_ty), mask=mask)
+            tl.store(g_gates + to + DP, dz.to(grads.dtype.element_ty), mask=mask)
+            tl.store(g_gates + to + 2 * DP, dn.to(grads.dtype.element_ty), mask=mask)
+            tl.store(g_gates + to + 3 * DP, (dn * r).to(grads.dtype.element_ty), mask=mask)
         direct = tl.load(d_deter + at, mask=kept_d[:, None] & valid, other=0.0)
         tl.store(d_deter + at, direct + dh * z, mask=kept_d[:, None] & valid)
     tl.debug_barrier()
+
+    if LATE:
+        before_norm(
+            g_gates, g_gates + G_OUTER, t_gates, g_norm, mean, inverse, total, along, row, real,
+            3 * DP, DP, TAPE, GRADS, BM, BN,
+        )  # fmt: skip
+        tl.debug_barrier()
 
     for start in range(0, DP, BN):  # through the recurrent weights
         column = start + tl.arange(0, BN)
         inside = column < DP
         acc = tl.zeros([BM, BN], tl.float32)
-        acc = accumulate(acc, g_gates, whh, row, real, column, inside, 2 * DP, GRADS, DP, BK)
-        acc = accumulate(
-            acc, g_gates + 3 * DP, whh + 2 * DP * DP, row, real, column, inside, DP, GRADS, DP, BK
-        )
+        OF_H: tl.constexpr = 3 if LATE else 2  # the gates whose sums are one of x and h
+        acc = accumulate(acc, g_gates, whh, row, real, column, inside, OF_H * DP, GRADS, DP, BK)
+        if not LATE:
+            acc = accumulate(
+                acc, g_gates + 3 * DP, whh + 2 * DP * DP, row, real, column, inside,
+                DP, GRADS, DP, BK,
+            )  # fmt: skip
         at = row[:, None] * D + column[None, :]
         mask = kept_d[:, None] & (column < D)[None, :]
         acc += tl.load(d_deter + at, mask=mask, other=0.0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from fastdreamer.ops.cells import LateGRUParams, Recurrence
 from fastdreamer.ops.layers import MLPParams, Norm
 from fastdreamer.ops.params import STDS, RSSMParams, StdTransform
 
@@ -258,6 +259,35 @@ def mlp_shape(
     return MlpShape(pieces, begins, columns, widths, out, groups, params.activation, biased, norms)
 
 
+class LateShape(NamedTuple):
+    """A GRU whose reset is inside its candidate."""
+
+    biased: bool
+    norm: NormShape | None
+    deter_first: bool
+    gates: str  # the order of the rows: r, c, u
+    update_bias: float
+
+    @staticmethod
+    def of(params: Recurrence) -> LateShape | None:
+        """None of torch's GRU."""
+        if not isinstance(params, LateGRUParams):
+            return None
+        _, bias, norm, deter_first, gates, update_bias = params
+        norm = NormShape.of(norm)
+        return LateShape(bias is not None, norm, deter_first, gates, float(update_bias))
+
+    @property
+    def constants(self) -> dict[str, object]:
+        return {letter.upper(): i for i, letter in enumerate(self.gates)} | {
+            "LATE": True,
+            "UPDATE_BIAS": self.update_bias,
+        }
+
+
+_TORCH_GRU = {"R": 0, "C": 0, "U": 0, "LATE": False, "UPDATE_BIAS": 0.0}
+
+
 class StepShape(NamedTuple):
     """The dynamics with their prior or posterior."""
 
@@ -265,6 +295,7 @@ class StepShape(NamedTuple):
     D: int
     S: int
     inp: MlpShape  # stoch, action -> hidden layers
+    late: LateShape | None  # None: torch's GRU
     latent: MlpShape  # deter -> mean, std
     std: Std
     resets: tuple[bool, bool, bool]  # whether the start of an episode zeroes deter, stoch, action
@@ -279,9 +310,14 @@ class StepShape(NamedTuple):
         return self.inp.hidden
 
     @property
+    def gate_columns(self) -> int:
+        """Columns of the GRU in tape and grads, and its biases."""
+        return (3 if self.late else 4) * self.d_padded
+
+    @property
     def latents(self) -> int:
         """The first column of the latent's hidden layers."""
-        return self.gates + 4 * self.d_padded
+        return self.gates + self.gate_columns
 
     @property
     def ih_at(self) -> int:
@@ -306,27 +342,31 @@ class StepShape(NamedTuple):
 
     @property
     def latent_bias_at(self) -> int:
-        return self.gru_bias_at + 4 * self.d_padded
+        return self.gru_bias_at + self.gate_columns
 
     @property
     def biases(self) -> int:
         return self.latent_bias_at + self.latent.biases
 
     @property
-    def _places(self) -> tuple[Places, Places]:
-        """Of the input and the latent layers, the latter counted from their first column."""
+    def _places(self) -> tuple[Places, Places, Places]:
+        """Of the input layers, the GRU and the latent's, each counted from its own first column."""
         inp, latent = self.inp, self.latent
         i_sums = self.latents + latent.hidden + latent.n_padded
         l_sums = i_sums + (inp.hidden if inp.sums else 0)
         i_stats = l_sums + (latent.hidden if latent.sums else 0)
         l_stats = i_stats + inp.stats
-        tape = l_stats + latent.stats
-        i_outer = self.latents + latent.grads
-        grads = i_outer + inp.outer
+        g_stats = l_stats + latent.stats
+        tape = g_stats + (pad(4) if self.late else 0)
         l_outer = latent.hidden + latent.total
+        i_outer = self.latents + latent.grads
+        g_outer = i_outer + inp.outer
+        grads = g_outer + (self.gate_columns if self.late else 0)
+        first, before = self.gates, self.latents
         return (
             Places(tape, grads, i_sums, i_stats, i_outer),
-            Places(tape, grads, l_sums - self.latents, l_stats - self.latents, l_outer),
+            Places(tape, grads, 0, g_stats - first, g_outer - first),
+            Places(tape, grads, l_sums - before, l_stats - before, l_outer),
         )
 
     @property
@@ -334,8 +374,12 @@ class StepShape(NamedTuple):
         return self._places[0]
 
     @property
-    def latent_places(self) -> Places:
+    def gru_places(self) -> Places:
         return self._places[1]
+
+    @property
+    def latent_places(self) -> Places:
+        return self._places[2]
 
     @property
     def tape(self) -> int:
@@ -345,10 +389,6 @@ class StepShape(NamedTuple):
     def grads(self) -> int:
         return self.inp_places.grads
 
-    @property
-    def packed_norms(self) -> int:
-        return self.inp.packed_norms + self.latent.packed_norms
-
     def constants(self, *, save: bool = True) -> dict[str, object]:
         """What the kernels of ``cells.py`` want to know."""
         inp, latent = self.inp, self.latent
@@ -357,6 +397,8 @@ class StepShape(NamedTuple):
             "SP": pad(self.S), "IW": inp.width, "IL": inp.layers, "LW": latent.width,
             "LL": latent.layers, "I_ACT": inp.act, "L_ACT": latent.act,
             **self.inp_places.constants("I_", sums=inp.writes_sums(save)),
+            **self.gru_places.constants("G_", sums=True),
+            **(self.late.constants if self.late else _TORCH_GRU),
             **self.latent_places.constants("L_", sums=latent.writes_sums(save)),
             "TAPE": self.tape, **self.std.constants,
             **dict(zip(("RESET_D", "RESET_S", "RESET_A"), self.resets, strict=True)),
@@ -377,6 +419,7 @@ def step_shape(
     return StepShape(
         *(A, D, S),
         mlp_shape(params.inp, (S, A), (A, 0) if params.action_first else (0, S), hidden_only=True),
+        LateShape.of(params.gru),
         mlp_shape(latent, (D, 0), (behind, 0), groups=2),
         make_std(params.latent),
         resets,

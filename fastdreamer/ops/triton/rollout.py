@@ -344,7 +344,7 @@ class Call:
         prior: bool = False,
     ) -> None:
         self.op, self.prior = op, prior
-        dynamics = params.gru.weight_hh.device
+        dynamics = params.like.device
         self.precision = Precision(autocast_bf16(dynamics), tiles.capability(dynamics))
         self.step = step_shape(params)
         D, S = self.step.D, self.step.S
