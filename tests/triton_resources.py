@@ -3,8 +3,8 @@
 Compiles every kernel of every program of the recurrent ops at Walker's sizes, all layers of 400,
 for each precision, tile and architecture; those of a step and of the actor with an input layer of
 200, as preset ``report`` has; the same in bfloat16 for two other models: SiLU at those sizes,
-and widths of 1024 with SiLU as DreamerV3 has; and every kernel that multiplies of a model made of
-today's parts, see :func:`todays`, in both precisions. Checks:
+and widths of 1024 with SiLU as DreamerV3 has; and the kernels of a model made of today's parts, see
+:func:`todays`, in both precisions. Checks:
 no stack, no local memory (LDL, STL), at most 99 KB of shared memory, matrix instructions in every
 kernel with products in bfloat16, barriers where layers hand over through global memory, and no load
 that pipelining moved across one. The whole matrix, two processes at a time, takes minutes::
@@ -34,9 +34,9 @@ from triton.backends.compiler import GPUTarget
 
 from fastdreamer.ops.cells import LateGRUParams
 from fastdreamer.ops.layers import MLPParams, Norm
-from fastdreamer.ops.params import ActorParams, ReturnParams, RSSMParams
+from fastdreamer.ops.params import ActorParams, Categorical, ReturnParams, RSSMParams
 from fastdreamer.ops.triton import cem, observe, rollout
-from fastdreamer.ops.triton.aot import source
+from fastdreamer.ops.triton.aot import checked, source
 from fastdreamer.ops.triton.build import Action, Precision
 from fastdreamer.ops.triton.layout import (
     embed_shape,
@@ -63,7 +63,8 @@ PRODUCTS = ("cells", "mlp", "weights.gradient_kernel")  # of modules or function
 FEW = 4
 ACTOR = ("mlp.forward_kernel action", "mlp.backward_kernel action")
 NORMS = ("norms", "i_norms", "g_norm", "l_norms")
-OPTIONAL = ("first", "extra", "d_mean", "d_x1", "proposals", *NORMS)
+OPTIONAL = ("first", "extra", "d_mean", "d_x1", "d_more", "proposals", *NORMS)
+WANTED = {REPORT: ("",), MODELS["today"]: ("cells", "mlp", "categorical", "weights.norm")}
 BLOCKS = ("BM", "BN", "BK", "BG", "BS", "BO", "BI", "BR", "BLOCK", "BLOCK_K", "BLOCK_N")
 
 
@@ -86,7 +87,10 @@ class Usage(NamedTuple):
 def todays(
     params: RSSMParams, actor: ActorParams, returns: ReturnParams
 ) -> tuple[RSSMParams, ActorParams, ReturnParams]:
-    """The same model of what DreamerV3 is made of: normalised layers without bias, a late GRU."""
+    """The same model of what DreamerV3 is made of.
+
+    Normalised layers without bias, a GRU with its reset inside the candidate, categorical latents.
+    """
 
     def layers(mlp: MLPParams, act_last: bool = False) -> MLPParams:
         hidden = mlp.weights[: len(mlp.weights) - (not act_last)]
@@ -96,12 +100,17 @@ def todays(
     def norm(n: int) -> Norm:
         return Norm("layer", torch.ones(n), torch.zeros(n), 1e-3)
 
+    def logits(mlp: MLPParams) -> MLPParams:
+        weights, biases = ((*t[:-1], t[-1][: len(t[-1]) // 2]) for t in mlp[:2])
+        return layers(mlp._replace(weights=weights, biases=biases))
+
     joint = torch.cat([params.gru.weight_ih, params.gru.weight_hh], 1)
     params = params._replace(
         inp=layers(params.inp, True),
         gru=LateGRUParams(joint, None, norm(len(joint))),
-        prior=layers(params.prior),
-        post=layers(params.post),
+        prior=logits(params.prior),
+        post=logits(params.post),
+        latent=Categorical(32, 0.01),
     )
     reward, critic, target = map(layers, returns[:3])
     returns = returns._replace(reward=reward, critic=critic, target=target)
@@ -131,7 +140,7 @@ def programs(sizes: Sizes, rows: int, precision: Precision) -> Iterator[Program]
     )  # fmt: skip
     yield observe.forward_program(filtered)
     yield observe.backward_program(
-        filtered, observe._Wants(True, True, True), frozenset(observe.OUTPUTS)
+        filtered, observe._Wants(True, True, True), frozenset(observe.outputs(step))
     )
     yield rollout.forward_program(dream._replace(through=False, critic=False))
     yield rollout.critic_program(dream)
@@ -140,7 +149,7 @@ def programs(sizes: Sizes, rows: int, precision: Precision) -> Iterator[Program]
     yield rollout.backward_program(other, wants, given)
     one = dream._replace(op="rssm_step", H=1, actor=None, policy=None, heads=None, prior=True)
     yield rollout.forward_program(one)
-    yield rollout.backward_program(one, wants._replace(actor=False), frozenset({"mean", "std"}))
+    yield rollout.backward_program(one, wants._replace(actor=False), frozenset(step.moments))
     many = dream._replace(op="open_loop", actor=None, policy=None, heads=None)
     yield rollout.forward_program(many)
     yield rollout.forward_program(many._replace(through=False))
@@ -161,15 +170,18 @@ def programs(sizes: Sizes, rows: int, precision: Precision) -> Iterator[Program]
 def kernels(sizes: Sizes, rows: int, precision: Precision) -> list[Spec]:
     """What there is to compile: of kernels that differ in the model's sizes alone, the largest.
 
-    Of other models than Walker's, the steps and the actor of the first FEW programs, of today's
-    everything in those that multiplies.
+    Of other models than Walker's, the steps and the actor of the first FEW programs; of today's all
+    in those that has another part than Walker's.
     """
     found: dict[Any, tuple[int, Spec]] = {}
     count = None if sizes == REPORT else FEW
     for program in itertools.islice(programs(sizes, rows, precision), count):
         for launch, indices in program.launches():
             spec = launch.spec(dict.fromkeys(indices, 1))
-            wanted = {REPORT: ("",), MODELS["today"]: ("cells", "mlp", "weights.norm_gradient")}
+            wanted = {
+                REPORT: ("",),
+                MODELS["today"]: ("cells", "mlp", "categorical", "weights.norm"),
+            }
             if not label(spec).startswith(wanted.get(sizes, ("cells", *ACTOR))):
                 continue
             size = sum(v for _, v in spec.constants if type(v) is int)
@@ -201,12 +213,17 @@ def _optional(spec: Spec) -> list[str]:
 
 
 def compile_for(spec: Spec, arch: int) -> Usage:
-    """Compile a kernel and return what it uses."""
+    """Compile a kernel and return what it uses.
+
+    Raises:
+        LayoutError: it takes other parameters than the loop would give it.
+    """
     began = time.perf_counter()
     made = triton.compile(
         source(spec), target=GPUTarget("cuda", arch, 32), options=dict(spec.options)
     )
     seconds = time.perf_counter() - began
+    checked(spec, made.metadata, made.asm["ptx"], made.asm["cubin"])  # the parameters' layout
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(made.asm["cubin"])

@@ -34,7 +34,7 @@ BODIES: dict[str, frozenset[str]] = {
     "triton": frozenset(
         (
             *("layers without bias", "LayerNorm", "RMSNorm"),
-            "GRU with its reset inside the candidate",
+            *("GRU with its reset inside the candidate", "categorical latents"),
         )
     ),
 }

@@ -200,7 +200,7 @@ def test_logits_are_float32_under_autocast():
     ).probs.dtype == (torch.float32)
 
 
-def test_triton_refuses_them_and_native_takes_them():
+def test_compiled_bodies_have_them_but_gumbel_softmax_ones():
     (params, actor, returns), x = model(dtype=torch.float32), Inputs(dtype=torch.float32)
     mean, noises = torch.zeros(4, 3, 2), (torch.zeros(1, 4, 3, 7, 2), torch.rand(1, 4, 3, 7, C))
     calls = [
@@ -213,9 +213,12 @@ def test_triton_refuses_them_and_native_takes_them():
         lambda b: cem(params, returns, x.start, mean, mean, *noises, num_elites=2, backend=b,
                       score=lambda feat: feat.sum((0, 2))),
     ]  # fmt: skip
-    assert lacking(params) == {"triton": "it has no categorical latents"}
+    assert lacking(params) == {}
+    gumbel = params._replace(latent=params.latent._replace(gumbel=True))
+    for backend in ("native", "triton"):
+        assert lacking(gumbel)[backend] == "it has no Gumbel-softmax latents"
     for call in calls:
-        with pytest.raises(BackendError, match="triton"):
+        with pytest.raises(BackendError, match="tensor is on cpu, triton needs a CUDA device"):
             call("triton")
         call("native")
         call("auto")

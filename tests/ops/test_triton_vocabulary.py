@@ -12,13 +12,20 @@ from test_native import make_inputs
 from test_normed_native import Style
 from test_triton import OPS, cem_inputs, check, on_device
 
+from fastdreamer import testing
 from fastdreamer.ops.layers import MLPParams, Norm
+from fastdreamer.ops.observe import observe
+from fastdreamer.ops.params import Categorical, OneHot
 from fastdreamer.testing import Sizes
 
 # remainders of every block; several blocks of columns; two blocks of rows
 SMALL = Sizes(3, 21, 5, 7, 17, 19, 1, 2, 1, "silu", 20)
 WIDE = Sizes(2, 35, 17, 33, 70, 35, 1, 0, 1, "elu", 40)
 ROWS = Sizes(1, 7, 3, 2, 5, 18, 1, 1, 1, "tanh")
+
+
+V3 = {"late": {}, "latent": Categorical(5, 0.01)}
+LATENTS = SMALL._replace(S=15)
 
 
 def styled(op: str, style: Style, sizes: Sizes, steps: int, rows: int, *layers: int) -> dict:
@@ -76,6 +83,55 @@ def check_late_gru() -> None:
     plain = Style(None, True, late={"norm": None, "gates": "ucr"})
     check("rssm_step", styled("rssm_step", plain, ROWS, 1, 1))
     check("open_loop", styled("open_loop", Style(late={"bias": True}), SMALL, 2, 5), bf16=True)
+
+
+def check_categorical() -> None:
+    """Straight-through samples: one and many, of one to more than 16 classes, mixed or not."""
+    inputs = styled("observe", Style(**V3), LATENTS, 2, 3)
+    inputs["is_first"][1, 2] = True
+    check("observe", inputs)
+    seen = observe(**inputs, backend="triton")
+    assert torch.equal(seen.state.stoch, observe(**inputs, backend="eager").state.stoch)
+    plain = Style(None, True, latent=Categorical(17))
+    check("imagine", styled("imagine", plain, WIDE._replace(S=34), 1, 17))
+    one = Style(None, True, latent=Categorical(1))
+    check("rssm_step", styled("rssm_step", one, ROWS, 1, 1))
+    inputs = styled("rssm_step", plain, WIDE._replace(S=17), 1, 2)
+    for output in ("out[0].stoch", "out[1].logits"):
+        check("rssm_step", inputs, using=(output,), wrt=("state", "params.prior"))
+    check("open_loop", styled("open_loop", Style(**V3), LATENTS, 2, 5), bf16=True)
+    inputs = Style(**V3).apply(OPS["cem"], testing.cem_inputs(LATENTS, 1, 1, 17, 2))
+    check("cem", on_device(inputs | {"num_elites": 17}), wrt=())
+
+
+def check_classes() -> None:
+    """Class k has [Σ_{j<k} p, Σ_{j≤k} p), the last all that rounding leaves; NaN as in eager."""
+    from fastdreamer.ops.triton.build import _categoricals
+    from fastdreamer.ops.triton.categorical import sample_kernel
+    from fastdreamer.ops.triton.layout import Classes
+
+    def drawn(logits: list | torch.Tensor, noise: list, unimix: float = 0.0) -> torch.Tensor:
+        logits, noise = (torch.as_tensor(x, device=test_triton.DEVICE) for x in (logits, noise))
+        items, K = logits.shape
+        got = torch.full_like(logits, -9.0)
+        _, blocks = _categoricals(Classes(K, unimix), logits.numel())
+        sample_kernel[(-(-items // blocks["BI"]),)](
+            logits.contiguous(), noise, got, items, 1.0 - unimix, unimix / K, **blocks
+        )
+        want = OneHot(logits[:, None], unimix).sample(noise[:, None])
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+        return got
+
+    inf, nan = torch.inf, torch.nan
+    quarters = [0.0, 0.25, 0.5, 0.75, 0.9999999]
+    assert drawn(torch.zeros(5, 4), quarters).argmax(1).tolist() == [0, 1, 2, 3, 3]
+    drawn(torch.zeros(5, 4), [x + 1e-3 for x in quarters[:4]] + [nan], 0.01)
+    drawn([[-inf, 0.0, -inf, 0.0]] * 4, [0.0, 0.4, 0.5, 0.9999])
+    drawn([[0.0, -300.0], [-300.0, -301.0], [88.0, 89.0]], [0.5, 0.9, 0.1])
+    undefined = drawn([[0.0, inf], [nan, 0.0], [0.0, nan], [-inf, -inf], [0.0, 0.0]], [0.5] * 5)
+    assert undefined.isnan().all(1).tolist() == [True] * 4 + [False]
+    for classes in (1, 3, 33, 300):
+        drawn(torch.zeros(2, classes), [0.0, 1 - 2.0**-24])
 
 
 QUICK = {

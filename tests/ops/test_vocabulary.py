@@ -594,10 +594,9 @@ def test_refusals_name_all_that_a_backend_lacks():
     assert "no bound on actions" in lacks["triton"]
     for word in ("block-diagonal GRU", "layers of stoch and action apart"):
         assert f"no {word}" in lacks["native"] and f"no {word}" in lacks["triton"], word
-    for word in ("categorical latents", "bound on its own actions", "policy squashed by 'bound'",
-                 "two-hot heads"):  # fmt: skip
+    for word in ("bound on its own actions", "policy squashed by 'bound'", "two-hot heads"):
         assert f"no {word}" in lacks["triton"] and word not in lacks["native"], word
-    for word in ("RMSNorm", "LayerNorm", "layers without bias"):
+    for word in ("RMSNorm", "LayerNorm", "layers without bias", "categorical latents"):
         assert word not in lacks["triton"] and word not in lacks["native"], word
     params = model(dtype=torch.float32, begin=Begin(torch.zeros(D)),
                    latent=Categorical(K, 0.0, True))  # fmt: skip

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fastdreamer.ops.cells import GRUParams, LateGRUParams
 from fastdreamer.ops.layers import MLPParams
-from fastdreamer.ops.triton import cells, mlp, tiles, weights
+from fastdreamer.ops.triton import categorical, cells, mlp, tiles, weights
 from fastdreamer.ops.triton.layout import (
     NO_STD,
+    Classes,
     MlpShape,
     NormShape,
     Places,
@@ -528,9 +529,17 @@ class Builder:
     def step_forward(
         self, shape: StepShape, packed: Weights, args: dict[str, Any], rows: int, *, save: bool
     ) -> None:
-        """A step of the dynamics; ``args`` are the tensors of ``cells.forward_kernel``."""
+        """A step of the dynamics; ``args`` are the tensors of ``cells.forward_kernel``.
+
+        Where the latents are categorical ``logits`` are in the place of mean and std.
+        """
         tile = self._tile("step", rows)
         optional = dict.fromkeys(("first", "extra", "mean", "std"))
+        drawn: dict[str, Any] = {}
+        if shape.classes:
+            drawn = {name: args[name] for name in ("logits", "noise", "new_stoch")}
+            args = {name: arg for name, arg in args.items() if name not in drawn}
+            optional |= {"mean": drawn["logits"], "noise": None, "new_stoch": None}
         self.launch(
             cells.forward_kernel,
             (-(-rows // tile.rows),),
@@ -542,12 +551,25 @@ class Builder:
             {**shape.constants(save=save), "SAVE": save, **_step_blocks(tile, shape)},
             tile,
         )  # fmt: skip
+        if drawn:
+            self.sample(shape.std, *drawn.values(), rows * shape.S)
 
     def step_backward(
         self, shape: StepShape, packed: Weights, args: dict[str, Any], rows: int
     ) -> None:
+        """Its gradient; ``args`` are the tensors of ``cells.backward_kernel``.
+
+        Of categorical latents ``logits``, what reaches them beside the samples, ``d_logits``, and
+        ``all_logits``, where all that does is written.
+        """
         tile = self._tile("step_backward", rows)
         optional = dict.fromkeys(("first", "d_mean", "d_std"))
+        if shape.classes:
+            names = "logits", "d_new_stoch", "d_logits", "all_logits"
+            drawn = [args[name] for name in names]
+            args = {name: arg for name, arg in args.items() if name not in names}
+            self.sample_backward(shape.std, *drawn, rows * shape.S)
+            optional |= {"d_mean": drawn[-1], "d_new_stoch": None, "noise": None}
         self.launch(
             cells.backward_kernel,
             (-(-rows // tile.rows),),
@@ -557,6 +579,56 @@ class Builder:
             },
             {**shape.constants(), "GRADS": shape.grads, **_step_blocks(tile, shape)},
             tile,
+        )  # fmt: skip
+
+    def sampling(
+        self, shape: StepShape, noise: str, logits: str, lead: tuple[int, int]
+    ) -> Callable[[Affine], dict[str, Any]]:
+        """What :meth:`step_backward` is told of the samples of each row of [steps, rows].
+
+        Args:
+            noise, logits: the slots that have the noise, or the logits and all gradients by them.
+            lead: steps and rows.
+        """
+        if not shape.classes:
+            drawn = self.slot(noise, (*lead, shape.S))
+            return lambda row: {"noise": drawn.at(row * shape.S)}
+        found = self.slot(logits, (*lead, shape.S))
+        room = self.slot(f"all.{logits}", (lead[1], shape.S), "scratch")
+        return lambda row: {"logits": found.at(row * shape.S), "all_logits": room.at(0)}
+
+    def sample(self, latent: Classes, logits: Arg, noise: Arg, sample: Arg, size: int) -> None:
+        """One-hot vectors of the logits, both of ``size`` numbers."""
+        items, blocks = _categoricals(latent, size)
+        self.launch(
+            categorical.sample_kernel,
+            (-(-items // blocks["BI"]),),
+            {
+                "logits": logits, "noise": noise, "sample": sample, "items": items,
+                "keep": 1.0 - latent.unimix, "each": latent.unimix / latent.count,
+            },
+            blocks,
+        )  # fmt: skip
+
+    def sample_backward(
+        self,
+        latent: Classes,
+        logits: Arg,
+        d_sample: Arg,
+        d_more: Arg | None,
+        d_logits: Arg,
+        size: int,
+    ) -> None:
+        """Write what reaches the logits by the samples and, where it is given, beside them."""
+        items, blocks = _categoricals(latent, size)
+        self.launch(
+            categorical.backward_kernel,
+            (-(-items // blocks["BI"]),),
+            {
+                "logits": logits, "d_sample": d_sample, "d_more": d_more, "d_logits": d_logits,
+                "items": items, "keep": 1.0 - latent.unimix,
+            },
+            blocks,
         )  # fmt: skip
 
     def step_gradients(
@@ -625,6 +697,15 @@ class _LoopScope:
     def __exit__(self, *raised: Any) -> None:
         body = self.builder._bodies.pop()
         self.builder._bodies[-1].append(Loop(self.name, self.count, body))
+
+
+def _categoricals(latent: Classes, size: int) -> tuple[int, dict[str, int]]:
+    """How many there are, and the blocks of their kernels."""
+    padded = 2
+    while padded < latent.count:
+        padded *= 2
+    block = max(1, categorical.BLOCK // padded)
+    return size // latent.count, {"K": latent.count, "KP": padded, "BI": block}
 
 
 def _begins(shape: StepShape) -> tuple[int, int]:

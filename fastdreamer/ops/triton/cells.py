@@ -122,7 +122,7 @@ def forward_kernel(
     deter,  # [rows, D] float32, as all the states and noise
     stoch,
     action,
-    noise,
+    noise,  # None, as new_stoch, where STD is "logits": then mean is those, drawn from afterwards
     first,  # [rows] bool: where to zero what RESET_ says before the step; or None
     extra,  # [rows, first layer of the latent] float32, or None
     new_deter,
@@ -170,15 +170,17 @@ def forward_kernel(
     BG: tl.constexpr,  # columns of a block of gates
     BS: tl.constexpr,  # and of the outputs
 ):
+    OUT: tl.constexpr = SP if STD == "logits" else 2 * SP
     block = tl.program_id(0).to(tl.int64) * BM
     row = tl.arange(0, BM)
     real = block + row < rows
     deter += block * D
     stoch += block * S
     action += block * A
-    noise += block * S
     new_deter += block * D
-    new_stoch += block * S
+    if STD != "logits":
+        noise += block * S
+        new_stoch += block * S
     tape += block * TAPE
     kept_d, kept_s, kept_a = real, real, real
     if first is not None:
@@ -187,7 +189,7 @@ def forward_kernel(
         kept_s = goes_on if RESET_S else real
         kept_a = goes_on if RESET_A else real
     if extra is not None:
-        extra += block * (LW if LL > 0 else 2 * SP)
+        extra += block * (LW if LL > 0 else OUT)
 
     hidden_layers(
         stoch, action, None, weights, biases, i_norms, tape, row, real, kept_s, kept_a,
@@ -245,24 +247,28 @@ def forward_kernel(
         inside = column < SP
         m = output_block(
             new_deter, None, extra, lw, lb, latent, row, real, column, inside,
-            D, DP, 0, 0, LW, LL, TAPE, 2 * SP, BM, BS, BK,
+            D, DP, 0, 0, LW, LL, TAPE, OUT, BM, BS, BK,
         )  # fmt: skip
-        y = output_block(
-            new_deter, None, extra, lw, lb, latent, row, real, SP + column, inside,
-            D, DP, 0, 0, LW, LL, TAPE, 2 * SP, BM, BS, BK,
-        )  # fmt: skip
-        s = std_of(y, scale, slope, offset, least, floor, STD)
-        at = row[:, None] * S + column[None, :]
-        mask = real[:, None] & (column < S)[None, :]
-        eps = tl.load(noise + at, mask=mask, other=0.0)
-        tl.store(new_stoch + at, m + s * eps, mask=mask)
-        if mean is not None:
-            tl.store(mean + block * S + at, m, mask=mask)
-            tl.store(std + block * S + at, s, mask=mask)
-        if SAVE:
-            at = row[:, None] * TAPE + LL * LW + column[None, :]
-            mask = real[:, None] & inside[None, :]
-            tl.store(latent + at, y.to(tape.dtype.element_ty), mask=mask)
+        if STD == "logits":
+            at = row[:, None] * S + column[None, :]
+            tl.store(mean + block * S + at, m, mask=real[:, None] & (column < S)[None, :])
+        else:
+            y = output_block(
+                new_deter, None, extra, lw, lb, latent, row, real, SP + column, inside,
+                D, DP, 0, 0, LW, LL, TAPE, OUT, BM, BS, BK,
+            )  # fmt: skip
+            s = std_of(y, scale, slope, offset, least, floor, STD)
+            at = row[:, None] * S + column[None, :]
+            mask = real[:, None] & (column < S)[None, :]
+            eps = tl.load(noise + at, mask=mask, other=0.0)
+            tl.store(new_stoch + at, m + s * eps, mask=mask)
+            if mean is not None:
+                tl.store(mean + block * S + at, m, mask=mask)
+                tl.store(std + block * S + at, s, mask=mask)
+            if SAVE:
+                at = row[:, None] * TAPE + LL * LW + column[None, :]
+                mask = real[:, None] & inside[None, :]
+                tl.store(latent + at, y.to(tape.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -272,7 +278,7 @@ def backward_kernel(
     g_norm,
     l_norms,
     deter,  # [rows, D], the state before the step
-    noise,
+    noise,  # None, as d_new_stoch, where d_mean is all that reaches the logits
     first,
     tape,
     d_new_deter,  # [rows, D], all that reaches the state behind the step
@@ -325,6 +331,7 @@ def backward_kernel(
     BK: tl.constexpr,
     BS: tl.constexpr,
 ):
+    OUT: tl.constexpr = SP if STD == "logits" else 2 * SP
     block = tl.program_id(0).to(tl.int64) * BM
     row = tl.arange(0, BM)
     real = block + row < rows
@@ -335,10 +342,11 @@ def backward_kernel(
         kept_s = goes_on if RESET_S else real
         kept_a = goes_on if RESET_A else real
     deter += block * D
-    noise += block * S
     tape += block * TAPE
     d_new_deter += block * D
-    d_new_stoch += block * S
+    if STD != "logits":
+        noise += block * S
+        d_new_stoch += block * S
     d_deter += block * D
     d_stoch += block * S
     d_action += block * A
@@ -358,24 +366,28 @@ def backward_kernel(
         inside = real[:, None] & (column < SP)[None, :]
         at = row[:, None] * S + column[None, :]
         mask = real[:, None] & (column < S)[None, :]
-        eps = tl.load(noise + at, mask=mask, other=0.0)
-        d_m = tl.load(d_new_stoch + at, mask=mask, other=0.0)
-        d_s = d_m * eps
-        if d_mean is not None:
-            d_m += tl.load(d_mean + block * S + at, mask=mask, other=0.0)
-            d_s += tl.load(d_std + block * S + at, mask=mask, other=0.0)
-        y = tl.load(
-            t_latent + row[:, None] * TAPE + LL * LW + column[None, :], mask=inside, other=0.0
-        )
-        d_y = d_s * std_slope(y.to(tl.float32), scale, slope, offset, least, floor, STD)
+        if STD == "logits":
+            d_m = tl.load(d_mean + block * S + at, mask=mask, other=0.0)
+        else:
+            eps = tl.load(noise + at, mask=mask, other=0.0)
+            d_m = tl.load(d_new_stoch + at, mask=mask, other=0.0)
+            d_s = d_m * eps
+            if d_mean is not None:
+                d_m += tl.load(d_mean + block * S + at, mask=mask, other=0.0)
+                d_s += tl.load(d_std + block * S + at, mask=mask, other=0.0)
+            y = tl.load(
+                t_latent + row[:, None] * TAPE + LL * LW + column[None, :], mask=inside, other=0.0
+            )
+            d_y = d_s * std_slope(y.to(tl.float32), scale, slope, offset, least, floor, STD)
         at = row[:, None] * GRADS + column[None, :]
         tl.store(g_out + at, d_m.to(grads.dtype.element_ty), mask=inside)
-        tl.store(g_out + at + SP, d_y.to(grads.dtype.element_ty), mask=inside)
+        if STD != "logits":
+            tl.store(g_out + at + SP, d_y.to(grads.dtype.element_ty), mask=inside)
     tl.debug_barrier()
 
     hidden_backward(
         lw, l_norms, t_latent, g_latent, row, real,
-        DP, LW, LL, 2 * SP, TAPE, GRADS, L_PRE, L_STATS, L_OUTER, L_ACT, BM, BN, BK,
+        DP, LW, LL, OUT, TAPE, GRADS, L_PRE, L_STATS, L_OUTER, L_ACT, BM, BN, BK,
     )  # fmt: skip
     if LATE:
         mean, inverse = kept_moments(t_gates + G_STATS, row, real, TAPE)
@@ -388,7 +400,7 @@ def backward_kernel(
         at = row[:, None] * D + column[None, :]
         valid = (column < D)[None, :]
         dh = input_gradient(
-            lw, g_latent, row, real, column, inside, DP, LW, LL, 2 * SP, GRADS, BM, BN, BK
+            lw, g_latent, row, real, column, inside, DP, LW, LL, OUT, GRADS, BM, BN, BK
         )
         dh += tl.load(d_new_deter + at, mask=real[:, None] & valid, other=0.0)
         h = tl.load(deter + at, mask=kept_d[:, None] & valid, other=0.0)

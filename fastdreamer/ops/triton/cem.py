@@ -170,7 +170,7 @@ def program(spec: _Spec) -> Program:
     start = b.slot("start.deter", (B, D)), b.slot("start.stoch", (B, S))
     given = b.slot("start.mean", (H, B, A)), b.slot("start.std", (H, B, A))
     action_noise = b.slot("action_noise", (I, H, B, N, A))
-    state_noise = b.slot("state_noise", (I, H, B, N, S))
+    state_noise = b.slot("state_noise", (I, H, B, N, step.noise))
     proposals = b.slot("proposals", (H, B, spec.proposals, A)) if spec.proposals else None
     mean, std = b.slot("mean", (H, B, A), "output"), b.slot("std", (H, B, A), "output")
     scores = b.slot("scores", (I, B, N), "output")
@@ -178,6 +178,7 @@ def program(spec: _Spec) -> Program:
     deter = b.slot("deter", (H + 1, rows, D), "scratch")
     stoch = b.slot("stoch", (H + 1, rows, S), "scratch")
     tape = b.operands("tape", (rows, step.tape), "scratch")
+    logits = {"logits": b.slot("logits", (rows, S), "scratch").at(0)} if step.classes else {}
     reward = b.slot("reward", (H, rows), "scratch")
     reward_tape = b.operands("reward.tape", (H * rows, spec.reward.tape), "scratch")
 
@@ -216,9 +217,9 @@ def program(spec: _Spec) -> Program:
                 {
                     "deter": deter.at(t * rows * D), "stoch": stoch.at(t * rows * S),
                     "action": action.at(t * rows * A),
-                    "noise": state_noise.at(i * H * rows * S + t * rows * S),
+                    "noise": state_noise.at((i * H + t) * rows * step.noise),
                     "new_deter": deter.at((t + 1) * rows * D),
-                    "new_stoch": stoch.at((t + 1) * rows * S), "tape": tape.at(0),
+                    "new_stoch": stoch.at((t + 1) * rows * S), "tape": tape.at(0), **logits,
                 },
                 rows,
                 save=False,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from fastdreamer.ops.cells import LateGRUParams, Recurrence
 from fastdreamer.ops.layers import MLPParams, Norm
-from fastdreamer.ops.params import STDS, RSSMParams, StdTransform
+from fastdreamer.ops.params import STDS, Categorical, RSSMParams, StdTransform
 
 
 def pad(n: int) -> int:
@@ -40,6 +40,21 @@ class Std(NamedTuple):
     @property
     def constants(self) -> dict[str, object]:
         return {"STD": self.kind}
+
+
+class Classes(NamedTuple):
+    """Of each categorical, and how much of the uniform distribution is mixed in."""
+
+    count: int
+    unimix: float
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        return NO_STD.scalars
+
+    @property
+    def constants(self) -> dict[str, object]:
+        return {"STD": "logits"}
 
 
 NO_STD = Std("softplus", 0.0, 0.0, 0.0, 0.0, 0.0)
@@ -296,9 +311,24 @@ class StepShape(NamedTuple):
     S: int
     inp: MlpShape  # stoch, action -> hidden layers
     late: LateShape | None  # None: torch's GRU
-    latent: MlpShape  # deter -> mean, std
-    std: Std
+    latent: MlpShape  # deter -> mean, std, or logits
+    std: Std | Classes
     resets: tuple[bool, bool, bool]  # whether the start of an episode zeroes deter, stoch, action
+
+    @property
+    def classes(self) -> int:
+        """Of each categorical latent; 0: they are Gaussian."""
+        return self.std.count if isinstance(self.std, Classes) else 0
+
+    @property
+    def noise(self) -> int:
+        """Numbers that a sample takes."""
+        return self.S // self.classes if self.classes else self.S
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """What says how the latents are distributed, [rows, S] each."""
+        return ("logits",) if self.classes else ("mean", "std")
 
     @property
     def d_padded(self) -> int:
@@ -352,7 +382,7 @@ class StepShape(NamedTuple):
     def _places(self) -> tuple[Places, Places, Places]:
         """Of the input layers, the GRU and the latent's, each counted from its own first column."""
         inp, latent = self.inp, self.latent
-        i_sums = self.latents + latent.hidden + latent.n_padded
+        i_sums = self.latents + latent.hidden + (0 if self.classes else latent.n_padded)
         l_sums = i_sums + (inp.hidden if inp.sums else 0)
         i_stats = l_sums + (latent.hidden if latent.sums else 0)
         l_stats = i_stats + inp.stats
@@ -420,7 +450,7 @@ def step_shape(
         *(A, D, S),
         mlp_shape(params.inp, (S, A), (A, 0) if params.action_first else (0, S), hidden_only=True),
         LateShape.of(params.gru),
-        mlp_shape(latent, (D, 0), (behind, 0), groups=2),
+        mlp_shape(latent, (D, 0), (behind, 0), groups=_groups(params)),
         make_std(params.latent),
         resets,
     )
@@ -446,7 +476,12 @@ def embed_shape(params: RSSMParams) -> MlpShape:
 
 
 def prior_shape(params: RSSMParams) -> MlpShape:
-    return mlp_shape(params.prior, (params.dims()["D"], 0), groups=2)
+    return mlp_shape(params.prior, (params.dims()["D"], 0), groups=_groups(params))
+
+
+def _groups(params: RSSMParams) -> int:
+    """Of the outputs of prior and posterior: mean and std, or logits alone."""
+    return 1 if isinstance(params.latent, Categorical) else 2
 
 
 def feat_shape(
@@ -456,7 +491,9 @@ def feat_shape(
     return mlp_shape(params, (D, S), (S, 0) if stoch_first else (0, D), groups=groups)
 
 
-def make_std(transform: StdTransform) -> Std:
+def make_std(transform: StdTransform | Categorical) -> Std | Classes:
+    if isinstance(transform, Categorical):
+        return Classes(transform.classes, float(transform.unimix))
     if transform.kind not in STDS:
         raise ValueError(f"std must be {', '.join(STDS)}, got {transform.kind!r}")
     return Std(transform.kind, *(float(x) for x in transform[1:]))

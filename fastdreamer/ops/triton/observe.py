@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdreamer.ops.params import Normal, RSSMParams, State
+from fastdreamer.ops.params import Latent, RSSMParams, State
 from fastdreamer.ops.triton import tiles
 from fastdreamer.ops.triton.build import (
     Builder,
@@ -29,11 +29,9 @@ from fastdreamer.ops.triton.layout import (
     prior_shape,
     step_shape,
 )
-from fastdreamer.ops.triton.program import Program
-from fastdreamer.ops.triton.rollout import chosen
+from fastdreamer.ops.triton.program import Arg, Program
+from fastdreamer.ops.triton.rollout import chosen, latent_of
 from fastdreamer.ops.triton.run import run
-
-OUTPUTS = ("deter", "stoch", "post.mean", "post.std", "prior.mean", "prior.std")
 
 
 class _Spec(NamedTuple):
@@ -61,6 +59,11 @@ class _Wants(NamedTuple):
     embed: bool
 
 
+def outputs(step: StepShape) -> list[str]:
+    moments = [f"{part}.{name}" for part in ("post", "prior") for name in step.moments]
+    return ["deter", "stoch", *moments]
+
+
 @functools.lru_cache(maxsize=64)
 def forward_program(spec: _Spec) -> Program:
     T, B, step, prior = spec.T, spec.B, spec.step, spec.prior
@@ -68,13 +71,13 @@ def forward_program(spec: _Spec) -> Program:
     b = Builder("observe", spec.precision)
     start = b.slot("start.deter", (B, D)), b.slot("start.stoch", (B, S))
     embed = b.slot("embed", (T, B, E), dtype=spec.embed_dtype)
-    action, noise = b.slot("action", (T, B, A)), b.slot("noise", (T, B, S))
+    action, noise = b.slot("action", (T, B, A)), b.slot("noise", (T, B, step.noise))
     is_first = b.slot("is_first", (T, B), dtype=torch.bool)
     deter, stoch = (
         b.slot("deter", (T + 1, B, D), "output"),
         b.slot("stoch", (T + 1, B, S), "output"),
     )
-    moments = {name: b.slot(name, (T, B, S), "output") for name in OUTPUTS[2:]}
+    moments = {name: b.slot(name, (T, B, S), "output") for name in outputs(step)[2:]}
     keep = "output" if spec.save else "scratch"
     stride = B if spec.save else 0
     tape = b.operands("tape", (T * B if spec.save else B, step.tape), keep)
@@ -95,20 +98,19 @@ def forward_program(spec: _Spec) -> Program:
             dynamics,
             {
                 "deter": deter.at(t * B * D), "stoch": stoch.at(t * B * S),
-                "action": action.at(t * B * A), "noise": noise.at(t * B * S),
+                "action": action.at(t * B * A), "noise": noise.at(t * B * step.noise),
                 "first": is_first.at(t * B), "extra": extra.at(t * B * columns),
                 "new_deter": deter.at((t + 1) * B * D), "new_stoch": stoch.at((t + 1) * B * S),
-                "mean": moments["post.mean"].at(t * B * S),
-                "std": moments["post.std"].at(t * B * S),
+                **{name: moments[f"post.{name}"].at(t * B * S) for name in step.moments},
                 "tape": tape.at(t * stride * step.tape),
             },
             B,
             save=spec.save,
         )  # fmt: skip
+    out, *std = (moments[f"prior.{name}"].at(0) for name in step.moments)
     b.mlp_forward(
-        prior, b.pack_mlp("prior", prior), (deter.at(B * D), None),
-        moments["prior.mean"].at(0), prior_tape.at(0), T * B,
-        save=spec.save, head="normal", std=moments["prior.std"].at(0), normal=step.std,
+        prior, b.pack_mlp("prior", prior), (deter.at(B * D), None), out, prior_tape.at(0), T * B,
+        save=spec.save, **_prior_head(step, *std),
     )  # fmt: skip
     return b.program()
 
@@ -121,7 +123,6 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
     rows = T * B
     b = Builder("observe backward", spec.precision)
     deter, stoch = b.slot("deter", (T + 1, B, D)), b.slot("stoch", (T + 1, B, S))
-    noise = b.slot("noise", (T, B, S))
     is_first = b.slot("is_first", (T, B), dtype=torch.bool)
     tape = b.operands("tape", (rows, step.tape))
     grads = b.operands("grads", (rows, step.grads), "scratch")
@@ -137,14 +138,14 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
         b.copy(reaching(name, size), target.at(B * size), rows, size)
     b.copy(None, d_action, rows, A)
 
-    if "prior.mean" in given:
+    if f"prior.{step.moments[0]}" in given:
         prior_tape = b.operands("prior.tape", (rows, prior.tape))
         prior_grads = b.operands("prior.grads", (rows, prior.grads), "scratch")
+        d_out, *d_std = (reaching(f"prior.{name}").at(0) for name in step.moments)
         b.mlp_backward(
-            prior, b.pack_mlp("prior", prior, transposed=True),
-            reaching("prior.mean").at(0), prior_tape.at(0), prior_grads.at(0), rows,
-            d_x=(d_deter.at(B * D), None), head="normal", d_std=reaching("prior.std").at(0),
-            normal=step.std,
+            prior, b.pack_mlp("prior", prior, transposed=True), d_out, prior_tape.at(0),
+            prior_grads.at(0), rows, d_x=(d_deter.at(B * D), None),
+            **_prior_head(step, *d_std, of="d_"),
         )  # fmt: skip
         if wants.prior:
             b.mlp_gradients(
@@ -153,20 +154,20 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
             )  # fmt: skip
 
     dynamics = b.pack_step("step", step, "post", transposed=True)
-    d_mean, d_std = reaching("post.mean"), reaching("post.std")
+    sampling = b.sampling(step, "noise", "post.logits", (T, B))
+    moments = {f"d_{name}": reaching(f"post.{name}") for name in step.moments}
     with b.loop("t", T) as i:
         t = T - 1 - i
         b.step_backward(
             step,
             dynamics,
             {
-                "deter": deter.at(t * B * D), "noise": noise.at(t * B * S),
+                "deter": deter.at(t * B * D), **sampling(t * B),
                 "first": is_first.at(t * B),
                 "tape": tape.at(t * B * step.tape), "grads": grads.at(t * B * step.grads),
                 "d_new_deter": d_deter.at((t + 1) * B * D),
                 "d_new_stoch": d_stoch.at((t + 1) * B * S),
-                "d_mean": d_mean and d_mean.at(t * B * S),
-                "d_std": d_std and d_std.at(t * B * S),
+                **{name: slot and slot.at(t * B * S) for name, slot in moments.items()},
                 "d_deter": d_deter.at(t * B * D), "d_stoch": d_stoch.at(t * B * S),
                 "d_action": d_action.at(t * B * A),
             },
@@ -190,6 +191,11 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
     return b.program()
 
 
+def _prior_head(step: StepShape, *std: Arg, of: str = "") -> dict[str, Any]:
+    """What the kernels of priors make of their sums; ``of`` is before the name of std."""
+    return {"head": "normal", f"{of}std": std[0], "normal": step.std} if std else {}
+
+
 def observe(
     params: RSSMParams,
     start: State,
@@ -198,7 +204,7 @@ def observe(
     is_first: Tensor,
     noise: Tensor,
     resets: tuple[bool, bool, bool],
-) -> tuple[State, Normal, Normal]:
+) -> tuple[State, Latent, Latent]:
     """See ``fastdreamer.ops.observe``: posterior states, posterior and prior."""
     device = noise.device
     given = {
@@ -225,25 +231,25 @@ def observe(
         save,
     )
     tensors = {**given, **parameters}
-    outputs = _Observe.apply(spec, list(tensors), list(given), *tensors.values())
-    deter, stoch, *rest = outputs
-    return State(deter, stoch), Normal(*rest[:2]), Normal(*rest[2:])
+    deter, stoch, *rest = _Observe.apply(spec, list(tensors), *tensors.values())
+    each = len(rest) // 2
+    return State(deter, stoch), latent_of(params, *rest[:each]), latent_of(params, *rest[each:])
 
 
 class _Observe(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, spec, names, given, *tensors):
+    def forward(ctx, spec, names, *tensors):
         inputs = {n: t.detach().contiguous() for n, t in zip(names, tensors, strict=True)}
         found = run(forward_program(spec), inputs)
         ctx.set_materialize_grads(False)
         ctx.spec, ctx.names = spec, names
-        ctx.needs = dict(zip(names, ctx.needs_input_grad[3:], strict=True))
+        ctx.needs = dict(zip(names, ctx.needs_input_grad[2:], strict=True))
         ctx.kept = [*names, *found]
         if spec.save:
             # saved, so that autograd refuses if they are changed
             ctx.save_for_backward(*tensors, *found.values())
         shown = {**found, "deter": found["deter"][1:], "stoch": found["stoch"][1:]}
-        return tuple(shown[name] for name in OUTPUTS)
+        return tuple(shown[name] for name in outputs(spec.step))
 
     @staticmethod
     @first_order
@@ -251,16 +257,16 @@ class _Observe(torch.autograd.Function):
         spec, needs = ctx.spec, ctx.needs
         reached = {
             name: grad.contiguous()
-            for name, grad in zip(OUTPUTS, grads, strict=True)
+            for name, grad in zip(outputs(spec.step), grads, strict=True)
             if grad is not None
         }
         for one in list(reached):
-            if "." in one:  # mean and std go together
+            if "." in one and not spec.step.classes:  # mean and std go together
                 part, name = one.split(".")
                 other = f"{part}.{'std' if name == 'mean' else 'mean'}"
                 reached.setdefault(other, torch.zeros_like(reached[one]))
         if not reached:
-            return (None,) * (3 + len(ctx.names))
+            return (None,) * (2 + len(ctx.names))
 
         def any_of(*groups: str) -> bool:
             return any(need and name.startswith(groups) for name, need in needs.items())
@@ -275,4 +281,4 @@ class _Observe(torch.autograd.Function):
         found["start.deter"], found["start.stoch"] = found.pop("deter")[0], found.pop("stoch")[0]
         if "embed" in found:
             found["embed"] = found["embed"].to(spec.embed_dtype)
-        return (None,) * 3 + tuple(found.get(n) if needs[n] else None for n in ctx.names)
+        return (None,) * 2 + tuple(found.get(n) if needs[n] else None for n in ctx.names)

@@ -14,7 +14,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdreamer.ops.params import ActorParams, ReturnParams, RSSMParams, State
+from fastdreamer.ops.params import (
+    ActorParams,
+    Categorical,
+    Latent,
+    Normal,
+    OneHot,
+    ReturnParams,
+    RSSMParams,
+    State,
+)
 from fastdreamer.ops.triton import lambda_return, tiles
 from fastdreamer.ops.triton.build import (
     Action,
@@ -90,7 +99,7 @@ def forward_program(spec: _Spec) -> Program:
     A, D, S = step.A, step.D, step.S
     b = Builder(spec.op, spec.precision)
     start = b.slot("start.deter", (B, D)), b.slot("start.stoch", (B, S))
-    state_noise = b.slot("state_noise", (H, B, S))
+    state_noise = b.slot("state_noise", (H, B, step.noise))
     deter, stoch = (
         b.slot("deter", (H + 1, B, D), "output"),
         b.slot("stoch", (H + 1, B, S), "output"),
@@ -107,8 +116,11 @@ def forward_program(spec: _Spec) -> Program:
     b.copy(start[0], deter, B, D)
     b.copy(start[1], stoch, B, S)
     moments: dict[str, Any] = {}
-    if spec.prior:
-        moments = {name: b.slot(name, (H, B, S), "output") for name in ("mean", "std")}
+    if spec.prior or (step.classes and spec.through):
+        moments = {name: b.slot(name, (H, B, S), "output").at for name in step.moments}
+    elif step.classes:
+        logits = b.slot("logits", (B, S), "scratch")
+        moments = {"logits": lambda _: logits.at(0)}
     with b.loop("t", H) as t:
         if spec.actor:
             b.mlp_forward(
@@ -122,10 +134,10 @@ def forward_program(spec: _Spec) -> Program:
             dynamics,
             {
                 "deter": deter.at(t * B * D), "stoch": stoch.at(t * B * S),
-                "action": action.at(t * B * A), "noise": state_noise.at(t * B * S),
+                "action": action.at(t * B * A), "noise": state_noise.at(t * B * step.noise),
                 "new_deter": deter.at((t + 1) * B * D), "new_stoch": stoch.at((t + 1) * B * S),
                 "tape": tape.at(t * stride * step.tape),
-                **{name: slot.at(t * B * S) for name, slot in moments.items()},
+                **{name: at(t * B * S) for name, at in moments.items()},
             },
             B,
             save=spec.through,
@@ -185,7 +197,6 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
     rows = H * B
     b = Builder(f"{spec.op} backward", spec.precision)
     deter, stoch = b.slot("deter", (H + 1, B, D)), b.slot("stoch", (H + 1, B, S))
-    state_noise = b.slot("state_noise", (H, B, S))
     action = b.slot("action", (H, B, A))
     tape = b.operands("tape", (rows, step.tape))
     grads = b.operands("grads", (rows, step.grads), "scratch")
@@ -207,7 +218,8 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
         _heads_backward(b, spec, wants, reaching, arrived, d_arrived)
 
     dynamics = b.pack_step("step", step, "prior", transposed=True)
-    d_mean, d_std = reaching("mean", H, B, S), reaching("std", H, B, S)
+    sampling = b.sampling(step, "state_noise", "logits", (H, B))
+    moments = {f"d_{name}": reaching(name, H, B, S) for name in step.moments}
     by_actor = wants.actor or spec.through_feat
     if by_actor:
         shape = spec.actor
@@ -229,12 +241,11 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
             step,
             dynamics,
             {
-                "deter": deter.at(t * B * D), "noise": state_noise.at(t * B * S),
+                "deter": deter.at(t * B * D), **sampling(t * B),
                 "tape": tape.at(t * B * step.tape), "grads": grads.at(t * B * step.grads),
                 "d_new_deter": d_deter.at((t + 1) * B * D),
                 "d_new_stoch": d_stoch.at((t + 1) * B * S),
-                "d_mean": d_mean and d_mean.at(t * B * S),
-                "d_std": d_std and d_std.at(t * B * S),
+                **{name: slot and slot.at(t * B * S) for name, slot in moments.items()},
                 "d_deter": d_deter.at(t * B * D), "d_stoch": d_stoch.at(t * B * S),
                 "d_action": d_action.at(t * B * A),
             },
@@ -418,7 +429,7 @@ def _shown(found: dict[str, Tensor]) -> dict[str, Tensor]:
 def _outputs(spec: _Spec) -> list[str]:
     names = ["deter", "stoch"]
     names += ["action"] if spec.actor else []
-    names += ["mean", "std"] if spec.prior else []
+    names += spec.step.moments if spec.prior else []
     names += ["reward", "returns", "next_value", "value"] if spec.heads else []
     return names + (["discount"] if spec.heads and spec.heads.discount else [])
 
@@ -493,6 +504,15 @@ class _Value(torch.autograd.Function):
         program = critic_program(ctx.spec)
         found = run(program, chosen(program, tensors))
         return None, None, None, None, *(found[f"d_{name}"] for name in ctx.names)
+
+
+def latent_of(params: RSSMParams, *moments: Tensor) -> Latent:
+    """Mean and std or logits as a distribution."""
+    latent = params.latent
+    if not isinstance(latent, Categorical):
+        return Normal(*moments)
+    logits = moments[0].unflatten(-1, (-1, latent.classes))
+    return OneHot(logits, latent.unimix, latent.gumbel)
 
 
 def start_of(state: State) -> dict[str, Tensor]:
