@@ -34,7 +34,8 @@ BODIES: dict[str, frozenset[str]] = {
     "triton": frozenset(
         (
             *("layers without bias", "LayerNorm", "RMSNorm"),
-            *("GRU with its reset inside the candidate", "categorical latents"),
+            *("GRU with its reset inside the candidate", "categorical latents", "learned start"),
+            *("bound on actions", "bound on its own actions"),
         )
     ),
 }

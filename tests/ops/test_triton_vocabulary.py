@@ -13,6 +13,7 @@ from test_normed_native import Style
 from test_triton import OPS, cem_inputs, check, on_device
 
 from fastdreamer import testing
+from fastdreamer.ops.decide import decide
 from fastdreamer.ops.layers import MLPParams, Norm
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.params import Categorical, OneHot
@@ -102,6 +103,45 @@ def check_categorical() -> None:
     check("open_loop", styled("open_loop", Style(**V3), LATENTS, 2, 5), bf16=True)
     inputs = Style(**V3).apply(OPS["cem"], testing.cem_inputs(LATENTS, 1, 1, 17, 2))
     check("cem", on_device(inputs | {"num_elites": 17}), wrt=())
+    inputs = on_device(Style(**V3, begin=True).apply(decide, testing.decide_inputs(LATENTS, 2)))
+    found = (decide(**inputs, backend=backend) for backend in ("triton", "eager"))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def check_learned_start() -> None:
+    """Of both halves of the state, and of one; its mode with a gradient and without."""
+    for style, sizes, reset, through in (
+        (V3, LATENTS, "all", True),
+        (V3, LATENTS, "state", False),
+        ({}, SMALL, "stoch", True),
+        ({}, SMALL, "deter", True),
+    ):
+        inputs = make_inputs("observe", sizes, 2, 3) | {"reset": reset}
+        inputs["is_first"][0, 1] = inputs["is_first"][1, 2] = True
+        inputs = Style(**style, begin=True).apply(observe, inputs)
+        begin = inputs["params"].begin._replace(through=through)
+        inputs["params"] = inputs["params"]._replace(begin=begin)
+        check("observe", on_device(inputs))
+    inputs["params"].begin.weight[:] = torch.nan  # stays where episodes begin
+    seen = [observe(**inputs, backend=backend) for backend in ("triton", "eager")]
+    undefined = [torch.cat(one.state, -1).isnan() for one in seen]
+    assert torch.equal(*undefined) and undefined[0].any() and not undefined[0].all()
+
+
+def check_bounds() -> None:
+    """Actions beyond 1, given, or proposed to a search whose clip is."""
+    style = Style(late={})
+    for op in ("observe", "rssm_step", "cem"):
+        inputs = cem_inputs(SMALL, 1, 1, 17, 2) if op == "cem" else make_inputs(op, SMALL, 2, 3)
+        inputs = on_device(style.apply(OPS[op], inputs))
+        inputs["params"] = inputs["params"]._replace(bound_action=True)
+        inputs |= {"clip": 3.0} if op == "cem" else {"action": 3 * inputs["action"]}
+        check(op, inputs, **({"wrt": ()} if op == "cem" else {}))
+        free = inputs | {"params": inputs["params"]._replace(bound_action=False)}
+        found = (OPS[op](**given, backend="triton") for given in (inputs, free))
+        assert not torch.equal(*(out.scores if op == "cem" else out[0].deter for out in found))
+    inputs = on_device(style.apply(OPS["imagine"], make_inputs("imagine", SMALL, 1, 2)))
+    check("imagine", inputs | {"params": inputs["params"]._replace(bound_action=True)})
 
 
 def check_classes() -> None:

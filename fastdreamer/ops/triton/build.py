@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdreamer.ops.cells import GRUParams, LateGRUParams
 from fastdreamer.ops.layers import MLPParams
-from fastdreamer.ops.triton import categorical, cells, mlp, tiles, weights
+from fastdreamer.ops.triton import before, categorical, cells, mlp, tiles, weights
 from fastdreamer.ops.triton.layout import (
     NO_STD,
     Classes,
@@ -138,6 +138,21 @@ class Builder:
             {"source": source, "target": target, "size": size, "value": value},
             {"WIDTH": width, "REPEAT": repeat, "ADD": add, "BLOCK": COPY_BLOCK},
         )
+
+    def bound(self, action: Slot, grad: Slot | None, out: Slot) -> None:
+        """Bound actions, or pass the gradient by bounded ones on."""
+        self.launch(
+            before.bound_kernel,
+            (-(-action.numel // before.BLOCK),),
+            {"action": action, "grad": grad, "out": out, "size": action.numel},
+            {"BLOCK": before.BLOCK},
+        )
+
+    def bounded(self, action: Slot) -> Slot:
+        """Bounded actions in scratch of their own."""
+        out = self.slot(f"bounded.{action.name}", action.shape, "scratch")
+        self.bound(action, None, out)
+        return out
 
     # parameters --------------------------------------------------------------------------------
 

@@ -175,6 +175,7 @@ def program(spec: _Spec) -> Program:
     mean, std = b.slot("mean", (H, B, A), "output"), b.slot("std", (H, B, A), "output")
     scores = b.slot("scores", (I, B, N), "output")
     action = b.slot("action", (H, B, N, A), "scratch")
+    bounds = step.bound and spec.clip > 1.0  # else they are
     deter = b.slot("deter", (H + 1, rows, D), "scratch")
     stoch = b.slot("stoch", (H + 1, rows, S), "scratch")
     tape = b.operands("tape", (rows, step.tape), "scratch")
@@ -210,13 +211,14 @@ def program(spec: _Spec) -> Program:
             },
             {"A": A, "N": N, "P": spec.proposals, "BLOCK": BLOCK},
         )  # fmt: skip
+        taken = b.bounded(action) if bounds else action
         with b.loop("t", H) as t:
             b.step_forward(
                 step,
                 dynamics,
                 {
                     "deter": deter.at(t * rows * D), "stoch": stoch.at(t * rows * S),
-                    "action": action.at(t * rows * A),
+                    "action": taken.at(t * rows * A),
                     "noise": state_noise.at((i * H + t) * rows * step.noise),
                     "new_deter": deter.at((t + 1) * rows * D),
                     "new_stoch": stoch.at((t + 1) * rows * S), "tape": tape.at(0), **logits,

@@ -29,6 +29,6 @@ def decide(
     seen = embed_all(embed, encoder, vector)
     goes_on = torch.zeros(1, len(seen), dtype=torch.bool, device=seen.device)
     given = (state, seen[None], action[None], goes_on, state_noise[None])
-    found, _, _ = observe(params, *given, RESETS["all"])
+    found, _, _ = observe(params._replace(begin=None), *given, RESETS["all"])
     state = State(found.deter[0], found.stoch[0])
     return state, chosen_action(actor, state, action_noise)

@@ -314,6 +314,7 @@ class StepShape(NamedTuple):
     latent: MlpShape  # deter -> mean, std, or logits
     std: Std | Classes
     resets: tuple[bool, bool, bool]  # whether the start of an episode zeroes deter, stoch, action
+    bound: bool  # whether actions are bounded before the step takes them
 
     @property
     def classes(self) -> int:
@@ -453,6 +454,7 @@ def step_shape(
         mlp_shape(latent, (D, 0), (behind, 0), groups=_groups(params)),
         make_std(params.latent),
         resets,
+        params.bound_action,
     )
 
 

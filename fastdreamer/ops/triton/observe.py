@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdreamer.ops.params import Latent, RSSMParams, State
-from fastdreamer.ops.triton import tiles
+from fastdreamer.ops.triton import before, tiles
 from fastdreamer.ops.triton.build import (
     Builder,
     Precision,
@@ -45,6 +45,14 @@ class _Spec(NamedTuple):
     embed: MlpShape
     wide: bool  # whether the embedding is float32, bfloat16 otherwise
     save: bool
+    # halves of the state, deter or stoch, in whose place episodes begin with a learned one
+    learned: tuple[str, ...] = ()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Columns of those halves."""
+        sizes = {"deter": self.step.D, "stoch": self.step.S}
+        return {name: sizes[name] for name in self.learned}
 
     @property
     def embed_dtype(self) -> torch.dtype:
@@ -83,6 +91,7 @@ def forward_program(spec: _Spec) -> Program:
     tape = b.operands("tape", (T * B if spec.save else B, step.tape), keep)
     prior_tape = b.operands("prior.tape", (T * B, prior.tape), keep)
 
+    bounded = b.bounded(action) if step.bound else action
     columns = spec.embed.total
     extra = b.slot("extra", (T * B, columns), "scratch")
     b.mlp_forward(
@@ -93,12 +102,16 @@ def forward_program(spec: _Spec) -> Program:
     b.copy(start[0], deter, B, D)
     b.copy(start[1], stoch, B, S)
     with b.loop("t", T) as t:
+        given = {"deter": deter.at(t * B * D), "stoch": stoch.at(t * B * S)}
+        for name, size in spec.sizes.items():
+            room = b.slot(f"before.{name}", (B, size), "scratch").at(0)
+            _begin(b, name, is_first.at(t * B), given[name], room, B, size)
+            given[name] = room
         b.step_forward(
             step,
             dynamics,
             {
-                "deter": deter.at(t * B * D), "stoch": stoch.at(t * B * S),
-                "action": action.at(t * B * A), "noise": noise.at(t * B * step.noise),
+                **given, "action": bounded.at(t * B * A), "noise": noise.at(t * B * step.noise),
                 "first": is_first.at(t * B), "extra": extra.at(t * B * columns),
                 "new_deter": deter.at((t + 1) * B * D), "new_stoch": stoch.at((t + 1) * B * S),
                 **{name: moments[f"post.{name}"].at(t * B * S) for name in step.moments},
@@ -136,7 +149,15 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
     for target, name, size in ((d_deter, "deter", D), (d_stoch, "stoch", S)):
         b.copy(None, target, B, size)
         b.copy(reaching(name, size), target.at(B * size), rows, size)
-    b.copy(None, d_action, rows, A)
+    d_bounded = b.slot("d_bounded", (T, B, A), "scratch") if step.bound else d_action
+    b.copy(None, d_bounded, rows, A)
+    # what the steps took, and the gradients by that
+    taken, d_taken = {"deter": deter, "stoch": stoch}, {"deter": d_deter, "stoch": d_stoch}
+    for name, size in spec.sizes.items():
+        room, d_room = (b.slot(f"{of}before.{name}", (T, B, size), "scratch") for of in ("", "d_"))
+        _begin(b, name, is_first.at(0), taken[name].at(0), room.at(0), rows, size)
+        b.copy(None, d_room, rows, size)
+        taken[name], d_taken[name] = room, d_room
 
     if f"prior.{step.moments[0]}" in given:
         prior_tape = b.operands("prior.tape", (rows, prior.tape))
@@ -162,21 +183,34 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
             step,
             dynamics,
             {
-                "deter": deter.at(t * B * D), **sampling(t * B),
+                "deter": taken["deter"].at(t * B * D), **sampling(t * B),
                 "first": is_first.at(t * B),
                 "tape": tape.at(t * B * step.tape), "grads": grads.at(t * B * step.grads),
                 "d_new_deter": d_deter.at((t + 1) * B * D),
                 "d_new_stoch": d_stoch.at((t + 1) * B * S),
                 **{name: slot and slot.at(t * B * S) for name, slot in moments.items()},
-                "d_deter": d_deter.at(t * B * D), "d_stoch": d_stoch.at(t * B * S),
-                "d_action": d_action.at(t * B * A),
+                "d_deter": d_taken["deter"].at(t * B * D),
+                "d_stoch": d_taken["stoch"].at(t * B * S),
+                "d_action": d_bounded.at(t * B * A),
             },
             B,
         )  # fmt: skip
+        for name, size in spec.sizes.items():
+            d_state = {"deter": d_deter, "stoch": d_stoch}[name]
+            _begin_backward(
+                b, is_first.at(t * B), d_taken[name].at(t * B * size),
+                d_state.at(t * B * size), B, size,
+            )  # fmt: skip
+    for name, size in spec.sizes.items():
+        _begin_gradient(b, name, is_first.at(0), d_taken[name].at(0), rows, size)
+    if step.bound:
+        b.bound(b.slot("action", (T, B, A)), d_bounded, d_action)
     if wants.dynamics:
+        action = b.slot("action", (T, B, A))
+        bounded = b.bounded(action) if step.bound else action
         embed = b.slot("embed", (T, B, E), dtype=spec.embed_dtype)
         b.step_gradients(
-            step, "post", deter.at(0), stoch.at(0), b.slot("action", (T, B, A)).at(0),
+            step, "post", taken["deter"].at(0), taken["stoch"].at(0), bounded.at(0),
             deter.at(B * D), tape.at(0), grads.at(0), rows, first=is_first.at(0),
             more=(embed.at(0), E, E, spec.embed.begins[0], None),
         )  # fmt: skip
@@ -189,6 +223,40 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
             head="ready",
         )  # fmt: skip
     return b.program()
+
+
+def _begin(b: Builder, name: str, first: Arg, state: Arg, out: Arg, rows: int, size: int) -> None:
+    """Half of a state as a step takes it, where episodes begin with a learned one."""
+    b.launch(
+        before.begin_kernel,
+        (-(-rows * size // before.BLOCK),),
+        {
+            "first": first, "state": state, "begin": b.slot(f"begin.{name}", (1, size)),
+            "out": out, "size": rows * size,
+        },
+        {"WIDTH": size, "BLOCK": before.BLOCK},
+    )  # fmt: skip
+
+
+def _begin_backward(b: Builder, first: Arg, d_out: Arg, d_state: Arg, rows: int, size: int) -> None:
+    b.launch(
+        before.begin_backward_kernel,
+        (-(-rows * size // before.BLOCK),),
+        {"first": first, "d_out": d_out, "d_state": d_state, "size": rows * size},
+        {"WIDTH": size, "BLOCK": before.BLOCK},
+    )
+
+
+def _begin_gradient(b: Builder, name: str, first: Arg, d_out: Arg, rows: int, size: int) -> None:
+    b.launch(
+        before.begin_gradient_kernel,
+        (-(-size // before.COLUMNS),),
+        {
+            "first": first, "d_out": d_out, "rows": rows,
+            "d_begin": b.slot(f"d_begin.{name}", (1, size), "output"),
+        },
+        {"WIDTH": size, "ROWS": before.ROWS, "COLUMNS": before.COLUMNS},
+    )  # fmt: skip
 
 
 def _prior_head(step: StepShape, *std: Arg, of: str = "") -> dict[str, Any]:
@@ -211,6 +279,12 @@ def observe(
         "start.deter": start.deter, "start.stoch": start.stoch, "embed": embed,
         "action": action, "is_first": is_first, "noise": noise,
     }  # fmt: skip
+    learned: tuple[str, ...] = ()
+    if params.begin is not None:
+        begin = params.begin.state(params)._asdict()
+        learned = tuple(name for name, reset in zip(begin, resets, strict=False) if reset)
+        given |= {f"begin.{name}": begin[name] for name in learned}
+        resets = False, False, resets[2]
     groups = {
         "inp": named("inp", params.inp),
         "gru": gru_named(params.gru),
@@ -229,6 +303,7 @@ def observe(
         embed_shape(params),
         embed.dtype == torch.float32,
         save,
+        learned,
     )
     tensors = {**given, **parameters}
     deter, stoch, *rest = _Observe.apply(spec, list(tensors), *tensors.values())

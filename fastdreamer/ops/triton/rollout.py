@@ -82,6 +82,11 @@ class _Spec(NamedTuple):
     through: bool  # whether a gradient goes through the rollout
     critic: bool  # whether one goes to the critic
 
+    @property
+    def bounds(self) -> bool:
+        """Whether actions have to be bounded: those of tanh are."""
+        return self.step.bound and self.actor is None
+
 
 class _Wants(NamedTuple):
     """Which parameters the backward pass computes gradients of."""
@@ -115,6 +120,7 @@ def forward_program(spec: _Spec) -> Program:
         actor_tape = b.operands("actor.tape", (rows, spec.actor.tape), keep)
     b.copy(start[0], deter, B, D)
     b.copy(start[1], stoch, B, S)
+    taken = b.bounded(action) if spec.bounds else action
     moments: dict[str, Any] = {}
     if spec.prior or (step.classes and spec.through):
         moments = {name: b.slot(name, (H, B, S), "output").at for name in step.moments}
@@ -134,7 +140,7 @@ def forward_program(spec: _Spec) -> Program:
             dynamics,
             {
                 "deter": deter.at(t * B * D), "stoch": stoch.at(t * B * S),
-                "action": action.at(t * B * A), "noise": state_noise.at(t * B * step.noise),
+                "action": taken.at(t * B * A), "noise": state_noise.at(t * B * step.noise),
                 "new_deter": deter.at((t + 1) * B * D), "new_stoch": stoch.at((t + 1) * B * S),
                 "tape": tape.at(t * stride * step.tape),
                 **{name: at(t * B * S) for name, at in moments.items()},
@@ -208,10 +214,12 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
     d_deter = b.slot("d_deter", (H + 1, B, D), "output")
     d_stoch = b.slot("d_stoch", (H + 1, B, S), "output")
     d_action = b.slot("d_action", (H, B, A), "scratch" if spec.actor else "output")
+    taken = b.bounded(action) if spec.bounds else action
+    d_taken = b.slot("d_taken", (H, B, A), "scratch") if spec.bounds else d_action
     for target, name, size in ((d_deter, "deter", D), (d_stoch, "stoch", S)):
         b.copy(None, target, B, size)
         b.copy(reaching(name, H, B, size), target.at(B * size), rows, size)
-    b.copy(reaching("action", H, B, A), d_action, rows, A)
+    b.copy(reaching("action", H, B, A), d_taken, rows, A)
     arrived = deter.at(B * D), stoch.at(B * S)
     if given & {"reward", "returns", "discount"}:
         d_arrived = d_deter.at(B * D), d_stoch.at(B * S)
@@ -247,7 +255,7 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
                 "d_new_stoch": d_stoch.at((t + 1) * B * S),
                 **{name: slot and slot.at(t * B * S) for name, slot in moments.items()},
                 "d_deter": d_deter.at(t * B * D), "d_stoch": d_stoch.at(t * B * S),
-                "d_action": d_action.at(t * B * A),
+                "d_action": d_taken.at(t * B * A),
             },
             B,
         )  # fmt: skip
@@ -255,9 +263,11 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
             actor_backward(t, B, (d_deter.at(t * B * D), d_stoch.at(t * B * S)))
     if wants.rssm:
         b.step_gradients(
-            step, "prior", deter.at(0), stoch.at(0), action.at(0), arrived[0],
+            step, "prior", deter.at(0), stoch.at(0), taken.at(0), arrived[0],
             tape.at(0), grads.at(0), rows,
         )  # fmt: skip
+    if spec.bounds:
+        b.bound(action, d_taken, d_action)
     if by_actor and not spec.through_feat:  # nothing waits for it: all rows at once
         actor_backward(0, rows, (None, None))
     if wants.actor:
