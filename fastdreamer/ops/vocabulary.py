@@ -35,7 +35,7 @@ BODIES: dict[str, frozenset[str]] = {
         (
             *("layers without bias", "LayerNorm", "RMSNorm"),
             *("GRU with its reset inside the candidate", "categorical latents", "learned start"),
-            *("bound on actions", "bound on its own actions"),
+            *("bound on actions", "bound on its own actions", "gelu", "gelu_tanh", "mish"),
         )
     ),
 }

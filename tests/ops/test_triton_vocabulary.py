@@ -86,6 +86,13 @@ def check_late_gru() -> None:
     check("open_loop", styled("open_loop", Style(late={"bias": True}), SMALL, 2, 5), bf16=True)
 
 
+def check_activations() -> None:
+    for activation in ("gelu", "gelu_tanh", "mish"):
+        sizes = ROWS._replace(activation=activation, reward_layers=0, actor_layers=0)
+        check("rssm_step", styled("rssm_step", Style(None, True), sizes, 1, 3))
+        check("open_loop", styled("open_loop", Style("rms"), sizes, 1, 2))
+
+
 def check_categorical() -> None:
     """Straight-through samples: one and many, of one to more than 16 classes, mixed or not."""
     inputs = styled("observe", Style(**V3), LATENTS, 2, 3)

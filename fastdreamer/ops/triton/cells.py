@@ -6,12 +6,12 @@ what is added to the first layer's sum (``extra``, the embedding's part) and in 
 :func:`fastdreamer.ops.observe`.
 
 Columns of the tape: the input layers, the GRU's r, z, n and the recurrent part of n's sum, the
-latent's hidden layers, the sum that becomes std, and behind them (with SiLU or norms alone) the
-input and latent layers' sums, then what norms computed. Columns of ``grads``, gradients by sums:
-the input layers, r, z, n, n's recurrent part, the latent's hidden layers, mean and std, and the
-gradients behind norms. Where the GRU's reset is inside its candidate (``LATE``) its columns are the
-three sums in the order of its rows, and their gradients. Both are described by
-:class:`fastdreamer.ops.triton.layout.StepShape`.
+latent's hidden layers, the sum that becomes std, and behind them (with activations of
+``layout.OF_SUM`` or with norms) the input and latent layers' sums, then what norms computed.
+Columns of ``grads``, gradients by sums: the input layers, r, z, n, n's recurrent part, the latent's
+hidden layers, mean and std, and the gradients behind norms. Where the GRU's reset is inside its
+candidate (``LATE``) its columns are the three sums in the order of its rows, and their gradients.
+Both are described by :class:`fastdreamer.ops.triton.layout.StepShape`.
 """
 
 import triton

@@ -49,15 +49,32 @@ def activate(x, ACT: tl.constexpr):
         y = tl.where(x < 0, 0.0, x)
     elif ACT == "silu":
         y = x * sigmoid(x)
+    elif ACT == "gelu":
+        y = x * normal_cdf(x)
+    elif ACT == "gelu_tanh":
+        y = 0.5 * x * (1.0 + tanh(gelu_inner(x)))
+    elif ACT == "mish":
+        y = x * tanh(softplus(x))
     else:
-        tl.static_assert(ACT == "tanh", "activation must be elu, relu, silu or tanh")
+        tl.static_assert(ACT == "tanh", "no such activation")
         y = tanh(x)
     return y
 
 
 @triton.jit
+def normal_cdf(x):
+    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_inner(x):
+    """√(2/π) · (x + 0.044715 · x³)."""
+    return 0.7978845608028654 * (x + 0.044715 * x * x * x)
+
+
+@triton.jit
 def activation_slope(at, ACT: tl.constexpr):
-    """The derivative by the layer's sum, from its value; SiLU's from the sum itself."""
+    """The derivative by the layer's sum, from its value or, see layout.OF_SUM, the sum itself."""
     if ACT == "elu":
         slope = tl.where(at > 0, 1.0, at + 1.0)
     elif ACT == "relu":
@@ -65,6 +82,15 @@ def activation_slope(at, ACT: tl.constexpr):
     elif ACT == "silu":
         s = sigmoid(at)
         slope = s * (1.0 + at * (1.0 - s))
+    elif ACT == "gelu":
+        slope = normal_cdf(at) + at * 0.3989422804014327 * tl.exp(-0.5 * at * at)
+    elif ACT == "gelu_tanh":
+        t = tanh(gelu_inner(at))
+        inner = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * at * at)
+        slope = 0.5 * (1.0 + t + at * (1.0 - t * t) * inner)
+    elif ACT == "mish":
+        t = tanh(softplus(at))
+        slope = t + at * (1.0 - t * t) * sigmoid(at)
     else:
         slope = 1.0 - at * at
     return slope
@@ -73,7 +99,8 @@ def activation_slope(at, ACT: tl.constexpr):
 @triton.jit
 def slope_at(x, ACT: tl.constexpr):
     """The derivative at x."""
-    return activation_slope(x if ACT == "silu" else activate(x, ACT), ACT)
+    OF_VALUE: tl.constexpr = ACT == "elu" or ACT == "relu" or ACT == "tanh"
+    return activation_slope(activate(x, ACT) if OF_VALUE else x, ACT)
 
 
 @triton.jit

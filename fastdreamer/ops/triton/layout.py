@@ -11,6 +11,9 @@ from fastdreamer.ops.cells import LateGRUParams, Recurrence
 from fastdreamer.ops.layers import MLPParams, Norm
 from fastdreamer.ops.params import STDS, Categorical, RSSMParams, StdTransform
 
+OF_SUM = ("silu", "gelu", "gelu_tanh", "mish")
+"""Activations whose slope is computed from a layer's sum, not its value."""
+
 
 def pad(n: int) -> int:
     """The next multiple of 16: the least size of a matrix instruction, and 32 bytes of bfloat16."""
@@ -145,7 +148,7 @@ class MlpShape(NamedTuple):
     @property
     def sums(self) -> bool:
         """Whether tapes keep the hidden layers' sums beside what became of them."""
-        return self.layers > 0 and (self.act == "silu" or bool(self.norms))
+        return self.layers > 0 and (self.act in OF_SUM or bool(self.norms))
 
     @property
     def hidden(self) -> int:

@@ -9,9 +9,9 @@ through all layers; what the last layer becomes is the ``HEAD``:
 - "action": tanh(mean + std · noise), the mean c·tanh(x / c) where BOUNDED;
 - "ready", backward only: ``grads`` holds the output's gradient already.
 
-Columns of the tape: the hidden layers, for the Normals the sums of mean and std, (with SiLU or
-norms alone) the hidden layers' sums, and what norms computed; of ``grads``: the hidden layers, the
-output, and with norms the gradients behind them.
+Columns of the tape: the hidden layers, for the Normals the sums of mean and std, (with activations
+of ``layout.OF_SUM`` or with norms) the hidden layers' sums, and what norms computed; of ``grads``:
+the hidden layers, the output, and with norms the gradients behind them.
 """
 
 import triton
