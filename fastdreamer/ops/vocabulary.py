@@ -36,6 +36,9 @@ BODIES: dict[str, frozenset[str]] = {
             *("layers without bias", "LayerNorm", "RMSNorm"),
             *("GRU with its reset inside the candidate", "categorical latents", "learned start"),
             *("bound on actions", "bound on its own actions", "gelu", "gelu_tanh", "mish"),
+            *("two-hot heads", "symexp heads", "heads of several outputs", "one-hot actions"),
+            *(f"policy squashed by {squash!r}" for squash in SQUASHES),
+            "continuation by its mode",
         )
     ),
 }

@@ -4,19 +4,21 @@ Values and all gradients against eager float64; see test_triton.py, whose checks
 """
 
 import sys
+from math import inf
 
 import pytest
 import test_triton
 import torch
 from test_native import make_inputs
 from test_normed_native import Style
+from test_readout_native import PLAIN, SYMEXP, WRT, Case, symlog_bins
 from test_triton import OPS, cem_inputs, check, on_device
 
 from fastdreamer import testing
 from fastdreamer.ops.decide import decide
 from fastdreamer.ops.layers import MLPParams, Norm
 from fastdreamer.ops.observe import observe
-from fastdreamer.ops.params import Categorical, OneHot
+from fastdreamer.ops.params import Categorical, OneHot, StdTransform, two_hot
 from fastdreamer.testing import Sizes
 
 # remainders of every block; several blocks of columns; two blocks of rows
@@ -25,6 +27,7 @@ WIDE = Sizes(2, 35, 17, 33, 70, 35, 1, 0, 1, "elu", 40)
 ROWS = Sizes(1, 7, 3, 2, 5, 18, 1, 1, 1, "tanh")
 
 
+HEADS = Sizes(3, 9, 6, 3, 17, 18, 1, 1, 1, "elu")
 V3 = {"late": {}, "latent": Categorical(5, 0.01)}
 LATENTS = SMALL._replace(S=15)
 
@@ -151,6 +154,45 @@ def check_bounds() -> None:
     check("imagine", inputs | {"params": inputs["params"]._replace(bound_action=True)})
 
 
+def check_heads() -> None:
+    """Two-hot heads of even and odd bins, symexp'd and wider ones, a continuation by its mode."""
+    cases = (
+        Case(HEADS, 2, 3, (two_hot(33), 33), (symlog_bins(8), 8), hard=False),
+        Case(HEADS, 1, 17, (PLAIN, 2), (two_hot(3), 3), hard=True),
+        Case(HEADS, 2, 1, (SYMEXP, 1), (SYMEXP, 3)),
+    )
+    for case in cases:
+        check("imagine", on_device(case.imagine()), wrt=WRT)
+    check("imagine", on_device(cases[0].imagine()), wrt=("returns.critic",), using=("out.value",))
+    inputs = cases[0].make(OPS["cem"], hard=True, **testing.cem_inputs(HEADS, 1, 1, 17, 2))
+    for score in ("lambda_return", "reward"):
+        check("cem", on_device(inputs | {"num_elites": 17, "score": score}), wrt=())
+    inputs = on_device(cases[0].imagine())
+    level = inputs["returns"].reward
+    level = level._replace(weights=(*level.weights[:-1], 0 * level.weights[-1]),
+                           biases=(*level.biases[:-1], 0 * level.biases[-1]))  # fmt: skip
+    inputs["returns"] = inputs["returns"]._replace(reward=level)
+    assert not OPS["imagine"](**inputs, backend="triton").reward.any(), (
+        "equal parts of mirrored bins"
+    )
+
+
+def check_policies() -> None:
+    """Squashed otherwise than by a tanh; one-hot actions, one or two; bounded before a step."""
+    for squash, scale, more in (
+        ("bound", 1.0, {"through": True}),
+        ("none", inf, {"bound": True}),
+        ("none", 1.0, {"bound": True, "through": True}),
+        ("clip", inf, {}),
+    ):
+        case = Case(HEADS, 2, 3, squash=squash, std=StdTransform(min=0.6), mean_scale=scale, **more)
+        check("imagine", on_device(case.imagine()), wrt=WRT)
+    sizes = HEADS._replace(A=6, D=7, hidden=5)
+    for classes, more in ((6, {}), (3, {"through": True, "latent": Categorical(2, 0.01)})):
+        case = Case(sizes, 2, 3, std=Categorical(classes, 0.01), **more)
+        check("imagine", on_device(case.imagine()), wrt=WRT)
+
+
 def check_classes() -> None:
     """Class k has [Σ_{j<k} p, Σ_{j≤k} p), the last all that rounding leaves; NaN as in eager."""
     from fastdreamer.ops.triton.build import _categoricals
@@ -169,7 +211,7 @@ def check_classes() -> None:
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
         return got
 
-    inf, nan = torch.inf, torch.nan
+    nan = torch.nan
     quarters = [0.0, 0.25, 0.5, 0.75, 0.9999999]
     assert drawn(torch.zeros(5, 4), quarters).argmax(1).tolist() == [0, 1, 2, 3, 3]
     drawn(torch.zeros(5, 4), [x + 1e-3 for x in quarters[:4]] + [nan], 0.01)

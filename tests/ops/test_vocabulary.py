@@ -591,27 +591,29 @@ def test_continuation_by_its_mode():
 def test_refusals_name_all_that_a_backend_lacks():
     params, draw = model("block", dtype=torch.float32), Draw(1, torch.float32)
     lacks = lacking(params, policy(draw, squash="bound"), heads(draw))
-    for word in ("block-diagonal GRU", "layers of stoch and action apart"):
-        assert f"no {word}" in lacks["native"] and f"no {word}" in lacks["triton"], word
-    for word in ("policy squashed by 'bound'", "two-hot heads"):
-        assert f"no {word}" in lacks["triton"] and word not in lacks["native"], word
+    words = "block-diagonal GRU", "layers of stoch and action apart"
+    assert lacks["triton"] == f"it has no {', no '.join(words)}"
+    for word in words:
+        assert f"no {word}" in lacks["native"], word
     for word in ("RMSNorm", "LayerNorm", "layers without bias", "categorical latents",
-                 "bound on actions", "bound on its own actions"):  # fmt: skip
-        assert word not in lacks["triton"] and word not in lacks["native"], word
+                 "bound on its own actions", "policy squashed by 'bound'",
+                 "two-hot heads"):  # fmt: skip
+        assert word not in lacks["native"], word
     params = model(dtype=torch.float32, begin=Begin(torch.zeros(D)),
                    latent=Categorical(K, 0.0, True))  # fmt: skip
-    actor = policy(draw, A, std=Categorical(A))._replace(
+    actor = policy(draw, A, std=Categorical(A, gumbel=True))._replace(
         mlp=layers(draw, D + Z, H, A, act="mish", kind=None)
     )
     returns = heads(draw)._replace(hard_discount=True, reward_as=Readout(None, True))
+    returns.value_as.bins.requires_grad_()
     told = lacking(params, actor, returns)
-    assert all("Gumbel-softmax latents" in told[backend] for backend in ("native", "triton"))
-    assert "mish" in told["native"] and "mish" not in told["triton"]
-    for word in ("one-hot actions", "symexp heads", "heads of several outputs",
-                 "continuation by its mode"):  # fmt: skip
-        assert word in told["triton"] and word not in told["native"], word
-    for word in ("reset inside the candidate", "layers without bias", "learned start"):
-        assert word not in told["triton"] and word not in told["native"], word
+    words = "Gumbel-softmax latents", "Gumbel-softmax actions", "learned bins"
+    assert told["triton"] == f"it has no {', no '.join(words)}"
+    for word in (*words, "mish"):
+        assert word in told["native"], word
+    for word in ("reset inside the candidate", "learned start", "symexp heads",
+                 "heads of several outputs", "continuation by its mode"):  # fmt: skip
+        assert word not in told["native"], word
 
 
 def test_every_op_asks(caplog):

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from fastdreamer.ops.triton.device import at_least_1
+
 BLOCK = 1024
 ROWS, COLUMNS = 16, 64  # of a block of begin_gradient_kernel
 
@@ -11,7 +13,7 @@ ROWS, COLUMNS = 16, 64  # of a block of begin_gradient_kernel
 def bound_kernel(
     action,  # [size] float32, as all the others
     grad,  # by what became of it, or None
-    out,
+    out,  # written; the gradient by a is added to it
     size,
     BLOCK: tl.constexpr,
 ):
@@ -22,7 +24,9 @@ def bound_kernel(
     x = a
     if grad is not None:
         x = tl.load(grad + at, mask=inside, other=0.0)
-    x /= tl.where(tl.abs(a) <= 1.0, 1.0, tl.abs(a))  # a NaN stays one
+    x /= at_least_1(a)
+    if grad is not None:
+        x += tl.load(out + at, mask=inside, other=0.0)
     tl.store(out + at, x, mask=inside)
 
 

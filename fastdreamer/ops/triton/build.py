@@ -11,13 +11,15 @@ from torch import Tensor
 
 from fastdreamer.ops.cells import GRUParams, LateGRUParams
 from fastdreamer.ops.layers import MLPParams
-from fastdreamer.ops.triton import before, categorical, cells, mlp, tiles, weights
+from fastdreamer.ops.params import ReturnParams
+from fastdreamer.ops.triton import before, categorical, cells, mlp, readout, tiles, weights
 from fastdreamer.ops.triton.layout import (
     NO_STD,
     Classes,
     MlpShape,
     NormShape,
     Places,
+    Read,
     Std,
     StepShape,
     norm_columns,
@@ -43,6 +45,7 @@ class Action(NamedTuple):
 
     bound: float  # c of the mean c·tanh(x / c), inf: the mean as it is
     std: Std
+    squash: str = "tanh"
 
 
 class Precision(NamedTuple):
@@ -98,14 +101,19 @@ class Builder:
         args: dict[str, Any],
         constants: dict[str, Any],
         tile: tiles.Tile | None = None,
+        *,
+        fuse: bool = True,
     ) -> None:
-        """Launch a kernel; arguments that are None are None at compile time."""
+        """Launch a kernel; arguments that are None are None at compile time.
+
+        ``fuse``: whether a · b + c may be rounded once.
+        """
         constants = {k: v for k, v in constants.items() if k in fn.arg_names}
         constants |= {k: None for k, v in args.items() if v is None}
         args = {k: v for k, v in args.items() if v is not None}
-        options = {}
+        options: dict[str, Any] = {"enable_fp_fusion": fuse}
         if tile is not None:
-            options = {
+            options |= {
                 "num_warps": tile.warps,
                 "num_stages": tile.stages,
                 "maxnreg": tile.registers,
@@ -139,19 +147,19 @@ class Builder:
             {"WIDTH": width, "REPEAT": repeat, "ADD": add, "BLOCK": COPY_BLOCK},
         )
 
-    def bound(self, action: Slot, grad: Slot | None, out: Slot) -> None:
-        """Bound actions, or pass the gradient by bounded ones on."""
+    def bound(self, action: Arg, grad: Arg | None, out: Arg, size: int) -> None:
+        """Bound actions, or add what the gradient by bounded ones is by them."""
         self.launch(
             before.bound_kernel,
-            (-(-action.numel // before.BLOCK),),
-            {"action": action, "grad": grad, "out": out, "size": action.numel},
+            (-(-size // before.BLOCK),),
+            {"action": action, "grad": grad, "out": out, "size": size},
             {"BLOCK": before.BLOCK},
         )
 
     def bounded(self, action: Slot) -> Slot:
         """Bounded actions in scratch of their own."""
         out = self.slot(f"bounded.{action.name}", action.shape, "scratch")
-        self.bound(action, None, out)
+        self.bound(action.at(0), None, out.at(0), action.numel)
         return out
 
     # parameters --------------------------------------------------------------------------------
@@ -335,7 +343,7 @@ class Builder:
         normal: Std = NO_STD,
     ) -> None:
         tile = self._tile("mlp", rows)
-        bound, normal = action or (float("inf"), normal)
+        bound, normal, squash = action or (float("inf"), normal, "tanh")
         bounded = bound != float("inf")
         self.launch(
             mlp.forward_kernel,
@@ -349,7 +357,7 @@ class Builder:
             {
                 **shape.constants(save=save), **normal.constants, "HEAD": head,
                 "OUT": columns or shape.n,
-                "BOUNDED": bounded, "SAVE": save, **_blocks(tile, shape),
+                "BOUNDED": bounded, "SQUASH": squash, "SAVE": save, **_blocks(tile, shape),
             },
             tile,
         )  # fmt: skip
@@ -373,7 +381,7 @@ class Builder:
         normal: Std = NO_STD,
     ) -> None:
         tile = self._tile("mlp_backward", rows)
-        bound, normal = action or (float("inf"), normal)
+        bound, normal, squash = action or (float("inf"), normal, "tanh")
         bounded = bound != float("inf")
         self.launch(
             mlp.backward_kernel,
@@ -387,10 +395,70 @@ class Builder:
             {
                 **shape.constants(), **normal.constants,
                 "GRADS": grads_width or shape.grads, "HEAD": head,
-                "BOUNDED": bounded, **_blocks(tile, shape),
+                "BOUNDED": bounded, "SQUASH": squash, **_blocks(tile, shape),
             },
             tile,
         )  # fmt: skip
+
+    def head_forward(
+        self,
+        shape: MlpShape,
+        packed: Weights,
+        x: tuple[Arg, Arg | None],
+        out: Slot,
+        tape: Slot,
+        rows: int,
+        *,
+        save: bool,
+        read: Read | None,
+        bins: str,
+    ) -> None:
+        """The numbers of a head, ``out`` [rows]; with ``read`` of its outputs ``out.raw``.
+
+        ``bins`` names the input that has them, where there are any.
+        """
+        if read is None:
+            self.mlp_forward(shape, packed, x, out.at(0), tape.at(0), rows, save=save)
+            return
+        raw = self.slot(f"{out.name}.raw", (rows, shape.n), "output" if save else "scratch")
+        self.mlp_forward(shape, packed, x, raw.at(0), tape.at(0), rows, save=save)
+        self._read_out(readout.forward_kernel, read, bins, shape.n, rows, raw=raw, out=out)
+
+    def head_backward(
+        self,
+        shape: MlpShape,
+        packed: Weights,
+        of: str,
+        d_out: Slot,
+        tape: Slot,
+        grads: Slot,
+        rows: int,
+        *,
+        d_x: tuple[Arg | None, Arg | None] = (None, None),
+        read: Read | None,
+        bins: str,
+    ) -> None:
+        """``of`` is the name of what was ``out``."""
+        if read is not None:
+            size = rows, shape.n
+            raw, d_raw = self.slot(f"{of}.raw", size), self.slot(f"d_{of}.raw", size, "scratch")
+            self._read_out(
+                readout.backward_kernel, read, bins, shape.n, rows,
+                raw=raw, d_out=d_out, d_raw=d_raw,
+            )  # fmt: skip
+            d_out = d_raw
+        self.mlp_backward(shape, packed, d_out.at(0), tape.at(0), grads.at(0), rows, d_x=d_x)
+
+    def _read_out(self, kernel, read: Read, bins: str, n: int, rows: int, **slots: Slot) -> None:
+        padded = _power_of_two(n)
+        block = max(1, readout.BLOCK // padded)
+        self.launch(
+            kernel,
+            (-(-rows // block),),
+            {**slots, "bins": self.slot(bins, (n,)) if read.bins else None, "rows": rows},
+            {"N": n, "NP": padded, "SQUASHED": read.squashed, "BR": block},
+            fuse=False,
+        )
 
     def mlp_gradients(
         self,
@@ -714,11 +782,14 @@ class _LoopScope:
         self.builder._bodies[-1].append(Loop(self.name, self.count, body))
 
 
+def _power_of_two(n: int) -> int:
+    """The least that is at least n and 2."""
+    return 1 << max(n - 1, 1).bit_length()
+
+
 def _categoricals(latent: Classes, size: int) -> tuple[int, dict[str, int]]:
     """How many there are, and the blocks of their kernels."""
-    padded = 2
-    while padded < latent.count:
-        padded *= 2
+    padded = _power_of_two(latent.count)
     block = max(1, categorical.BLOCK // padded)
     return size // latent.count, {"K": latent.count, "KP": padded, "BI": block}
 
@@ -763,6 +834,13 @@ def gru_named(params: GRUParams | LateGRUParams) -> dict[str, Tensor]:
     if params.norm is not None:
         found |= {"norm.weight": params.norm.weight, "norm.bias": params.norm.bias}
     return {f"gru.{key}": value for key, value in found.items() if value is not None}
+
+
+def bins_of(returns: ReturnParams) -> dict[str, Tensor]:
+    """The bins of the heads that have some, likewise."""
+    given = {"reward.bins": returns.reward_as.bins, "value.bins": returns.value_as.bins}
+    like = returns.reward.weights[0]
+    return {name: bins.to(like) for name, bins in given.items() if bins is not None}
 
 
 def autocast_bf16(device: torch.device) -> bool:

@@ -16,8 +16,15 @@ from torch import Tensor
 
 from fastdreamer.ops.params import ReturnParams, RSSMParams, State
 from fastdreamer.ops.triton import tiles
-from fastdreamer.ops.triton.build import Builder, Precision, autocast_bf16, gru_named, named
-from fastdreamer.ops.triton.layout import NO_STD, MlpShape, StepShape, feat_shape, step_shape
+from fastdreamer.ops.triton.build import (
+    Builder,
+    Precision,
+    autocast_bf16,
+    bins_of,
+    gru_named,
+    named,
+)
+from fastdreamer.ops.triton.layout import NO_STD, MlpShape, Read, StepShape, feat_shape, step_shape
 from fastdreamer.ops.triton.program import Program
 from fastdreamer.ops.triton.run import run
 
@@ -159,6 +166,9 @@ class _Spec(NamedTuple):
     sample_std: bool
     clip: float
     proposals: int  # P; 0: none are given
+    reward_as: Read | None = None
+    value_as: Read | None = None
+    hard: bool = False  # whether a discount is gamma or 0
 
 
 @functools.lru_cache(maxsize=64)
@@ -226,17 +236,20 @@ def program(spec: _Spec) -> Program:
                 rows,
                 save=False,
             )  # fmt: skip
-        b.mlp_forward(
-            spec.reward, reward_head, states, reward.at(0), reward_tape.at(0), H * rows, save=False
-        )
+        b.head_forward(
+            spec.reward, reward_head, states, reward, reward_tape, H * rows,
+            save=False, read=spec.reward_as, bins="reward.bins",
+        )  # fmt: skip
         if spec.value:
-            b.mlp_forward(
-                spec.value, value_head, states, value.at(0), value_tape.at(0), H * rows, save=False
-            )
+            b.head_forward(
+                spec.value, value_head, states, value, value_tape, H * rows,
+                save=False, read=spec.value_as, bins="value.bins",
+            )  # fmt: skip
         if spec.discount:
             b.mlp_forward(
                 spec.discount, discount_head, states, discount.at(0), discount_tape.at(0),
-                H * rows, save=False, head="discount", normal=NO_STD._replace(scale=spec.gamma),
+                H * rows, save=False, head="hard" if spec.hard else "discount",
+                normal=NO_STD._replace(scale=spec.gamma),
             )  # fmt: skip
         b.launch(
             score_kernel,
@@ -297,6 +310,9 @@ def cem(
         ),
         *((float(returns.gamma), float(returns.lam)) if bootstrap else (1.0, 1.0)),
         *(num_elites, min_std, sample_std, clip, 0 if proposals is None else proposals.shape[2]),
+        Read.of(returns.reward_as, returns.reward),
+        Read.of(returns.value_as, bootstrap),
+        returns.hard_discount,
     )
     inputs = {
         "start.deter": start.deter, "start.stoch": start.stoch, "start.mean": mean,
@@ -306,7 +322,9 @@ def cem(
         **(named("value", bootstrap) if bootstrap else {}),
         **(named("discount", discount) if discount else {}),
         **({"proposals": proposals} if spec.proposals else {}),
+        **bins_of(returns),
     }  # fmt: skip
+    inputs = {slot.name: inputs[slot.name] for slot in program(spec).of_kind("input")}
     with torch.no_grad():
         found = run(program(spec), {name: t.detach().contiguous() for name, t in inputs.items()})
     return found["mean"], found["std"], found["scores"]

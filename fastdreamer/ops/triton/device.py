@@ -104,6 +104,27 @@ def slope_at(x, ACT: tl.constexpr):
 
 
 @triton.jit
+def at_least_1(x):
+    """max(|x|, 1); a NaN stays one."""
+    return tl.where(tl.abs(x) <= 1.0, 1.0, tl.abs(x))
+
+
+@triton.jit
+def squash(x, KIND: tl.constexpr):
+    """An action of a Normal's sample, see ``fastdreamer.ops.params.SQUASHES``."""
+    if KIND == "tanh":
+        y = tanh(x)
+    elif KIND == "bound":
+        y = x / at_least_1(x)
+    elif KIND == "clip":
+        y = tl.where(x > 1.0 - 1e-6, 1.0 - 1e-6, tl.where(x < -1.0 + 1e-6, -1.0 + 1e-6, x))
+    else:
+        tl.static_assert(KIND == "none", "squash must be tanh, none, bound or clip")
+        y = x
+    return y
+
+
+@triton.jit
 def std_of(y, scale, slope, offset, least, floor, KIND: tl.constexpr):
     """max(scale · f(slope · y + offset) + least, floor), all of them at least 0."""
     x = slope * y + offset

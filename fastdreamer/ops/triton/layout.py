@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from fastdreamer.ops.cells import LateGRUParams, Recurrence
 from fastdreamer.ops.layers import MLPParams, Norm
-from fastdreamer.ops.params import STDS, Categorical, RSSMParams, StdTransform
+from fastdreamer.ops.params import STDS, Categorical, Readout, RSSMParams, StdTransform
 
 OF_SUM = ("silu", "gelu", "gelu_tanh", "mish")
 """Activations whose slope is computed from a layer's sum, not its value."""
@@ -58,6 +58,21 @@ class Classes(NamedTuple):
     @property
     def constants(self) -> dict[str, object]:
         return {"STD": "logits"}
+
+
+class Read(NamedTuple):
+    """How a head's outputs become one number."""
+
+    bins: bool
+    squashed: bool
+
+    @staticmethod
+    def of(readout: Readout, head: MLPParams | None) -> Read | None:
+        """None where its only output is the number."""
+        bins, squashed = readout
+        if head is None or (bins is None and not squashed and head.outputs == 1):
+            return None
+        return Read(bins is not None, squashed)
 
 
 NO_STD = Std("softplus", 0.0, 0.0, 0.0, 0.0, 0.0)

@@ -5,8 +5,9 @@ through all layers; what the last layer becomes is the ``HEAD``:
 
 - "plain": the sums themselves, [rows, OUT]: as many columns as ``out`` has, padded ones too;
 - "discount": scale · sigmoid of the sums;
+- "hard", forward only: scale where a sum is positive, else 0;
 - "normal": mean and std, [rows, N] each;
-- "action": tanh(mean + std · noise), the mean c·tanh(x / c) where BOUNDED;
+- "action": squash(mean + std · noise), the mean c·tanh(x / c) where BOUNDED;
 - "ready", backward only: ``grads`` holds the output's gradient already.
 
 Columns of the tape: the hidden layers, for the Normals the sums of mean and std, (with activations
@@ -18,11 +19,13 @@ import triton
 import triton.language as tl
 
 from fastdreamer.ops.triton.device import (
+    at_least_1,
     hidden_backward,
     hidden_layers,
     input_gradient,
     output_block,
     sigmoid,
+    squash,
     std_of,
     std_slope,
     tanh,
@@ -62,6 +65,7 @@ def forward_kernel(
     ACT: tl.constexpr,
     HEAD: tl.constexpr,
     BOUNDED: tl.constexpr,
+    SQUASH: tl.constexpr,
     STD: tl.constexpr,
     SAVE: tl.constexpr,
     BM: tl.constexpr,
@@ -90,9 +94,11 @@ def forward_kernel(
             x1, x2, None, weights, biases, tape, row, real, column, inside,
             K1, K1P, K2, K2P, W, LAYERS, TAPE, TOTAL, BM, BO, BK,
         )  # fmt: skip
-        if HEAD == "plain" or HEAD == "discount":
+        if HEAD == "plain" or HEAD == "discount" or HEAD == "hard":
             if HEAD == "discount":
                 x = scale * sigmoid(x)
+            elif HEAD == "hard":
+                x = tl.where(x > 0, scale, 0.0)
             tl.store(out + at, x, mask=mask)
         else:
             y = output_block(
@@ -108,7 +114,7 @@ def forward_kernel(
                 tl.store(std + block * OUT + at, s, mask=mask)
             else:
                 eps = tl.load(noise + block * OUT + at, mask=mask, other=0.0)
-                tl.store(out + at, tanh(m + s * eps), mask=mask)
+                tl.store(out + at, squash(m + s * eps, SQUASH), mask=mask)
             if SAVE:
                 on = row[:, None] * TAPE + LAYERS * W + column[None, :]
                 real_columns = real[:, None] & inside[None, :]
@@ -152,6 +158,7 @@ def backward_kernel(
     ACT: tl.constexpr,
     HEAD: tl.constexpr,
     BOUNDED: tl.constexpr,
+    SQUASH: tl.constexpr,
     STD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -181,13 +188,22 @@ def backward_kernel(
                     d *= y * (1.0 - tl.where(scale == 0.0, 0.0, y / scale))
                 tl.store(g_out + to, d.to(grads.dtype.element_ty), mask=inside)
             else:
+                on = row[:, None] * TAPE + LAYERS * W + column[None, :]
                 if HEAD == "action":
-                    a = tl.load(action + block * N + at, mask=mask, other=0.0)
-                    d *= 1.0 - a * a
-                    d_s = d * tl.load(noise + block * N + at, mask=mask, other=0.0)
+                    if SQUASH == "tanh":
+                        a = tl.load(action + block * N + at, mask=mask, other=0.0)
+                        d *= 1.0 - a * a
+                    eps = tl.load(noise + block * N + at, mask=mask, other=0.0)
+                    if SQUASH == "bound":  # none and clip have a slope of 1
+                        m = tl.load(tape + on, mask=inside, other=0.0).to(tl.float32)
+                        if BOUNDED:
+                            m = bound * tanh(m / bound)
+                        y = tl.load(tape + on + NP, mask=inside, other=0.0).to(tl.float32)
+                        s = std_of(y, scale, slope, offset, least, floor, STD)
+                        d /= at_least_1(m + s * eps)
+                    d_s = d * eps
                 else:
                     d_s = tl.load(d_std + block * N + at, mask=mask, other=0.0)
-                on = row[:, None] * TAPE + LAYERS * W + column[None, :]
                 if BOUNDED:
                     t = tanh(tl.load(tape + on, mask=inside, other=0.0).to(tl.float32) / bound)
                     d *= 1.0 - t * t

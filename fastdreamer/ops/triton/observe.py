@@ -150,7 +150,8 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
         b.copy(None, target, B, size)
         b.copy(reaching(name, size), target.at(B * size), rows, size)
     d_bounded = b.slot("d_bounded", (T, B, A), "scratch") if step.bound else d_action
-    b.copy(None, d_bounded, rows, A)
+    for target in dict.fromkeys((d_action, d_bounded)):
+        b.copy(None, target, rows, A)
     # what the steps took, and the gradients by that
     taken, d_taken = {"deter": deter, "stoch": stoch}, {"deter": d_deter, "stoch": d_stoch}
     for name, size in spec.sizes.items():
@@ -204,7 +205,8 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
     for name, size in spec.sizes.items():
         _begin_gradient(b, name, is_first.at(0), d_taken[name].at(0), rows, size)
     if step.bound:
-        b.bound(b.slot("action", (T, B, A)), d_bounded, d_action)
+        action = b.slot("action", (T, B, A)).at(0)
+        b.bound(action, d_bounded.at(0), d_action.at(0), rows * A)
     if wants.dynamics:
         action = b.slot("action", (T, B, A))
         bounded = b.bounded(action) if step.bound else action

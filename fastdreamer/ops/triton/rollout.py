@@ -30,13 +30,16 @@ from fastdreamer.ops.triton.build import (
     Builder,
     Precision,
     autocast_bf16,
+    bins_of,
     first_order,
     gru_named,
     named,
 )
 from fastdreamer.ops.triton.layout import (
     NO_STD,
+    Classes,
     MlpShape,
+    Read,
     Std,
     StepShape,
     feat_shape,
@@ -54,11 +57,23 @@ class _Heads(NamedTuple):
     discount: MlpShape | None
     gamma: float
     lam: float
+    reward_as: Read | None = None
+    value_as: Read | None = None  # of critic and target
+    hard: bool = False  # whether a discount is gamma or 0
 
     @property
     def bootstrap(self) -> tuple[str, MlpShape]:
         """Name and shape of the head that the λ-return ends in."""
         return ("target", self.target) if self.target else ("critic", self.critic)
+
+    @property
+    def read_reward(self) -> tuple[Read | None, str]:
+        """How rewards are read, and the input with the bins."""
+        return self.reward_as, "reward.bins"
+
+    @property
+    def read_value(self) -> tuple[Read | None, str]:
+        return self.value_as, "value.bins"
 
     @property
     def factor(self) -> Std:
@@ -75,7 +90,7 @@ class _Spec(NamedTuple):
     precision: Precision
     step: StepShape
     actor: MlpShape | None
-    policy: Action | None
+    policy: Action | Classes | None  # one-hot actions have classes
     through_feat: bool  # whether gradients pass through what the actor looks at
     heads: _Heads | None
     prior: bool  # whether the prior's mean and std are asked for
@@ -84,8 +99,16 @@ class _Spec(NamedTuple):
 
     @property
     def bounds(self) -> bool:
-        """Whether actions have to be bounded: those of tanh are."""
-        return self.step.bound and self.actor is None
+        """Whether actions have to be bounded: most policies' are."""
+        given = self.policy is None
+        normal = not given and isinstance(self.policy, Action)
+        return self.step.bound and (given or (normal and self.policy.squash == "none"))
+
+    @property
+    def action_noise(self) -> int:
+        """Numbers that an action takes."""
+        one_hot = isinstance(self.policy, Classes)
+        return self.step.A // self.policy.count if one_hot else self.step.A
 
 
 class _Wants(NamedTuple):
@@ -115,26 +138,38 @@ def forward_program(spec: _Spec) -> Program:
     stride = B if spec.through else 0  # without a backward pass, every step uses the same rows
     dynamics = b.pack_step("step", step, "prior")
     if spec.actor:
-        action_noise = b.slot("action_noise", (H, B, A))
+        action_noise = b.slot("action_noise", (H, B, spec.action_noise))
         actor = b.pack_mlp("actor", spec.actor)
         actor_tape = b.operands("actor.tape", (rows, spec.actor.tape), keep)
+        if isinstance(spec.policy, Classes):
+            drawn_of = b.slot("action.logits", (rows, A), keep)
     b.copy(start[0], deter, B, D)
     b.copy(start[1], stoch, B, S)
-    taken = b.bounded(action) if spec.bounds else action
+    taken = action
+    if spec.bounds:
+        taken = b.slot("taken", (H, B, A), "scratch") if spec.actor else b.bounded(action)
     moments: dict[str, Any] = {}
     if spec.prior or (step.classes and spec.through):
         moments = {name: b.slot(name, (H, B, S), "output").at for name in step.moments}
     elif step.classes:
-        logits = b.slot("logits", (B, S), "scratch")
-        moments = {"logits": lambda _: logits.at(0)}
+        room = b.slot("logits", (B, S), "scratch")
+        moments = {"logits": lambda _: room.at(0)}
     with b.loop("t", H) as t:
         if spec.actor:
-            b.mlp_forward(
-                spec.actor, actor, (deter.at(t * B * D), stoch.at(t * B * S)),
-                action.at(t * B * A), actor_tape.at(t * stride * spec.actor.tape), B,
-                save=spec.through, head="action", noise=action_noise.at(t * B * A),
-                action=spec.policy,
-            )  # fmt: skip
+            feat = deter.at(t * B * D), stoch.at(t * B * S)
+            kept = actor_tape.at(t * stride * spec.actor.tape)
+            drawn, noise = action.at(t * B * A), action_noise.at(t * B * spec.action_noise)
+            if isinstance(spec.policy, Classes):
+                logits = drawn_of.at(t * stride * A)
+                b.mlp_forward(spec.actor, actor, feat, logits, kept, B, save=spec.through)
+                b.sample(spec.policy, logits, noise, drawn, B * A)
+            else:
+                b.mlp_forward(
+                    spec.actor, actor, feat, drawn, kept, B,
+                    save=spec.through, head="action", noise=noise, action=spec.policy,
+                )  # fmt: skip
+            if spec.bounds:
+                b.bound(drawn, None, taken.at(t * B * A), B * A)
         b.step_forward(
             step,
             dynamics,
@@ -167,20 +202,24 @@ def _heads_forward(b: Builder, spec: _Spec, deter: Any, stoch: Any) -> None:
     }
     discount = b.slot("discount", (H, B), "output" if heads.discount else "scratch")
     name, bootstrap = heads.bootstrap
-    for of, shape, out, x, tape, save in (
-        ("reward", heads.reward, reward, arrived, "reward.tape", spec.through),
-        (name, bootstrap, next_value, arrived, "next_value.tape", spec.through),
-        ("critic", heads.critic, value, before, "critic.tape", spec.critic),
+    for of, shape, out, x, tape, save, read, bins in (
+        ("reward", heads.reward, reward, arrived, "reward.tape", spec.through, *heads.read_reward),
+        (name, bootstrap, next_value, arrived, "next_value.tape", spec.through, *heads.read_value),
+        ("critic", heads.critic, value, before, "critic.tape", spec.critic, *heads.read_value),
     ):
         kept = b.operands(tape, (H * B, shape.tape), "output" if save else "scratch")
-        b.mlp_forward(shape, packed[of], x, out.at(0), kept.at(0), H * B, save=save)
+        b.head_forward(
+            shape, packed[of], x, out, kept, H * B, save=save, read=read, bins=bins
+        )  # fmt: skip
     if heads.discount:
         kept = b.operands(
-            "discount.tape", (H * B, heads.discount.tape), "output" if spec.through else "scratch"
-        )
+            "discount.tape", (H * B, heads.discount.tape),
+            "output" if spec.through and not heads.hard else "scratch",
+        )  # fmt: skip
         b.mlp_forward(
             heads.discount, packed["discount"], arrived, discount.at(0), kept.at(0), H * B,
-            save=spec.through, head="discount", normal=heads.factor,
+            save=spec.through and not heads.hard, head="hard" if heads.hard else "discount",
+            normal=heads.factor,
         )  # fmt: skip
     else:
         b.copy(None, discount, H, B, value=heads.gamma)
@@ -219,7 +258,9 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
     for target, name, size in ((d_deter, "deter", D), (d_stoch, "stoch", S)):
         b.copy(None, target, B, size)
         b.copy(reaching(name, H, B, size), target.at(B * size), rows, size)
-    b.copy(reaching("action", H, B, A), d_taken, rows, A)
+    b.copy(reaching("action", H, B, A), d_action, rows, A)
+    if spec.bounds:
+        b.copy(None, d_taken, rows, A)
     arrived = deter.at(B * D), stoch.at(B * S)
     if given & {"reward", "returns", "discount"}:
         d_arrived = d_deter.at(B * D), d_stoch.at(B * S)
@@ -234,14 +275,26 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
         actor = b.pack_mlp("actor", shape, transposed=True)
         actor_tape = b.operands("actor.tape", (rows, shape.tape))
         actor_grads = b.operands("actor.grads", (rows, shape.grads), "scratch")
-        action_noise = b.slot("action_noise", (H, B, A))
+        if isinstance(spec.policy, Classes):
+            logits, d_logits = (
+                b.slot(name, (rows, A), kind)
+                for name, kind in (("action.logits", "input"), ("d_action.logits", "scratch"))
+            )
+        else:
+            action_noise = b.slot("action_noise", (H, B, A))
 
     def actor_backward(t: Any, count: int, d_x: tuple) -> None:
-        b.mlp_backward(
-            shape, actor, d_action.at(t * B * A), actor_tape.at(t * B * shape.tape),
-            actor_grads.at(t * B * shape.grads), count, d_x=d_x, head="action",
-            noise=action_noise.at(t * B * A), drawn=action.at(t * B * A), action=spec.policy,
-        )  # fmt: skip
+        at = t * B * A
+        tapes = actor_tape.at(t * B * shape.tape), actor_grads.at(t * B * shape.grads)
+        if isinstance(spec.policy, Classes):
+            found = logits.at(at), d_action.at(at), None, d_logits.at(at)
+            b.sample_backward(spec.policy, *found, count * A)
+            b.mlp_backward(shape, actor, d_logits.at(at), *tapes, count, d_x=d_x)
+        else:
+            b.mlp_backward(
+                shape, actor, d_action.at(at), *tapes, count, d_x=d_x, head="action",
+                noise=action_noise.at(at), drawn=action.at(at), action=spec.policy,
+            )  # fmt: skip
 
     with b.loop("t", H) as i:
         t = H - 1 - i
@@ -259,6 +312,8 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
             },
             B,
         )  # fmt: skip
+        if spec.bounds:
+            b.bound(action.at(t * B * A), d_taken.at(t * B * A), d_action.at(t * B * A), B * A)
         if spec.through_feat:
             actor_backward(t, B, (d_deter.at(t * B * D), d_stoch.at(t * B * S)))
     if wants.rssm:
@@ -266,8 +321,6 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
             step, "prior", deter.at(0), stoch.at(0), taken.at(0), arrived[0],
             tape.at(0), grads.at(0), rows,
         )  # fmt: skip
-    if spec.bounds:
-        b.bound(action, d_taken, d_action)
     if by_actor and not spec.through_feat:  # nothing waits for it: all rows at once
         actor_backward(0, rows, (None, None))
     if wants.actor:
@@ -306,21 +359,25 @@ def _heads_backward(b: Builder, spec: _Spec, wants: _Wants, reaching, arrived, d
         for source, target in zip(from_outside, (d_reward, d_discount), strict=True):
             if source is not None:
                 b.copy(source, target, H, B, add=True)
-        over.append((*heads.bootstrap, "next_value.tape", d_next))
+        over.append((*heads.bootstrap, "next_value", d_next))
     if d_reward is not None:
-        over.append(("reward", heads.reward, "reward.tape", d_reward))
-    if d_discount is not None and heads.discount:
-        over.append(("discount", heads.discount, "discount.tape", d_discount))
-    for name, shape, tape_name, d_out in over:
+        over.append(("reward", heads.reward, "reward", d_reward))
+    if d_discount is not None and heads.discount and not heads.hard:
+        over.append(("discount", heads.discount, "discount", d_discount))
+    for name, shape, of, d_out in over:
         packed = b.pack_mlp(name, shape, transposed=True)
-        tape = b.operands(tape_name, (rows, shape.tape))
+        tape = b.operands(f"{of}.tape", (rows, shape.tape))
         grads = b.operands(f"{name}.grads", (rows, shape.grads), "scratch")
-        kind: dict[str, Any] = {}
         if name == "discount":
-            kind = {"head": name, "drawn": discount.at(0), "normal": heads.factor}
-        b.mlp_backward(
-            shape, packed, d_out.at(0), tape.at(0), grads.at(0), rows, d_x=d_arrived, **kind
-        )
+            b.mlp_backward(
+                shape, packed, d_out.at(0), tape.at(0), grads.at(0), rows, d_x=d_arrived,
+                head=name, drawn=discount.at(0), normal=heads.factor,
+            )  # fmt: skip
+        else:
+            read, bins = heads.read_reward if name == "reward" else heads.read_value
+            b.head_backward(
+                shape, packed, of, d_out, tape, grads, rows, d_x=d_arrived, read=read, bins=bins
+            )
         if (name == "reward" and wants.reward) or (name == "discount" and wants.discount):
             x = [(arrived[0], spec.step.D, None), (arrived[1], spec.step.S, None)]
             b.mlp_gradients(name, shape, x, tape.at(0), grads.at(0), rows)
@@ -336,11 +393,13 @@ def critic_program(spec: _Spec) -> Program:
         (b.slot("deter", (H + 1, B, D)).at(0), D, None),
         (b.slot("stoch", (H + 1, B, S)).at(0), S, None),
     ]
-    tape = b.operands("critic.tape", (rows, shape.tape)).at(0)
-    grads = b.operands("critic.grads", (rows, shape.grads), "scratch").at(0)
+    tape = b.operands("critic.tape", (rows, shape.tape))
+    grads = b.operands("critic.grads", (rows, shape.grads), "scratch")
     packed = b.pack_mlp("critic", shape, transposed=True)
-    b.mlp_backward(shape, packed, b.slot("d_out.value", (H, B)).at(0), tape, grads, rows)
-    b.mlp_gradients("critic", shape, x, tape, grads, rows)
+    read, bins = spec.heads.read_value
+    d_out = b.slot("d_out.value", (H, B))
+    b.head_backward(shape, packed, "value", d_out, tape, grads, rows, read=read, bins=bins)
+    b.mlp_gradients("critic", shape, x, tape.at(0), grads.at(0), rows)
     return b.program()
 
 
@@ -378,15 +437,25 @@ class Call:
         self.actor = self.policy = self.heads = None
         self.through_feat = False
         if actor is not None:
-            self.actor = feat_shape(actor.mlp, D, S, groups=2, stoch_first=actor.stoch_first)
-            self.policy = Action(float(actor.mean_scale), make_std(actor.std))
+            std = make_std(actor.std)
+            one_hot = isinstance(std, Classes)
+            self.actor = feat_shape(
+                actor.mlp, D, S, groups=1 if one_hot else 2, stoch_first=actor.stoch_first
+            )
+            self.policy = std if one_hot else Action(float(actor.mean_scale), std, actor.squash)
             self.through_feat = actor.through_feat
             self.groups["actor"] = named("actor", actor.mlp)
         if returns is not None:
             four = (returns.reward, returns.critic, returns.target, returns.discount)
             order = {"stoch_first": returns.stoch_first}
             shapes = (head and feat_shape(head, D, S, **order) for head in four)
-            self.heads = _Heads(*shapes, float(returns.gamma), float(returns.lam))
+            reads = (
+                Read.of(returns.reward_as, returns.reward),
+                Read.of(returns.value_as, returns.critic),
+            )
+            hard = returns.hard_discount
+            self.heads = _Heads(*shapes, float(returns.gamma), float(returns.lam), *reads, hard)
+            self.groups["bins"] = bins_of(returns)
             self.groups["reward"] = named("reward", returns.reward)
             self.groups["critic"] = named("critic", returns.critic)
             if returns.target is not None:
@@ -462,12 +531,15 @@ class _Rollout(torch.autograd.Function):
             reward=any(needs[n] for n in groups.get("reward", ())),
             discount=any(needs[n] for n in groups.get("discount", ())),
         )
-        kept = {**inputs, **{n: found[n] for n in found if n not in ("value", "critic.tape")}}
+        of_critic = ("value", "value.raw", "critic.tape")
+        kept = {**inputs, **{n: found[n] for n in found if n not in of_critic}}
         ctx.kept = list(kept)
         # saved, so that autograd refuses if they are changed; the inputs before they were copied
         ctx.save_for_backward(*(given.get(n, t) for n, t in kept.items()))
-        results.update({n: found[n] for n in ("critic.tape", "deter", "stoch") if n in found})
-        plain = [shown[n] for n in ("next_value", "value") if n in shown]
+        of_value = ("critic.tape", "value.raw", "value.bins", "deter", "stoch")
+        results.update({n: t for n, t in {**inputs, **found}.items() if n in of_value})
+        hard = ("discount",) if spec.heads and spec.heads.hard else ()
+        plain = [shown[n] for n in ("next_value", "value", *hard) if n in shown]
         ctx.mark_non_differentiable(*plain)
         return tuple(shown[name] for name in _outputs(spec))
 
