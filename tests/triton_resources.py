@@ -34,11 +34,12 @@ from triton.backends.compiler import GPUTarget
 
 from fastdreamer.ops.cells import LateGRUParams
 from fastdreamer.ops.layers import MLPParams, Norm
-from fastdreamer.ops.params import ActorParams, Categorical, ReturnParams, RSSMParams
+from fastdreamer.ops.params import ActorParams, Categorical, ReturnParams, RSSMParams, two_hot
 from fastdreamer.ops.triton import cem, observe, rollout
 from fastdreamer.ops.triton.aot import checked, source
 from fastdreamer.ops.triton.build import Action, Precision
 from fastdreamer.ops.triton.layout import (
+    Read,
     embed_shape,
     feat_shape,
     make_std,
@@ -64,7 +65,8 @@ FEW = 4
 ACTOR = ("mlp.forward_kernel action", "mlp.backward_kernel action")
 NORMS = ("norms", "i_norms", "g_norm", "l_norms")
 OPTIONAL = ("first", "extra", "d_mean", "d_x1", "d_more", "proposals", *NORMS)
-WANTED = {REPORT: ("",), MODELS["today"]: ("cells", "mlp", "categorical", "weights.norm")}
+PARTS = ("cells", "mlp", "categorical", "readout", "weights.norm")
+WANTED = {REPORT: ("",), MODELS["today"]: PARTS}
 BLOCKS = ("BM", "BN", "BK", "BG", "BS", "BO", "BI", "BR", "BLOCK", "BLOCK_K", "BLOCK_N")
 
 
@@ -89,7 +91,8 @@ def todays(
 ) -> tuple[RSSMParams, ActorParams, ReturnParams]:
     """The same model of what DreamerV3 is made of.
 
-    Normalised layers without bias, a GRU with its reset inside the candidate, categorical latents.
+    Normalised layers without bias, a GRU with its reset inside the candidate, categorical latents,
+    two-hot heads, a bounded policy.
     """
 
     def layers(mlp: MLPParams, act_last: bool = False) -> MLPParams:
@@ -112,9 +115,17 @@ def todays(
         post=logits(params.post),
         latent=Categorical(32, 0.01),
     )
-    reward, critic, target = map(layers, returns[:3])
-    returns = returns._replace(reward=reward, critic=critic, target=target)
-    return params, actor._replace(mlp=layers(actor.mlp)), returns
+
+    def two_hot_head(mlp: MLPParams) -> MLPParams:
+        last = torch.zeros(255, mlp.weights[-1].shape[1]), torch.zeros(255)
+        return layers(mlp._replace(weights=(*mlp[0][:-1], last[0]), biases=(*mlp[1][:-1], last[1])))
+
+    reward, critic, target = map(two_hot_head, returns[:3])
+    read = two_hot(255)
+    returns = returns._replace(
+        reward=reward, critic=critic, target=target, reward_as=read, value_as=read
+    )
+    return params, actor._replace(mlp=layers(actor.mlp), mean_scale=1.0, squash="bound"), returns
 
 
 def programs(sizes: Sizes, rows: int, precision: Precision) -> Iterator[Program]:
@@ -124,8 +135,12 @@ def programs(sizes: Sizes, rows: int, precision: Precision) -> Iterator[Program]
         params, actor, returns = todays(params, actor, returns)
     step, D, S = step_shape(params), sizes.D, sizes.S
     shapes = [feat_shape(head, D, S) for head in returns[:3]]
-    heads = rollout._Heads(*shapes, None, returns.gamma, returns.lam)
-    policy = Action(actor.mean_scale, make_std(actor.std))
+    reads = (
+        Read.of(returns.reward_as, returns.reward),
+        Read.of(returns.value_as, returns.critic),
+    )
+    heads = rollout._Heads(*shapes, None, returns.gamma, returns.lam, *reads)
+    policy = Action(actor.mean_scale, make_std(actor.std), actor.squash)
     dream = rollout._Spec(
         "imagine", 2, rows, precision, step, feat_shape(actor.mlp, D, S, groups=2), policy, False,
         heads, False, True, True,
@@ -178,11 +193,7 @@ def kernels(sizes: Sizes, rows: int, precision: Precision) -> list[Spec]:
     for program in itertools.islice(programs(sizes, rows, precision), count):
         for launch, indices in program.launches():
             spec = launch.spec(dict.fromkeys(indices, 1))
-            wanted = {
-                REPORT: ("",),
-                MODELS["today"]: ("cells", "mlp", "categorical", "weights.norm"),
-            }
-            if not label(spec).startswith(wanted.get(sizes, ("cells", *ACTOR))):
+            if not label(spec).startswith(WANTED.get(sizes, ("cells", *ACTOR))):
                 continue
             size = sum(v for _, v in spec.constants if type(v) is int)
             key = (

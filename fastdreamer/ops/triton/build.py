@@ -124,8 +124,8 @@ class Builder:
         """``with builder.loop("t", H):`` launches inside go into the loop."""
         return _LoopScope(self, name, count)
 
-    def _tile(self, kind: tiles.Kind, rows: int) -> tiles.Tile:
-        return tiles.choose(kind, rows, bf16=self.precision.bf16, arch=self.precision.arch)
+    def _tile(self, kind: tiles.Kind, rows: int, *, normed: bool = False) -> tiles.Tile:
+        return tiles.choose(kind, rows, **self.precision._asdict(), normed=normed)
 
     def copy(
         self,
@@ -342,7 +342,7 @@ class Builder:
         action: Action | None = None,
         normal: Std = NO_STD,
     ) -> None:
-        tile = self._tile("mlp", rows)
+        tile = self._tile("mlp", rows, normed=bool(shape.norms))
         bound, normal, squash = action or (float("inf"), normal, "tanh")
         bounded = bound != float("inf")
         self.launch(
@@ -380,7 +380,7 @@ class Builder:
         action: Action | None = None,
         normal: Std = NO_STD,
     ) -> None:
-        tile = self._tile("mlp_backward", rows)
+        tile = self._tile("mlp_backward", rows, normed=bool(shape.norms))
         bound, normal, squash = action or (float("inf"), normal, "tanh")
         bounded = bound != float("inf")
         self.launch(
@@ -616,7 +616,7 @@ class Builder:
 
         Where the latents are categorical ``logits`` are in the place of mean and std.
         """
-        tile = self._tile("step", rows)
+        tile = self._tile("step", rows, normed=shape.normed)
         optional = dict.fromkeys(("first", "extra", "mean", "std"))
         drawn: dict[str, Any] = {}
         if shape.classes:
@@ -645,7 +645,7 @@ class Builder:
         Of categorical latents ``logits``, what reaches them beside the samples, ``d_logits``, and
         ``all_logits``, where all that does is written.
         """
-        tile = self._tile("step_backward", rows)
+        tile = self._tile("step_backward", rows, normed=shape.normed)
         optional = dict.fromkeys(("first", "d_mean", "d_std"))
         if shape.classes:
             names = "logits", "d_new_stoch", "d_logits", "all_logits"

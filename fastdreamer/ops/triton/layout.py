@@ -354,6 +354,11 @@ class StepShape(NamedTuple):
         return pad(self.D)
 
     @property
+    def normed(self) -> bool:
+        """Whether something in it has a norm."""
+        return bool(self.inp.norms or self.latent.norms or self.late)
+
+    @property
     def gates(self) -> int:
         """The first column of the GRU in tape and grads."""
         return self.inp.hidden

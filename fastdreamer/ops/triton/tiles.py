@@ -41,7 +41,7 @@ def capability(device: torch.device) -> int:
 class Entry(NamedTuple):
     """From which compute capability and number of rows on a tile is taken."""
 
-    kinds: tuple[str, ...]
+    kinds: tuple[str, ...]  # " normed" behind one: of layers with norms alone
     bf16: bool
     arch: int
     rows: int
@@ -114,6 +114,10 @@ TABLE = (
         "all steps at once, nothing waits: weights are read half as often as with 16 rows",
     ),
     Entry(
+        ("mlp normed",), True, 80, 2049, Tile(32, 64, 64, 64, 8, 3, _ALL),
+        "with norms a policy's kernel spills likewise",
+    ),
+    Entry(
         ("mlp_backward",), True, 80, 2049, Tile(32, 64, 64, 64, 8, 3, _ALL),
         "left to itself, the assembler spills there with layers of 1024",
     ),
@@ -158,7 +162,8 @@ TABLE = (
 no kernel spills or takes more than 99 KB of shared memory, what the least of them has. That holds
 for all kernels at the sizes of preset ``report`` with ELU, its input layer of 200 units or of 400,
 and in bfloat16 for the step's and the actor's with SiLU, at those sizes and with widths of 1024;
-other models may spill, which costs time alone. ``python -m tests.triton_resources`` shows it. What
+and for a model made of DreamerV3's parts, of 512 units and 32 x 32 stochastic numbers. Other models
+may spill, which costs time alone. ``python -m tests.triton_resources`` shows it. What
 was tried of other versions of Triton is in docs/gpu.md; ``since`` is of an entry of newer ones. No
 time was measured."""
 
@@ -172,12 +177,16 @@ def _triton() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def choose(kind: Kind, rows: int, *, bf16: bool, arch: int) -> Tile:
+def choose(kind: Kind, rows: int, *, bf16: bool, arch: int, normed: bool = False) -> Tile:
     """Return the tile of a kernel: the last entry that fits."""
+    kinds = (kind, f"{kind} normed") if normed else (kind,)
     fitting = [
         entry.tile
         for entry in TABLE
-        if kind in entry.kinds and entry.bf16 == bf16 and arch >= entry.arch and rows >= entry.rows
+        if any(name in entry.kinds for name in kinds)
+        and entry.bf16 == bf16
+        and arch >= entry.arch
+        and rows >= entry.rows
         if _triton() >= entry.since
     ]
     if not fitting:
