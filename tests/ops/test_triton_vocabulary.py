@@ -215,7 +215,9 @@ def check_classes() -> None:
     quarters = [0.0, 0.25, 0.5, 0.75, 0.9999999]
     assert drawn(torch.zeros(5, 4), quarters).argmax(1).tolist() == [0, 1, 2, 3, 3]
     drawn(torch.zeros(5, 4), [x + 1e-3 for x in quarters[:4]] + [nan], 0.01)
-    drawn([[-inf, 0.0, -inf, 0.0]] * 4, [0.0, 0.4, 0.5, 0.9999])
+    none = [[-inf, 0.0, -inf, 0.0]] * 4
+    assert drawn(none, [0.0, 0.4, 0.5, 0.9999]).argmax(1).tolist() == [1, 1, 3, 3]
+    assert drawn(none, [0.1, 0.3, 0.9999, 0.6], 0.8).argmax(1).tolist() == [0, 1, 3, 2]
     drawn([[0.0, -300.0], [-300.0, -301.0], [88.0, 89.0]], [0.5, 0.9, 0.1])
     undefined = drawn([[0.0, inf], [nan, 0.0], [0.0, nan], [-inf, -inf], [0.0, 0.0]], [0.5] * 5)
     assert undefined.isnan().all(1).tolist() == [True] * 4 + [False]

@@ -177,9 +177,10 @@ def forward_kernel(
     deter += block * D
     stoch += block * S
     action += block * A
-    new_deter += block * D
     if STD != "logits":
         noise += block * S
+    new_deter += block * D
+    if STD != "logits":
         new_stoch += block * S
     tape += block * TAPE
     kept_d, kept_s, kept_a = real, real, real
@@ -342,10 +343,11 @@ def backward_kernel(
         kept_s = goes_on if RESET_S else real
         kept_a = goes_on if RESET_A else real
     deter += block * D
+    if STD != "logits":
+        noise += block * S
     tape += block * TAPE
     d_new_deter += block * D
     if STD != "logits":
-        noise += block * S
         d_new_stoch += block * S
     d_deter += block * D
     d_stoch += block * S

@@ -188,13 +188,13 @@ def backward_kernel(
                     d *= y * (1.0 - tl.where(scale == 0.0, 0.0, y / scale))
                 tl.store(g_out + to, d.to(grads.dtype.element_ty), mask=inside)
             else:
-                on = row[:, None] * TAPE + LAYERS * W + column[None, :]
                 if HEAD == "action":
                     if SQUASH == "tanh":
                         a = tl.load(action + block * N + at, mask=mask, other=0.0)
                         d *= 1.0 - a * a
                     eps = tl.load(noise + block * N + at, mask=mask, other=0.0)
                     if SQUASH == "bound":  # none and clip have a slope of 1
+                        on = row[:, None] * TAPE + LAYERS * W + column[None, :]
                         m = tl.load(tape + on, mask=inside, other=0.0).to(tl.float32)
                         if BOUNDED:
                             m = bound * tanh(m / bound)
@@ -204,6 +204,7 @@ def backward_kernel(
                     d_s = d * eps
                 else:
                     d_s = tl.load(d_std + block * N + at, mask=mask, other=0.0)
+                on = row[:, None] * TAPE + LAYERS * W + column[None, :]
                 if BOUNDED:
                     t = tanh(tl.load(tape + on, mask=inside, other=0.0).to(tl.float32) / bound)
                     d *= 1.0 - t * t
