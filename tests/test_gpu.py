@@ -319,7 +319,7 @@ def check_update() -> None:
 OWN = {
     name.removeprefix("check_"): f for name, f in list(globals().items()) if name[:6] == "check_"
 }
-CHECKS = {**test_triton.QUICK, **test_triton_vocabulary.QUICK, **OWN}
+CHECKS = {**test_triton.QUICK, **OWN, **test_triton_vocabulary.QUICK}
 
 
 # --- the tests ----------------------------------------------------------------------------------
@@ -395,6 +395,5 @@ if __name__ == "__main__":
     CHECKS[name]()
     if on_gpu():
         torch.cuda.synchronize()
-        alone = (*test_triton.KERNELS, "graphs")
-        assert name in alone or len(GRAPHS), "nothing was replayed"
+        assert name == "refit" or len(GRAPHS) or name == "graphs", "nothing was replayed"
     print(test_triton.DEVICE)
