@@ -220,24 +220,19 @@ class Builder:
     def _pack_gru(self, shape: StepShape, packed: Slot, biases: Slot | None) -> None:
         hidden, D, DP = shape.inp.widths[-1], shape.D, shape.d_padded
         target = biases and biases.at(shape.gru_bias_at)
-        sides = [
-            (columns, padded, packed.at(at))
-            for columns, padded, at in (
-                (hidden, shape.inp.width, shape.ih_at),
-                (D, DP, shape.hh_at),
-            )
-        ]
+        sides = (
+            (hidden, shape.inp.width, packed.at(shape.ih_at)),
+            (D, DP, packed.at(shape.hh_at)),
+        )
         if shape.late:
             weight = self.slot("gru.weight", (3 * D, hidden + D))
             bias = self.slot("gru.bias", (3 * D,)) if shape.late.biased else None
-            begins = _begins(shape)
-            for (columns, padded, at), begin, of_bias in zip(
-                sides, begins, ((bias, target), (None, None)), strict=True
-            ):
+            for (columns, padded, at), begin in zip(sides, _begins(shape), strict=True):
                 self._pack(
-                    weight, of_bias[0], at, of_bias[1], biases is None,
+                    weight, bias, at, target, biases is None,
                     hidden + D, (begin, 0), (columns, 0), (padded, 0), D, DP, 3,
                 )  # fmt: skip
+                bias = target = None  # the first has it
             return
         for (columns, padded, at), side in zip(sides, ("ih", "hh"), strict=True):
             self._pack(
