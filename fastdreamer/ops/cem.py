@@ -11,12 +11,15 @@ from torch import Tensor
 
 from fastdreamer.ops.backend import Op
 from fastdreamer.ops.checks import check_tensor
-from fastdreamer.ops.imagine import NO_DEPARTURE, predicted_discount
+from fastdreamer.ops.imagine import predicted_discount
 from fastdreamer.ops.lambda_return import lambda_return
 from fastdreamer.ops.layers import deepest
 from fastdreamer.ops.open_loop import OP as OPEN_LOOP
 from fastdreamer.ops.params import ReturnParams, RSSMParams, State, scalar
 from fastdreamer.ops.vocabulary import lacking
+
+NO_DEPARTURE = "it pairs rewards with values on arrival alone (ReturnParams.departure)"
+"""Why a backend refuses."""
 
 SCORES = ("lambda_return", "reward")
 Score = Literal["lambda_return", "reward"] | Callable[[Tensor], Tensor]

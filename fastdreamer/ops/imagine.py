@@ -16,9 +16,6 @@ from fastdreamer.ops.params import ActorParams, ReturnParams, RSSMParams, State,
 from fastdreamer.ops.rssm_step import eager as step
 from fastdreamer.ops.vocabulary import lacking
 
-NO_DEPARTURE = "it pairs rewards with values on arrival alone (ReturnParams.departure)"
-"""Why a backend refuses."""
-
 
 class Imagination(NamedTuple):
     """An imagined trajectory; action[t] leads from state t to state t + 1 = (deter, stoch)[t].
@@ -92,8 +89,7 @@ def imagine(
         raise ValueError(f"imagine: returns.lam must be in [0, 1], got {returns.lam}")
     depth = deepest(params.inp, params.prior, actor.mlp, *(returns.heads() if returns else ()))
     noise = (state_noise, action_noise)
-    missing = {"triton": NO_DEPARTURE} if returns is not None and returns.departure else {}
-    missing |= lacking(params, actor, returns)
+    missing = lacking(params, actor, returns)
     body = OP.select(
         backend, start.deter, start.stoch, constant=noise, depth=depth, lacking=missing
     )

@@ -60,6 +60,7 @@ class _Heads(NamedTuple):
     reward_as: Read | None = None
     value_as: Read | None = None  # of critic and target
     hard: bool = False  # whether a discount is gamma or 0
+    departure: bool = False  # whether rewards are those of states 0..H-1
 
     @property
     def bootstrap(self) -> tuple[str, MlpShape]:
@@ -192,6 +193,7 @@ def _heads_forward(b: Builder, spec: _Spec, deter: Any, stoch: Any) -> None:
     H, B, heads = spec.H, spec.B, spec.heads
     arrived = deter.at(B * spec.step.D), stoch.at(B * spec.step.S)  # states 1..H
     before = deter.at(0), stoch.at(0)  # states 0..H-1
+    paid = before if heads.departure else arrived
     reward, next_value, value, returns = (
         b.slot(name, (H, B), "output") for name in ("reward", "next_value", "value", "returns")
     )
@@ -203,7 +205,7 @@ def _heads_forward(b: Builder, spec: _Spec, deter: Any, stoch: Any) -> None:
     discount = b.slot("discount", (H, B), "output" if heads.discount else "scratch")
     name, bootstrap = heads.bootstrap
     for of, shape, out, x, tape, save, read, bins in (
-        ("reward", heads.reward, reward, arrived, "reward.tape", spec.through, *heads.read_reward),
+        ("reward", heads.reward, reward, paid, "reward.tape", spec.through, *heads.read_reward),
         (name, bootstrap, next_value, arrived, "next_value.tape", spec.through, *heads.read_value),
         ("critic", heads.critic, value, before, "critic.tape", spec.critic, *heads.read_value),
     ):
@@ -263,8 +265,8 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
         b.copy(None, d_taken, rows, A)
     arrived = deter.at(B * D), stoch.at(B * S)
     if given & {"reward", "returns", "discount"}:
-        d_arrived = d_deter.at(B * D), d_stoch.at(B * S)
-        _heads_backward(b, spec, wants, reaching, arrived, d_arrived)
+        states = deter, stoch, d_deter, d_stoch
+        _heads_backward(b, spec, wants, reaching, states)
 
     dynamics = b.pack_step("step", step, "prior", transposed=True)
     sampling = b.sampling(step, "state_noise", "logits", (H, B))
@@ -331,9 +333,10 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
     return b.program()
 
 
-def _heads_backward(b: Builder, spec: _Spec, wants: _Wants, reaching, arrived, d_arrived) -> None:
-    H, B, heads = spec.H, spec.B, spec.heads
+def _heads_backward(b: Builder, spec: _Spec, wants: _Wants, reaching, states) -> None:
+    H, B, heads, step = spec.H, spec.B, spec.heads, spec.step
     rows = H * B
+    deter, stoch, d_deter, d_stoch = states  # 0..H, and the gradients by them
     d_reward, d_returns = reaching("reward", H, B), reaching("returns", H, B)
     d_discount = reaching("discount", H, B)
     discount = b.slot("discount", (H, B), "input" if heads.discount else "scratch")
@@ -368,18 +371,23 @@ def _heads_backward(b: Builder, spec: _Spec, wants: _Wants, reaching, arrived, d
         packed = b.pack_mlp(name, shape, transposed=True)
         tape = b.operands(f"{of}.tape", (rows, shape.tape))
         grads = b.operands(f"{name}.grads", (rows, shape.grads), "scratch")
+        first = 0 if name == "reward" and heads.departure else B  # row of the states it looks at
+        d_x = d_deter.at(first * step.D), d_stoch.at(first * step.S)
         if name == "discount":
             b.mlp_backward(
-                shape, packed, d_out.at(0), tape.at(0), grads.at(0), rows, d_x=d_arrived,
+                shape, packed, d_out.at(0), tape.at(0), grads.at(0), rows, d_x=d_x,
                 head=name, drawn=discount.at(0), normal=heads.factor,
             )  # fmt: skip
         else:
             read, bins = heads.read_reward if name == "reward" else heads.read_value
             b.head_backward(
-                shape, packed, of, d_out, tape, grads, rows, d_x=d_arrived, read=read, bins=bins
+                shape, packed, of, d_out, tape, grads, rows, d_x=d_x, read=read, bins=bins
             )
         if (name == "reward" and wants.reward) or (name == "discount" and wants.discount):
-            x = [(arrived[0], spec.step.D, None), (arrived[1], spec.step.S, None)]
+            x = [
+                (deter.at(first * step.D), step.D, None),
+                (stoch.at(first * step.S), step.S, None),
+            ]
             b.mlp_gradients(name, shape, x, tape.at(0), grads.at(0), rows)
 
 
@@ -453,8 +461,8 @@ class Call:
                 Read.of(returns.reward_as, returns.reward),
                 Read.of(returns.value_as, returns.critic),
             )
-            hard = returns.hard_discount
-            self.heads = _Heads(*shapes, float(returns.gamma), float(returns.lam), *reads, hard)
+            flags = returns.hard_discount, returns.departure
+            self.heads = _Heads(*shapes, float(returns.gamma), float(returns.lam), *reads, *flags)
             self.groups["bins"] = bins_of(returns)
             self.groups["reward"] = named("reward", returns.reward)
             self.groups["critic"] = named("critic", returns.critic)
