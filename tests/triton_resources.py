@@ -361,9 +361,10 @@ def barriers(spec: Spec) -> int:
     backward = spec.fn.fn.__name__ == "backward_kernel"
     each = {name: 1 + (name in dict(spec.types)) for name in ("norms", "i_norms", "l_norms")}
     if module == "cells":
-        # forward: input layers, gates, latent layers; backward: outputs, latent layers, gates,
-        # input layers; a layer with a norm has one more, between its sums and their norm
-        layers = min(c["IL"], 2) * each["i_norms"] + min(c["LL"], 2) * each["l_norms"]
+        # forward: input layers, gates, latent layers; backward: outputs, latent layers, gates, the
+        # last input layer, the others; a layer with a norm has one more, between its sums and that
+        inputs = min(c["IL"] - backward, 2) + backward
+        layers = inputs * each["i_norms"] + min(c["LL"], 2) * each["l_norms"]
         # and a late GRU, too
         return layers + (2 if backward else 1) + ("g_norm" in dict(spec.types))
     if module == "mlp":
