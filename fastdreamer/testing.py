@@ -40,6 +40,8 @@ from fastdreamer.ops.params import (
     RSSMParams,
     State,
     StdTransform,
+    noise_of,
+    noise_size,
 )
 
 
@@ -333,7 +335,8 @@ def categorical(inputs: Mapping[str, Any], latent: Categorical, *, seed: int = 0
     """Return arguments of a recurrent op with categorical latents instead of Gaussian.
 
     The S of the sizes is split into categoricals, whose logits are what were the means. The states
-    given are one-hot, the noise is uniform in [0, 1): see :func:`away_from_borders`.
+    given are one-hot, the noise is uniform in [0, 1), of Gumbel-softmax samples Gumbel: see
+    :func:`away_from_borders`.
     """
     inputs = dict(inputs)
     generator = torch.Generator().manual_seed(2 + seed)
@@ -351,15 +354,16 @@ def categorical(inputs: Mapping[str, Any], latent: Categorical, *, seed: int = 0
     classes = torch.randint(K, (len(stoch), S // K), generator=generator)
     inputs[state] = State(deter, torch.nn.functional.one_hot(classes, K).flatten(-2).to(stoch))
     noise = "noise" if "noise" in inputs else "state_noise"
-    uniform = torch.rand(*inputs[noise].shape[:-1], S // K, generator=generator)
-    return inputs | {noise: uniform.to(stoch)}
+    draw, size = noise_of(latent)[1], noise_size(latent, S)
+    drawn = draw((*inputs[noise].shape[:-1], size), generator=generator)
+    return inputs | {noise: drawn.to(stoch)}
 
 
 def away_from_borders(op: Callable, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments with noise in the middle of what draws the class that it draws.
 
-    Or the likeliest, if that is an improbable one: roundings are not to draw another. Found by a
-    run in float64.
+    Or the likeliest, if that is an improbable one: roundings are not to draw another. A Gumbel-
+    softmax sample's class gets 1 more than it had. Found by a run in float64.
     """
     double = tree_map_only(
         Tensor, lambda t: t.double() if t.is_floating_point() else t, dict(inputs)
@@ -375,6 +379,9 @@ def _moving(sample: Callable) -> Callable:
     """That method of OneHot, which first moves its noise in place."""
 
     def moved(dist: OneHot, noise: Tensor) -> Tensor:
+        if dist.gumbel:
+            noise.add_(sample(dist, noise).round())
+            return sample(dist, noise)
         probs = dist.probs
         drawn = sample(dist, noise).view_as(probs).argmax(-1, keepdim=True)
         improbable = probs.gather(-1, drawn) < 1 / probs.shape[-1]
@@ -542,6 +549,8 @@ _FUNCTIONS = dict.fromkeys(
     (
         torch.ops.aten.exp,
         torch.ops.aten.elu,
+        torch.ops.aten.gelu,
+        torch.ops.aten.mish,
         torch.ops.aten.sigmoid,
         torch.ops.aten.silu,
         torch.ops.aten.softplus,

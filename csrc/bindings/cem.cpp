@@ -6,10 +6,10 @@
 namespace fastdreamer {
 namespace {
 
-// rssm: (inp, gru, prior, latent). heads: (reward, bootstrap or None, discount or None, gamma, lam,
-// reward_as, value_as, hard_discount), of which make_readout takes reward_as and value_as; without
-// a bootstrap the score is the sum of the rewards. proposals: an array or None.
-// Arrays as in cpu/cem.h; mean and std are changed.
+// rssm: (inp, gru, prior, latent), inp as PackedInp takes it. heads: (reward, bootstrap or None,
+// discount or None, gamma, lam, reward_as, value_as, hard_discount), of which make_readout takes
+// reward_as and value_as; without a bootstrap the score is the sum of the rewards. proposals: an
+// array or None. Arrays as in cpu/cem.h; mean and std are changed.
 void cem(py::tuple rssm, py::tuple heads, py::handle start_deter, py::handle start_stoch,
          py::handle mean, py::handle std, py::handle action_noise, py::handle state_noise,
          py::handle scores, py::handle proposals, Index num_elites, double min_std, bool sample_std,
@@ -22,8 +22,8 @@ void cem(py::tuple rssm, py::tuple heads, py::handle start_deter, py::handle sta
   }
   const PackedGru& gru = rssm[1].cast<const PackedGru&>();
   const Precision precision = gru.precision();
-  const Rssm model = make_rssm(op, rssm[0].cast<const PackedMlp&>(), gru,
-                               rssm[2].cast<const PackedMlp&>(), rssm[3].cast<py::tuple>());
+  const Rssm model = make_rssm(op, PackedInp(rssm[0]), gru, rssm[2].cast<const PackedMlp&>(),
+                               rssm[3].cast<py::tuple>());
   const Index A = model.A, D = model.D, S = model.S;
 
   CemArgs x{};

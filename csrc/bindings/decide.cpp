@@ -11,25 +11,21 @@ constexpr const char* kOp = "decide";
 // Packed weights put together once, so that a call for one row has little left to do but compute.
 class PackedDecider {
  public:
-  // encoder: of vectors, the activation last, or None. actor: as make_actor takes it, its layers
-  // packed for [stoch, deter], or None.
+  // inp: as PackedInp takes it. encoder: of vectors, the activation last, or None. actor: as
+  // make_actor takes it, its layers packed for [stoch, deter], or None.
   PackedDecider(py::object inp, py::object gru, py::object post, py::tuple latent,
                 py::object encoder, py::object actor)
       : inp_(inp),
         gru_(gru),
         post_(post),
         encoder_(encoder) {
-    const PackedMlp& in = inp.cast<const PackedMlp&>();
     const PackedGru& cell = gru.cast<const PackedGru&>();
     const PackedMlp& posterior = post.cast<const PackedMlp&>();
     precision_ = cell.precision();
-    const Index D = cell.gru().forward.D, outputs = posterior.mlp().out();
-    const Latent made = make_latent(kOp, latent, outputs);
-    const Index S = made.classes > 0 ? outputs : outputs / 2;
-    const Index A = in.mlp().in() - S, E = posterior.mlp().in() - D;
-    if (A < 1 || S < 1 || E < 1) fail("decide: the model has no action, state or embedding");
-    check_mlp(kOp, "inp", in, precision_, S + A, cell.gru().forward.K, false);
-    decider_.rssm = {A, D, S, in.mlp(), cell.gru(), {}, made};
+    decider_.rssm = make_dynamics(kOp, PackedInp(inp), cell, {}, latent, posterior.mlp().out());
+    const Index A = decider_.rssm.A, D = decider_.rssm.D, S = decider_.rssm.S;
+    const Index E = posterior.mlp().in() - D;
+    if (E < 1) fail("decide: the model has no embedding");
     check_mlp(kOp, "post", posterior, precision_, D + E, decider_.rssm.raw(), false);
     decider_.post = posterior.mlp();
     decider_.sees = !encoder.is_none();

@@ -25,12 +25,12 @@ struct ImagineRun {
 
 const PackedMlp& mlp_of(const py::object& pack) { return pack.cast<const PackedMlp&>(); }
 
-// rssm: (inp, gru, prior, latent). actor: what make_actor takes, and through_feat and bound; or
-// None. heads: (reward, critic or None, target or None, discount or None, gamma, lam, departure,
-// reward_as, value_as, hard_discount), or None; what make_readout takes is reward_as and value_as.
-// wants: None, or (through, actor, rssm, reward, critic, discount). Arrays as in cpu/imagine.h;
-// `outputs` are deter, stoch, prior_mean, prior_std, reward, next_value, returns, value, discount,
-// each an array or None.
+// rssm: (inp, gru, prior, latent), inp as PackedInp takes it. actor: what make_actor takes, and
+// through_feat and bound; or None. heads: (reward, critic or None, target or None, discount or
+// None, gamma, lam, departure, reward_as, value_as, hard_discount), or None; what make_readout
+// takes is reward_as and value_as. wants: None, or (through, actor, rssm, reward, critic,
+// discount). Arrays as in cpu/imagine.h; `outputs` are deter, stoch, prior_mean, prior_std, reward,
+// next_value, returns, value, discount, each an array or None.
 std::unique_ptr<ImagineRun> imagine_forward(const char* op, py::tuple rssm, py::object actor,
                                             py::object heads, py::handle start_deter,
                                             py::handle start_stoch, py::handle state_noise,
@@ -47,7 +47,8 @@ std::unique_ptr<ImagineRun> imagine_forward(const char* op, py::tuple rssm, py::
   if (threads < 1) fail(std::string(op) + ": threads must be at least 1");
   if (w.actor && actor.is_none()) fail(std::string(op) + ": gradients of no actor");
   t.inp = rssm[0], t.gru = rssm[1], t.prior = rssm[2];
-  const PackedMlp &inp = mlp_of(t.inp), &prior = mlp_of(t.prior);
+  const PackedInp inp(t.inp);
+  const PackedMlp& prior = mlp_of(t.prior);
   const PackedGru& gru = t.gru.cast<const PackedGru&>();
   t.rssm = make_rssm(op, inp, gru, prior, rssm[3].cast<py::tuple>());
   if (w.through && !(inp.gradients() && gru.gradients() && prior.gradients())) {
@@ -144,9 +145,9 @@ void rssm_step_forward(py::tuple rssm, py::handle deter, py::handle stoch, py::h
                        py::handle noise, py::tuple outputs, int threads) {
   const char* op = "rssm_step";
   if (threads < 1) fail("rssm_step: threads must be at least 1");
-  const PackedMlp &inp = mlp_of(rssm[0]), &prior = mlp_of(rssm[2]);
+  const PackedInp inp(rssm[0]);
   const PackedGru& gru = rssm[1].cast<const PackedGru&>();
-  const Rssm model = make_rssm(op, inp, gru, prior, rssm[3].cast<py::tuple>());
+  const Rssm model = make_rssm(op, inp, gru, mlp_of(rssm[2]), rssm[3].cast<py::tuple>());
   const Index A = model.A, D = model.D, S = model.S;
   Arrays arrays(op);
   const Array shape(op, "noise", noise);
@@ -174,7 +175,7 @@ void rssm_step_forward(py::tuple rssm, py::handle deter, py::handle stoch, py::h
 
 // `grads`: those that reach deter, stoch, action, prior_mean, prior_std, reward, returns, discount.
 // `inputs`: where those of start.deter, start.stoch and the given action go. Parameters: None, or
-// as PackedMlp and PackedGru take them.
+// as PackedMlp, PackedInp and PackedGru take them.
 void imagine_backward(ImagineRun& t, py::tuple grads, py::tuple inputs, py::object actor,
                       py::object inp, py::object gru, py::object prior, py::object reward,
                       py::object discount, int threads) {
@@ -208,9 +209,8 @@ void imagine_backward(ImagineRun& t, py::tuple grads, py::tuple inputs, py::obje
   g.start_stoch = arrays.maybe_out("grad of start.stoch", inputs[1], {B, S});
   g.given_action = arrays.maybe_out("grad of action", inputs[2], {H, B, A});
   if (w.rssm) {
-    g.inp = mlp_of(t.inp).grads(arrays, inp);
-    g.inp_rotate = mlp_of(t.inp).rotate();
-    t.gru.cast<const PackedGru&>().grads(arrays, gru, g.ih, g.hh);
+    PackedInp(t.inp).grads(arrays, inp, g.dynamics);
+    t.gru.cast<const PackedGru&>().grads(arrays, gru, g.dynamics);
     g.prior = mlp_of(t.prior).grads(arrays, prior);
   }
   if (w.actor) {

@@ -88,7 +88,8 @@ void lambda_return_backward(py::handle grad, py::handle next_value, py::handle d
 }
 
 void evaluate(const std::string& name, py::handle in, py::handle out, bool bf16) {
-  const char* names[] = {"exp", "expm1", "sigmoid", "tanh", "softplus", "symexp"};
+  const char* names[] = {"exp",    "expm1", "sigmoid",   "tanh", "softplus",
+                         "symexp", "gelu",  "gelu_tanh", "mish"};
   const auto found = std::find(std::begin(names), std::end(names), name);
   if (found == std::end(names)) fail("evaluate: there is no function '" + name + "'");
   const Array shape("evaluate", "x", in);

@@ -40,12 +40,12 @@ std::vector<std::int32_t> drawn_of(const float* stoch, Index S, Index classes) {
   return drawn;
 }
 
-// rssm: (inp, gru, prior, latent, post, embed): `post` is packed without the first layer's bias
-// from deter's columns, `embed` is the first layer alone from the embedding's. embed_array: [T, B,
-// E] float32, or int16 (the bits of bfloat16) with bfloat16 weights. resets: whether is_first
-// zeroes deter, stoch and action. begin: deter [1, D] and stoch [1, S] in the zeros' place, or
-// None. outputs: deter, stoch, mean and std of the posterior, and of the prior; of categorical
-// latents logits and None.
+// rssm: (inp, gru, prior, latent, post, embed), inp as PackedInp takes it: `post` is packed without
+// the first layer's bias from deter's columns, `embed` is the first layer alone from the
+// embedding's. embed_array: [T, B, E] float32, or int16 (the bits of bfloat16) with bfloat16
+// weights. resets: whether is_first zeroes deter, stoch and action. begin: deter [1, D] and stoch
+// [1, S] in the zeros' place, or None. outputs: deter, stoch, mean and std of the posterior, and of
+// the prior; of categorical latents logits and None.
 std::unique_ptr<ObserveRun> observe_forward(py::tuple rssm, py::handle start_deter,
                                             py::handle start_stoch, py::handle embed_array,
                                             py::handle action, py::handle is_first,
@@ -56,7 +56,7 @@ std::unique_ptr<ObserveRun> observe_forward(py::tuple rssm, py::handle start_det
   if (threads < 1) fail("observe: threads must be at least 1");
   t.inp = rssm[0], t.gru = rssm[1], t.prior = rssm[2], t.post_pack = rssm[4];
   t.embed_pack = rssm[5];
-  const PackedMlp& inp = t.inp.cast<const PackedMlp&>();
+  const PackedInp inp(t.inp);
   const PackedGru& gru = t.gru.cast<const PackedGru&>();
   const PackedMlp& prior = t.prior.cast<const PackedMlp&>();
   const PackedMlp& post = t.post_pack.cast<const PackedMlp&>();
@@ -129,7 +129,7 @@ std::unique_ptr<ObserveRun> observe_forward(py::tuple rssm, py::handle start_det
 
 // grads: those that reach the six outputs, or None. inputs: where those of start.deter,
 // start.stoch, embed, action and begin's two go, or None. parameters: None, or (inp, gru, prior,
-// post) as PackedMlp and PackedGru take them.
+// post) as PackedMlp, PackedInp and PackedGru take them.
 void observe_backward(ObserveRun& t, py::tuple grads, py::tuple inputs, py::object parameters,
                       int threads) {
   const ObserveArgs& x = t.tape.args;
@@ -152,11 +152,9 @@ void observe_backward(ObserveRun& t, py::tuple grads, py::tuple inputs, py::obje
   g.parameters = !parameters.is_none();
   if (g.parameters) {
     const py::tuple groups = parameters;
-    const PackedMlp& inp = t.inp.cast<const PackedMlp&>();
     const PackedMlp& post = t.post_pack.cast<const PackedMlp&>();
-    g.inp = inp.grads(arrays, groups[0]);
-    g.inp_rotate = inp.rotate();
-    t.gru.cast<const PackedGru&>().grads(arrays, groups[1], g.ih, g.hh);
+    PackedInp(t.inp).grads(arrays, groups[0], g.dynamics);
+    t.gru.cast<const PackedGru&>().grads(arrays, groups[1], g.dynamics);
     g.prior = t.prior.cast<const PackedMlp&>().grads(arrays, groups[2]);
     g.post = post.grads(arrays, groups[3]);
     const Index from = t.embed_pack.cast<const PackedMlp&>().first_column();

@@ -15,7 +15,28 @@ Activation activation_of(const std::string& name) {
   if (name == "relu") return Activation::relu;
   if (name == "silu") return Activation::silu;
   if (name == "tanh") return Activation::tanh;
-  fail("PackedMlp: activation must be elu, relu, silu or tanh, got '" + name + "'");
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "mish") return Activation::mish;
+  fail("activation must be elu, relu, silu, tanh, gelu, gelu_tanh or mish, got '" + name + "'");
+}
+
+// Throws unless there are 1 to kMaxLayers weights, as many biases and a norm for `active` layers at
+// most; returns how many layers there are.
+int depth_of(const std::string& op, const py::list& weights, const py::list& biases,
+             const py::list& norms, bool act_last) {
+  const std::size_t depth = weights.size();
+  if (depth < 1 || depth > kMaxLayers || biases.size() != depth) {
+    fail(op + ": there must be 1 to " + std::to_string(kMaxLayers) +
+         " layers with a bias or None each, got " + std::to_string(depth) + " weights and " +
+         std::to_string(biases.size()) + " biases");
+  }
+  const std::size_t active = act_last ? depth : depth - 1;
+  if (norms.size() > active) {
+    fail(op + ": there are " + std::to_string(norms.size()) + " norms, but an activation after " +
+         std::to_string(active) + " layers");
+  }
+  return static_cast<int>(depth);
 }
 
 Panels take_panels(Arena& arena, const Kernels& k, Index K, Index N) {
@@ -41,6 +62,25 @@ Norm make_norm(Arena& arena, Arrays& arrays, py::handle norm, Index out) {
   };
   return {kind == "rms" ? NormKind::rms : NormKind::layer, four[3].cast<float>(),
           copied("norm weight", four[1]), copied("norm bias", four[2])};
+}
+
+// Where the gradients of a layer's bias and norm go, in a list of `depth` weights, as many biases
+// and, perhaps, norms.
+LayerGrad layer_grad(Arrays& arrays, const py::list& flat, std::size_t depth, std::size_t i,
+                     const Layer& layer, float* weight, Index stride) {
+  LayerGrad grad{weight, stride, arrays.maybe_out("bias gradient", flat[depth + i], {layer.out})};
+  if (flat.size() > 2 * depth && layer.norm) {
+    grad.norm_weight = arrays.maybe_out("norm's weight gradient", flat[2 * depth + i], {layer.out});
+    grad.norm_bias = arrays.maybe_out("norm's bias gradient", flat[3 * depth + i], {layer.out});
+  }
+  return grad;
+}
+
+// Items [begin, end).
+py::list part_of(const py::sequence& items, std::size_t begin, std::size_t end) {
+  py::list part;
+  for (std::size_t i = begin; i < end; ++i) part.append(items[i]);
+  return part;
 }
 
 }  // namespace
@@ -78,18 +118,8 @@ PackedMlp::PackedMlp(py::list weights, py::list biases, py::list norms,
       rotate_(rotate) {
   const char* op = "PackedMlp";
   const Kernels& k = kernels(precision_);
-  const Index depth = static_cast<Index>(weights.size());
-  if (depth < 1 || depth > kMaxLayers || static_cast<Index>(biases.size()) != depth) {
-    fail("PackedMlp: there must be 1 to " + std::to_string(kMaxLayers) +
-         " layers with a bias or None each, got " + std::to_string(depth) + " weights and " +
-         std::to_string(biases.size()) + " biases");
-  }
-  const Index active = act_last ? depth : depth - 1;
-  if (static_cast<Index>(norms.size()) > active) {
-    fail("PackedMlp: there are " + std::to_string(norms.size()) +
-         " norms, but an activation after " + std::to_string(active) + " layers");
-  }
-  mlp_.depth = static_cast<int>(depth);
+  mlp_.depth = depth_of(op, weights, biases, norms, act_last);
+  parameters_ = static_cast<std::size_t>(mlp_.depth) * (norms.empty() ? 2 : 4);
   mlp_.act = activation_of(activation);
   mlp_.act_last = act_last;
   Arrays arrays(op);
@@ -138,27 +168,58 @@ PackedMlp::PackedMlp(py::list weights, py::list biases, py::list norms,
 std::vector<LayerGrad> PackedMlp::grads(Arrays& arrays, py::list flat) const {
   std::vector<LayerGrad> list;
   const auto depth = static_cast<std::size_t>(mlp_.depth);
-  const bool norms = flat.size() == 4 * depth;
-  if (flat.size() != 2 * depth && !norms) fail("PackedMlp: a gradient for every parameter");
+  if (flat.size() != parameters_) fail("PackedMlp: a gradient for every parameter");
   for (std::size_t i = 0; i < depth; ++i) {
     const Layer& layer = mlp_.layers[i];
     const Index stride = i == 0 ? total_columns_ : layer.in;
     float* weight = arrays.out("weight gradient", flat[i], {layer.out, stride});
-    list.push_back({weight + (i == 0 ? first_column_ : 0), stride,
-                    arrays.maybe_out("bias gradient", flat[depth + i], {layer.out})});
-    if (!norms || !layer.norm) continue;
-    list.back().norm_weight =
-        arrays.maybe_out("norm's weight gradient", flat[2 * depth + i], {layer.out});
-    list.back().norm_bias =
-        arrays.maybe_out("norm's bias gradient", flat[3 * depth + i], {layer.out});
+    if (i == 0) weight += first_column_;
+    list.push_back(layer_grad(arrays, flat, depth, i, layer, weight, stride));
   }
   return list;
 }
 
+PackedInp::PackedInp(py::handle given) {
+  if (py::isinstance<PackedMlp>(given)) {
+    stoch_ = given.cast<const PackedMlp*>();
+    return;
+  }
+  const py::tuple three = given.cast<py::tuple>();
+  stoch_ = three[0].cast<const PackedMlp*>();
+  action_ = three[1].cast<const PackedMlp*>();
+  action_first_ = three[2].cast<bool>();
+}
+
+void PackedInp::grads(Arrays& arrays, py::list flat, DeterGrads& to) const {
+  const std::size_t count = stoch_->parameters();
+  to.rotate = stoch_->rotate();
+  if (action_ == nullptr) {
+    to.inp = stoch_->grads(arrays, flat);
+    return;
+  }
+  if (flat.size() < count) fail("PackedMlp: a gradient for every parameter");
+  to.inp = stoch_->grads(arrays, part_of(flat, 0, count));
+  to.action = action_->grads(arrays, part_of(flat, count, flat.size()));
+}
+
+void PackedGru::pack_backward(const Kernels& k, std::vector<PackArgs>& jobs, const float* x,
+                              Index stride, bool transposed, Index rotate, Index rows, Index K) {
+  const auto part = [&](Index first, Index count) {
+    const Panels to = take_panels(arena_, k, rows, count);
+    jobs.push_back({x + first * (transposed ? stride : 1), stride, transposed, rotate, 0, to});
+    return to;
+  };
+  const Index count = action_.count;
+  if (count < 0 || count >= K) fail("PackedGru: action has a part of the inputs");
+  gru_.backward_ih = part(action_.first ? count : 0, K - count);
+  if (count > 0) gru_.backward_action = part(action_.first ? 0 : K - count, count);
+}
+
 PackedGru::PackedGru(py::handle weight_ih, py::handle weight_hh, py::handle bias_ih,
-                     py::handle bias_hh, bool bf16, bool gradients, int threads)
+                     py::handle bias_hh, py::tuple action, bool bf16, bool gradients, int threads)
     : precision_(bf16 ? Precision::bf16 : Precision::fp32),
-      gradients_(gradients) {
+      gradients_(gradients),
+      action_{action[0].cast<Index>(), action[1].cast<bool>()} {
   const char* op = "PackedGru";
   const Kernels& k = kernels(precision_);
   const Array shape(op, "weight_ih", weight_ih);
@@ -181,26 +242,23 @@ PackedGru::PackedGru(py::handle weight_ih, py::handle weight_hh, py::handle bias
   gru_ = {{arena_.bytes(k.gru_panels_size(K, D)), K, D},
           bias,
           {nullptr, 3 * D, K},
-          {nullptr, 3 * D, D},
-          {},
-          {},
-          {},
-          0};
+          {nullptr, 3 * D, D}};
   std::vector<PackArgs> backward;
   if (gradients) {
-    gru_.backward_ih = take_panels(arena_, k, 3 * D, K);
+    pack_backward(k, backward, ih, K, false, 2 * D, 3 * D, K);
     gru_.backward_hh = take_panels(arena_, k, 3 * D, D);
-    backward = {{ih, K, false, 2 * D, 0, gru_.backward_ih}, {hh, D, false, 0, 0, gru_.backward_hh}};
+    backward.push_back({hh, D, false, 0, 0, gru_.backward_hh});
   }
   const GruPackArgs forward{ih, hh, gru_.forward};
   pack_all(k, backward, &forward, threads);
 }
 
 PackedGru::PackedGru(py::handle weight, py::handle bias, py::object norm, bool deter_first,
-                     const std::string& gates, double update_bias, bool bf16, bool gradients,
-                     int threads)
+                     const std::string& gates, double update_bias, py::tuple action, bool bf16,
+                     bool gradients, int threads)
     : precision_(bf16 ? Precision::bf16 : Precision::fp32),
-      gradients_(gradients) {
+      gradients_(gradients),
+      action_{action[0].cast<Index>(), action[1].cast<bool>()} {
   const char* op = "PackedGru";
   const Kernels& k = kernels(precision_);
   const Array shape(op, "weight", weight);
@@ -217,37 +275,131 @@ PackedGru::PackedGru(py::handle weight, py::handle bias, py::object norm, bool d
   Arrays arrays(op);
   const float* from = arrays.in("weight", weight, {3 * D, all});
   const float* added = arrays.maybe_in("bias", bias, {3 * D});
-  gru_.forward = {nullptr, K, D};
-  gru_.bias = added == nullptr ? added : copy_floats(arena_, added, 3 * D);
-  gru_.backward_ih = {nullptr, 3 * D, K};
-  gru_.backward_hh = {nullptr, 3 * D, D};
+  gru_ = {{nullptr, K, D},
+          added == nullptr ? added : copy_floats(arena_, added, 3 * D),
+          {nullptr, 3 * D, K},
+          {nullptr, 3 * D, D}};
   gru_.joint = take_panels(arena_, k, all, 3 * D);
   gru_.norm = make_norm(arena_, arrays, norm, 3 * D);
   gru_.at = {D, column('r'), column('c'), column('u'), static_cast<float>(update_bias)};
   gru_.rotate = deter_first ? D : 0;
   std::vector<PackArgs> jobs{{from, all, true, gru_.rotate, 0, gru_.joint}};
   if (gradients) {
-    gru_.backward_ih = take_panels(arena_, k, 3 * D, K);
+    pack_backward(k, jobs, from + gru_.rotate, all, false, 0, 3 * D, K);
     gru_.backward_hh = take_panels(arena_, k, 3 * D, D);
-    jobs.push_back({from + gru_.rotate, all, false, 0, 0, gru_.backward_ih});
     jobs.push_back({from + (deter_first ? 0 : K), all, false, 0, 0, gru_.backward_hh});
   }
   pack_all(k, jobs, nullptr, threads);
 }
 
-void PackedGru::grads(Arrays& arrays, py::sequence four, LayerGrad& ih, LayerGrad& hh) const {
-  const Index D = gru_.forward.D, K = gru_.forward.K;
-  if (gru_.late()) {
-    ih = {arrays.out("weight gradient", four[0], {3 * D, K + D}), K + D,
-          arrays.maybe_out("bias gradient", four[1], {3 * D}),
-          arrays.maybe_out("norm's weight gradient", four[2], {3 * D}),
-          arrays.maybe_out("norm's bias gradient", four[3], {3 * D})};
-    return;
+PackedGru::PackedGru(py::object features, py::list weights, py::list biases, py::list norms,
+                     const std::string& activation, bool features_first, double update_bias,
+                     py::tuple action, bool bf16, bool gradients, int threads)
+    : precision_(bf16 ? Precision::bf16 : Precision::fp32),
+      gradients_(gradients),
+      action_{action[0].cast<Index>(), action[1].cast<bool>()},
+      features_(features),
+      blocks_(std::make_unique<Blocks>()) {
+  const char* op = "PackedGru";
+  const Kernels& k = kernels(precision_);
+  const PackedMlp& packed = features.cast<const PackedMlp&>();
+  const Index D = packed.mlp().in();
+  check_mlp(op, "features", packed, precision_, D, packed.mlp().out(), gradients);
+  if (!packed.mlp().act_last) fail("PackedGru: an activation follows the features");
+  Blocks& blocks = *blocks_;
+  Mlp& mlp = blocks.mlp;
+  mlp.depth = depth_of(op, weights, biases, norms, false);
+  mlp.act = activation_of(activation);
+  mlp.act_last = false;
+  blocks.features = packed.mlp();
+  blocks.features_first = features_first;
+  Arrays arrays(op);
+  std::vector<PackArgs> jobs;
+  std::vector<float> joined;  // [features, out] of the first layer: of all blocks
+  const auto take = [&](std::vector<Panels>& to, Index K, Index N, const float* from, Index stride,
+                        bool transposed) {
+    to.push_back(take_panels(arena_, k, K, N));
+    jobs.push_back({from, stride, transposed, 0, 0, to.back()});
+  };
+  for (int i = 0; i < mlp.depth; ++i) {
+    const py::handle given = weights[static_cast<std::size_t>(i)];
+    const Array shape(op, "weight", given);
+    const Index G = i > 0 ? blocks.count : shape.ndim() == 3 ? shape.size(0) : 0;
+    if (shape.ndim() != 3 || G < 1 || D % G != 0 || shape.size(1) < 1 || shape.size(2) < 1) {
+      fail("PackedGru: a block layer's weight must be [blocks, in, out], with blocks that divide " +
+           std::to_string(D));
+    }
+    blocks.count = G;
+    const Index total = shape.size(1), out = shape.size(2);
+    const Index in = i == 0 ? D / G : mlp.layers[i - 1].out / G, all = i == 0 ? total - in : 0;
+    const Index K = all - packed.mlp().out();
+    if (i == 0 && K < 1) fail("PackedGru: the first block layer takes h's part and all features");
+    const float* weight = arrays.in("weight", given, {G, in + all, out});
+    Layer& layer = mlp.layers[i];
+    layer = {G * in,  G * out, {nullptr, G * in, G * out}, {nullptr, G * out, G * in},
+             nullptr, nullptr};
+    const float* bias = arrays.maybe_in("bias", biases[static_cast<std::size_t>(i)], {G * out});
+    if (bias != nullptr) layer.bias = copy_floats(arena_, bias, G * out);
+    if (i < static_cast<int>(norms.size())) {
+      layer.norm = make_norm(arena_, arrays, norms[static_cast<std::size_t>(i)], G * out);
+    }
+    for (Index g = 0; g < G; ++g) {
+      const float* from = weight + g * (in + all) * out;
+      take(blocks.forward, in, out, from, out, false);
+      if (i == 0) take(blocks.shared, all, out, from + in * out, out, false);
+      if (gradients) take(blocks.backward, out, in, from, out, true);
+    }
+    if (i > 0) continue;
+    gru_ = {{nullptr, K, D}, nullptr, {nullptr, G * out, K}, {nullptr, 3 * D, D}};
+    if (!gradients) continue;
+    joined.resize(static_cast<std::size_t>(all * G * out));
+    float* to = joined.data();
+    for (Index f = 0; f < all; ++f) {
+      for (Index g = 0; g < G; ++g, to += out) {
+        std::copy_n(weight + (g * (in + all) + in + f) * out, out, to);
+      }
+    }
+    const Index width = G * out, own = packed.mlp().out();
+    blocks.backward_features = take_panels(arena_, k, width, own);
+    jobs.push_back({joined.data() + (features_first ? 0 : K * width), width, true, 0, 0,
+                    blocks.backward_features});
+    pack_backward(k, jobs, joined.data() + (features_first ? own * width : 0), width, true, 0,
+                  width, K);
   }
-  ih = {arrays.out("weight_ih gradient", four[0], {3 * D, K}), K,
-        arrays.out("bias_ih gradient", four[2], {3 * D})};
-  hh = {arrays.out("weight_hh gradient", four[1], {3 * D, D}), D,
-        arrays.out("bias_hh gradient", four[3], {3 * D})};
+  if (mlp.out() != 3 * D) fail("PackedGru: the last block layer must put out 3 times what h has");
+  gru_.at.update_bias = static_cast<float>(update_bias);
+  gru_.blocks = &blocks;
+  pack_all(k, jobs, nullptr, threads);
+}
+
+void PackedGru::grads(Arrays& arrays, py::sequence flat, DeterGrads& to) const {
+  const Index D = gru_.forward.D, K = gru_.forward.K;
+  if (blocks_ != nullptr) {
+    const PackedMlp& features = features_.cast<const PackedMlp&>();
+    const Mlp& mlp = blocks_->mlp;
+    const std::size_t count = features.parameters(), depth = static_cast<std::size_t>(mlp.depth);
+    const std::size_t rest = flat.size() - std::min(count, flat.size());
+    if (rest != 2 * depth && rest != 4 * depth) fail("PackedGru: a gradient for every parameter");
+    to.features = features.grads(arrays, part_of(flat, 0, count));
+    const py::list own = part_of(flat, count, flat.size());
+    for (std::size_t i = 0; i < depth; ++i) {
+      const Layer& layer = mlp.layers[i];
+      const Index G = blocks_->count, out = layer.out / G;
+      const Index in = layer.in / G + (i == 0 ? blocks_->all(K) : 0);
+      float* weight = arrays.out("weight gradient", own[i], {G, in, out});
+      to.blocks.push_back(layer_grad(arrays, own, depth, i, layer, weight, out));
+    }
+  } else if (gru_.late()) {
+    to.ih = {arrays.out("weight gradient", flat[0], {3 * D, K + D}), K + D,
+             arrays.maybe_out("bias gradient", flat[1], {3 * D}),
+             arrays.maybe_out("norm's weight gradient", flat[2], {3 * D}),
+             arrays.maybe_out("norm's bias gradient", flat[3], {3 * D})};
+  } else {
+    to.ih = {arrays.out("weight_ih gradient", flat[0], {3 * D, K}), K,
+             arrays.out("bias_ih gradient", flat[2], {3 * D})};
+    to.hh = {arrays.out("weight_hh gradient", flat[1], {3 * D, D}), D,
+             arrays.out("bias_hh gradient", flat[3], {3 * D})};
+  }
 }
 
 void check_mlp(const char* op, const char* name, const PackedMlp& packed, Precision precision,
@@ -285,14 +437,14 @@ StdTransform make_std(const char* op, py::tuple std) {
 }
 
 Latent make_latent(const char* op, py::tuple latent, Index outputs) {
-  if (latent.size() != 2) return {0, 0.0f, make_std(op, latent)};
+  if (latent.size() != 3) return {0, 0.0f, false, make_std(op, latent)};
   const Index classes = latent[0].cast<Index>();
   const float unimix = latent[1].cast<float>();
   if (classes < 1 || outputs % classes != 0 || !(unimix >= 0 && unimix <= 1)) {
     fail(std::string(op) + ": " + std::to_string(outputs) + " logits make no categoricals of " +
          std::to_string(classes) + " classes, " + std::to_string(unimix) + " of them uniform");
   }
-  return {classes, unimix, {}};
+  return {classes, unimix, latent[2].cast<bool>(), {}};
 }
 
 Actor make_actor(const char* op, py::tuple four, Precision precision, Index feat, Index A,
@@ -319,16 +471,31 @@ Readout make_readout(const char* name, Arrays& arrays, py::tuple readout, Index 
   return {arrays.maybe_in(name, readout[0], {outputs}), readout[1].cast<bool>()};
 }
 
-Rssm make_rssm(const char* op, const PackedMlp& inp, const PackedGru& gru, const PackedMlp& prior,
+Rssm make_rssm(const char* op, const PackedInp& inp, const PackedGru& gru, const PackedMlp& prior,
                py::tuple latent) {
-  const Index D = gru.gru().forward.D, outputs = prior.mlp().out();
+  const Rssm rssm = make_dynamics(op, inp, gru, prior.mlp(), latent, prior.mlp().out());
+  check_mlp(op, "prior", prior, gru.precision(), rssm.D, rssm.raw(), false);
+  return rssm;
+}
+
+Rssm make_dynamics(const char* op, const PackedInp& inp, const PackedGru& gru, const Mlp& prior,
+                   py::tuple latent, Index outputs) {
+  const Index D = gru.gru().forward.D, K = gru.gru().forward.K;
   const Latent made = make_latent(op, latent, outputs);
   const Index S = made.classes > 0 ? outputs : outputs / 2;
-  const Index A = inp.mlp().in() - S;
+  const PackedMlp &stoch = inp.stoch(), *action = inp.action();
+  const Index A = action == nullptr ? stoch.mlp().in() - S : action->mlp().in();
+  const Index apart = action == nullptr ? 0 : action->mlp().out();  // columns of K
   if (A < 1 || S < 1) fail(std::string(op) + ": the model has no action or no stochastic state");
-  const Rssm rssm{A, D, S, inp.mlp(), gru.gru(), prior.mlp(), made};
-  check_mlp(op, "inp", inp, gru.precision(), S + A, gru.gru().forward.K, false);
-  check_mlp(op, "prior", prior, gru.precision(), D, rssm.raw(), false);
+  check_mlp(op, "inp", stoch, gru.precision(), action == nullptr ? S + A : S, K - apart, false);
+  if (action != nullptr) {
+    check_mlp(op, "inp's action", *action, gru.precision(), A, apart, false);
+  }
+  if (gru.action().count != apart || gru.action().first != inp.action_first()) {
+    fail(std::string(op) + ": the GRU was packed for other inputs");
+  }
+  Rssm rssm{A, D, S, stoch.mlp(), gru.gru(), prior, made};
+  if (action != nullptr) rssm.action = &action->mlp(), rssm.action_first = inp.action_first();
   return rssm;
 }
 
@@ -349,14 +516,19 @@ void bind_weights(py::module_& m) {
            py::arg("columns"), py::arg("rotate"), py::arg("threads"))
       .def_property_readonly("gradients", &PackedMlp::gradients);
   py::class_<PackedGru, std::shared_ptr<PackedGru>>(m, "PackedGru", "A packed GRU cell.")
-      .def(py::init<py::handle, py::handle, py::handle, py::handle, bool, bool, int>(),
+      .def(py::init<py::handle, py::handle, py::handle, py::handle, py::tuple, bool, bool, int>(),
            py::arg("weight_ih"), py::arg("weight_hh"), py::arg("bias_ih"), py::arg("bias_hh"),
-           py::arg("bf16"), py::arg("gradients"), py::arg("threads"))
-      .def(py::init<py::handle, py::handle, py::object, bool, const std::string&, double, bool,
-                    bool, int>(),
+           py::arg("action"), py::arg("bf16"), py::arg("gradients"), py::arg("threads"))
+      .def(py::init<py::handle, py::handle, py::object, bool, const std::string&, double, py::tuple,
+                    bool, bool, int>(),
            py::arg("weight"), py::arg("bias"), py::arg("norm"), py::arg("deter_first"),
-           py::arg("gates"), py::arg("update_bias"), py::arg("bf16"), py::arg("gradients"),
-           py::arg("threads"))
+           py::arg("gates"), py::arg("update_bias"), py::arg("action"), py::arg("bf16"),
+           py::arg("gradients"), py::arg("threads"))
+      .def(py::init<py::object, py::list, py::list, py::list, const std::string&, bool, double,
+                    py::tuple, bool, bool, int>(),
+           py::arg("features"), py::arg("weights"), py::arg("biases"), py::arg("norms"),
+           py::arg("activation"), py::arg("features_first"), py::arg("update_bias"),
+           py::arg("action"), py::arg("bf16"), py::arg("gradients"), py::arg("threads"))
       .def_property_readonly("gradients", &PackedGru::gradients);
 }
 

@@ -111,6 +111,54 @@ FD_INLINE float exponentials(float* y, Index n) {
   return 1.0f / sum(total);
 }
 
+// The one of the categorical that begins at `first`, in a sample that is zeros or NaN so far.
+template <class P>
+FD_INLINE void put_drawn(const SampleArgs& x, Index row, Index first, Index drawn, bool undefined) {
+  if (x.ones != nullptr) {
+    const Index K = x.latent.classes;
+    x.ones[row * (x.S / K) + first / K] = undefined ? Ones::undefined : static_cast<int>(drawn);
+  }
+  if (undefined) return;
+  if (x.out.data != nullptr) put_one(at<typename P::Elem>(x.out, row) + drawn);
+  if (x.out32.data != nullptr) put_one(at(x.out32, row) + drawn);
+}
+
+// The greatest of log p + noise is that of p e^noise, of which softmax(log p + noise) is the part
+// of their sum; the largest noise is taken off, so that nothing overflows.
+template <class P>
+FD_INLINE void sample_gumbel(const SampleArgs& x, Index row) {
+  const Index K = x.latent.classes;
+  const Vec own = fill(1.0f - x.latent.unimix);
+  const Vec even = fill(x.latent.unimix / static_cast<float>(K));
+  float *raw = at(x.raw, row), *slope = x.slope.data == nullptr ? nullptr : at(x.slope, row);
+  const float* noise = at(x.noise, row);
+  for (Index first = 0; first < x.S; first += K) {
+    const Index end = first + K;
+    const Vec inverse = fill(exponentials<P>(raw + first, K));
+    const Vec most = fill(largest(noise + first, K));
+    by_vectors(first, end, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
+      const Vec softmax = get(raw + c) * inverse;
+      if (slope != nullptr) put(slope + x.S + c, softmax);
+      put(raw + c, fma(own, softmax, even) * exp<P::fast>(get(noise + c) - most));
+    });
+    Vec sums = fill(0.0f);
+    by_vectors(first, end, [&](Index c, auto get, auto) __attribute__((always_inline)) {
+      sums = sums + get(raw + c);
+    });
+    const float all = sum(sums);
+    const Vec part = fill(1.0f / all);
+    by_vectors(first, end, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
+      const Vec soft = get(raw + c) * part, none = soft - soft;  // NaN where soft is
+      if (slope != nullptr) put(slope + c, soft);
+      if (x.out.data != nullptr) put(at<typename P::Elem>(x.out, row) + c, none);
+      if (x.out32.data != nullptr) put(at(x.out32, row) + c, none);
+    });
+    Index drawn = first;
+    for (Index c = first + 1; c < end; ++c) drawn = raw[c] > raw[drawn] ? c : drawn;
+    put_drawn<P>(x, row, first, drawn, all != all);
+  }
+}
+
 // Sums of a row's probabilities are made in order, whatever the vectors' width: every instruction
 // set draws the same class but for what rounding does at a border.
 template <class P>
@@ -126,6 +174,10 @@ void sample_classes(const SampleArgs& x) {
       });
     }
     if (x.noise.data == nullptr) continue;
+    if (x.latent.gumbel) {
+      sample_gumbel<P>(x, row);
+      continue;
+    }
     const float* noise = at(x.noise, row);
     for (Index first = 0; first < x.S; first += K, ++noise) {
       const Index end = first + K;
@@ -144,12 +196,7 @@ void sample_classes(const SampleArgs& x) {
         below += own * raw[c] + even;
         drawn += below <= *noise;
       }
-      if (x.ones != nullptr) {
-        x.ones[row * (x.S / K) + first / K] = undefined ? Ones::undefined : static_cast<int>(drawn);
-      }
-      if (undefined) continue;
-      if (x.out.data != nullptr) put_one(at<Elem>(x.out, row) + drawn);
-      if (x.out32.data != nullptr) put_one(at(x.out32, row) + drawn);
+      put_drawn<P>(x, row, first, drawn, undefined);
     }
   }
 }
@@ -192,8 +239,47 @@ void sample_classes_backward(const SampleBackwardArgs& x) {
   }
 }
 
+// Of soft = softmax(log p + noise): log p has the derivative r = (1 - u) softmax / p by what is
+// behind the softmax's logarithm.
+template <class P>
+void sample_gumbel_backward(const SampleBackwardArgs& x) {
+  const Index K = x.latent.classes;
+  const float mixed = x.latent.unimix / static_cast<float>(K);
+  const Vec own = fill(1.0f - x.latent.unimix), even = fill(mixed), zero = fill(0.0f);
+  for (Index row = 0; row < x.rows; ++row) {
+    auto* out = at<typename P::Elem>(x.raw_grad, row);
+    const float *soft = at(x.slope, row), *softmax = soft + x.S;
+    const float* grad = x.grad.data == nullptr ? nullptr : at(x.grad, row);
+    for (Index first = 0; first < x.S; first += K) {
+      const Index end = grad == nullptr ? first : first + K;
+      Vec total = zero, along = zero;  // Σ soft grad, and Σ of what reaches log softmax
+      by_vectors(first, end, [&](Index c, auto get, auto) __attribute__((always_inline)) {
+        total = fma(get(soft + c), get(grad + c), total);
+      });
+      const Vec mean = fill(sum(total));
+      const auto reaches = [&](Index c, auto get) __attribute__((always_inline)) {
+        const Vec d = get(soft + c) * (get(grad + c) - mean);
+        if (mixed == 0.0f) return d;
+        const Vec p = own * get(softmax + c);
+        return d * p / (p + even);
+      };
+      by_vectors(first, end, [&](Index c, auto get, auto) __attribute__((always_inline)) {
+        along = along + reaches(c, get);
+      });
+      const Vec back = fill(sum(along));
+      by_vectors(first, first + K, [&](Index c, auto get, auto put) __attribute__((always_inline)) {
+        Vec d = zero;
+        if (grad != nullptr) d = reaches(c, get) - get(softmax + c) * back;
+        if (x.mean_grad.data != nullptr) d = d + get(at(x.mean_grad, row) + c);
+        put(out + c, d);
+      });
+    }
+  }
+}
+
 template <class P>
 void sample_backward(const SampleBackwardArgs& x) {
+  if (x.latent.gumbel) return sample_gumbel_backward<P>(x);
   if (x.latent.classes > 0) return sample_classes_backward<P>(x);
   const Index S = x.S;
   for (Index row = 0; row < x.rows; ++row) {
@@ -287,6 +373,12 @@ void evaluate(Function function, const float* in, float* out, Index n) {
         return put(out + i, softplus<P::fast>(x));
       case Function::symexp:
         return put(out + i, symexp(x).value);
+      case Function::gelu:
+        return put(out + i, gelu<P::fast>(x).value);
+      case Function::gelu_tanh:
+        return put(out + i, gelu_tanh<P::fast>(x).value);
+      case Function::mish:
+        return put(out + i, mish<P::fast>(x).value);
     }
   });
 }

@@ -343,6 +343,12 @@ FD_INLINE Vec activate(Vec x) {
       return x * sigmoid<fast>(x);
     case Activation::tanh:
       return tanh<fast>(x);
+    case Activation::gelu:
+      return gelu<fast>(x).value;
+    case Activation::gelu_tanh:
+      return gelu_tanh<fast>(x).value;
+    case Activation::mish:
+      return mish<fast>(x).value;
     default:
       return x;
   }
@@ -365,19 +371,37 @@ FD_INLINE void by_activation(Activation act, Body body) {
       return body(Chosen<Activation::silu>{});
     case Activation::tanh:
       return body(Chosen<Activation::tanh>{});
+    case Activation::gelu:
+      return body(Chosen<Activation::gelu>{});
+    case Activation::gelu_tanh:
+      return body(Chosen<Activation::gelu_tanh>{});
+    case Activation::mish:
+      return body(Chosen<Activation::mish>{});
     default:
       return body(Chosen<Activation::none>{});
   }
 }
 
-// s + x s (1 - s) with s = sigmoid(x).
-template <bool fast>
-FD_INLINE Vec silu_slope(Vec x) {
-  const Vec s = sigmoid<fast>(x);
-  return fma(x * s, fill(1.0f) - s, s);
+// act'(x) where that is saved.
+template <Activation act, bool fast>
+FD_INLINE Vec slope_of_input(Vec x) {
+  switch (act) {
+    case Activation::silu: {  // s + x s (1 - s) with s = sigmoid(x)
+      const Vec s = sigmoid<fast>(x);
+      return fma(x * s, fill(1.0f) - s, s);
+    }
+    case Activation::gelu:
+      return gelu<fast>(x).slope;
+    case Activation::gelu_tanh:
+      return gelu_tanh<fast>(x).slope;
+    case Activation::mish:
+      return mish<fast>(x).slope;
+    default:
+      return x;
+  }
 }
 
-// act'(x) by y = act(x); SiLU saved the derivative itself.
+// act'(x) by y = act(x), or by the derivative that was saved.
 template <Activation act>
 FD_INLINE Vec slope_at(Vec y) {
   const Vec one = fill(1.0f), zero = fill(0.0f);
@@ -386,12 +410,10 @@ FD_INLINE Vec slope_at(Vec y) {
       return select(zero < y, one, y + one);
     case Activation::relu:
       return select(zero < y, one, zero);
-    case Activation::silu:
-      return y;
     case Activation::tanh:
       return fma(zero - y, y, one);
     default:
-      return one;
+      return saves_slope(act) ? y : one;
   }
 }
 
@@ -481,8 +503,8 @@ void linear_act(const LinearArgs& x) {
             if (x.slope_of.data != nullptr) {
               y = through<act>(y, get(at<const Elem>(x.slope_of, r) + c));
             } else {
-              if (act == Activation::silu && x.out_slope.data != nullptr) {
-                put(at<Elem>(x.out_slope, r) + c, silu_slope<P::fast>(y));
+              if (saves_slope(act) && x.out_slope.data != nullptr) {
+                put(at<Elem>(x.out_slope, r) + c, slope_of_input<act, P::fast>(y));
               }
               y = activate<act, P::fast>(y);
             }

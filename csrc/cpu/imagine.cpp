@@ -46,11 +46,13 @@ Imagine::Imagine(const ImagineArgs& args, const ImagineWants& wants, ImagineTape
   if (args.actor != nullptr) {
     t.actor = take_mlp(arena, k, args.actor->mlp, rows, sweep);
     t.actor_raw = take_floats(arena, rows, args.actor->raw(rssm.A));
-    if (sweep && args.actor->one_hot()) t.actor_slope = take_floats(arena, rows, rssm.A);
+    if (sweep && args.actor->one_hot()) {
+      t.actor_slope = take_floats(arena, rows, args.actor->latent.slopes(rssm.A));
+    }
   }
   t.deter = take_deter(arena, k, rssm, rows, sweep);
   t.prior = take_mlp(arena, k, rssm.prior, rows, sweep);
-  if (sweep) t.slope = take_floats(arena, all, rssm.S);
+  if (sweep) t.slope = take_floats(arena, all, rssm.latent.slopes(rssm.S));
   raw_ = take_floats(scratch, tiles, rssm.raw());
   if (args.deter == nullptr) h_ = take_floats(scratch, 2 * tiles, rssm.D);
   drawn_ = take_drawn(scratch, rssm, 2 * tiles);
@@ -235,8 +237,7 @@ ImagineBackward::ImagineBackward(const ImagineTape& tape, const ImagineGrads& gr
     }
   }
   if (tape.wants.rssm) {
-    add_deter_gradients(weights_, k, rssm, tape.states, tape.deter, deter_, all,
-                        {grads.inp.data(), grads.ih, grads.hh, grads.inp_rotate});
+    add_deter_gradients(weights_, k, rssm, tape.states, tape.deter, deter_, all, grads.dynamics);
     weights_.add(rssm.prior, tape.states.at(x.B), tape.prior, prior_, all, nullptr,
                  grads.prior.data());
   }

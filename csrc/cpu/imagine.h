@@ -99,9 +99,9 @@ class Imagine {
 struct ImagineGrads {
   const float *deter, *stoch, *action, *prior_mean, *prior_std, *reward, *returns, *discount;
   float *start_deter, *start_stoch, *given_action;
-  std::vector<LayerGrad> actor, prior, reward_head, discount_head, inp;
-  LayerGrad ih, hh;
-  Index actor_rotate, inp_rotate, reward_rotate, discount_rotate;
+  std::vector<LayerGrad> actor, prior, reward_head, discount_head;
+  DeterGrads dynamics;
+  Index actor_rotate, reward_rotate, discount_rotate;
 };
 
 class ImagineBackward {

@@ -18,7 +18,14 @@
 
 namespace fastdreamer {
 
-enum class Activation : int { none, elu, relu, silu, tanh };
+// GELU by the normal distribution, and by the tanh that is nearly it.
+enum class Activation : int { none, elu, relu, silu, tanh, gelu, gelu_tanh, mish };
+
+// Whether its derivative is no function of what it puts out, so that it is saved itself; inlined
+// wherever it is compiled, for whatever CPU.
+__attribute__((always_inline)) constexpr bool saves_slope(Activation act) {
+  return act == Activation::silu || act >= Activation::gelu;
+}
 
 // Rows of Elem.
 struct Rows {
@@ -73,7 +80,7 @@ struct Ones {
 };
 
 // out = act(in · w + bias + add), or with `slope_of` the product times the derivative of the
-// activation at those saved outputs (for SiLU: `slope_of` holds the derivative itself).
+// activation at those saved outputs (where saves_slope(): `slope_of` holds the derivative itself).
 struct LinearArgs {
   Panels w;
   Rows in;
@@ -84,7 +91,7 @@ struct LinearArgs {
   Rows slope_of;   // null data: apply act itself
   Rows out;        // null data: not wanted
   Floats out32;    // likewise
-  Rows out_slope;  // SiLU's derivative, likewise
+  Rows out_slope;  // the derivative where saves_slope(), likewise
   Ones ones{};     // of in: their part of the product is a sum of rows of w
 };
 
@@ -196,25 +203,32 @@ struct StdTransform {
 struct Latent {
   Index classes;     // of every categorical, which divides S; 0: Gaussian
   float unimix;      // u, the part of the uniform distribution in a categorical
+  bool gumbel;       // whether categoricals are Gumbel-softmax samples
   StdTransform std;  // of a Gaussian
+
+  Index count(Index S) const { return classes > 0 ? S / classes : 0; }          // C: categoricals
+  Index noise(Index S) const { return classes > 0 && !gumbel ? count(S) : S; }  // of a sample
+  Index slopes(Index S) const { return gumbel ? 2 * S : S; }                    // as SampleArgs
 };
 
 // Gaussian: mean, y = raw [2S]; sample = mean + std(y) * noise.
 // Categorical: p = (1 - u) softmax(raw [S]) + u / classes in each of its C = S / classes parts; the
-// sample is one-hot, the class whose part of the cumulative sums of p holds the noise.
+// sample is one-hot, the class whose part of the cumulative sums of p holds the noise, or with
+// gumbel the greatest of log p + noise.
 struct SampleArgs {
   Index S, rows;
   Floats raw;    // categorical: scratch afterwards
-  Floats noise;  // [S] or [C], in [0, 1); null data: only the distribution is wanted
+  Floats noise;  // as Latent has it, of C in [0, 1); null data: only the distribution is wanted
   Latent latent;
   Rows out;                        // the sample as Elem, and
   Floats out32, mean, std, slope;  // each null data: not wanted. mean: or logits; std: of Gaussian
-                                   // latents alone; slope: d std / d y, or the softmax
+                                   // latents alone; slope: d std / d y, or the softmax, or with
+                                   // gumbel [2S]: softmax(log p + noise), and the softmax
   std::int32_t* ones = nullptr;    // [rows, C], as Ones has them; null: not wanted
 };
 
-// raw_grad of the gradient of the sample (categorical: as if it were p, straight-through), of mean
-// (or logits) and of std (null data: none).
+// raw_grad of the gradient of the sample (categorical: as if it were p, straight-through, or with
+// gumbel softmax(log p + noise)), of mean (or logits) and of std (null data: none).
 struct SampleBackwardArgs {
   Index S, rows;
   Latent latent;
@@ -406,7 +420,7 @@ struct LambdaReturnBackward {
 enum class Precision : int { fp32, bf16 };
 
 // The functions of functions.h, to be measured.
-enum class Function : int { exp, expm1, sigmoid, tanh, softplus, symexp };
+enum class Function : int { exp, expm1, sigmoid, tanh, softplus, symexp, gelu, gelu_tanh, mish };
 
 // A row's (in the scans a column's) result does not depend on the tile it is computed in.
 struct Kernels {

@@ -34,7 +34,7 @@ MlpBuffers take_mlp(Arena& arena, const Kernels& k, const Mlp& mlp, Index rows, 
     } else {
       buffers.hidden[i] = buffers.hidden[i - 2];
     }
-    if (keep && mlp.act == Activation::silu) {
+    if (keep && saves_slope(mlp.act)) {
       buffers.slope[i] = take_rows(arena, k, rows, mlp.layers[i].out);
     }
     if (keep && mlp.layers[i].norm) {
@@ -118,7 +118,17 @@ void through_norm(const Kernels& k, const Mlp& mlp, int i, const MlpBuffers& sav
 }
 
 Rows slope_of(const Mlp& mlp, const MlpBuffers& saved, int i, Index row) {
-  return (mlp.act == Activation::silu ? saved.slope : saved.hidden)[i].at(row);
+  return (saves_slope(mlp.act) ? saved.slope : saved.hidden)[i].at(row);
+}
+
+void backward_through(const Kernels& k, const Mlp& mlp, const Panels& w, Rows deltas_behind,
+                      const MlpBuffers& saved, Index saved_row, const MlpBuffers& deltas,
+                      Index delta_row, Index rows) {
+  const int last = mlp.depth - 1;
+  k.linear({w, deltas_behind, rows, nullptr, kNoFloats, mlp.act,
+            slope_of(mlp, saved, last, saved_row), behind_norm(mlp, deltas, last, delta_row),
+            kNoFloats, kNoRows});
+  through_norm(k, mlp, last, saved, saved_row, deltas, delta_row, rows);
 }
 
 void backward(const Kernels& k, const Mlp& mlp, const MlpBuffers& saved, Index saved_row,
@@ -195,6 +205,10 @@ void WeightGradients::add_norm(Rows delta, Rows normed, Index N, Index rows, con
                       std::min(kNormColumns, N - begin), rows, scale, from(grad.norm_weight, begin),
                       from(grad.norm_bias, begin)});
   }
+}
+
+void WeightGradients::add_sums(Rows delta, Index N, Index rows, float* to) {
+  add_norm(delta, delta, N, rows, nullptr, {nullptr, 0, nullptr, nullptr, to});
 }
 
 void WeightGradients::prepare(Arena& arena, int threads) {

@@ -23,6 +23,8 @@ struct Buffer {
     if (data == nullptr) return kNoRows;
     return {data + (row * stride + col) * elem_size, stride};
   }
+  // The columns from `col` on.
+  Buffer from(Index col) const { return {data + col * elem_size, stride, elem_size}; }
 };
 
 // The same of floats; the memory may be a caller's.
@@ -71,7 +73,7 @@ struct Mlp {
 // What layers put out behind their activations (`hidden`), or the gradients of their sums.
 struct MlpBuffers {
   Buffer hidden[kMaxLayers];
-  Buffer slope[kMaxLayers];         // SiLU's derivative; elsewhere without data
+  Buffer slope[kMaxLayers];         // the derivative, where saves_slope(); else without data
   Buffer normed[kMaxLayers];        // x̂ of layers with a norm, or the gradients behind it
   FloatBuffer inverse[kMaxLayers];  // [1], as NormArgs
 };
@@ -110,6 +112,11 @@ void through_norm(const Kernels& k, const Mlp& mlp, int i, const MlpBuffers& sav
 // The saved values that its activation's derivative is computed from.
 Rows slope_of(const Mlp& mlp, const MlpBuffers& saved, int i, Index row);
 
+// From deltas of what takes an MLP's active outputs, with weights w, to those of its last layer.
+void backward_through(const Kernels& k, const Mlp& mlp, const Panels& w, Rows deltas_behind,
+                      const MlpBuffers& saved, Index saved_row, const MlpBuffers& deltas,
+                      Index delta_row, Index rows);
+
 // From deltas.hidden[depth - 1] (without data: from 1, the single output's) to the deltas of all
 // layers before, and the gradient of the input: into `in_grad` (or null), added to it with
 // `add`, and into `in_grad_elem` (or null).
@@ -138,6 +145,9 @@ class WeightGradients {
   // Of a norm's weight and bias, where they have a gradient.
   void add_norm(Rows delta, Rows normed, Index N, Index rows, const float* scale,
                 const LayerGrad& grad);
+
+  // to[c] = Σ delta[:, c], of N columns; to null: not wanted.
+  void add_sums(Rows delta, Index N, Index rows, float* to);
 
   // Every layer of an MLP whose deltas are complete.
   void add(const Mlp& mlp, Rows in, const MlpBuffers& saved, const MlpBuffers& deltas, Index rows,

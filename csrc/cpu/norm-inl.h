@@ -50,8 +50,8 @@ void normalise_act(const NormArgs& x) {
       const Vec normed = (get(in + c) - mean) * inverse;
       if (x.inverse.data != nullptr) put(at<Elem>(x.normed, row) + c, normed);
       const Vec y = affine(x.norm, normed, c, get);
-      if (act == Activation::silu && x.out_slope.data != nullptr) {
-        put(at<Elem>(x.out_slope, row) + c, silu_slope<P::fast>(y));
+      if (saves_slope(act) && x.out_slope.data != nullptr) {
+        put(at<Elem>(x.out_slope, row) + c, slope_of_input<act, P::fast>(y));
       }
       put(at<Elem>(x.out, row) + c, activate<act, P::fast>(y));
     });

@@ -66,7 +66,7 @@ Observe::Observe(const ObserveArgs& args, ObserveTape* tape, Arena& scratch, int
   t.post = take_mlp(arena, k, *args.post, rows, taped_);
   t.prior = take_mlp(arena, k, rssm.prior, taped_ ? all : by_row.threads * batch_tile_, taped_);
   if (taped_) {
-    t.post_slope = take_floats(arena, all, rssm.S);
+    t.post_slope = take_floats(arena, all, rssm.latent.slopes(rssm.S));
     if (rssm.latent.classes == 0) t.prior_slope = take_floats(arena, all, rssm.S);
   }
   projected_ = take_floats(scratch, all, args.embed->out);
@@ -169,8 +169,7 @@ ObserveBackward::ObserveBackward(const ObserveTape& tape, const ObserveGrads& gr
   if (grads.begin_deter != nullptr) begin_dh_ = take_floats(scratch, all, rssm.D);
   if (grads.begin_stoch != nullptr) begin_ds_ = take_floats(scratch, all, rssm.S);
   if (!grads.parameters) return;
-  add_deter_gradients(weights_, k, rssm, tape.used, tape.deter, deter_, all,
-                      {grads.inp.data(), grads.ih, grads.hh, grads.inp_rotate});
+  add_deter_gradients(weights_, k, rssm, tape.used, tape.deter, deter_, all, grads.dynamics);
   weights_.add(*x.post, tape.h.at(0), tape.post, post_deltas_, all, nullptr, grads.post.data());
   weights_.add(tape.embed.at(0), x.embed->in, post_deltas_.hidden[0].at(0), x.embed->out, all,
                nullptr, grads.embed_weight);

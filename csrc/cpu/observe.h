@@ -70,9 +70,9 @@ struct ObserveGrads {
   float *start_deter, *start_stoch, *embed, *action;
   float *begin_deter, *begin_stoch;
   bool parameters;
-  std::vector<LayerGrad> inp, prior, post;
-  LayerGrad embed_weight, ih, hh;
-  Index inp_rotate;
+  std::vector<LayerGrad> prior, post;
+  LayerGrad embed_weight;
+  DeterGrads dynamics;
 };
 
 class ObserveBackward {

@@ -8,16 +8,38 @@
 
 namespace fastdreamer {
 
+// The block-diagonal layers of a GRU: block g of count takes its part of a layer's inputs to its
+// part of the outputs, in the first layer of h, whose other inputs, the features, all blocks share.
+struct Blocks {
+  Index count;
+  Mlp mlp;                                // sizes (the features apart), biases, norms; no panels
+  std::vector<Panels> forward, backward;  // [in / count, out / count] of layer i and block g at
+                                          // i * count + g, and [out / count, in / count]
+  std::vector<Panels> shared;             // [features, out / count] of the first layer's blocks
+  Mlp features;                           // h -> those of it, the activation last
+  Panels backward_features;               // [out, those of it] of the first layer
+  bool features_first;                    // whether those of it come before x
+
+  const Panels& at(const std::vector<Panels>& panels, int layer, Index g) const {
+    return panels[static_cast<std::size_t>(layer * count + g)];
+  }
+  Index all(Index K) const { return K + features.out(); }  // the features, of an x [K]
+};
+
 struct Gru {
-  GruPanels forward;   // of a late one, below, the sizes alone
-  const float* bias;   // as GruArgs; of a late one [3D] or null
-  Panels backward_ih;  // [3D, K], rows new, reset, update; of a late one its own
-  Panels backward_hh;  // [3D, D], rows reset, update, new; null data unless for gradients
+  GruPanels forward;         // of a late or a block-diagonal one, below, the sizes alone
+  const float* bias;         // as GruArgs; of a late one [3D] or null
+  Panels backward_ih;        // [3D, K], rows new, reset, update; of a late one its own; of blocks
+                             // [out, K] of their first layer. Of branches the columns of stoch
+  Panels backward_hh;        // [3D, D], rows reset, update, new; null data unless for gradients
+  Panels backward_action{};  // of branches the columns of action
   // That of LateGruArgs:
   Panels joint{};  // [K + D, 3D], of [x | h]
   Norm norm{};
   LateGates at{};
   Index rotate = 0;  // of its columns
+  // One of DreamerV3: each block's last outputs are the sums of a late one of its D / count units.
+  const Blocks* blocks = nullptr;
 
   bool late() const { return joint.data != nullptr; }
 };
@@ -28,10 +50,15 @@ struct Rssm {
   Gru gru;
   Mlp prior;  // h -> raw()
   Latent latent;
+  // Of branches inp is s -> its part of hidden, and this a -> its own.
+  const Mlp* action = nullptr;
+  bool action_first = false;  // whether that is the first part
 
-  Index hidden() const { return inp.out(); }
-  Index raw() const { return latent.classes > 0 ? S : 2 * S; }                 // of a distribution
-  Index noise() const { return latent.classes > 0 ? S / latent.classes : S; }  // of a sample
+  Index hidden() const { return inp.out() + (action == nullptr ? 0 : action->out()); }
+  Index of_stoch() const { return action_first ? action->out() : 0; }  // first columns of hidden
+  Index of_action() const { return action_first ? 0 : inp.out(); }
+  Index raw() const { return latent.classes > 0 ? S : 2 * S; }  // of a distribution
+  Index noise() const { return latent.noise(S); }               // of a sample
   Index width() const { return D + S + A; }
   Index feat() const { return D + S; }
 };
@@ -46,7 +73,7 @@ struct Actor {
 
   bool one_hot() const { return latent.classes > 0; }
   Index raw(Index A) const { return one_hot() ? A : 2 * A; }
-  Index noise(Index A) const { return one_hot() ? A / latent.classes : A; }
+  Index noise(Index A) const { return latent.noise(A); }
 };
 
 // The actions of raw outputs, which are scratch afterwards: as the dynamics take them to `out`
@@ -61,11 +88,15 @@ void act_backward(const Kernels& k, const Actor& actor, Index A, Index rows, Flo
 
 // What the steps of the dynamics leave for a backward pass, or scratch for one step.
 struct DeterBuffers {
-  MlpBuffers inp;  // the input layer's outputs
-  Buffer gates;    // [4D], as GruArgs; no data: not wanted
-  // of a late GRU, whose [x | h] are the input layer's rows:
+  MlpBuffers inp, action;  // the input layers' outputs; the last of them put theirs into
+  Buffer x;                // [K], of a late GRU [x | h], of a block-diagonal one the features
+  Buffer gates;            // [4D], as GruArgs, block by block; no data: not wanted
+  // of a late or a block-diagonal GRU:
   Buffer sums;          // [3D], as LateGruArgs
   FloatBuffer inverse;  // [1], likewise
+  // of a block-diagonal one:
+  MlpBuffers features, blocks;
+  FloatBuffer shared;  // a block's part of its first layer's sums that comes of the features
 };
 DeterBuffers take_deter(Arena& arena, const Kernels& k, const Rssm& rssm, Index rows, bool keep);
 
@@ -87,9 +118,10 @@ void deter_step(const Kernels& k, const Rssm& rssm, Rows state, const Drawn& dra
 
 // Gradients before the activations that the steps' weight gradients need, or scratch for one step.
 struct DeterDeltas {
-  MlpBuffers inp;
+  MlpBuffers inp, action;
   Buffer gates;  // [4D], as GruBackwardArgs; of a late GRU the gradients of the sums [3D], and
   Buffer sums;   // those behind the norm
+  MlpBuffers features, blocks;  // of a block-diagonal GRU
 };
 DeterDeltas take_deter_deltas(Arena& arena, const Kernels& k, const Rssm& rssm, Index rows);
 
@@ -98,11 +130,12 @@ void deter_step_backward(const Kernels& k, const Rssm& rssm, Rows state, const D
                          Index saved_row, const DeterDeltas& deltas, Index delta_row, Index rows,
                          Floats dh, Floats ds_da);
 
-// Where the gradients of the dynamics go.
+// Where the gradients of the dynamics go, of MLPs one a layer.
 struct DeterGrads {
-  const LayerGrad* inp;  // one a layer
-  LayerGrad ih, hh;      // of a late GRU the first is all of it
-  Index rotate;          // of the input layer's columns
+  std::vector<LayerGrad> inp, action;
+  Index rotate;                             // of the input layer's columns
+  LayerGrad ih, hh;                         // of a late GRU the first is all of it
+  std::vector<LayerGrad> features, blocks;  // of a block-diagonal one; weights [count, in, out]
 };
 
 // Adds the weight gradients of all steps: row i of every buffer belongs together.

@@ -127,7 +127,7 @@ def cem(
         if not 0.0 <= returns.lam <= 1.0:
             raise ValueError(f"cem: returns.lam must be in [0, 1], got {returns.lam}")
     noise = (action_noise, state_noise)
-    depth = deepest(params.inp, params.prior)
+    depth = deepest(*params.to_deter, params.prior)
     given = (*start, mean, std)
     if callable(score):
         missing = lacking(params)

@@ -76,7 +76,7 @@ def decide(
     check_tensor("decide", "state.stoch", state.stoch, ("B", "S"), dims, like=like)
     check_tensor("decide", "action", action, ("B", "A"), dims, like=like)
     check_tensor("decide", "state_noise", state_noise, ("B", params.noise), dims, like=like)
-    given, depth = [*state, action, state_noise], deepest(params.inp, params.post, encoder)
+    given, depth = [*state, action, state_noise], deepest(*params.to_deter, params.post, encoder)
     columns = dims["E"]
     if vector is not None:
         check_tensor("decide", "vector", vector, ("B", encoder.inputs), dims, like=like)

@@ -87,7 +87,9 @@ def imagine(
         raise ValueError("imagine: returns.critic is None, but the λ-return needs a critic")
     if returns is not None and not 0.0 <= returns.lam <= 1.0:
         raise ValueError(f"imagine: returns.lam must be in [0, 1], got {returns.lam}")
-    depth = deepest(params.inp, params.prior, actor.mlp, *(returns.heads() if returns else ()))
+    depth = deepest(
+        *params.to_deter, params.prior, actor.mlp, *(returns.heads() if returns else ())
+    )
     noise = (state_noise, action_noise)
     missing = lacking(params, actor, returns)
     body = OP.select(

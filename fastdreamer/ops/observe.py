@@ -85,7 +85,7 @@ def observe(
     # every body takes a bfloat16 embedding as it is: by its bits it is of no dtype to refuse
     bits = embed.view(torch.int16) if embed.dtype == torch.bfloat16 else embed
     given = (start.deter, start.stoch, bits, action, is_first)
-    depth = deepest(params.inp, params.prior, params.post)
+    depth = deepest(*params.to_deter, params.prior, params.post)
     body = OP.select(backend, *given, constant=(noise,), depth=depth, lacking=lacking(params))
     return Observation(*body(params, start, embed, action, is_first, noise, RESETS[reset]))
 

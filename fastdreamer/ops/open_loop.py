@@ -44,7 +44,7 @@ def open_loop(
     check_tensor("open_loop", "noise", noise, ("H", "B", params.noise), dims, like=like)
     if not len(action):
         raise ValueError(f"open_loop: action is empty, {list(action.shape)}")
-    depth = deepest(params.inp, params.prior)
+    depth = deepest(*params.to_deter, params.prior)
     given = (start.deter, start.stoch, action)
     body = OP.select(backend, *given, constant=(noise,), depth=depth, lacking=lacking(params))
     return body(params, start, action, noise)

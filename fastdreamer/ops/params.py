@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdreamer.ops.cells import Recurrence
+from fastdreamer.ops.cells import BlockGRUParams, Recurrence
 from fastdreamer.ops.layers import MLPParams, mlp, symexp
 
 STDS = {"softplus": F.softplus, "sigmoid": torch.sigmoid, "exp": torch.exp}
@@ -202,6 +202,13 @@ class RSSMParams(NamedTuple):
     def like(self) -> Tensor:
         """A tensor of the parameters' dtype and device."""
         return self.prior.weights[0]
+
+    @property
+    def to_deter(self) -> tuple[MLPParams | Branches, ...]:
+        """The layers that h' comes of."""
+        if not isinstance(self.gru, BlockGRUParams):
+            return (self.inp,)
+        return self.inp, self.gru.hidden, self.gru.blocks
 
     def dims(self) -> dict[str, int]:
         """Sizes that the weights fix: A, D, S; C of categorical latents; with a posterior E."""

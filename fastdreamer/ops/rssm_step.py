@@ -10,7 +10,7 @@ from torch import Tensor
 from fastdreamer.ops.backend import Op
 from fastdreamer.ops.cells import recur
 from fastdreamer.ops.checks import check_tensor
-from fastdreamer.ops.layers import mlp, mlp_act
+from fastdreamer.ops.layers import deepest, mlp, mlp_act
 from fastdreamer.ops.params import Branches, Latent, RSSMParams, State, latent_dist
 from fastdreamer.ops.vocabulary import lacking
 
@@ -43,7 +43,7 @@ def rssm_step(
     check_tensor("rssm_step", "state.stoch", state.stoch, ("B", "S"), dims, like=like)
     check_tensor("rssm_step", "action", action, ("B", "A"), dims, like=like)
     check_tensor("rssm_step", "noise", noise, ("B", params.noise), dims, like=like)
-    depth = max(len(params.inp.weights), len(params.prior.weights))
+    depth = deepest(*params.to_deter, params.prior)
     given = (state.deter, state.stoch, action)
     body = OP.select(backend, *given, constant=(noise,), depth=depth, lacking=lacking(params))
     return body(params, state, action, noise)

@@ -23,9 +23,12 @@ from fastdreamer.ops.params import (
 BODIES: dict[str, frozenset[str]] = {
     "native": frozenset(
         (
-            *("layers without bias", "LayerNorm", "RMSNorm"),
-            *("GRU with its reset inside the candidate", "categorical latents", "learned start"),
-            *("bound on actions", "bound on its own actions", "one-hot actions"),
+            *("layers without bias", "LayerNorm", "RMSNorm", "gelu", "gelu_tanh", "mish"),
+            *("GRU with its reset inside the candidate", "block-diagonal GRU"),
+            *("layers of stoch and action apart", "learned start"),
+            *("categorical latents", "Gumbel-softmax latents"),
+            *("bound on actions", "bound on its own actions"),
+            *("one-hot actions", "Gumbel-softmax actions"),
             *(f"policy squashed by {squash!r}" for squash in SQUASHES),
             *("two-hot heads", "symexp heads", "heads of several outputs"),
             "continuation by its mode",

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 HEADER = Path(__file__).parents[2] / "csrc" / "cpu" / "functions.h"
-NAMES = ("exp", "expm1", "sigmoid", "tanh", "softplus", "symexp")
+NAMES = ("exp", "expm1", "sigmoid", "tanh", "softplus", "symexp", "gelu", "gelu_tanh", "mish")
+OF_X = ("gelu", "gelu_tanh", "mish")
+"""Whose errors are relative to x."""
 
 
 def stated() -> dict[str, tuple[float, float]]:
@@ -41,6 +43,8 @@ def evaluate(name: str, x: np.ndarray, bf16: bool) -> np.ndarray:
 
 
 def exact(name: str, x: np.ndarray) -> np.ndarray:
+    import torch
+
     x = x.astype(np.float64)
     return {
         "exp": lambda: np.exp(x),
@@ -49,6 +53,9 @@ def exact(name: str, x: np.ndarray) -> np.ndarray:
         "tanh": lambda: np.tanh(x),
         "softplus": lambda: np.logaddexp(0, x),
         "symexp": lambda: np.sign(x) * np.expm1(np.abs(x)),
+        "gelu": lambda: x * torch.special.ndtr(torch.from_numpy(x)).numpy(),
+        "gelu_tanh": lambda: x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2,
+        "mish": lambda: x * np.tanh(np.logaddexp(0, x)),
     }[name]()
 
 
@@ -60,7 +67,7 @@ def check() -> None:
             got = evaluate(name, x, bf16)
             normal = (np.abs(truth) < 3e38) & ((np.abs(truth) > 1.2e-38) | (truth == 0))
             error = np.abs(got - truth)[normal]
-            size = np.abs(truth[normal])
+            size = np.abs(x if name in OF_X else truth)[normal]
             if name != "tanh":
                 error = error[size > 0] / size[size > 0]
             assert error.max() <= limits[name][bf16], (name, bf16, error.max())
@@ -92,7 +99,7 @@ def test_header_and_documentation_state_the_same_limits():
         assert fp32 <= bf16 < 2e-4  # finer than 8 bits
     text = (HEADER.parents[2] / "docs" / "native.md").read_text("utf-8")
     sentence = text.partition("Elementary functions:")[2].partition("`tests/")[0]
-    order = ("exp", "expm1", "sigmoid", "softplus", "symexp", "tanh")
+    order = ("exp", "expm1", "sigmoid", "softplus", "symexp", *OF_X, "tanh")
     want = [limits[name][bf16] for bf16 in (False, True) for name in order]
     assert [float(number) for number in re.findall(r"[\d.]+e-\d", sentence)] == want
 
@@ -107,6 +114,9 @@ def test_the_ends_of_the_line(bf16):
         "tanh": (1, -1, np.nan),
         "softplus": (np.inf, 0, np.nan),
         "symexp": (np.inf, -np.inf, np.nan),
+        "gelu": (np.inf, np.nan, np.nan),
+        "gelu_tanh": (np.inf, np.nan, np.nan),
+        "mish": (np.inf, np.nan, np.nan),
     }
     for name, want in ends.items():
         np.testing.assert_array_equal(evaluate(name, x, bf16), np.float32(want), err_msg=name)

@@ -356,7 +356,8 @@ def test_the_bindings_refuse():
         return _native.PackedMlp([weight], [bias], norms, "elu", True, False, True, 0, 0, 0, 1)
 
     def gru(weight, norm, gates):
-        return _native.PackedGru(weight, None, norm, False, gates, -1.0, False, True, 1)
+        action = (0, False)
+        return _native.PackedGru(weight, None, norm, False, gates, -1.0, action, False, True, 1)
 
     for norms, message in [
         ([("batch", norm, norm, 1e-3)], "norm must be layer or rms, got 'batch'"),

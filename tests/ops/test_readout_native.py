@@ -357,16 +357,11 @@ def test_auto_takes_native():
 
 def test_what_is_refused_still():
     inputs = CASES["two-hot"].imagine()
-    returns, actor = inputs["returns"], inputs["actor"]
+    returns = inputs["returns"]
     bins = returns.reward_as.bins.clone().requires_grad_()
     learned = inputs | {"returns": returns._replace(reward_as=Readout(bins))}
     with pytest.raises(BackendError, match="native.*no learned bins"):
         imagine(**learned, backend="native")
-    gumbel = actor._replace(std=Categorical(6, gumbel=True))
-    with pytest.raises(BackendError, match="native.*no Gumbel-softmax actions"):
-        imagine(
-            **inputs | {"actor": gumbel, "action_noise": torch.rand(3, 49, 6)}, backend="native"
-        )
 
 
 def test_the_bindings_refuse():

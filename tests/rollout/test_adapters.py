@@ -560,7 +560,7 @@ def test_torchrl_v3_rollout(standard, resets, unimix, recurrent, monkeypatch):
     before = data.clone()
     got = with_noise(lambda: fast(data), uniform=(uniform,))
     assert (data == before).all()
-    assert last_backend("observe") == ("native" if recurrent == "gru" else "eager")
+    assert last_backend("observe") == "native"
     if standard:  # all numbers of prior and posterior at once
         both = torch.stack([torch.rand(T, B, C), uniform], 1)
         with monkeypatch.context() as patch:

@@ -14,7 +14,7 @@ from torch import nn
 
 from fastdreamer.ops.backend import BackendError, last_backend
 from fastdreamer.ops.cells import BlockGRUParams, LateGRUParams
-from fastdreamer.ops.params import Categorical
+from fastdreamer.ops.params import Categorical, State
 from fastdreamer.rollout import Joined, MisfitError, Readout, Rollout, adapt, two_hot
 
 A, D, C, K, E, H, _ = SMALL
@@ -457,15 +457,17 @@ def test_refusals(changes, message):
 
 
 def test_compiled_backends_say_what_they_lack():
-    given = torch.zeros(1, 1, E), torch.zeros(1, 1, A)
-    Rollout.from_modules(**parts(), backend="native").observe(*given)
-    prior = nn.Sequential(nn.Linear(D, H), nn.GELU(), nn.Linear(H, Z))
-    rollout = Rollout.from_modules(**parts(prior=prior), backend="native")
-    with pytest.raises(BackendError, match="native.*it has no gelu"):
-        rollout.observe(*given)
+    given = State(torch.zeros(1, D), torch.zeros(1, Z)), 2
+    heads = {"actor": nn.Linear(D + Z, 2 * A), "reward": nn.Linear(D + Z, 9)}
+    heads |= {"critic": nn.Linear(D + Z, 1), "reward_as": two_hot(9)}
+    Rollout.from_modules(**parts(**heads), backend="native").imagine(*given)
+    heads["reward_as"] = Readout(nn.Parameter(two_hot(9).bins))
+    rollout = Rollout.from_modules(**parts(**heads), backend="native")
+    with pytest.raises(BackendError, match="native.*it has no learned bins"):
+        rollout.imagine(*given)
     rollout.backend = None
-    rollout.observe(*given)
-    assert last_backend("observe") == "eager"
+    rollout.imagine(*given)
+    assert last_backend("imagine") == "eager"
 
 
 def test_norms_and_layers_of_one_s_own_are_asked():

@@ -22,17 +22,17 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 # first of all torch, so that the extension shares the OpenMP pool that torch loads
 from fastdreamer import _native
-from fastdreamer.ops.cells import GRUParams, LateGRUParams
+from fastdreamer.ops.cells import BlockGRUParams, GRUParams, LateGRUParams, Recurrence
 from fastdreamer.ops.layers import MLPParams, Norm
 from fastdreamer.ops.params import (
     ActorParams,
+    Branches,
     Categorical,
     Latent,
     Normal,
     OneHot,
     ReturnParams,
     RSSMParams,
-    StdTransform,
 )
 from fastdreamer.ops.private import expired
 
@@ -98,8 +98,13 @@ def first_order(backward: Callable) -> Callable:
     return checked
 
 
-def flat(mlp: MLPParams) -> tuple[Tensor | None, ...]:
-    """The weights, then the biases, of layers with norms then their weights and their biases."""
+def flat(mlp: MLPParams | Branches) -> tuple[Tensor | None, ...]:
+    """The weights, then the biases, of layers with norms then their weights and their biases.
+
+    Of branches those of stoch, then those of action.
+    """
+    if isinstance(mlp, Branches):
+        return (*flat(mlp.stoch), *flat(mlp.action))
     weights, biases, _, norms = mlp
     if not norms:
         return (*weights, *biases)
@@ -108,19 +113,28 @@ def flat(mlp: MLPParams) -> tuple[Tensor | None, ...]:
     return (*weights, *biases, *parts[0], *none, *parts[1], *none)
 
 
-def flat_gru(gru: GRUParams | LateGRUParams) -> tuple[Tensor | None, ...]:
-    """The four of a GRU; of a late one weight, bias and those of its norm."""
+def flat_gru(gru: Recurrence) -> tuple[Tensor | None, ...]:
+    """The four of a GRU; of a late one weight, bias and those of its norm; of a block-diagonal one
+    the :func:`flat` layers of h, then its blocks."""
     if isinstance(gru, GRUParams):
         return gru
+    if isinstance(gru, BlockGRUParams):
+        return (*flat(gru.hidden), *flat(gru.blocks))
     return (gru.weight, gru.bias, *((None, None) if gru.norm is None else gru.norm[1:3]))
 
 
-def constants(part: MLPParams | GRUParams | LateGRUParams) -> Any:
+def constants(part: MLPParams | Branches | Recurrence) -> Any:
     """What :func:`flat` and :func:`flat_gru` leave out."""
     if isinstance(part, MLPParams):
         _, _, activation, norms = part
         return (activation, *[_kind(norm) for norm in norms]) if norms else activation
-    return None if isinstance(part, GRUParams) else (_kind(part.norm), *part[3:])
+    if isinstance(part, GRUParams):
+        return None
+    if isinstance(part, LateGRUParams):
+        return (_kind(part.norm), *part[3:])
+    # two MLPs, whose tensors follow each other
+    mlps, rest = part[:2], part[2:]
+    return (*[(len(mlp.weights), constants(mlp)) for mlp in mlps], *rest)
 
 
 def _kind(norm: Norm | None) -> tuple | None:
@@ -164,11 +178,10 @@ def pack_mlp(
     key = (bf16, act_last, columns, rotate, bias, constants(params))
 
     def make(gradients: bool) -> Any:
-        biases = list(params.biases) if bias else [None, *params.biases[1:]]
+        first = () if bias else (None,)
+        given = params._replace(biases=(*first, *params.biases[len(first) :]))
         return _native.PackedMlp(
-            _numbers(params.weights),
-            _numbers(biases),
-            [_norm(norm) for norm in params.norms],
+            *_layers(given),
             *(params.activation, act_last, bf16, gradients, *columns, rotate),
             torch.get_num_threads(),
         )
@@ -176,21 +189,40 @@ def pack_mlp(
     return cached(key, flat(params), gradients, make)
 
 
-def pack_gru(params: GRUParams | LateGRUParams, *, bf16: bool, gradients: bool) -> Any:
-    """The same for a GRU cell."""
+def pack_inp(params: RSSMParams, *, bf16: bool, gradients: bool) -> Any:
+    """The same for what the GRU takes: layers of stoch and action, or those of each."""
+    inp, first = params.inp, params.action_first
+    pack = {"act_last": True, "bf16": bf16, "gradients": gradients}
+    if isinstance(inp, Branches):
+        return pack_mlp(inp.stoch, **pack), pack_mlp(inp.action, **pack), first
+    return pack_mlp(inp, rotate=params.dims()["A"] if first else 0, **pack)
+
+
+def pack_gru(params: RSSMParams, *, bf16: bool, gradients: bool) -> Any:
+    """The same for the GRU."""
+    gru, inp = params.gru, params.inp
+    action = (inp.action.outputs, params.action_first) if isinstance(inp, Branches) else (0, False)
 
     def make(gradients: bool) -> Any:
-        if isinstance(params, GRUParams):
-            given = _numbers(params)
+        if isinstance(gru, GRUParams):
+            given = _numbers(gru)
+        elif isinstance(gru, LateGRUParams):
+            given = [*_numbers(gru[:2]), _norm(gru.norm), *gru[3:]]
         else:
-            given = [*_numbers(params[:2]), _norm(params.norm), *params[3:]]
-        return _native.PackedGru(*given, bf16, gradients, torch.get_num_threads())
+            hidden = pack_mlp(gru.hidden, act_last=True, bf16=bf16, gradients=gradients)
+            given = [hidden, *_layers(gru.blocks), gru.blocks.activation, *gru[2:]]
+        return _native.PackedGru(*given, action, bf16, gradients, torch.get_num_threads())
 
-    return cached((bf16, constants(params)), flat_gru(params), gradients, make)
+    return cached((bf16, action, constants(gru)), flat_gru(gru), gradients, make)
 
 
 def _numbers(tensors: Sequence[Tensor | None]) -> list:
     return [None if t is None else t.detach().contiguous().numpy() for t in tensors]
+
+
+def _layers(mlp: MLPParams) -> tuple[list, list, list]:
+    """Weights, biases and norms as the extension takes them."""
+    return _numbers(mlp.weights), _numbers(mlp.biases), [_norm(norm) for norm in mlp.norms]
 
 
 def _norm(norm: Norm | None) -> tuple | None:
@@ -198,24 +230,22 @@ def _norm(norm: Norm | None) -> tuple | None:
 
 
 def pack_rssm(params: RSSMParams, *, bf16: bool, gradients: bool) -> tuple:
-    """Input layer, GRU, prior and what latents are: the dynamics as the extension takes them.
+    """Input layers, GRU, prior and what latents are: the dynamics as the extension takes them.
 
     One look-up where nothing has changed: a single step of one row takes less time than three.
     """
     inp, gru, prior = params.inp, params.gru, params.prior
     tensors = [*flat(inp), *flat_gru(gru), *flat(prior)]
     key = (bf16, constants(inp), constants(gru), constants(prior), *params[4:6])
-    pack = {"bf16": bf16, "gradients": gradients}
 
     def make(gradients: bool) -> _Model:
-        pack["gradients"] = gradients
-        dims = params.dims() if params.action_first else {"A": 0}
+        pack = {"bf16": bf16, "gradients": gradients}
         return _Model(
             (
-                pack_mlp(params.inp, act_last=True, rotate=dims["A"], **pack),
-                pack_gru(params.gru, **pack),
+                pack_inp(params, **pack),
+                pack_gru(params, **pack),
                 pack_mlp(params.prior, **pack),
-                as_given(params.latent),
+                params.latent,
             ),
             gradients,
         )
@@ -244,12 +274,10 @@ def pack_decider(
             rotate = 0 if actor.stoch_first else dims["D"]
             chooses = pack_actor(actor, rotate, **pack)
         return _native.PackedDecider(
-            pack_mlp(
-                params.inp, act_last=True, rotate=dims["A"] if params.action_first else 0, **pack
-            ),
-            pack_gru(params.gru, **pack),
+            pack_inp(params, **pack),
+            pack_gru(params, **pack),
             pack_mlp(params.post, rotate=dims["E"] if params.embed_first else 0, **pack),
-            as_given(params.latent),
+            params.latent,
             encoder and pack_mlp(encoder, act_last=True, **pack),
             chooses,
         )
@@ -260,7 +288,7 @@ def pack_decider(
 def pack_actor(actor: ActorParams, rotate: int, *, bf16: bool, gradients: bool) -> tuple:
     """A policy as the extension takes it; rotate as of :func:`pack_mlp`."""
     packed = pack_mlp(actor.mlp, rotate=rotate, bf16=bf16, gradients=gradients)
-    return packed, actor.mean_scale, as_given(actor.std), actor.squash
+    return packed, actor.mean_scale, actor.std, actor.squash
 
 
 def given_readouts(returns: ReturnParams) -> tuple:
@@ -274,11 +302,6 @@ def given_readouts(returns: ReturnParams) -> tuple:
     return (*numbers, returns.hard_discount)
 
 
-def as_given(latent: StdTransform | Categorical) -> tuple:
-    """What latents or actions are, likewise: a std's transform, or (classes, unimix)."""
-    return (latent.classes, latent.unimix) if isinstance(latent, Categorical) else latent
-
-
 def new_latent(params: RSSMParams, like: Tensor) -> tuple[Tensor, Tensor | None]:
     """Memory for a distribution as the extension leaves it: mean and std, or logits and None."""
     gaussian = not isinstance(params.latent, Categorical)
@@ -289,7 +312,8 @@ def latent_of(params: RSSMParams, mean: Tensor, std: Tensor | None) -> Latent:
     """That distribution."""
     if not isinstance(params.latent, Categorical):
         return Normal(mean, std)
-    return OneHot(mean.unflatten(-1, (-1, params.latent.classes)), params.latent.unimix)
+    classes, unimix, gumbel = params.latent
+    return OneHot(mean.unflatten(-1, (-1, classes)), unimix, gumbel)
 
 
 class _Model(NamedTuple):
