@@ -252,17 +252,17 @@ def test_the_bindings_refuse():
         rssm_step(**inputs, backend="native")
     model, *arrays, outputs, threads = spy.call_args.args
     *weights, latent = model
-    assert tuple(latent) == (17, 0.0)
+    assert tuple(latent) == (17, 0.0, False)
     for latent, message in [
-        ((5, 0.0), "51 logits make no categoricals of 5 classes"),
-        ((0, 0.0), "no categoricals of 0 classes"),
-        ((17, 1.5), "1.5"),
-        ((17, float("nan")), "nan"),
+        ((5, 0.0, False), "51 logits make no categoricals of 5 classes"),
+        ((0, 0.0, False), "no categoricals of 0 classes"),
+        ((17, 1.5, False), "1.5"),
+        ((17, float("nan"), False), "nan"),
     ]:
         with pytest.raises(ValueError, match=message):
             _native.rssm_step((*weights, latent), *arrays, outputs, threads)
     with pytest.raises(ValueError, match=r"noise must be \[51, 1\]"):
-        _native.rssm_step((*weights, (51, 0.0)), *arrays, outputs, threads)
+        _native.rssm_step((*weights, (51, 0.0, False)), *arrays, outputs, threads)
     short = outputs[2][:, :-1].copy()
     with pytest.raises(ValueError, match=r"prior_mean must be \[51, 51\]"):
         _native.rssm_step(model, *arrays, (*outputs[:2], short, None), threads)

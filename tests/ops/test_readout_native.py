@@ -380,8 +380,12 @@ def test_the_bindings_refuse():
         (3, (*heads[:7], (short, False), *heads[8:]), r"reward_as.bins must be \[255\]"),
         (3, (*heads[:8], (short, False), *heads[9:]), r"value_as.bins must be \[255\]"),
         (2, (*actor[:3], "fold", *actor[4:]), "squash must be tanh, none, bound or clip"),
-        (2, (*actor[:2], (4, 0.0), *actor[3:]), "6 logits make no categoricals of 4 classes"),
-        (2, (*actor[:2], (6, 0.0), *actor[3:]), "actor must map 51 to 6, not 51 to 12"),
+        (
+            2,
+            (*actor[:2], (4, 0.0, False), *actor[3:]),
+            "6 logits make no categoricals of 4 classes",
+        ),
+        (2, (*actor[:2], (6, 0.0, False), *actor[3:]), "actor must map 51 to 6, not 51 to 12"),
     ]:
         given = [*arguments[:place], changed, *arguments[place + 1 :]]
         with pytest.raises(ValueError, match=message):

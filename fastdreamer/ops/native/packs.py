@@ -189,31 +189,33 @@ def pack_mlp(
     return cached(key, flat(params), gradients, make)
 
 
-def pack_inp(params: RSSMParams, *, bf16: bool, gradients: bool) -> Any:
-    """The same for what the GRU takes: layers of stoch and action, or those of each."""
-    inp, first = params.inp, params.action_first
-    pack = {"act_last": True, "bf16": bf16, "gradients": gradients}
-    if isinstance(inp, Branches):
-        return pack_mlp(inp.stoch, **pack), pack_mlp(inp.action, **pack), first
-    return pack_mlp(inp, rotate=params.dims()["A"] if first else 0, **pack)
-
-
-def pack_gru(params: RSSMParams, *, bf16: bool, gradients: bool) -> Any:
-    """The same for the GRU."""
-    gru, inp = params.gru, params.inp
-    action = (inp.action.outputs, params.action_first) if isinstance(inp, Branches) else (0, False)
+def pack_gru(
+    params: Recurrence, *, bf16: bool, gradients: bool, action: tuple[int, bool] = (0, False)
+) -> Any:
+    """The same for a GRU cell; action: how many of its inputs come of layers of the action alone,
+    and whether they are the first."""
 
     def make(gradients: bool) -> Any:
-        if isinstance(gru, GRUParams):
-            given = _numbers(gru)
-        elif isinstance(gru, LateGRUParams):
-            given = [*_numbers(gru[:2]), _norm(gru.norm), *gru[3:]]
+        if isinstance(params, GRUParams):
+            given = _numbers(params)
+        elif isinstance(params, LateGRUParams):
+            given = [*_numbers(params[:2]), _norm(params.norm), *params[3:]]
         else:
-            hidden = pack_mlp(gru.hidden, act_last=True, bf16=bf16, gradients=gradients)
-            given = [hidden, *_layers(gru.blocks), gru.blocks.activation, *gru[2:]]
+            hidden = pack_mlp(params.hidden, act_last=True, bf16=bf16, gradients=gradients)
+            given = [hidden, *_layers(params.blocks), params.blocks.activation, *params[2:]]
         return _native.PackedGru(*given, action, bf16, gradients, torch.get_num_threads())
 
-    return cached((bf16, action, constants(gru)), flat_gru(gru), gradients, make)
+    return cached((bf16, action, constants(params)), flat_gru(params), gradients, make)
+
+
+def _pack_deter(params: RSSMParams, **pack: bool) -> tuple[Any, Any]:
+    """Both for a model: its input layers, perhaps stoch's and action's apart, and its GRU."""
+    inp, gru, first = params.inp, params.gru, params.action_first
+    if isinstance(inp, Branches):
+        parts = [pack_mlp(part, act_last=True, **pack) for part in inp]
+        return (*parts, first), pack_gru(gru, action=(inp.action.outputs, first), **pack)
+    rotate = params.dims()["A"] if first else 0
+    return pack_mlp(inp, act_last=True, rotate=rotate, **pack), pack_gru(gru, **pack)
 
 
 def _numbers(tensors: Sequence[Tensor | None]) -> list:
@@ -242,8 +244,7 @@ def pack_rssm(params: RSSMParams, *, bf16: bool, gradients: bool) -> tuple:
         pack = {"bf16": bf16, "gradients": gradients}
         return _Model(
             (
-                pack_inp(params, **pack),
-                pack_gru(params, **pack),
+                *_pack_deter(params, **pack),
                 pack_mlp(params.prior, **pack),
                 params.latent,
             ),
@@ -274,8 +275,7 @@ def pack_decider(
             rotate = 0 if actor.stoch_first else dims["D"]
             chooses = pack_actor(actor, rotate, **pack)
         return _native.PackedDecider(
-            pack_inp(params, **pack),
-            pack_gru(params, **pack),
+            *_pack_deter(params, **pack),
             pack_mlp(params.post, rotate=dims["E"] if params.embed_first else 0, **pack),
             params.latent,
             encoder and pack_mlp(encoder, act_last=True, **pack),
