@@ -37,7 +37,8 @@ TESTS = ["tests/ops/test_functions.py", "tests/ops/test_native.py",
          "tests/ops/test_variants.py", "tests/ops/test_cem_native.py", "tests/ops/test_amx.py",
          "tests/ops/test_codec.py", "tests/ops/test_decide.py",
          "tests/ops/test_categorical_native.py", "tests/ops/test_normed_native.py",
-         "tests/ops/test_readout_native.py", "tests/envs/test_rays.py"]  # fmt: skip
+         "tests/ops/test_readout_native.py", "tests/ops/test_blocks_native.py",
+         "tests/envs/test_rays.py"]  # fmt: skip
 # Triton, dynamo and OpenGL load compilers of their own; forked children and exits are no work of
 # ours under a preloaded runtime.
 SKIPPED = "not triton and not compiled and not opengl and not fork and not exit"
