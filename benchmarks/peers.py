@@ -246,6 +246,7 @@ def torchrl_v3_loops(model: Any) -> dict[str, Callable[..., Any]]:
         TensorDictModule(part.module, part.in_keys, keys)
         for part, keys in zip(parts, named.values(), strict=True)
     ]
+    torch.compiler.reset()  # one limit of recompilations for every model
     loops = {name: RSSMRolloutV3(*wired) for name in ("tensors", "step compiled", "scan compiled")}
     loops["step compiled"].compile_rollout("step")
     loops["scan compiled"].compile_rollout("scan", options={"fallback_random": True})
