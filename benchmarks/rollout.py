@@ -176,7 +176,7 @@ def check_learning(rollout: Rollout, rows: int, horizon: int) -> None:
 
 
 def measure_learning(name: str, steps: int) -> dict[str, Any]:
-    """Time steps of learning, the variants interleaved; what they compute is compared first."""
+    """Time steps of learning by turns, by precision; what they compute is compared first."""
     kind, rows = name.split(", B ")
     torch.manual_seed(0)
     if kind == "V1":
@@ -187,15 +187,17 @@ def measure_learning(name: str, steps: int) -> dict[str, Any]:
         check_learning(rollout, 8, 2)  # a class drawn otherwise goes on to all that follows
     variants, parameters = learning(rollout, int(rows))
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
-    for turn in range(steps + 1):
-        for variant, run in variants.items():
-            with torch.no_grad():
-                for parameter in parameters:
-                    parameter.mul_(1)  # as after an optimiser's step: weights are packed again
-            begin = time.perf_counter()
-            run()
-            if turn:  # the first warms up
-                seconds[variant].append(time.perf_counter() - begin)
+    for precision in PRECISIONS:  # one after the other: both at once are nobody's memory
+        sides = {name: run for name, run in variants.items() if name.endswith(precision)}
+        for turn in range(steps + 2):
+            for variant, run in sides.items():
+                with torch.no_grad():
+                    for parameter in parameters:
+                        parameter.mul_(1)  # as after an optimiser's step: weights are packed again
+                begin = time.perf_counter()
+                run()
+                if turn > 1:  # the first two warm up: new pages, then all of them
+                    seconds[variant].append(time.perf_counter() - begin)
     return {variant: summary(values) for variant, values in seconds.items()}
 
 
