@@ -84,6 +84,10 @@ TABLE = (
         "there it spills with the bound, and not without",
     ),
     Entry(
+        ("step normed",), True, 120, 1, Tile(16, 64, 64, 32, 8, 3),
+        "with norms, where rows are reset, blocks of 64 gates spill there, bounded or not",
+    ),
+    Entry(
         _STEPS, True, 80, 2049, Tile(32, 64, 64, 64, 8, 3, _ALL),
         "16 rows would be more programs than multiprocessors (about 130), each of which reads all "
         "weights again",
