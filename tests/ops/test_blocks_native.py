@@ -11,12 +11,18 @@ import pytest
 import torch
 from native_and_eager import (
     INPUTS,
+    assert_a_nan_stays_in_its_row,
+    assert_gradients_of_some,
     assert_only_outputs_are_written,
+    assert_packs_follow,
     assert_threads_change_nothing,
+    cem_inputs,
     compare,
     compare_with_and_without_gradients,
+    decide_inputs,
+    in_order,
+    parameters,
 )
-from torch import Tensor
 
 from fastdreamer import testing
 from fastdreamer.ops.backend import BackendError, last_backend
@@ -189,16 +195,13 @@ def check_case(op, name):
 
 
 def check_cem(name):
-    """With everyone elite, all iterations are comparable."""
     sizes, H, B, style = CASES[name]
-    inputs = style.apply(cem, testing.cem_inputs(sizes, H, B, 5, 2) | {"num_elites": 5})
-    compare(cem, inputs, wrt=())
+    compare(cem, style.apply(cem, cem_inputs(sizes, H, B)), wrt=())
 
 
 def check_decide(name):
     sizes, _, B, style = CASES[name]
-    inputs = testing.decide_inputs(sizes, B, sees="both" if sizes.units < sizes.E else "embed")
-    compare(decide, style.apply(decide, inputs), wrt=())
+    compare(decide, style.apply(decide, decide_inputs(sizes, B)), wrt=())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -220,14 +223,7 @@ def test_every_order_of_columns(first):
     for blocks in (4, 0, None):
         style = Style(blocks, (40,), apart=((40,), (24,)), deter_first=deter_first,
                       action_first=action_first)  # fmt: skip
-        for run, inputs in [
-            (observe, testing.observe_inputs(sizes, T, B)),
-            (imagine, testing.imagine_inputs(sizes, 3, B, heads=True)),
-            (decide, testing.decide_inputs(sizes, B)),
-        ]:
-            inputs["params"] = inputs["params"]._replace(embed_first=embed_first)
-            for part in {"actor", "returns"} & inputs.keys():
-                inputs[part] = inputs[part]._replace(stoch_first=deter_first)
+        for run, inputs in in_order(sizes, T, 3, B, action_first, embed_first, deter_first):
             given = style.apply(run, inputs)
             compare(run, given, **({"wrt": ()} if run is decide else {}))
 
@@ -299,13 +295,7 @@ def test_gumbel_softmax_policies(unimix):
 def test_a_nan_stays_in_its_row():
     for name in ("no norm", "V3", "Gumbel", "Mish"):
         run, inputs = make("observe", name)
-        inputs["is_first"][:] = False
-        clean = run(**inputs, backend="native")
-        inputs["embed"][0, 2] = torch.nan
-        seen = run(**inputs, backend="native")
-        rest = [row for row in range(inputs["embed"].shape[1]) if row != 2]
-        assert seen.state.stoch[0, 2].isnan().all() and seen.state.deter[1, 2].isnan().all()
-        assert torch.equal(seen.state.deter[:, rest], clean.state.deter[:, rest])
+        assert_a_nan_stays_in_its_row(run, inputs)
 
 
 def test_undefined_noise_makes_its_sample_undefined():
@@ -352,13 +342,6 @@ def test_only_outputs_are_written():
     assert_only_outputs_are_written(run, inputs, "rssm_step", 5)
 
 
-def parameters(part):
-    """The tensors of it."""
-    if isinstance(part, Tensor):
-        return [part]
-    return [t for p in part for t in parameters(p)] if isinstance(part, tuple) else []
-
-
 def test_packs_follow_the_blocks():
     """Changed in place, or another bias of the update gate, order, activation or eps."""
     run, inputs = make("observe", "V3")
@@ -374,18 +357,8 @@ def test_packs_follow_the_blocks():
     ]
     changes = [params._replace(gru=changed) for changed in changes]
     changes.append(params._replace(inp=inp._replace(action=inp.action._replace(activation="elu"))))
-    before = run(**inputs, backend="native").state.deter
-    for changed in changes:
-        given = inputs | {"params": changed}
-        after = run(**given, backend="native").state.deter
-        torch.testing.assert_close(after, run(**given, backend="eager").state.deter)
-        assert not torch.allclose(after, before, atol=1e-3)
-    for changed in (gru.blocks.weights[0], gru.blocks.weights[1], inp.action.weights[0]):
-        with torch.no_grad():
-            changed.mul_(2)
-            after = run(**inputs, backend="native").state.deter
-        torch.testing.assert_close(after, run(**inputs, backend="eager").state.deter)
-        assert not torch.allclose(after, before, atol=1e-3)
+    in_place = [*gru.blocks.weights[:2], inp.action.weights[0]]
+    assert_packs_follow(run, inputs, changes, in_place)
 
 
 def test_weights_of_another_layout():
@@ -409,17 +382,7 @@ def test_frozen_parameters_get_no_gradient(frozen):
     params = inputs["params"]
     still = parameters(params.gru.blocks if frozen == "blocks" else params.inp)
     trained = [t for t in parameters(params[:4]) if all(t is not s for s in still)]
-    for t in trained:
-        t.requires_grad_()
-    grads = []
-    for backend in ("native", "eager"):
-        seen = run(**inputs, backend=backend)
-        loss = seen.state.deter.square().sum() + seen.prior.logits.square().sum()
-        grads.append(torch.autograd.grad(loss, trained, allow_unused=True))
-    for got, want in zip(*grads, strict=True):
-        assert (got is None) == (want is None)
-        if got is not None:
-            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+    assert_gradients_of_some(run, inputs, trained)
 
 
 def test_more_layers_than_native_has():

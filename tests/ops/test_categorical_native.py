@@ -15,8 +15,11 @@ from native_and_eager import (
     INPUTS,
     assert_only_outputs_are_written,
     assert_threads_change_nothing,
+    cem_inputs,
     compare,
     compare_with_and_without_gradients,
+    decide_inputs,
+    in_order,
 )
 
 from fastdreamer import testing
@@ -65,18 +68,15 @@ def check_case(op, name):
 
 
 def check_cem(name):
-    """With everyone elite, all iterations are comparable."""
     sizes, H, B, classes, unimix = CASES[name]
-    inputs = testing.cem_inputs(sizes, H, B, 5, 2) | {"num_elites": 5}
-    inputs = drawn_safely(cem, inputs, classes, unimix)
+    inputs = drawn_safely(cem, cem_inputs(sizes, H, B), classes, unimix)
     for score, bf16 in itertools.product(("lambda_return", "reward"), precisions(name)):
         compare(cem, inputs | {"score": score}, bf16=bf16, wrt=())
 
 
 def check_decide(name):
     sizes, _, B, classes, unimix = CASES[name]
-    inputs = testing.decide_inputs(sizes, B, sees="both" if sizes.units < sizes.E else "embed")
-    inputs = drawn_safely(decide, inputs, classes, unimix)
+    inputs = drawn_safely(decide, decide_inputs(sizes, B), classes, unimix)
     for bf16 in precisions(name):
         compare(decide, inputs, bf16=bf16, wrt=())
 
@@ -106,17 +106,7 @@ def test_resets_by_part(reset):
 def test_every_order_of_columns(first):
     action_first, embed_first, stoch_first = first
     sizes, H, B, classes, unimix = CASES["17"]
-    for run, inputs in [
-        (observe, testing.observe_inputs(sizes, H, B)),
-        (imagine, testing.imagine_inputs(sizes, H, B, heads=True)),
-        (decide, testing.decide_inputs(sizes, B)),
-    ]:
-        inputs["params"] = inputs["params"]._replace(
-            action_first=action_first, embed_first=embed_first
-        )
-        for part in ("actor", "returns"):
-            if part in inputs:
-                inputs[part] = inputs[part]._replace(stoch_first=stoch_first)
+    for run, inputs in in_order(sizes, H, H, B, action_first, embed_first, stoch_first):
         given = drawn_safely(run, inputs, classes, unimix)
         compare(run, given, **({"wrt": ()} if run is decide else {}))
 

@@ -11,18 +11,23 @@ import pytest
 import torch
 from native_and_eager import (
     INPUTS,
+    assert_a_nan_stays_in_its_row,
+    assert_gradients_of_some,
+    assert_packs_follow,
     assert_threads_change_nothing,
+    cem_inputs,
     compare,
     compare_with_and_without_gradients,
+    decide_inputs,
+    in_order,
+    parameters,
 )
-from torch import Tensor
 
 from fastdreamer import testing
 from fastdreamer.ops.backend import last_backend
 from fastdreamer.ops.cells import LateGRUParams
 from fastdreamer.ops.cem import cem
 from fastdreamer.ops.decide import decide
-from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.layers import MLPParams, Norm
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.params import Begin, Categorical
@@ -143,18 +148,17 @@ def check_case(op, name):
 
 
 def check_cem(name):
-    """With everyone elite, all iterations are comparable."""
     sizes, H, B, style = CASES[name]
-    inputs = style.apply(cem, testing.cem_inputs(sizes, H, B, 5, 2) | {"num_elites": 5})
+    inputs = style.apply(cem, cem_inputs(sizes, H, B))
     for score in ("lambda_return", "reward"):
         compare(cem, inputs | {"score": score}, wrt=())
 
 
 def check_decide(name):
     sizes, _, B, style = CASES[name]
-    inputs = testing.decide_inputs(sizes, B, sees="both" if sizes.units < sizes.E else "embed")
+    inputs = style.apply(decide, decide_inputs(sizes, B))
     for bf16 in precisions(name):
-        compare(decide, style.apply(decide, inputs), bf16=bf16, wrt=())
+        compare(decide, inputs, bf16=bf16, wrt=())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -206,15 +210,7 @@ def test_every_order_of_columns(first):
     action_first, embed_first, deter_first = first
     sizes, T, B, _ = CASES["V3"]
     style = Style(late={"deter_first": deter_first}, latent=Categorical(16, 0.01))
-    for run, inputs in [
-        (observe, testing.observe_inputs(sizes, T, B)),
-        (imagine, testing.imagine_inputs(sizes, 3, B, heads=True)),
-        (decide, testing.decide_inputs(sizes, B)),
-    ]:
-        columns = {"action_first": action_first, "embed_first": embed_first}
-        inputs["params"] = inputs["params"]._replace(**columns)
-        for part in {"actor", "returns"} & inputs.keys():
-            inputs[part] = inputs[part]._replace(stoch_first=deter_first)
+    for run, inputs in in_order(sizes, T, 3, B, action_first, embed_first, deter_first):
         given = style.apply(run, inputs)
         compare(run, given, **({"wrt": ()} if run is decide else {}))
 
@@ -278,13 +274,7 @@ def test_large_and_small_rows():
 def test_a_nan_stays_in_its_row():
     for name in ("layer", "V3"):
         run, inputs = make("observe", name)
-        inputs["is_first"][:] = False
-        clean = run(**inputs, backend="native")
-        inputs["embed"][0, 2] = torch.nan
-        seen = run(**inputs, backend="native")
-        rest = [row for row in range(inputs["embed"].shape[1]) if row != 2]
-        assert seen.state.stoch[0, 2].isnan().all() and seen.state.deter[1, 2].isnan().all()
-        assert torch.equal(seen.state.deter[:, rest], clean.state.deter[:, rest])
+        assert_a_nan_stays_in_its_row(run, inputs)
 
 
 @pytest.mark.parametrize("name", ["one", "plain", "wide"])
@@ -292,13 +282,6 @@ def test_a_nan_stays_in_its_row():
 def test_threads_change_nothing(op, name, threads):
     run, inputs = make(op, name)
     assert_threads_change_nothing(run, inputs, threads)
-
-
-def parameters(part):
-    """The tensors of it."""
-    if isinstance(part, Tensor):
-        return [part]
-    return [t for p in part for t in parameters(p)] if isinstance(part, tuple) else []
 
 
 def test_packs_follow_the_norms():
@@ -312,17 +295,7 @@ def test_packs_follow_the_norms():
         changes.append(params._replace(gru=gru))
         inp = params.inp._replace(norms=tuple(n._replace(**norm) for n in params.inp.norms))
         changes.append(params._replace(inp=inp))
-    before = run(**inputs, backend="native").state.deter
-    for changed in changes:
-        given = inputs | {"params": changed}
-        after = run(**given, backend="native").state.deter
-        torch.testing.assert_close(after, run(**given, backend="eager").state.deter)
-        assert not torch.allclose(after, before, atol=1e-3)
-    with torch.no_grad():
-        params.gru.norm.weight.mul_(2)
-        after = run(**inputs, backend="native").state.deter
-    torch.testing.assert_close(after, run(**inputs, backend="eager").state.deter)
-    assert not torch.allclose(after, before, atol=1e-3)
+    assert_packs_follow(run, inputs, changes, [params.gru.norm.weight])
 
 
 @pytest.mark.parametrize("frozen", ["weights", "norms"])
@@ -334,17 +307,7 @@ def test_frozen_parameters_get_no_gradient(frozen):
         norms += parameters(mlp.norms)
     rest = [t for t in parameters(params) if all(t is not n for n in norms)]
     trained = rest if frozen == "norms" else norms
-    for t in trained:
-        t.requires_grad_()
-    grads = []
-    for backend in ("native", "eager"):
-        loss = run(**inputs, backend=backend).state.deter.square().sum()
-        loss = loss + run(**inputs, backend=backend).prior.logits.square().sum()
-        grads.append(torch.autograd.grad(loss, trained, allow_unused=True))
-    for got, want in zip(*grads, strict=True):
-        assert (got is None) == (want is None)
-        if got is not None:
-            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+    assert_gradients_of_some(run, inputs, trained)
 
 
 def test_the_bindings_refuse():
