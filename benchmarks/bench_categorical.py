@@ -34,8 +34,9 @@ def _seen(E: int) -> dict[str, Any]:
     return testing.categorical(testing.observe_inputs(SIZES._replace(E=E), T, B), LATENT)
 
 
-def _dreamt(*, heads: bool) -> dict[str, Any]:
-    return testing.categorical(bench_imagine.inputs(H, ROWS, SIZES, heads=heads), LATENT)
+def _dreamt(*, heads: bool, two_hot: bool = False) -> dict[str, Any]:
+    x = testing.categorical(bench_imagine.inputs(H, ROWS, SIZES, heads=heads), LATENT)
+    return _two_hot(x) if two_hot else x
 
 
 @functools.cache  # found once: by a run in float64
@@ -44,8 +45,8 @@ def _observed(E: int) -> dict[str, Any]:
 
 
 @functools.cache
-def _imagined(*, heads: bool) -> dict[str, Any]:
-    return testing.away_from_borders(imagine, _dreamt(heads=heads))
+def _imagined(*, heads: bool, two_hot: bool = False) -> dict[str, Any]:
+    return testing.away_from_borders(imagine, _dreamt(heads=heads, two_hot=two_hot))
 
 
 def _two_hot(x: dict[str, Any]) -> dict[str, Any]:
@@ -65,15 +66,10 @@ def _two_hot(x: dict[str, Any]) -> dict[str, Any]:
     return x | {"returns": returns._replace(**heads, reward_as=BINS, value_as=BINS)}
 
 
-@functools.cache
-def _imagined_two_hot(*, heads: bool) -> dict[str, Any]:
-    assert heads
-    return testing.away_from_borders(imagine, _two_hot(_dreamt(heads=True)))
-
-
 def _with_two_hot() -> list[Case]:
     """What an actor's update imagines."""
-    cases = bench_imagine.cases(_two_hot(_dreamt(heads=True)), _imagined_two_hot, f"{OF}, two-hot")
+    make = functools.partial(_imagined, two_hot=True)
+    cases = bench_imagine.cases(_dreamt(heads=True, two_hot=True), make, f"{OF}, two-hot")
     return [case for case in cases if case.name.startswith(("imagine + heads", "actor update"))]
 
 

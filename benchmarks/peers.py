@@ -47,6 +47,11 @@ def resets(*shape: int) -> Tensor:
     return (torch.rand(*shape) < 0.05).float()
 
 
+def following(*names: str) -> list[tuple[str, str]]:
+    """TensorDict's keys of the next step."""
+    return [("next", name) for name in names]
+
+
 def onehot(s: modern.Sizes, *lead: int) -> Tensor:
     index = torch.randint(s.classes, (*lead, s.latents))
     return nn.functional.one_hot(index, s.classes).float()
@@ -120,14 +125,14 @@ def torchrl_v1() -> tuple[Any, Inputs]:
 
     A, D, S, E, H = V1.values()
     sizes = {"hidden_dim": H, "rnn_hidden_dim": D, "state_dim": S}
-    n = lambda *names: [("next", name) for name in names]  # noqa: E731
     prior = TensorDictModule(
         RSSMPrior(action_spec=torch.zeros(A), action_dim=A, **sizes), ["state", "belief", "action"],
-        n("prior_mean", "prior_std") + ["_"] + n("belief"),
+        following("prior_mean", "prior_std") + ["_"] + following("belief"),
     )  # fmt: skip
     post = TensorDictModule(
         RSSMPosterior(hidden_dim=H, state_dim=S, rnn_hidden_dim=D, obs_embed_dim=E),
-        n("belief", "encoded_latents"), n("posterior_mean", "posterior_std", "state"),
+        following("belief", "encoded_latents"),
+        following("posterior_mean", "posterior_std", "state"),
     )  # fmt: skip
 
     def inputs(T: int, B: int) -> tuple[Any, ...]:
@@ -212,15 +217,14 @@ def torchrl_v3(recurrent: str) -> tuple[Any, Inputs]:
     s, rms = V3._replace(embed=1024), recurrent == "block_gru"
     sizes = {"num_categoricals": s.latents, "num_classes": s.classes, "rnn_hidden_dim": s.deter}
     sizes |= {"hidden_dim": s.hidden}
-    n = lambda *names: [("next", name) for name in names]  # noqa: E731
     prior = RSSMPriorV3(action_shape=(s.action,), action_dim=s.action, recurrent_model=recurrent,
                         **sizes)  # fmt: skip
     post = RSSMPosteriorV3(obs_embed_dim=s.embed, use_rms_norm=rms, **sizes)
     # another name of the logits: its loop over TensorDicts, whose draws can be served
-    names = n("belief", "encoded_latents"), n("logits", "state")
+    names = following("belief", "encoded_latents"), following("logits", "state")
     model = RSSMRolloutV3(
         TensorDictModule(
-            prior, ["state", "belief", "action"], n("prior_logits", "state", "belief")
+            prior, ["state", "belief", "action"], following("prior_logits", "state", "belief")
         ),
         TensorDictModule(post, *names),
     )
@@ -238,9 +242,8 @@ def torchrl_v3_loops(model: Any) -> dict[str, Callable[..., Any]]:
     from tensordict.nn import TensorDictModule
     from torchrl.modules.models.model_based import RSSMRolloutV3
 
-    n = lambda *names: [("next", name) for name in names]  # noqa: E731
-    named = {"rssm_prior": n("prior_logits", "state", "belief")}
-    named["rssm_posterior"] = n("posterior_logits", "state")
+    named = {"rssm_prior": following("prior_logits", "state", "belief")}
+    named["rssm_posterior"] = following("posterior_logits", "state")
     parts = (getattr(model, name) for name in named)
     wired = [
         TensorDictModule(part.module, part.in_keys, keys)
