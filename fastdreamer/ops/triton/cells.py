@@ -20,7 +20,6 @@ import triton.language as tl
 from fastdreamer.ops.triton.device import (
     accumulate,
     accumulate_gates,
-    activation_slope,
     before_norm,
     behind_norm,
     bias_block,
@@ -29,8 +28,8 @@ from fastdreamer.ops.triton.device import (
     input_gradient,
     keep_moments,
     kept_moments,
+    layer_gradient,
     moments,
-    normed_gradient,
     output_block,
     scaled,
     sigmoid,
@@ -477,25 +476,10 @@ def backward_kernel(
         mask = kept_d[:, None] & (column < D)[None, :]
         acc += tl.load(d_deter + at, mask=mask, other=0.0)
         tl.store(d_deter + at, acc, mask=mask)
-    if i_norms is None:
-        for start in range(0, IW, BN):  # to the last input layer
-            column = start + tl.arange(0, BN)
-            inside = column < IW
-            mask = real[:, None] & inside[None, :]
-            acc = tl.zeros([BM, BN], tl.float32)
-            acc = accumulate(acc, g_gates, wih, row, real, column, inside, 3 * DP, GRADS, IW, BK)
-            at = row[:, None] * TAPE + (IL - 1) * IW + column[None, :]
-            value = tl.load(tape + at + I_PRE, mask=mask, other=0.0).to(tl.float32)
-            acc *= activation_slope(value, I_ACT)
-            at = row[:, None] * GRADS + (IL - 1) * IW + column[None, :]
-            tl.store(grads + at, acc.to(grads.dtype.element_ty), mask=mask)
-    else:
-        normed_gradient(
-            g_gates, wih, tape + (IL - 1) * IW + I_PRE, i_norms + (IL - 1) * (2 * IW + 16),
-            tape + I_STATS + 4 * (IL - 1), grads + I_OUTER + (IL - 1) * IW, row, real,
-            3 * DP, IW, TAPE, GRADS, I_ACT, BM, BN, BK,
-        )  # fmt: skip
-    tl.debug_barrier()
+    layer_gradient(  # to the last input layer
+        wih, i_norms, tape, grads, IL - 1, row, real,
+        3 * DP, IW, TAPE, GRADS, I_PRE, I_STATS, I_OUTER, I_ACT, BM, BN, BK,
+    )  # fmt: skip
 
     # the last input layer stands for the output of the ones below it
     hidden_backward(

@@ -493,40 +493,57 @@ def hidden_backward(
 ):
     """The hidden layers' gradients, last to first, a barrier behind each."""
     if LAYERS > 0:
-        above = grads + LAYERS * W
         w = weights + (KP + (LAYERS - 1) * W) * W
-        at = tape + (LAYERS - 1) * W + PRE
-        if norms is None:
-            hidden_gradient(
-                above, w, at, row, real, OUT, W, TAPE, GRADS, ACT, BM, BN, BK,
-            )  # fmt: skip
-        else:
-            norm = norms + (LAYERS - 1) * (2 * W + 16)
-            stats = tape + STATS + 4 * (LAYERS - 1)
-            outer = grads + OUTER + (LAYERS - 1) * W
-            normed_gradient(
-                above, w, at, norm, stats, outer, row, real,
-                OUT, W, TAPE, GRADS, ACT, BM, BN, BK,
-            )  # fmt: skip
-        tl.debug_barrier()
+        layer_gradient(
+            w, norms, tape, grads, LAYERS - 1, row, real,
+            OUT, W, TAPE, GRADS, PRE, STATS, OUTER, ACT, BM, BN, BK,
+        )  # fmt: skip
     for done in tl.range(1, LAYERS, num_stages=1):  # never pipelined, see hidden_layers
-        layer = LAYERS - done  # whose gradient is there
-        above = grads + layer * W
-        w = weights + (KP + (layer - 1) * W) * W
-        at = tape + (layer - 1) * W + PRE
-        if norms is None:
-            hidden_gradient(
-                above, w, at, row, real, W, W, TAPE, GRADS, ACT, BM, BN, BK,
-            )  # fmt: skip
-        else:
-            norm = norms + (layer - 1) * (2 * W + 16)
-            stats = tape + STATS + 4 * (layer - 1)
-            outer = grads + OUTER + (layer - 1) * W
-            normed_gradient(
-                above, w, at, norm, stats, outer, row, real,
-                W, W, TAPE, GRADS, ACT, BM, BN, BK,
-            )  # fmt: skip
-        tl.debug_barrier()
+        layer = LAYERS - done - 1
+        w = weights + (KP + layer * W) * W
+        layer_gradient(
+            w, norms, tape, grads, layer, row, real,
+            W, W, TAPE, GRADS, PRE, STATS, OUTER, ACT, BM, BN, BK,
+        )  # fmt: skip
+
+
+@triton.jit
+def layer_gradient(
+    w,  # [OUT][W], of the layer above
+    norms,
+    tape,
+    grads,
+    layer,
+    row,
+    real,
+    OUT: tl.constexpr,
+    W: tl.constexpr,
+    TAPE: tl.constexpr,
+    GRADS: tl.constexpr,
+    PRE: tl.constexpr,
+    STATS: tl.constexpr,
+    OUTER: tl.constexpr,
+    ACT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """The gradient by a hidden layer's sums, through its norm where there is one, and a barrier."""
+    above = grads + (layer + 1) * W
+    at = tape + layer * W + PRE
+    if norms is None:
+        hidden_gradient(
+            above, w, at, row, real, OUT, W, TAPE, GRADS, ACT, BM, BN, BK,
+        )  # fmt: skip
+    else:
+        norm = norms + layer * (2 * W + 16)
+        stats = tape + STATS + 4 * layer
+        outer = grads + OUTER + layer * W
+        normed_gradient(
+            above, w, at, norm, stats, outer, row, real,
+            OUT, W, TAPE, GRADS, ACT, BM, BN, BK,
+        )  # fmt: skip
+    tl.debug_barrier()
 
 
 @triton.jit
