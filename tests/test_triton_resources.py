@@ -22,6 +22,7 @@ WALKER = 50  # rows
         ("mlp.forward_kernel action True", ("report", True, 80)),
         ("weights.gradient_kernel", ("report", True, 90)),
         ("cem.refit_kernel", ("report", True, 90)),
+        ("categorical.gumbel_backward_kernel with d_more", ("gumbel", True, 90)),
     ],
 )
 def test_kernel(name, options):

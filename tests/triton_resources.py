@@ -4,7 +4,7 @@ Compiles every kernel of every program of the recurrent ops at Walker's sizes, a
 for each precision, tile and architecture; those of a step and of the actor with an input layer of
 200, as preset ``report`` has; the same in bfloat16 for two other models: SiLU at those sizes,
 and widths of 1024 with SiLU as DreamerV3 has; and the kernels of a model made of today's parts, see
-:func:`todays`, in both precisions. Checks:
+:func:`todays`, in both precisions, those of Gumbel-softmax samples as well. Checks:
 no stack, no local memory (LDL, STL), at most 99 KB of shared memory, matrix instructions in every
 kernel with products in bfloat16, barriers where layers hand over through global memory, and no load
 that pipelining moved across one. The whole matrix, two processes at a time, takes minutes::
@@ -57,6 +57,7 @@ MODELS = {
     "silu": REPORT._replace(activation="silu"),
     "wide": Sizes(6, 1024, 32, 1024, 1024, 1024, 2, 3, 4, "silu"),
     "today": Sizes(6, 512, 1024, 1024, 512, 512, 2, 2, 2, "silu"),
+    "gumbel": Sizes(6, 512, 1024, 1024, 512, 512, 1, 1, 1, "silu"),
 }
 SHARED = 99 * 1024  # what the least of the four architectures lends a block
 MATRIX = re.compile(r"\b(HMMA|HGMMA|UTCHMMA)\b")
@@ -66,7 +67,7 @@ ACTOR = ("mlp.forward_kernel action", "mlp.backward_kernel action")
 NORMS = ("norms", "i_norms", "g_norm", "l_norms")
 OPTIONAL = ("first", "extra", "d_mean", "d_x1", "d_more", "proposals", *NORMS)
 PARTS = ("cells", "mlp", "categorical", "readout", "weights.norm")
-WANTED = {REPORT: ("",), MODELS["today"]: PARTS}
+WANTED = {REPORT: ("",), MODELS["today"]: PARTS, MODELS["gumbel"]: ("categorical",)}
 BLOCKS = ("BM", "BN", "BK", "BG", "BS", "BO", "BI", "BR", "BLOCK", "BLOCK_K", "BLOCK_N")
 
 
@@ -131,8 +132,10 @@ def todays(
 def programs(sizes: Sizes, rows: int, precision: Precision) -> Iterator[Program]:
     """Every program of the ops, forward and backward; the first FEW train imagine and observe."""
     params, actor, returns = make_params(sizes)
-    if sizes == MODELS["today"]:
+    if sizes in (MODELS["today"], MODELS["gumbel"]):
         params, actor, returns = todays(params, actor, returns)
+        drawn = params.latent._replace(gumbel=sizes == MODELS["gumbel"])
+        params = params._replace(latent=drawn)
     step, D, S = step_shape(params), sizes.D, sizes.S
     shapes = [feat_shape(head, D, S) for head in returns[:3]]
     reads = (
@@ -186,7 +189,7 @@ def kernels(sizes: Sizes, rows: int, precision: Precision) -> list[Spec]:
     """What there is to compile: of kernels that differ in the model's sizes alone, the largest.
 
     Of other models than Walker's, the steps and the actor of the first FEW programs; of today's all
-    in those that has another part than Walker's.
+    in those that has another part than Walker's, of Gumbel-softmax samples what draws them.
     """
     found: dict[Any, tuple[int, Spec]] = {}
     count = None if sizes == REPORT else FEW

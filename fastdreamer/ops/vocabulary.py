@@ -40,6 +40,7 @@ BODIES: dict[str, frozenset[str]] = {
             *("GRU with its reset inside the candidate", "categorical latents", "learned start"),
             *("bound on actions", "bound on its own actions", "gelu", "gelu_tanh", "mish"),
             *("two-hot heads", "symexp heads", "heads of several outputs", "one-hot actions"),
+            *("Gumbel-softmax latents", "Gumbel-softmax actions"),
             *(f"policy squashed by {squash!r}" for squash in SQUASHES),
             "continuation by its mode",
         )

@@ -23,7 +23,15 @@ from fastdreamer.ops.backend import BackendError, last_backend
 from fastdreamer.ops.cem import cem
 from fastdreamer.ops.decide import decide
 from fastdreamer.ops.imagine import imagine
-from fastdreamer.ops.params import SQUASHES, Categorical, Readout, StdTransform, two_hot
+from fastdreamer.ops.params import (
+    SQUASHES,
+    Categorical,
+    Readout,
+    StdTransform,
+    noise_of,
+    noise_size,
+    two_hot,
+)
 from fastdreamer.testing import Sizes
 
 PLAIN, SYMEXP = Readout(), Readout(None, True)
@@ -81,8 +89,8 @@ class Case:
             inputs["actor"] = actor._replace(mlp=widened(actor.mlp, outputs))
             if isinstance(actor.std, Categorical) and inputs["action_noise"] is not None:
                 lead = inputs["action_noise"].shape[:-1]
-                noise = torch.rand(*lead, actor.noise(A), generator=generator)
-                inputs["action_noise"] = noise
+                size = noise_size(actor.std, A)
+                inputs["action_noise"] = noise_of(actor.std)[1]((*lead, size), generator=generator)
         if "returns" in inputs:
             returns = inputs["returns"]
             inputs["returns"] = returns._replace(

@@ -12,13 +12,23 @@ import torch
 
 from fastdreamer import testing
 from fastdreamer.ops.cem import cem
-from fastdreamer.ops.params import StdTransform
+from fastdreamer.ops.params import Categorical, OneHot, StdTransform
 from fastdreamer.ops.rssm_step import rssm_step
 
 nan = math.nan
 SMALL = testing.Sizes(A=2, D=20, S=6, E=24, hidden=24, units=24, reward_layers=1, critic_layers=1,
                       actor_layers=1, activation="elu")  # fmt: skip
-STDS = (StdTransform("softplus"), StdTransform("sigmoid", floor=0.3), StdTransform("exp"))
+CASES = (
+    ("deter", StdTransform("softplus")),
+    ("stoch", StdTransform("sigmoid", floor=0.3)),
+    ("action", StdTransform("exp")),
+    ("weight", StdTransform("softplus")),
+    ("deter", Categorical(3, 0.01)),
+    ("stoch", Categorical(2, 0.01, gumbel=True)),
+    ("action", Categorical(3, gumbel=True)),
+    ("weight", Categorical(2, 0.01, gumbel=True)),
+)
+"""Where it is, and what the latents are."""
 
 
 def with_nan(inputs: dict, where: str) -> dict:
@@ -36,16 +46,20 @@ def values_and_gradients(inputs: dict, backend: str) -> tuple[list[torch.Tensor]
     weight, (deter, stoch) = inputs["params"].inp.weights[0], inputs["state"]
     by = [x.requires_grad_() for x in (deter, stoch, inputs["action"], weight)]
     state, prior = rssm_step(**inputs, backend=backend)
-    values = [*state, *prior]
-    return [x.detach() for x in values], list(torch.autograd.grad(sum(x.sum() for x in values), by))
+    values = [*state, *([prior.logits.flatten(-2)] if isinstance(prior, OneHot) else prior)]
+    # one-hot vectors all have the same sum
+    loss = sum((x * torch.linspace(-1, 2, x.shape[-1])).sum() for x in values)
+    return [x.detach() for x in values], list(torch.autograd.grad(loss, by))
 
 
 def check_step(activation: str) -> None:
     """In the values the same elements are NaN; a row without one has eager's gradients."""
     sizes = SMALL._replace(activation=activation)
-    for where, std in zip(("deter", "stoch", "action", "weight"), (*STDS, STDS[0]), strict=True):
+    for where, latent in CASES:
         inputs = testing.rssm_step_inputs(sizes, 3)
-        inputs["params"] = inputs["params"]._replace(latent=std)
+        if isinstance(latent, Categorical):
+            inputs = testing.away_from_borders(rssm_step, testing.categorical(inputs, latent))
+        inputs["params"] = inputs["params"]._replace(latent=latent)
         inputs = with_nan(inputs, where)
         eager, triton = (values_and_gradients(inputs, b) for b in ("eager", "triton"))
         rows = [True] * 3 if where == "weight" else [False, True, False]

@@ -118,6 +118,47 @@ def check_categorical() -> None:
     check_borders()
 
 
+def check_gumbel() -> None:
+    """Straight-through Gumbel-softmax samples: mixed or not, or nothing else; of sure logits, too.
+
+    Of every class the noise, forward and backward; the class is the one that eager draws.
+    """
+    mixed = {"latent": Categorical(5, 0.01, gumbel=True)}
+    inputs = styled("observe", Style(late={}, **mixed), LATENTS, 2, 3)
+    inputs["is_first"][1, 2] = True
+    check("observe", inputs)
+    seen = observe(**inputs, backend="triton")
+    assert torch.equal(seen.state.stoch, observe(**inputs, backend="eager").state.stoch)
+    plain = Style(None, True, latent=Categorical(17, gumbel=True))
+    inputs = styled("rssm_step", plain, WIDE._replace(S=34), 1, 3)
+    check("rssm_step", inputs)
+    prior = inputs["params"].prior  # probabilities that are zero in float32
+    sure = prior._replace(weights=(*prior.weights[:-1], 300 * prior.weights[-1]))
+    inputs["params"] = inputs["params"]._replace(prior=sure)
+    inputs = testing.away_from_borders(OPS["rssm_step"], inputs)
+    for output in ("out[0].stoch", "out[1].logits"):
+        check("rssm_step", inputs, using=(output,), wrt=("state", "params.inp"))
+    for unimix in (0.5, 1.0):
+        style = Style(None, True, latent=Categorical(3, unimix, gumbel=True))
+        check("open_loop", styled("open_loop", style, LATENTS, 2, 2))
+    check("open_loop", styled("open_loop", Style(**mixed), LATENTS, 2, 5), bf16=True)
+    inputs = Style(**mixed).apply(OPS["cem"], testing.cem_inputs(LATENTS, 1, 1, 17, 2))
+    check("cem", on_device(inputs | {"num_elites": 17}), wrt=())
+    inputs = on_device(Style(**mixed, begin=True).apply(decide, testing.decide_inputs(LATENTS, 2)))
+    found = (decide(**inputs, backend=backend) for backend in ("triton", "eager"))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    sizes = HEADS._replace(A=6, D=7, hidden=5)
+    latent = Categorical(3, 0.01, gumbel=True)
+    for std, more in (
+        (Categorical(6, gumbel=True), {}),
+        (Categorical(3, 0.01, gumbel=True), {"through": True, "latent": latent}),
+        (Categorical(2, 0.01), {"through": True, "latent": latent}),
+    ):
+        case = Case(sizes, 2, 3, std=std, **more)
+        check("imagine", on_device(case.imagine()), wrt=WRT)
+    check_ties()
+
+
 def check_learned_start() -> None:
     """Of both halves of the state, and of one; its mode with a gradient and without."""
     for style, sizes, reset, through in (
@@ -191,6 +232,48 @@ def check_policies() -> None:
         check("imagine", on_device(case.imagine()), wrt=WRT)
 
 
+def check_ties() -> None:
+    """The first of equals; a class without probability is not drawn; NaN as in eager."""
+    from fastdreamer.ops.triton.build import _categoricals
+    from fastdreamer.ops.triton.categorical import gumbel_backward_kernel, gumbel_sample_kernel
+    from fastdreamer.ops.triton.layout import Classes
+
+    def drawn(logits: list, noise: list, unimix: float = 0.0) -> torch.Tensor:
+        logits, noise = (torch.tensor(x, device=test_triton.DEVICE) for x in (logits, noise))
+        items, K = logits.shape
+        got, grad = torch.full_like(logits, -9.0), torch.full_like(logits, -9.0)
+        _, blocks = _categoricals(Classes(K, unimix, True), logits.numel())
+        grid = (-(-items // blocks["BI"]),)
+        mix = 1.0 - unimix, unimix / K
+        gumbel_sample_kernel[grid](logits, noise, got, items, *mix, **blocks)
+        d_sample = torch.linspace(-1, 1, items * K, device=logits.device).view(items, K)
+        gumbel_backward_kernel[grid](logits, noise, d_sample, d_sample, grad, items, *mix, **blocks)
+        by = logits.clone().requires_grad_()
+        want = OneHot(by[:, None], unimix, True).sample(noise)
+        (of_sample,) = torch.autograd.grad(want, by, d_sample)
+        torch.testing.assert_close(got, want.detach(), rtol=0, atol=0, equal_nan=True)
+        close = {"rtol": 1e-5, "atol": 1e-6, "equal_nan": True}
+        torch.testing.assert_close(grad, of_sample + d_sample, **close)
+        return got
+
+    nan = torch.nan
+    level = [[0.0] * 5] * 3
+    noise = [[0.5] * 5, [0.0, 1, 0, 1, 1], [-3.0, -2, -9, -2, -3]]
+    for unimix in (0.0, 0.01, 1.0):
+        assert drawn(level, noise, unimix).argmax(1).tolist() == [0, 1, 1]
+    none = [[-inf, 0.0, -inf, 0.0]]
+    assert drawn(none, [[50.0, 0.0, 50.0, 1.0]]).argmax() == 3
+    assert drawn(none, [[0.0, 0.0, 50.0, 1.0]], 0.01).argmax() == 2
+    # probabilities that are zero in float32, far noise, huge logits
+    faint = [[0.0, -300.0], [-300.0, -301.0], [3e38, -3e38], [1e4, 1e4]]
+    drawn(faint, [[0.0, 299.0], [0.0, 5.0], [0.0, 9.0], [-2.0, 4.0]])
+    assert drawn([[0.0, -300.0]], [[0.0, 301.0]]).argmax() == 1
+    undefined = [[0.0, inf], [nan, 0.0], [0.0, nan], [-inf, -inf], [0.0, 0.0], [0.0, 0.0]]
+    for unimix in (0.0, 0.01):
+        got = drawn(undefined, [[0.0, 0.0]] * 4 + [[nan, 0.0], [0.0, 1.0]], unimix)
+        assert got.isnan().all(1).tolist() == [True] * 5 + [False]
+
+
 def check_borders() -> None:
     """Class k has [Σ_{j<k} p, Σ_{j≤k} p), the last all that rounding leaves; NaN as in eager."""
     from fastdreamer.ops.triton.build import _categoricals
@@ -226,7 +309,7 @@ def check_borders() -> None:
 QUICK = {
     name.removeprefix("check_"): function
     for name, function in list(globals().items())
-    if name.startswith("check_") and name != "check_borders"
+    if name.startswith("check_") and name not in ("check_borders", "check_ties")
 }
 
 

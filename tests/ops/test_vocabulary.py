@@ -602,9 +602,7 @@ def test_refusals_name_all_that_a_backend_lacks():
     returns = heads(draw)._replace(hard_discount=True, reward_as=Readout(None, True),
                                    value_as=Readout(bins))  # fmt: skip
     told = lacking(params, actor, returns)
-    assert told["native"] == "it has no learned bins"
-    words = "Gumbel-softmax latents", "Gumbel-softmax actions", "learned bins"
-    assert told["triton"] == f"it has no {', no '.join(words)}"
+    assert told == dict.fromkeys(("native", "triton"), "it has no learned bins")
 
 
 def test_every_op_asks(monkeypatch):

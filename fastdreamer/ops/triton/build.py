@@ -637,13 +637,13 @@ class Builder:
     ) -> None:
         """Its gradient; ``args`` are the tensors of ``cells.backward_kernel``.
 
-        Of categorical latents ``logits``, what reaches them beside the samples, ``d_logits``, and
-        ``all_logits``, where all that does is written.
+        Of categorical latents ``logits``, the ``noise`` of Gumbel-softmax samples, what reaches the
+        logits beside the samples, ``d_logits``, and ``all_logits``, where all that does is written.
         """
         tile = self._tile("step_backward", rows, normed=shape.normed)
         optional = dict.fromkeys(("first", "d_mean", "d_std"))
         if shape.classes:
-            names = "logits", "d_new_stoch", "d_logits", "all_logits"
+            names = "logits", "noise", "d_new_stoch", "d_logits", "all_logits"
             drawn = [args[name] for name in names]
             args = {name: arg for name, arg in args.items() if name not in names}
             self.sample_backward(shape.std, *drawn, rows * shape.S)
@@ -668,18 +668,22 @@ class Builder:
             noise, logits: the slots that have the noise, or the logits and all gradients by them.
             lead: steps and rows.
         """
+        by_noise = not shape.classes or shape.std.gumbel
+        drawn = self.slot(noise, (*lead, shape.S)) if by_noise else None
         if not shape.classes:
-            drawn = self.slot(noise, (*lead, shape.S))
             return lambda row: {"noise": drawn.at(row * shape.S)}
         found = self.slot(logits, (*lead, shape.S))
         room = self.slot(f"all.{logits}", (lead[1], shape.S), "scratch")
-        return lambda row: {"logits": found.at(row * shape.S), "all_logits": room.at(0)}
+        return lambda row: {
+            "logits": found.at(row * shape.S), "noise": drawn and drawn.at(row * shape.S),
+            "all_logits": room.at(0),
+        }  # fmt: skip
 
     def sample(self, latent: Classes, logits: Arg, noise: Arg, sample: Arg, size: int) -> None:
         """One-hot vectors of the logits, both of ``size`` numbers."""
         items, blocks = _categoricals(latent, size)
         self.launch(
-            categorical.sample_kernel,
+            categorical.gumbel_sample_kernel if latent.gumbel else categorical.sample_kernel,
             (-(-items // blocks["BI"]),),
             {
                 "logits": logits, "noise": noise, "sample": sample, "items": items,
@@ -692,22 +696,26 @@ class Builder:
         self,
         latent: Classes,
         logits: Arg,
+        noise: Arg | None,
         d_sample: Arg,
         d_more: Arg | None,
         d_logits: Arg,
         size: int,
     ) -> None:
-        """Write what reaches the logits by the samples and, where it is given, beside them."""
+        """Write what reaches the logits by the samples and, where it is given, beside them.
+
+        Gumbel-softmax samples alone have ``noise``.
+        """
         items, blocks = _categoricals(latent, size)
-        self.launch(
-            categorical.backward_kernel,
-            (-(-items // blocks["BI"]),),
-            {
-                "logits": logits, "d_sample": d_sample, "d_more": d_more, "d_logits": d_logits,
-                "items": items, "keep": 1.0 - latent.unimix,
-            },
-            blocks,
-        )  # fmt: skip
+        args = {
+            "logits": logits, "d_sample": d_sample, "d_more": d_more, "d_logits": d_logits,
+            "items": items, "keep": 1.0 - latent.unimix,
+        }  # fmt: skip
+        kernel = categorical.backward_kernel
+        if latent.gumbel:
+            kernel = categorical.gumbel_backward_kernel
+            args |= {"noise": noise, "each": latent.unimix / latent.count}
+        self.launch(kernel, (-(-items // blocks["BI"]),), args, blocks)
 
     def step_gradients(
         self,

@@ -18,6 +18,25 @@ def softmax(logits, at, inside):
     return e / tl.sum(e, 1)[:, None]
 
 
+@triton.jit
+def gumbel_softmax(logits, noise, at, inside, keep, each):
+    """softmax(log p + noise) of each row, the softmax of its logits, and p.
+
+    Where nothing is mixed in log p is the logarithm of no softmax, which may be zero in float32.
+    """
+    x = tl.load(logits + at, mask=inside, other=-float("inf"))
+    x -= tl.max(x, 1)[:, None]
+    e = tl.where(inside, tl.exp(x), 0.0)
+    total = tl.sum(e, 1)[:, None]
+    s = e / total
+    p = keep * s + each
+    log_p = tl.where(each > 0.0, tl.log(p), x - tl.log(total))
+    y = log_p + tl.load(noise + at, mask=inside, other=0.0)
+    y = tl.where(inside, y, -float("inf"))
+    e = tl.where(inside, tl.exp(y - tl.max(y, 1)[:, None]), 0.0)
+    return e / tl.sum(e, 1)[:, None], s, p
+
+
 @triton.jit(do_not_specialize=["items"])
 def sample_kernel(
     logits,  # [items, K] float32, as all the others
@@ -64,6 +83,59 @@ def backward_kernel(
     s = softmax(logits, at, inside)
     d = keep * tl.load(d_sample + at, mask=inside, other=0.0)
     d = s * (d - tl.sum(s * d, 1)[:, None])
+    if d_more is not None:
+        d += tl.load(d_more + at, mask=inside, other=0.0)
+    tl.store(d_logits + at, d, mask=inside)
+
+
+@triton.jit(do_not_specialize=["items"])
+def gumbel_sample_kernel(
+    logits,
+    noise,  # [items, K] standard Gumbel
+    sample,
+    items,
+    keep,
+    each,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    BI: tl.constexpr,
+):
+    """The class of the greatest of softmax(log p + noise), the first of equals."""
+    item = tl.program_id(0).to(tl.int64) * BI + tl.arange(0, BI)
+    k = tl.arange(0, KP)
+    inside = (item < items)[:, None] & (k < K)[None, :]
+    at = item[:, None] * K + k[None, :]
+    soft, _, _ = gumbel_softmax(logits, noise, at, inside, keep, each)
+    greatest = soft == tl.max(soft, 1)[:, None]
+    drawn = tl.min(tl.where(greatest & inside, k[None, :], KP), 1)
+    hot = tl.where(k[None, :] == drawn[:, None], 1.0, 0.0)
+    tl.store(sample + at, tl.where(soft == soft, hot, soft), mask=inside)
+
+
+@triton.jit(do_not_specialize=["items"])
+def gumbel_backward_kernel(
+    logits,
+    noise,
+    d_sample,  # [items, K]: straight-through, of softmax(log p + noise)
+    d_more,
+    d_logits,
+    items,
+    keep,
+    each,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    BI: tl.constexpr,
+):
+    """r - s · Σ r with s the softmax and r what reaches its logarithm through log p."""
+    item = tl.program_id(0).to(tl.int64) * BI + tl.arange(0, BI)
+    k = tl.arange(0, KP)
+    inside = (item < items)[:, None] & (k < K)[None, :]
+    at = item[:, None] * K + k[None, :]
+    soft, s, p = gumbel_softmax(logits, noise, at, inside, keep, each)
+    d = tl.load(d_sample + at, mask=inside, other=0.0)
+    r = soft * (d - tl.sum(soft * d, 1)[:, None])
+    r *= tl.where(each > 0.0, keep * s / p, 1.0)
+    d = r - s * tl.sum(r, 1)[:, None]
     if d_more is not None:
         d += tl.load(d_more + at, mask=inside, other=0.0)
     tl.store(d_logits + at, d, mask=inside)

@@ -50,6 +50,11 @@ class Classes(NamedTuple):
 
     count: int
     unimix: float
+    gumbel: bool = False  # Gumbel-softmax samples
+
+    def noise(self, size: int) -> int:
+        """Numbers that a sample of so many takes, as ``params.noise_size``."""
+        return size if self.gumbel else size // self.count
 
     @property
     def scalars(self) -> dict[str, float]:
@@ -342,7 +347,7 @@ class StepShape(NamedTuple):
     @property
     def noise(self) -> int:
         """Numbers that a sample takes."""
-        return self.S // self.classes if self.classes else self.S
+        return self.std.noise(self.S) if self.classes else self.S
 
     @property
     def moments(self) -> tuple[str, ...]:
@@ -518,7 +523,7 @@ def feat_shape(
 
 def make_std(transform: StdTransform | Categorical) -> Std | Classes:
     if isinstance(transform, Categorical):
-        return Classes(transform.classes, float(transform.unimix))
+        return Classes(transform.classes, float(transform.unimix), transform.gumbel)
     if transform.kind not in STDS:
         raise ValueError(f"std must be {', '.join(STDS)}, got {transform.kind!r}")
     return Std(transform.kind, *(float(x) for x in transform[1:]))

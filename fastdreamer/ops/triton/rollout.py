@@ -109,7 +109,7 @@ class _Spec(NamedTuple):
     def action_noise(self) -> int:
         """Numbers that an action takes."""
         one_hot = isinstance(self.policy, Classes)
-        return self.step.A // self.policy.count if one_hot else self.step.A
+        return self.policy.noise(self.step.A) if one_hot else self.step.A
 
 
 class _Wants(NamedTuple):
@@ -272,6 +272,7 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
     sampling = b.sampling(step, "state_noise", "logits", (H, B))
     moments = {f"d_{name}": reaching(name, H, B, S) for name in step.moments}
     by_actor = wants.actor or spec.through_feat
+    by_noise = not isinstance(spec.policy, Classes) or spec.policy.gumbel
     if by_actor:
         shape = spec.actor
         actor = b.pack_mlp("actor", shape, transposed=True)
@@ -282,14 +283,15 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
                 b.slot(name, (rows, A), kind)
                 for name, kind in (("action.logits", "input"), ("d_action.logits", "scratch"))
             )
-        else:
+        if by_noise:
             action_noise = b.slot("action_noise", (H, B, A))
 
     def actor_backward(t: Any, count: int, d_x: tuple) -> None:
         at = t * B * A
         tapes = actor_tape.at(t * B * shape.tape), actor_grads.at(t * B * shape.grads)
         if isinstance(spec.policy, Classes):
-            found = logits.at(at), d_action.at(at), None, d_logits.at(at)
+            noise = action_noise.at(at) if by_noise else None
+            found = logits.at(at), noise, d_action.at(at), None, d_logits.at(at)
             b.sample_backward(spec.policy, *found, count * A)
             b.mlp_backward(shape, actor, d_logits.at(at), *tapes, count, d_x=d_x)
         else:
