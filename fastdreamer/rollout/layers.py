@@ -236,7 +236,8 @@ class Reader:
             self.watched.append((name, given))
             opened = kind_of(given) is nn.Sequential or _joins(given)
             opened = opened or type(given) is nn.ModuleList
-            parts = list(given.children()) if opened else None
+            # not children(), which names a module once that stands in several places
+            parts = [part for _, part in given._modules.items()] if opened else None
         elif isinstance(given, Joined):
             for part in given:
                 self.watched.append((name, part))

@@ -254,6 +254,7 @@ def test_a_loop_stands_in_the_place_of_its_model():
     agent = nn.Module()
     agent.rollout = peers.RSSMRollout()
     agent.rollout.note = "kept"
+    agent.rollout.again = agent.rollout.transition_model  # by two names
     before = {name: id(p) for name, p in agent.named_parameters()}
     names = list(agent.state_dict())
     agent.rollout = adapt(agent.rollout)

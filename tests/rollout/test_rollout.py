@@ -527,6 +527,20 @@ def test_scripted_modules_are_read_through(gru):
         Rollout.from_modules(**scripted | {"prior": torch.jit.script(Scripted())})
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_modules_that_stand_in_several_places(model):
+    """One activation behind all layers, as many have it; a layer twice, which gets the sum."""
+    act, layer = nn.ELU(), nn.Linear(H, H)
+    model.inp = nn.Sequential(nn.Linear(S + A, H), act, nn.Linear(H, H), act)
+    model.post = nn.Sequential(nn.Linear(D + E, H), act, layer, act, layer, act, nn.Linear(H, 6))
+    for scripted in (False, True):
+        parts = model.parts() | ({"post": torch.jit.script(model.post)} if scripted else {})
+        rollout = Rollout.from_modules(**parts, backend="native")
+        assert len(rollout.rssm.post.weights) == 4
+        found = rollout.verify(repeats=1)
+        assert found.ok, str(found)
+
+
 class Scripted(nn.Module):
     def __init__(self):
         super().__init__()

@@ -51,7 +51,7 @@ class Loop(nn.Module):
     ) -> None:
         """Read ``given``; ``parts`` names the children that are not called any more."""
         super().__init__()
-        for name, child in model.named_children():
+        for name, child in model._modules.items():
             self.add_module(name, child)
         for name, parameter in model.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
