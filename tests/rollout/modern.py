@@ -91,6 +91,7 @@ class StatsRSSM(nn.Module):
         s = self.sizes = sizes
         self._stoch, self._discrete = s.latents, s.classes if discrete else 0
         self._deter, self._unimix_ratio, self._initial = s.deter, unimix, initial
+        self._num_actions = s.action
         self._rec_depth, self._min_std, self._mean_act, self._std_act = 1, 0.1, "none", "sigmoid2"
         stoch, out = (s.stoch, s.stoch) if discrete else (s.latents, 2 * s.latents)
         kind = {"norm": nn.LayerNorm if norm else None}
@@ -173,6 +174,7 @@ class OldStatsRSSM(StatsRSSM):
         self._obs_out_layers = nn.Sequential(*plain(s.deter + s.embed, s.hidden))
         self._ims_stat_layer = self._imgs_stat_layer
         del self._img_in_layers, self._imgs_stat_layer, self._unimix_ratio, self._initial
+        del self._num_actions
         self._cell = LateCell(s.hidden, s.deter, norm, bias=True, eps=1e-5)
         self._shared, self._temp_post = False, True
 
@@ -502,7 +504,7 @@ def bounded_normal(x, min_std, max_std):
 
 def onehot(x, unimix_ratio):
     dist = Mixed(x, unimix_ratio)
-    dist.sample = dist.straight
+    dist.rsample = lambda: F.gumbel_softmax(dist.logits, hard=True)
     return dist
 
 
@@ -554,10 +556,9 @@ class NaturalNet(nn.Module):
         super().__init__()
         self.config = Config(uniformMix=mix)
         self.latentLength, self.latentClasses = s.latents, s.classes
-        self.network = nn.Sequential(
-            *normed(inputs, s.hidden, s.hidden, norm=None, act=nn.Tanh, bias=True),
-            nn.Linear(s.hidden, s.stoch),
-        )
+        act = nn.Tanh()  # in all places
+        layers = normed(inputs, s.hidden, s.hidden, norm=None, act=lambda: act, bias=True)
+        self.network = nn.Sequential(*layers, nn.Linear(s.hidden, s.stoch))
 
     def forward(self, x):
         probs = self.network(x).unflatten(-1, (self.latentLength, self.latentClasses)).softmax(-1)

@@ -14,9 +14,10 @@ A, D, S, E, H = 2, 12, 3, 5, 12
 
 
 def stack(*widths, act=nn.ELU):
-    layers = []
+    """With one activation in all places, as some have it."""
+    layers, act = [], act()
     for a, b in zip(widths[:-1], widths[1:], strict=True):
-        layers += [nn.Linear(a, b), act()]
+        layers += [nn.Linear(a, b), act]
     return nn.Sequential(*layers[:-1])
 
 
@@ -182,7 +183,7 @@ class NontermsRSSM(nn.Module):
         for t in range(horizon):
             x = torch.cat([state["stoch"] * nonterms[t], actions[t] * nonterms[t]], -1)
             deter = self.rnn(act(self.fc_state_action(x)), state["deter"] * nonterms[t])
-            x = torch.cat([deter, obs_embed[t]], -1)
+            x = torch.cat([obs_embed[t], deter], -1)
             raws = (
                 self.fc_state_prior(act(self.fc_embed_prior(deter))),
                 self.fc_state_posterior(act(self.fc_embed_posterior(x))),

@@ -114,6 +114,16 @@ def test_dreamerv3_torch(name, given_state):
     same(got, loop.rollout.serve(own, noise), model)
 
 
+def test_more_actions_than_state():
+    """Where the model says how many, nothing is ambiguous; where none does, the caller is asked."""
+    sizes = SMALL._replace(action=SMALL.latents + 2)
+    assert adapt(modern.StatsRSSM(sizes, discrete=False)).rollout.dims["A"] == sizes.action
+    model = modern.OldStatsRSSM(sizes, discrete=False)
+    with pytest.raises(MisfitError, match="say action_dim="):
+        adapt(model)
+    assert adapt(model, action_dim=sizes.action).rollout.dims["S"] == sizes.latents
+
+
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("discrete", [True, False])
 def test_dreamer_torch(discrete, norm):
@@ -285,11 +295,7 @@ def test_dreams_of_r2dreamer(kind):
         stoch, deter = model.img_step(stoch.unflatten(-1, (C, K)), deter, action)
         return deter, stoch.flatten(-2)
 
-    def act(h, z):
-        dist = actor(torch.cat([z, h], -1))
-        return dist.rsample() if kind == "bounded_normal" else dist.sample()
-
-    verified(loop, dream_of(step, act))
+    verified(loop, dream_of(step, lambda h, z: actor(torch.cat([z, h], -1)).rsample()))
 
 
 def test_dreams_of_mlps():

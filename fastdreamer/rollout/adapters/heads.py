@@ -18,6 +18,7 @@ from fastdreamer.ops.params import (
     State,
     StdTransform,
     choose,
+    noise_size,
     policy_dist,
     read_out,
     two_hot,
@@ -251,7 +252,8 @@ def _policy_of_v3(module: Any) -> dict[str, Any]:
     least, most, unimix, absmax = constants
     if kind == "onehot":
         last = next(getattr(module, name) for name in _LAST if hasattr(module, name))
-        return {"action_std": Categorical(last.weight.shape[0], float(unimix))}
+        gumbel = hasattr(module, "_dist_name")  # r2dreamer's
+        return {"action_std": Categorical(last.weight.shape[0], float(unimix), gumbel)}
     if absmax not in (None, 1.0):
         raise MisfitError(f"actor: absmax = {absmax}; 1.0, or None, fits")
     bounded = {"mean_scale": 1.0, "squash": "none" if absmax is None else "bound"}
@@ -334,7 +336,7 @@ def _gives(rollout: Rollout, name: str, module: nn.Module, scale: float) -> bool
     like, dims, o = rollout.like, rollout.dims, rollout.options
     deter, stoch, noise = (torch.randn(2, dims[n], generator=generator).to(like) for n in "DSA")
     state, noise = State(scale * deter, scale * stoch), 0.3 * noise
-    uniform: tuple[Tensor, ...] = ()
+    drawn: dict[str, Tensor] = {}  # of one-hot actions
     feat, reasons = state.concat(o.stoch_first), []
     with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
         raw = rollout.nets[name](feat)
@@ -344,14 +346,17 @@ def _gives(rollout: Rollout, name: str, module: nn.Module, scale: float) -> bool
             if isinstance(dist, Normal):
                 wanted = [[choose(dist, o.squash, noise)], [*dist]]
             else:
-                noise = noise[:, : dims["A"] // o.action_std.classes].sigmoid()
-                uniform, wanted = (noise[None],), [[dist.sample(noise), dist.probs]]
+                kind = "gumbel" if o.action_std.gumbel else "uniform"
+                noise = noise[:, : noise_size(o.action_std, dims["A"])].sigmoid()
+                drawn, wanted = {kind: noise[None]}, [[dist.sample(noise), dist.probs]]
         elif name != "discount":
             wanted.append([read_out(o.reward_as if name == "reward" else o.value_as, raw)])
         for given in ((state.deter, state.stoch), (state.stoch, state.deter), (feat,)):
-            normal = () if uniform else (noise[None],)
+            normal = () if drawn else (noise[None],)
             try:
-                answers = with_noise(_asking(module, *given), *normal, uniform=uniform)
+                answers = with_noise(
+                    _asking(module, *given), *normal, **{kind: (x,) for kind, x in drawn.items()}
+                )
             except Exception as error:  # whatever somebody's code raises
                 reasons.append(f"{type(error).__name__}: {error}")
                 continue

@@ -27,6 +27,7 @@ class NontermsLoop(Loop):
             "prior": [model.fc_embed_prior, act, model.fc_state_prior],
             "post": [model.fc_embed_posterior, act, model.fc_state_posterior],
             "std": StdTransform(min=0.1),
+            "embed_first": True,
             "stoch_first": True,
         }
         super().__init__(model, given, options)

@@ -49,6 +49,8 @@ class StatsLoop(Loop):
             given["latent"] = Categorical(int(model._discrete), unimix)
         else:
             given["std"] = _STDS[model._std_act]._replace(min=float(model._min_std))
+            if hasattr(model, "_num_actions"):
+                given["action_dim"] = int(model._num_actions)
         if getattr(model, "_initial", "zeros") == "learned":
             given["begin"] = model.W
         super().__init__(model, given, options)
