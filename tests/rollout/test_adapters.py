@@ -3,7 +3,7 @@
 import copy
 import io
 import math
-from functools import partial
+from functools import partial, reduce
 
 import peers
 import pytest
@@ -126,6 +126,25 @@ def test_what_computes_something_else_is_refused():
     model.forward = lambda *given: [torch.zeros(1)]
     with pytest.raises(MisfitError, match="returns something else than the one known here"):
         adapt(model)
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        (peers.TransitionModel, "min_std_dev"), (peers.SheepRSSM, "min_std"),
+        (peers.SimpleRSSM, "transition_model.config"), (peers.NontermsRSSM, "fc_embed_prior"),
+        (peers.SheepActor, "init_std"), (peers.SimpleActor, "network"),
+    ],
+)  # fmt: skip
+def test_what_lacks_a_part_is_refused(part, name):
+    made, *path = part(), *name.split(".")
+    owner = reduce(getattr, path[:-1], made)
+    delattr(owner, path[-1])
+    asked = {"model": made}
+    if part in (peers.SheepActor, peers.SimpleActor):
+        asked = {"model": peers.SheepRSSM(), "actor": made}
+    with pytest.raises(MisfitError):
+        adapt(**asked)
 
 
 def test_asking_draws_no_numbers_of_the_caller_s():

@@ -56,7 +56,13 @@ def adapt(model: nn.Module, **options: Any) -> nn.Module:
         model = as_given(model)
     for fits, loop in _PEERS:
         if fits(model):
-            made = loop(model, **options)
+            try:
+                made = loop(model, **options)
+            except AttributeError as error:  # of the model, or of its actor or heads
+                raise MisfitError(
+                    f"adapt: {type(model).__name__} is not made as the one known here: {error}; "
+                    "where the layers fit, Rollout.from_modules() takes them"
+                ) from error
             check_loop(made)
             return made
     if _torchrl("RSSMPosteriorV3")(model):

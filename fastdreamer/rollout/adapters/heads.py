@@ -190,10 +190,10 @@ def _read_actor(module: Any, bypassed: Watched) -> tuple[Any, list[dict[str, Any
         bypassed.append(("actor", module))
         return layers, [{"action_std": std} | _mean_scale_of_torchrl(bypassed)]
     if hasattr(module, "mlp_heads"):
+        policy = _policy_of_sheeprl(module)
         bypassed.append(("actor", module))
         hidden = bare("actor", module.model, bypassed)
-        layers = [layers_of("actor", hidden, bypassed), module.mlp_heads[0]]
-        return layers, [_policy_of_sheeprl(module)]
+        return [layers_of("actor", hidden, bypassed), module.mlp_heads[0]], [policy]
     if any(isinstance(getattr(module, name, None), nn.Linear) for name in _LAST):
         return layers_of("actor", module, bypassed), [_policy_of_v3(module)]
     kind = getattr(module, "dist", None)
