@@ -567,9 +567,10 @@ def _fit(
     one_hot: Categorical | None,
 ) -> tuple[dict[str, int], list[str]]:
     """Sizes by letter, and what does not fit together of the parts that could be read."""
-    if "gru" not in nets or "prior" not in nets:
+    if "prior" not in nets:
         return {}, []
-    D, hidden, out = nets["gru"].deter, nets["gru"].inputs, nets["prior"].out
+    gru, out = nets.get("gru"), nets["prior"].out
+    D, hidden = (gru.deter, gru.inputs) if gru else (nets["prior"].inputs, None)
     inputs = nets["inp"].inputs if "inp" in nets else hidden
     if latent is not None:
         K, u = latent.classes, latent.unimix
@@ -580,16 +581,16 @@ def _fit(
             ]
         S, dims = out, {"D": D, "S": out, "C": out // K}
     else:
-        if reason := _why_not_gaussian(nets, action_dim, inputs):
+        if reason := _why_not_gaussian(nets, D, action_dim, inputs):
             return {}, [reason]
         S = out // 2
         dims = {"D": D, "S": S}
     misfits = []
-    if nets["gru"].branches is not None:
-        taken = nets["gru"].nets["stoch"].inputs
+    if gru and gru.branches is not None:
+        taken = gru.nets["stoch"].inputs
         if taken != S:
             return {}, [f"prior: its {out} outputs are no state of {taken}, which the cell takes"]
-    if "inp" in nets or nets["gru"].front is not None or nets["gru"].branches is not None:
+    if "inp" in nets or (gru and (gru.front is not None or gru.branches is not None)):
         dims["A"] = inputs - S
         if dims["A"] < 1 or action_dim not in (None, dims["A"]):
             action = "an action" if action_dim is None else f"an action of {action_dim}"
@@ -624,13 +625,15 @@ def _fit(
     return dims, misfits
 
 
-def _why_not_gaussian(nets: dict[str, Any], action_dim: int | None, inputs: int) -> str | None:
+def _why_not_gaussian(
+    nets: dict[str, Any], D: int, action_dim: int | None, inputs: int | None
+) -> str | None:
     """Why the prior's outputs are no mean and std, or may be none.
 
     C·K logits are as many as the classes that follow in the state; of a Gaussian state half as many
     numbers follow.
     """
-    D, out = nets["gru"].deter, nets["prior"].out
+    out = nets["prior"].out
     say = "say latent=Categorical(classes)"
     if out % 2:
         return (
@@ -644,6 +647,8 @@ def _why_not_gaussian(nets: dict[str, Any], action_dim: int | None, inputs: int)
                 f"prior: its {out} outputs are the logits of categorical latents ({name} takes "
                 f"{nets[name].inputs} features, deter and one input for each of them); {say}"
             )
+    if inputs is None:
+        return None
     if action_dim is not None and inputs - action_dim == out:
         return (
             f"prior: its {out} outputs are the logits of categorical latents (inp takes as many "

@@ -437,6 +437,23 @@ def test_all_the_misfits_of_a_model_at_once():
     assert "LayerNorm or RMSNorm behind them" in lines[1]
 
 
+@pytest.mark.parametrize("inp", [{}, {"inp": nn.Sequential(nn.Linear(Z + A, H), nn.Softsign())}])
+def test_latents_and_actors_are_named_beside_a_cell(inp):
+    """The prior says what the state is where the cell cannot be read."""
+    head = nn.Linear(D + Z, 1)
+    with pytest.raises(MisfitError) as raised:
+        Rollout.from_modules(**parts(gru=Cell(lie=1.1), latent=None, critic=head, **inp))
+    lines = str(raised.value).split("\n")
+    assert lines[0].startswith("gru: Cell") and len(lines) == 2 + len(inp)
+    assert lines[-1].startswith("prior: its 12 outputs are the logits of categorical latents")
+    with pytest.raises(MisfitError) as raised:
+        Rollout.from_modules(**parts(gru=Cell(lie=1.1), actor=head, critic=nn.Linear(D, 1), **inp))
+    lines = str(raised.value).split("\n")
+    assert lines[0].startswith("gru: Cell")
+    assert lines[-1].startswith("critic: must map 24 to 1")
+    assert inp or lines[1].startswith("actor: must map 24 to 4")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
