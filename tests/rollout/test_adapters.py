@@ -220,6 +220,8 @@ def test_constants_of_an_actor_are_read_or_demanded():
             adapt(nonterms, actor=peers.ActionDecoder(**said | {name: said[name] * 1.1}))
     with pytest.raises(MisfitError, match=wrong):
         adapt(nonterms, actor=peers.ActionDecoder(), **constants | {"mean_scale": 5.0})
+    with pytest.raises(MisfitError, match=wrong):
+        adapt(nonterms, actor=peers.ActionDecoder(**said | {"_init_std": 0.0}))
     simple = adapt(peers.SimpleRSSM(), actor=peers.SimpleActor()).rollout.options
     assert simple.action_std == StdTransform(offset=3.0, min=0.01) and simple.mean_scale == 4
     one_hot = peers.SimpleActor()

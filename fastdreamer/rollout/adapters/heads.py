@@ -205,8 +205,8 @@ def _read_actor(module: Any, bypassed: Watched) -> tuple[Any, list[dict[str, Any
     layers = layers_of("actor", module, bypassed)
     if init is None or least is None:
         return layers, [known]
-    # init_std is the std at y = 0, or what is added to y
-    offsets = math.log(math.expm1(init)), init
+    # init_std is the std at y = 0, which is never 0, or what is added to y
+    offsets = [math.log(math.expm1(init)), init] if init > 0 else [init]
     return layers, [known | {"action_std": StdTransform(offset=x, min=least)} for x in offsets]
 
 
