@@ -245,6 +245,45 @@ class StatsMLP(nn.Module):
         return TwoHot(mean, torch.linspace(-20, 20, mean.shape[-1]).to(mean), True)
 
 
+class ActionHead(nn.Module):
+    """jsikyoon's policy."""
+
+    def __init__(self, sizes=SMALL, dist="trunc_normal"):
+        super().__init__()
+        widths = sizes.stoch + sizes.deter, sizes.hidden, sizes.hidden
+        self._dist, self._min_std, self._init_std = dist, 0.1, 0.0
+        self._pre_layers = nn.Sequential(*normed(*widths, norm=None, act=nn.ELU, bias=True))
+        size = sizes.action if dist == "onehot" else 2 * sizes.action
+        self._dist_layer = nn.Linear(sizes.hidden, size)
+
+    def forward(self, features):
+        raw = self._dist_layer(self._pre_layers(features))
+        if self._dist == "onehot":
+            dist = Mixed(raw)
+            dist.sample = dist.straight
+            return dist
+        mean, y = raw.chunk(2, -1)
+        normal = D.Normal(torch.tanh(mean), 2 * torch.sigmoid(y / 2) + self._min_std)
+        return D.Independent(normal, 1)
+
+
+class DenseHead(nn.Module):
+    """jsikyoon's heads."""
+
+    def __init__(self, sizes=SMALL, dist="normal"):
+        super().__init__()
+        self._dist = dist
+        self._mean_layers = nn.Sequential(
+            *normed(sizes.stoch + sizes.deter, sizes.hidden, norm=None, act=nn.ELU, bias=True),
+            nn.Linear(sizes.hidden, 1),
+        )
+
+    def forward(self, features):
+        mean = self._mean_layers(features)
+        dist = D.Bernoulli(logits=mean) if self._dist == "binary" else D.Normal(mean, 1.0)
+        return D.Independent(dist, 1)
+
+
 # ---------------------------------------------------------------- burchim
 
 

@@ -280,6 +280,26 @@ def test_dreams_of_dreamerv3_torch(kind):
                                atol=1e-4)  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["trunc_normal", "onehot"])
+def test_dreams_of_dreamer_torch(kind):
+    model, actor = modern.OldStatsRSSM(), modern.ActionHead(dist=kind)
+    heads = {name: modern.DenseHead() for name in ("reward", "critic")}
+    loop = adapt(model, actor=actor, discount=modern.DenseHead(dist="binary"), **heads)
+    assert loop.rollout.options.squash == ("none" if kind == "trunc_normal" else "tanh")
+
+    def step(deter, stoch, action):
+        new = model.img_step({"deter": deter, "stoch": stoch.unflatten(-1, (C, K))}, action)
+        return new["deter"], new["stoch"].flatten(-2)
+
+    def act(deter, stoch):
+        dist = actor(torch.cat([stoch, deter], -1).detach())
+        return dist.sample() if kind == "onehot" else dist.rsample()
+
+    verified(loop, dream_of(step, act))
+    with pytest.raises(MisfitError, match="a policy 'normal_1' has no fast loop; trunc_normal"):
+        adapt(model, actor=modern.ActionHead(dist="normal_1"))
+
+
 @pytest.mark.parametrize("kind", ["bounded_normal", "onehot"])
 def test_dreams_of_r2dreamer(kind):
     model = modern.BlocksRSSM()

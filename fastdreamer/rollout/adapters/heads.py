@@ -36,7 +36,7 @@ from fastdreamer.rollout.rollout import HEADS, Rollout
 
 _FUNCTIONS = {F.elu: nn.ELU, F.relu: nn.ReLU, F.silu: nn.SiLU, F.tanh: nn.Tanh}
 _FUNCTIONS |= {torch.relu: nn.ReLU, torch.tanh: nn.Tanh, F.gelu: nn.GELU, F.mish: nn.Mish}
-_HOLDERS = ("_model", "model", "network", "feedforward_model", "action_model")
+_HOLDERS = ("_model", "model", "network", "feedforward_model", "action_model", "_mean_layers")
 _LAST = ("mean_layer", "last", "linear_proj")
 _PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 
@@ -196,6 +196,10 @@ def _read_actor(module: Any, bypassed: Watched) -> tuple[Any, list[dict[str, Any
         return [layers_of("actor", hidden, bypassed), module.mlp_heads[0]], [policy]
     if any(isinstance(getattr(module, name, None), nn.Linear) for name in _LAST):
         return layers_of("actor", module, bypassed), [_policy_of_v3(module)]
+    if hasattr(module, "_pre_layers"):  # dreamer-torch's ActionHead
+        policy = _policy_of_v2(module)
+        bypassed.append(("actor", module))
+        return [module._pre_layers, module._dist_layer], [policy]
     kind = getattr(module, "dist", None)
     discrete = any(getattr(module, n, None) is True for n in ("discrete", "discrete_action_bool"))
     if discrete or kind not in (None, "tanh_normal"):
@@ -233,6 +237,20 @@ def _policy_of_sheeprl(module: Any) -> dict[str, Any]:
     raise MisfitError(
         f"actor: a policy {kind!r} is drawn by its inverse CDF; tanh_normal, normal, scaled_normal "
         "and discrete fit"
+    )
+
+
+def _policy_of_v2(module: Any) -> dict[str, Any]:
+    """The same of dreamer-torch's ActionHead, which draws a truncated normal without its bounds."""
+    kind = module._dist
+    if kind == "onehot":
+        return {"action_std": Categorical(module._dist_layer.weight.shape[0])}
+    if kind == "trunc_normal":
+        std = StdTransform("sigmoid", 2.0, 0.5, min=float(module._min_std))
+        return {"mean_scale": 1.0, "action_std": std, "squash": "none"}
+    raise MisfitError(
+        f"actor: a policy {kind!r} has no fast loop; trunc_normal and onehot fit, or its layers "
+        "and constants"
     )
 
 
