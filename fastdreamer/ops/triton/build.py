@@ -665,7 +665,7 @@ class Builder:
         """What :meth:`step_backward` is told of the samples of each row of [steps, rows].
 
         Args:
-            noise, logits: the slots that have the noise, or the logits and all gradients by them.
+            noise, logits: the slots that have the noise, and the logits of categorical latents.
             lead: steps and rows.
         """
         by_noise = not shape.classes or shape.std.gumbel
