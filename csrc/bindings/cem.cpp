@@ -7,18 +7,18 @@ namespace fastdreamer {
 namespace {
 
 // rssm: (inp, gru, prior, latent), inp as PackedInp takes it. heads: (reward, bootstrap or None,
-// discount or None, gamma, lam, reward_as, value_as, hard_discount), of which make_readout takes
-// reward_as and value_as; without a bootstrap the score is the sum of the rewards. proposals: an
-// array or None. Arrays as in cpu/cem.h; mean and std are changed.
+// discount or None, gamma, lam, departure, reward_as, value_as, hard_discount), of which
+// make_readout takes reward_as and value_as; without a bootstrap the score is the sum of the
+// rewards. proposals: an array or None. Arrays as in cpu/cem.h; mean and std are changed.
 void cem(py::tuple rssm, py::tuple heads, py::handle start_deter, py::handle start_stoch,
          py::handle mean, py::handle std, py::handle action_noise, py::handle state_noise,
          py::handle scores, py::handle proposals, Index num_elites, double min_std, bool sample_std,
          double clip, bool bound_action, int threads) {
   const char* op = "cem";
-  if (rssm.size() != 4 || heads.size() != 8) {
+  if (rssm.size() != 4 || heads.size() != 9) {
     fail(
         "cem: rssm must be (inp, gru, prior, latent), heads (reward, bootstrap, discount, gamma, "
-        "lam, reward_as, value_as, hard_discount)");
+        "lam, departure, reward_as, value_as, hard_discount)");
   }
   const PackedGru& gru = rssm[1].cast<const PackedGru&>();
   const Precision precision = gru.precision();
@@ -38,12 +38,13 @@ void cem(py::tuple rssm, py::tuple heads, py::handle start_deter, py::handle sta
   if (!heads[1].is_none()) x.bootstrap = head("bootstrap", heads[1]);
   if (!heads[2].is_none()) x.discount = head("discount", heads[2]);
   set_returns(op, heads[3], heads[4], x);
+  x.departure = heads[5].cast<bool>();
   Arrays arrays(op);
-  x.reward_as = make_readout("reward_as.bins", arrays, heads[5], x.reward->out());
+  x.reward_as = make_readout("reward_as.bins", arrays, heads[6], x.reward->out());
   if (x.bootstrap != nullptr) {
-    x.value_as = make_readout("value_as.bins", arrays, heads[6], x.bootstrap->out());
+    x.value_as = make_readout("value_as.bins", arrays, heads[7], x.bootstrap->out());
   }
-  x.hard_discount = heads[7].cast<bool>();
+  x.hard_discount = heads[8].cast<bool>();
   x.bound_action = bound_action;
 
   const Array shape(op, "action_noise", action_noise);

@@ -200,26 +200,40 @@ void Cem::roll(Index i, const Tile& tile, int thread) const {
   }
 }
 
-// The heads in some of a tile's states 1..H, which are rows one behind the other.
+// The heads in some of a tile's states, which are rows one behind the other: 1..H, but 0..H-1 for
+// the reward of departures.
 void Cem::evaluate(const Tile& tile, Index part, int thread) const {
   const CemArgs& x = args_;
   const Index H = x.H, first = part * tile.head_rows;
   const Index rows = std::min(tile.head_rows, H * tile.rows - first);
   const Task task(*x.kernels, x.B * x.N, rows);
   const Kernels& k = task.kernels;
-  const Index place = tile.slot * (H + 1) * tile_ + tile.rows + first;
-  const Rows feat = states_.at(place);
-  const Ones ones = drawn_.at(place).ones(*x.rssm, x.rssm->D);
+  const Index start = tile.slot * (H + 1) * tile_;  // where state 0 is
   const Index scratch = thread * head_tile_;
+  // of `count` rows from `place` on, into those from `row` on
   const auto read = [&](const Mlp& mlp, const Readout& as, const MlpBuffers& hidden,
-                        const FloatBuffer& to) {
-    read_forward(k, mlp, as, feat, rows, hidden, scratch, outputs_.at(scratch),
-                 to.at(tile.slot, first).data, kNoRows, ones);
+                        const FloatBuffer& to, Index row, Index count, Index place) {
+    const bool given = place < start + tile.rows;  // state 0 is anybody's
+    const Drawn drawn = given ? Drawn{} : drawn_.at(place);
+    read_forward(k, mlp, as, states_.at(place), count, hidden, scratch, outputs_.at(scratch),
+                 to.at(tile.slot, row).data, kNoRows, drawn.ones(*x.rssm, x.rssm->D));
   };
-  read(*x.reward, x.reward_as, reward_hidden_, reward_);
-  if (x.bootstrap != nullptr) read(*x.bootstrap, x.value_as, bootstrap_hidden_, value_);
+  const Index arrived = start + tile.rows + first;
+  const auto pay = [&](Index row, Index count, Index place) {
+    if (count > 0) read(*x.reward, x.reward_as, reward_hidden_, reward_, row, count, place);
+  };
+  if (x.departure) {
+    const Index given = std::clamp<Index>(tile.rows - first, 0, rows);  // of state 0
+    pay(first, given, start + first);
+    pay(first + given, rows - given, start + first + given);
+  } else {
+    pay(first, rows, arrived);
+  }
+  if (x.bootstrap != nullptr) {
+    read(*x.bootstrap, x.value_as, bootstrap_hidden_, value_, first, rows, arrived);
+  }
   if (x.discount != nullptr) {
-    read(*x.discount, {}, discount_hidden_, discount_);
+    read(*x.discount, {}, discount_hidden_, discount_, first, rows, arrived);
     k.discount({rows, x.gamma, x.hard_discount, discount_.at(tile.slot, first).data, nullptr});
   }
 }

@@ -16,6 +16,7 @@ struct CemArgs {
   const Rssm* rssm;
   const Mlp *reward, *bootstrap;  // of feat; bootstrap null: the score is the sum of rewards,
   float gamma, lam, mix;          // else G_0 of the λ-return with these; mix = 1 - λ
+  bool departure;                 // rewards are of states 0..H-1, else of 1..H
   const Mlp* discount;            // * feat -> logit of the episode going on, else γ alone
   Readout reward_as, value_as;    // of their outputs
   bool hard_discount;             // as DiscountArgs

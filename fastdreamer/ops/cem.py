@@ -18,9 +18,6 @@ from fastdreamer.ops.open_loop import OP as OPEN_LOOP
 from fastdreamer.ops.params import ReturnParams, RSSMParams, State, scalar
 from fastdreamer.ops.vocabulary import lacking
 
-NO_DEPARTURE = "it pairs rewards with values on arrival alone (ReturnParams.departure)"
-"""Why a backend refuses."""
-
 SCORES = ("lambda_return", "reward")
 Score = Literal["lambda_return", "reward"] | Callable[[Tensor], Tensor]
 """How trajectories are ranked; a function gets feat [H, B, F] of states 1..H and returns [B]."""
@@ -137,9 +134,7 @@ def cem(
         heads = (returns.reward,) if score == "reward" else returns.heads()
         depth = max(depth, deepest(*heads))
         given += (proposals,) if proposals is not None and proposals.numel() else ()
-        departs = returns.departure and score == "lambda_return"
-        missing = dict.fromkeys(("native", "triton"), NO_DEPARTURE) if departs else {}
-        missing |= lacking(params, None, returns)
+        missing = lacking(params, None, returns)
         body = OP.select(backend, *given, constant=noise, depth=depth, lacking=missing)
     found = body(
         params, returns, start, mean, std, action_noise, state_noise,

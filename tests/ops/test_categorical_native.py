@@ -72,6 +72,8 @@ def check_cem(name):
     inputs = drawn_safely(cem, cem_inputs(sizes, H, B), classes, unimix)
     for score, bf16 in itertools.product(("lambda_return", "reward"), precisions(name)):
         compare(cem, inputs | {"score": score}, bf16=bf16, wrt=())
+    departing = inputs | {"returns": inputs["returns"]._replace(departure=True)}
+    compare(cem, departing, bf16=False, wrt=())
 
 
 def check_decide(name):
@@ -214,12 +216,14 @@ def test_cem_whatever_the_threads(threads):
     sizes, H, B, classes, unimix = CASES["33"]
     inputs = testing.cem_inputs(sizes, H, B, 7, 2)
     inputs = drawn_safely(cem, inputs, classes, unimix)
-    want = None
-    for n in (1, 2, 3):
-        threads(n)
-        plan = cem(**inputs, backend="native")
-        want = want or plan
-        assert all(map(torch.equal, plan, want))
+    for departure in (False, True):
+        returns = inputs["returns"]._replace(departure=departure)
+        want = None
+        for n in (1, 2, 3):
+            threads(n)
+            plan = cem(**inputs | {"returns": returns}, backend="native")
+            want = want or plan
+            assert all(map(torch.equal, plan, want))
 
 
 @pytest.mark.parametrize("name", CASES)

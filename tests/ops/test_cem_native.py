@@ -40,6 +40,10 @@ def native(given, **changed):
     return plan
 
 
+def departure(returns):
+    return returns._replace(departure=True)
+
+
 def results(plan):
     scores = {f"scores[{i}]": part for i, part in enumerate(plan.scores)}
     return {"mean": plan.mean, "std": plan.std} | scores
@@ -91,6 +95,12 @@ def check_scores(models=MODELS, shapes=SHAPES) -> None:
                     for dtype in (torch.float32, torch.float64)
                 ]
                 assert_accurate("cem", *compared(inputs))
+            # the last inputs but the score, by rewards of states 0..H-1
+            departing = [
+                given | {"score": "lambda_return", "returns": departure(given["returns"])}
+                for given in inputs
+            ]
+            assert_accurate("cem", *compared(departing))
     # under autocast, over enough candidates that none is right by luck
     for sizes in models:
         for score in SCORES:
@@ -305,12 +315,13 @@ def test_report_sizes():
 def test_many_tiles_for_every_thread():
     """More than have their states kept at a time, and start states that share a tile."""
     given = cem_inputs(SMALL, 3, 3, 333, 4) | {"num_elites": 7}
-    plans = []
-    for number in (1, 2, 3, 8):
-        with threads(number):
-            plans.append(native(given))
-    for plan in plans[1:]:
-        assert all(map(torch.equal, plan, plans[0]))
+    for returns in (given["returns"], departure(given["returns"])):
+        plans = []
+        for number in (1, 2, 3, 8):
+            with threads(number):
+                plans.append(native(given, returns=returns))
+        for plan in plans[1:]:
+            assert all(map(torch.equal, plan, plans[0]))
     check_scores([SMALL], [(3, 3, 333)])
 
 
@@ -431,7 +442,10 @@ def test_bindings_reject_what_the_kernels_cannot_take():
         ({"threads": 0}, "threads must be at least 1"),
         ({"heads": (*heads[:4], 1.5, *heads[5:])}, r"lam must be in \[0, 1\], got 1.5"),
         ({"heads": (*heads[:4], nan, *heads[5:])}, "lam must be in"),
-        ({"heads": heads[:3]}, "heads .reward, bootstrap, discount, gamma, lam, reward_as"),
+        (
+            {"heads": heads[:3]},
+            "heads .reward, .*, lam, departure, reward_as",
+        ),
         ({"rssm": good["rssm"][:2]}, "rssm must be"),
         ({"rssm": other["rssm"]}, "weights of two precisions"),
         ({"heads": other["heads"]}, "weights of two precisions"),

@@ -44,7 +44,7 @@ def cem(
         pack_head(returns.reward),
         bootstrap and pack_head(bootstrap),
         discount and pack_head(discount),
-        *((returns.gamma, returns.lam) if bootstrap else (1.0, 1.0)),
+        *((returns.gamma, returns.lam, returns.departure) if bootstrap else (1.0, 1.0, False)),
         *given_readouts(returns),
     )
     iterations, _, batch, samples, _ = action_noise.shape

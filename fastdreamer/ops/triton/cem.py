@@ -169,6 +169,7 @@ class _Spec(NamedTuple):
     reward_as: Read | None = None
     value_as: Read | None = None
     hard: bool = False  # whether a discount is gamma or 0
+    departure: bool = False  # whether rewards are those of states 0..H-1
 
 
 @functools.lru_cache(maxsize=64)
@@ -210,6 +211,7 @@ def program(spec: _Spec) -> Program:
     b.copy(start[0], deter, B, D, repeat=N)  # row b · N + n
     b.copy(start[1], stoch, B, S, repeat=N)
     states = deter.at(rows * D), stoch.at(rows * S)  # 1..H
+    paid = (deter.at(0), stoch.at(0)) if spec.departure else states
     with b.loop("i", I) as i:
         size = H * rows * A
         b.launch(
@@ -237,7 +239,7 @@ def program(spec: _Spec) -> Program:
                 save=False,
             )  # fmt: skip
         b.head_forward(
-            spec.reward, reward_head, states, reward, reward_tape, H * rows,
+            spec.reward, reward_head, paid, reward, reward_tape, H * rows,
             save=False, read=spec.reward_as, bins="reward.bins",
         )  # fmt: skip
         if spec.value:
@@ -313,6 +315,7 @@ def cem(
         Read.of(returns.reward_as, returns.reward),
         Read.of(returns.value_as, bootstrap),
         returns.hard_discount,
+        returns.departure and bootstrap is not None,
     )
     inputs = {
         "start.deter": start.deter, "start.stoch": start.stoch, "start.mean": mean,
