@@ -39,6 +39,7 @@ BODIES: dict[str, frozenset[str]] = {
             *("layers without bias", "LayerNorm", "RMSNorm"),
             *("GRU with its reset inside the candidate", "categorical latents", "learned start"),
             *("bound on actions", "bound on its own actions", "gelu", "gelu_tanh", "mish"),
+            *("block-diagonal GRU", "layers of stoch and action apart"),
             *("two-hot heads", "symexp heads", "heads of several outputs", "one-hot actions"),
             *("Gumbel-softmax latents", "Gumbel-softmax actions"),
             *(f"policy squashed by {squash!r}" for squash in SQUASHES),

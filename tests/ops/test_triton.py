@@ -161,13 +161,17 @@ def check_bfloat16() -> None:
 
 
 def check_overall(op: str, sizes: Sizes, steps: int, rows: int) -> None:
-    from test_native import overall
-
     if op == "cem":
         # all of them elite: else a rounding would decide which are
         inputs = cem_inputs(sizes, steps, 2, rows, 1) | {"num_elites": rows}
     else:
         inputs = make_inputs(op, sizes, steps, rows)
+    check_overall_of(op, inputs)
+
+
+def check_overall_of(op: str, inputs: dict) -> None:
+    from test_native import overall
+
     got, eager = (
         evaluate(OPS[op], inputs, backend=backend, dtype=torch.float32, autocast=True)
         for backend in ("triton", "eager")
@@ -267,7 +271,7 @@ def check_misuse() -> None:
 QUICK = {
     name.removeprefix("check_"): function
     for name, function in list(globals().items())
-    if name.startswith("check_") and name not in ("check_case", "check_overall")
+    if name.startswith("check_") and name not in ("check_case", "check_overall", "check_overall_of")
 }
 
 

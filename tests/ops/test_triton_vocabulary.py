@@ -5,8 +5,10 @@ Values and all gradients against eager float64; see test_triton.py, whose checks
 
 import sys
 from math import inf
+from unittest import mock
 
 import pytest
+import test_blocks_native
 import test_triton
 import torch
 from test_native import make_inputs
@@ -18,7 +20,7 @@ from fastdreamer import testing
 from fastdreamer.ops.decide import decide
 from fastdreamer.ops.layers import MLPParams, Norm
 from fastdreamer.ops.observe import observe
-from fastdreamer.ops.params import Categorical, OneHot, StdTransform, two_hot
+from fastdreamer.ops.params import Begin, Categorical, OneHot, StdTransform, two_hot
 from fastdreamer.testing import Sizes
 
 # remainders of every block; several blocks of columns; two blocks of rows
@@ -304,6 +306,82 @@ def check_borders() -> None:
     assert undefined.isnan().all(1).tolist() == [True] * 4 + [False]
     for classes in (1, 3, 33, 300):
         drawn(torch.zeros(2, classes), [0.0, 1 - 2.0**-24])
+
+
+def built(op: str, sizes: Sizes, steps: int, rows: int, blocks: int | None, *rest, **style) -> dict:
+    """Arguments of an op for a model with the block-diagonal GRU, or with layers apart."""
+    inputs = make_inputs(op, sizes, steps, rows, rest or (1, 2))
+    return on_device(test_blocks_native.Style(blocks, **style).apply(OPS[op], inputs))
+
+
+def check_block_gru() -> None:
+    """Blocks of one part and of many, with a norm, another or none, with a bias or not.
+
+    One layer and several of each kind, one of x; both orders of columns; rows in several blocks.
+    """
+    from fastdreamer.ops.triton import blocks
+
+    sizes, one_hot = SMALL._replace(D=22, S=15), Categorical(5, 0.01)
+    inputs = built("observe", sizes, 2, 3, 2, latent=one_hot, features=(9, 20), depth=2)
+    inputs["is_first"][1, 2] = True
+    check("observe", inputs)
+    wide = WIDE._replace(D=70)
+    with mock.patch.object(blocks, "COLUMNS", 32):
+        style = {"kind": "layer", "bias": False, "features": (20, 70), "apart": ((35, 17), (18,))}
+        check("imagine", built("imagine", wide, 1, 17, 2, action_first=True, **style))
+        plain = {"kind": None, "deter_first": False, "update_bias": 0.5, "apart": None}
+        inputs = built("imagine", wide, 2, 1, 5, act="silu", **plain)
+        inputs["actor"] = inputs["actor"]._replace(through_feat=True)
+        check("imagine", inputs)
+    check("rssm_step", built("rssm_step", sizes, 1, 3, 11, depth=0, kind=None, act="gelu"))
+    for output in ("out[0].deter", "out[1].std"):
+        check("rssm_step", built("rssm_step", sizes, 1, 2, 1), using=(output,))
+    test_triton.check_overall_of(
+        "observe", built("observe", Sizes(3, 64, 12, 48, 64, 64, 2, 3, 4, "elu"), 4, 8, 4)
+    )
+
+
+def check_block_gru_without_gradients() -> None:
+    sizes, style = SMALL._replace(D=22, S=15), test_blocks_native.Style(2, latent=Categorical(5))
+    inputs = on_device(style.apply(OPS["cem"], testing.cem_inputs(sizes, 2, 1, 9, 2)))
+    check("cem", inputs | {"num_elites": 9}, wrt=())
+    inputs = on_device(style.apply(decide, testing.decide_inputs(sizes, 2)))
+    found = (decide(**inputs, backend=backend) for backend in ("triton", "eager"))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def check_starts_of_a_block_gru() -> None:
+    """What begins an episode: zeros in the place of some, a learned start; actions bounded."""
+    sizes, latent = SMALL._replace(D=22, S=15), Categorical(5, 0.01)
+    for reset, learned in (("all", False), ("state", True), ("stoch", False), ("deter", True)):
+        inputs = built("observe", sizes, 3, 3, 2, latent=latent if learned else None, kind="layer")
+        inputs["is_first"][0, 1] = inputs["is_first"][2, 2] = True
+        inputs |= {"reset": reset, "action": 3 * inputs["action"]}
+        params = inputs["params"]._replace(bound_action=True)
+        if learned:
+            params = params._replace(
+                begin=Begin(torch.linspace(-2, 2, 22, device=inputs["action"].device))
+            )
+        check("observe", inputs | {"params": params})
+
+
+def check_layers_apart() -> None:
+    """Before torch's GRU and before the one of DreamerV2, with its norm and without.
+
+    Gradients of weights in parts, which only many rows have.
+    """
+    from fastdreamer.ops.triton import build
+
+    check("observe", built("observe", SMALL, 2, 3, None, apart=((7, 18), (5,))))
+    apart = {"kind": "layer", "apart": ((35,), (3, 18)), "action_first": True}
+    check("imagine", built("imagine", WIDE, 2, 17, 0, deter_first=False, **apart))
+    inputs = built("rssm_step", SMALL, 1, 35, 0, kind="layer")
+    gru = inputs["params"].gru._replace(norm=None, bias=None, gates="ucr")
+    each = lambda _, rows, depth, programs: (-(-rows // depth), depth)  # noqa: E731
+    with mock.patch.object(build.Builder, "_splits", each):
+        check("rssm_step", inputs | {"params": inputs["params"]._replace(gru=gru)})
+    inputs = built("open_loop", SMALL._replace(units=64, D=64), 2, 17, None, bias=False, kind=None)
+    check("open_loop", inputs, bf16=True)
 
 
 QUICK = {

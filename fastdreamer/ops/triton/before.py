@@ -34,7 +34,7 @@ def bound_kernel(
 def begin_kernel(
     first,  # [rows] bool: where an episode begins
     state,  # [rows, WIDTH] float32
-    begin,  # [WIDTH]
+    begin,  # [WIDTH], or None: zeros
     out,  # [rows, WIDTH]
     size,  # elements of it
     WIDTH: tl.constexpr,
@@ -44,7 +44,9 @@ def begin_kernel(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     begins = tl.load(first + at // WIDTH, mask=inside, other=0) != 0
-    new = tl.load(begin + at % WIDTH, mask=inside, other=0.0)
+    new = 0.0
+    if begin is not None:
+        new = tl.load(begin + at % WIDTH, mask=inside, other=0.0)
     old = tl.load(state + at, mask=inside, other=0.0)
     tl.store(out + at, tl.where(begins, new, old), mask=inside)
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdreamer.ops.cells import GRUParams, LateGRUParams
+from fastdreamer.ops.cells import BlockGRUParams, GRUParams, Recurrence
 from fastdreamer.ops.layers import MLPParams
-from fastdreamer.ops.params import ReturnParams
+from fastdreamer.ops.params import Branches, ReturnParams
 from fastdreamer.ops.triton import before, categorical, cells, mlp, readout, tiles, weights
 from fastdreamer.ops.triton.layout import (
     NO_STD,
@@ -331,6 +331,8 @@ class Builder:
         *,
         save: bool,
         columns: int | None = None,
+        tape_width: int | None = None,
+        extra: Arg | None = None,
         head: str = "plain",
         std: Arg | None = None,
         noise: Arg | None = None,
@@ -345,12 +347,13 @@ class Builder:
             (-(-rows // tile.rows),),
             {
                 "weights": packed.weights, "biases": packed.biases, **packed.norms,
-                "x1": x[0], "x2": x[1],
+                "x1": x[0], "x2": x[1], "extra": extra,
                 "noise": noise, "out": out, "std": std, "tape": tape, "rows": rows,
                 "bound": bound if bounded else 1.0, **normal.scalars,
             },
             {
-                **shape.constants(save=save), **normal.constants, "HEAD": head,
+                **shape.constants(save=save), **normal.constants,
+                "TAPE": tape_width or shape.tape, "HEAD": head,
                 "OUT": columns or shape.n,
                 "BOUNDED": bounded, "SQUASH": squash, "SAVE": save, **_blocks(tile, shape),
             },
@@ -367,6 +370,7 @@ class Builder:
         rows: int,
         *,
         d_x: tuple[Arg | None, Arg | None] = (None, None),
+        tape_width: int | None = None,
         grads_width: int | None = None,
         head: str = "plain",
         d_std: Arg | None = None,
@@ -388,7 +392,7 @@ class Builder:
                 "rows": rows, "bound": bound if bounded else 1.0, **normal.scalars,
             },
             {
-                **shape.constants(), **normal.constants,
+                **shape.constants(), **normal.constants, "TAPE": tape_width or shape.tape,
                 "GRADS": grads_width or shape.grads, "HEAD": head,
                 "BOUNDED": bounded, "SQUASH": squash, **_blocks(tile, shape),
             },
@@ -445,7 +449,7 @@ class Builder:
         self.mlp_backward(shape, packed, d_out.at(0), tape.at(0), grads.at(0), rows, d_x=d_x)
 
     def _read_out(self, kernel, read: Read, bins: str, n: int, rows: int, **slots: Slot) -> None:
-        padded = _power_of_two(n)
+        padded = power_of_two(n)
         block = max(1, readout.BLOCK // padded)
         self.launch(
             kernel,
@@ -484,11 +488,11 @@ class Builder:
                     )
                 ] + ([more] if more else [])
             else:
-                below = _moved(tape, (i - 1) * shape.width)
+                below = moved(tape, (i - 1) * shape.width)
                 pieces = [(below, places.tape, layer.columns, 0, None)]
             self.gradient(
                 f"{name}.weight{i}", f"{name}.bias{i}" if layer.biased else None,
-                _moved(grads, i * shape.width), places.grads, pieces, rows,
+                moved(grads, i * shape.width), places.grads, pieces, rows,
                 columns=layer.columns, n=layer.n, n_padded=layer.n_padded, groups=layer.groups,
             )  # fmt: skip
         for i, norm in enumerate(shape.norms):
@@ -516,9 +520,7 @@ class Builder:
             return
         depth, columns = NORM_BLOCK
         tiles_out = -(-groups * n // columns)
-        splits = max(1, min(-(-rows // (8 * depth)), FILL // tiles_out))
-        share = -(-rows // (splits * depth)) * depth
-        splits = -(-rows // share)
+        splits, share = self._splits(rows, depth, tiles_out)
         of_weight, of_bias = (
             self._parts(f"{name}.{part}", (groups * n,), splits) if has else (None, None)
             for part, has in (("weight", norm.weight), ("bias", norm.bias))
@@ -527,9 +529,9 @@ class Builder:
             weights.norm_gradient_kernel,
             (tiles_out, splits),
             {
-                "outer": _moved(grads, places.outer + index * n_padded),
-                "sums": _moved(tape, places.sums + index * n_padded),
-                "stats": _moved(tape, places.stats + 4 * index),
+                "outer": moved(grads, places.outer + index * n_padded),
+                "sums": moved(tape, places.sums + index * n_padded),
+                "stats": moved(tape, places.stats + 4 * index),
                 "d_weight": of_weight[0], "d_bias": of_bias[0], "rows": rows, "share": share,
             },
             {
@@ -538,6 +540,16 @@ class Builder:
             },
         )  # fmt: skip
         self._sum_parts(of_weight, of_bias, splits=splits)
+
+    @staticmethod
+    def _splits(rows: int, depth: int, programs: int) -> tuple[int, int]:
+        """Into how many splits a sum over rows is divided, and the rows of each.
+
+        ``depth`` is of a block of rows, ``programs`` how many there are without splits.
+        """
+        splits = max(1, min(-(-rows // (8 * depth)), FILL // programs))
+        share = -(-rows // (splits * depth)) * depth
+        return -(-rows // share), share
 
     def _parts(self, name: str, shape: tuple[int, ...], splits: int) -> tuple[Slot, Slot]:
         """Where splits of a gradient go, and the output itself: both are one without splits."""
@@ -579,9 +591,7 @@ class Builder:
         tile = self._tile("gradient", rows)
         out_tiles = groups * -(-n // tile.columns)
         in_tiles = max(-(-size // tile.depth) for _, _, size, *_ in pieces)
-        splits = max(1, min(-(-rows // (8 * tile.rows)), FILL // (out_tiles * in_tiles)))
-        share = -(-rows // (splits * tile.rows)) * tile.rows
-        splits = -(-rows // share)
+        splits, share = self._splits(rows, tile.rows, out_tiles * in_tiles)
         of_weight = w_parts, _ = self._parts(weight, (groups * n, columns), splits)
         of_bias = b_parts, _ = self._parts(bias, (groups * n,), splits) if bias else (None, None)
         for i, (x, width, size, begin, first) in enumerate(pieces):
@@ -739,8 +749,8 @@ class Builder:
             "inp", shape.inp, [(stoch, shape.S, of_stoch), (action, shape.A, of_action)],
             tape, grads, rows, places=shape.inp_places,
         )  # fmt: skip
-        gates = _moved(grads, shape.gates)
-        x = _moved(tape, (shape.inp.layers - 1) * shape.inp.width)
+        gates = moved(grads, shape.gates)
+        x = moved(tape, (shape.inp.layers - 1) * shape.inp.width)
         hidden = shape.inp.widths[-1]
         sides = (x, T, hidden, 0, None), (deter, D, D, 0, of_deter)
         of_gates: dict[str, Any] = {"n": D, "n_padded": DP, "groups": 3}
@@ -754,7 +764,7 @@ class Builder:
                 "gru.weight", bias, gates, G, pieces, rows, columns=hidden + D, **of_gates
             )
             self.norm_gradient(
-                "gru.norm", shape.late.norm, _moved(tape, shape.gates), gates, shape.gru_places,
+                "gru.norm", shape.late.norm, moved(tape, shape.gates), gates, shape.gru_places,
                 rows, index=0, **of_gates,
             )  # fmt: skip
         else:
@@ -764,8 +774,8 @@ class Builder:
                     columns=piece[2], last=last, **of_gates,
                 )  # fmt: skip
         self.mlp_gradients(
-            latent, shape.latent, [(new_deter, D, None)], _moved(tape, shape.latents),
-            _moved(grads, shape.latents), rows, places=shape.latent_places, more=more,
+            latent, shape.latent, [(new_deter, D, None)], moved(tape, shape.latents),
+            moved(grads, shape.latents), rows, places=shape.latent_places, more=more,
         )  # fmt: skip
 
 
@@ -785,14 +795,14 @@ class _LoopScope:
         self.builder._bodies[-1].append(Loop(self.name, self.count, body))
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
     """The least that is at least n and 2."""
     return 1 << max(n - 1, 1).bit_length()
 
 
 def _categoricals(latent: Classes, size: int) -> tuple[int, dict[str, int]]:
     """How many there are, and the blocks of their kernels."""
-    padded = _power_of_two(latent.count)
+    padded = power_of_two(latent.count)
     block = max(1, categorical.BLOCK // padded)
     return size // latent.count, {"K": latent.count, "KP": padded, "BI": block}
 
@@ -802,7 +812,7 @@ def _begins(shape: StepShape) -> tuple[int, int]:
     return (shape.D, 0) if shape.late.deter_first else (0, shape.inp.widths[-1])
 
 
-def _moved(pointer: Arg, columns: int) -> Arg:
+def moved(pointer: Arg, columns: int) -> Arg:
     return pointer._replace(offset=pointer.offset + columns)
 
 
@@ -818,8 +828,10 @@ def _step_blocks(tile: tiles.Tile, shape: StepShape) -> dict[str, int]:
     }  # fmt: skip
 
 
-def named(name: str, params: MLPParams) -> dict[str, Tensor]:
+def named(name: str, params: MLPParams | Branches) -> dict[str, Tensor]:
     """An MLP's parameters by the names of a program's inputs."""
+    if isinstance(params, Branches):
+        return {**named(f"{name}.stoch", params.stoch), **named(f"{name}.action", params.action)}
     found: dict[str, Tensor | None] = {}
     for i, pair in enumerate(zip(params.weights, params.biases, strict=True)):
         found |= zip((f"{name}.weight{i}", f"{name}.bias{i}"), pair, strict=True)
@@ -829,8 +841,10 @@ def named(name: str, params: MLPParams) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in found.items() if tensor is not None}
 
 
-def gru_named(params: GRUParams | LateGRUParams) -> dict[str, Tensor]:
+def gru_named(params: Recurrence) -> dict[str, Tensor]:
     """The same of a recurrence."""
+    if isinstance(params, BlockGRUParams):
+        return {**named("gru.hidden", params.hidden), **named("gru.blocks", params.blocks)}
     if isinstance(params, GRUParams):
         return {f"gru.{key}": value for key, value in params._asdict().items()}
     found = {"weight": params.weight, "bias": params.bias}

@@ -17,16 +17,24 @@ from torch import Tensor
 from fastdreamer.ops.params import ReturnParams, RSSMParams, State
 from fastdreamer.ops.triton import tiles
 from fastdreamer.ops.triton.build import (
-    Builder,
     Precision,
     autocast_bf16,
     bins_of,
     gru_named,
     named,
 )
-from fastdreamer.ops.triton.layout import NO_STD, MlpShape, Read, StepShape, feat_shape, step_shape
+from fastdreamer.ops.triton.layout import (
+    NO_STD,
+    MlpShape,
+    Read,
+    StagedShape,
+    StepShape,
+    feat_shape,
+    step_shape,
+)
 from fastdreamer.ops.triton.program import Program
 from fastdreamer.ops.triton.run import run
+from fastdreamer.ops.triton.staged import Builder
 
 BLOCK = 256
 LAST = tl.constexpr(-(2**31))  # the key of what is never an elite
@@ -155,7 +163,7 @@ class _Spec(NamedTuple):
 
     sizes: tuple[int, int, int, int]  # I, H, B, N
     precision: Precision
-    step: StepShape
+    step: StepShape | StagedShape
     reward: MlpShape
     value: MlpShape | None  # None: rewards are summed
     discount: MlpShape | None  # None: gamma

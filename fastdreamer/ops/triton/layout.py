@@ -5,11 +5,20 @@ Everything here is a number or a name and hashable, so that it can be the key of
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
-from fastdreamer.ops.cells import LateGRUParams, Recurrence
+from fastdreamer.ops.cells import BlockGRUParams, GRUParams, LateGRUParams, Recurrence
 from fastdreamer.ops.layers import MLPParams, Norm
-from fastdreamer.ops.params import STDS, Categorical, Readout, RSSMParams, StdTransform
+from fastdreamer.ops.params import (
+    STDS,
+    Branches,
+    Categorical,
+    Readout,
+    RSSMParams,
+    StdTransform,
+)
 
 OF_SUM = ("silu", "gelu", "gelu_tanh", "mish")
 """Activations whose slope is computed from a layer's sum, not its value."""
@@ -464,22 +473,289 @@ class StepShape(NamedTuple):
         }  # fmt: skip
 
 
+class Piece(NamedTuple):
+    """Of what a layer of ``blocks.py`` takes."""
+
+    size: int  # columns
+    padded: int
+    begin: int  # where it begins in a block's weight
+    at: int  # and in the packed one
+
+
+class LinearShape(NamedTuple):
+    """A layer of the kernels of ``blocks.py``, perhaps block-diagonal.
+
+    It takes a piece that every block has a part of to itself, and pieces that all blocks see. Its
+    tape has the sums, then the values where an activation follows, then what a norm computed; its
+    ``grads`` have gradients by sums, then those behind a norm.
+    """
+
+    name: str  # of its parameters, "{}" for weight, bias or norm
+    groups: int  # blocks
+    gates: int  # parts of a block's output, each padded by itself
+    n: int  # columns of such a part
+    own: Piece  # a block's own; of size 0: there is none
+    shared: tuple[Piece, ...]  # those that all blocks see, at most three
+    dense: bool  # whether the weight is [out, in], else [groups, in, out]
+    biased: bool
+    norm: NormShape | None  # over all columns of all blocks
+    act: str  # what follows; "" nothing
+    chained: bool  # whether its own piece is the layer before it, not deter
+
+    @property
+    def n_padded(self) -> int:
+        return pad(self.n)
+
+    @property
+    def total(self) -> int:
+        """Padded columns of a block's output."""
+        return self.gates * self.n_padded
+
+    @property
+    def width(self) -> int:
+        """Of all blocks."""
+        return self.groups * self.total
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """Those that there are, own first."""
+        return [piece for piece in (self.own, *self.shared) if piece.size]
+
+    @property
+    def columns(self) -> int:
+        """Inputs of a block."""
+        return sum(piece.size for piece in self.pieces)
+
+    @property
+    def depth(self) -> int:
+        """Padded."""
+        return sum(piece.padded for piece in self.pieces)
+
+    @property
+    def weights(self) -> int:
+        """Elements of the packed weight."""
+        return self.depth * self.width
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        out = self.gates * self.n
+        return (out, self.columns) if self.dense else (self.groups, self.columns, out)
+
+    @property
+    def strides(self) -> dict[str, int]:
+        """Elements from one block, input and output of the weight to the next."""
+        if self.dense:
+            return {"SG": 0, "SK": 1, "SN": self.columns}
+        out = self.gates * self.n
+        return {"SG": self.columns * out, "SK": out, "SN": 1}
+
+    @property
+    def value(self) -> int:
+        """The first column of the values in its tape."""
+        return self.width
+
+    @property
+    def stats(self) -> int:
+        """The first column of what a norm computed."""
+        return self.width * (2 if self.act else 1)
+
+    @property
+    def tape(self) -> int:
+        return self.stats + (pad(4) if self.norm else 0)
+
+    @property
+    def outer(self) -> int:
+        """The first column in ``grads`` of gradients by the values, where they are kept."""
+        return self.width if self.norm else 0
+
+    @property
+    def grads(self) -> int:
+        return self.outer + self.width
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Of the output, as the kernels want to know."""
+        return {"N": self.n, "NP": self.n_padded, "GATES": self.gates}
+
+
+class Features(NamedTuple):
+    """Hidden layers whose last is among what a recurrence takes."""
+
+    name: str  # of their parameters
+    of: tuple[str, ...]  # what they take
+    shape: MlpShape
+
+    @property
+    def value(self) -> int:
+        """The first column of the last layer."""
+        return self.shape.hidden - self.shape.width
+
+    @property
+    def outer(self) -> int:
+        """The first column in ``grads`` of gradients by the last layer's values."""
+        return self.value + (self.shape.hidden if self.shape.norms else 0)
+
+
+class StagedShape(NamedTuple):
+    """The dynamics as several kernels one behind the other, see ``staged.py``.
+
+    Rows of the tape and of ``grads`` have what each stage has: the features, the recurrence's
+    layers, the latent's.
+    """
+
+    A: int
+    D: int
+    S: int
+    features: tuple[Features, ...]  # in the order in which the recurrence's weight takes them
+    layers: tuple[LinearShape, ...]  # of the recurrence; of torch's GRU that of x and that of h
+    gates: str  # the order of the last one's outputs: r, c, u; of torch's GRU that is "ruc"
+    update_bias: float
+    latent: MlpShape  # deter -> mean, std, or logits
+    std: Std | Classes
+    resets: tuple[bool, bool, bool]  # of deter, stoch, action: zeroed before a step takes them
+    bound: bool
+
+    # the same of a StepShape
+    classes = StepShape.classes
+    noise = StepShape.noise
+    moments = StepShape.moments
+
+    @property
+    def torch(self) -> bool:
+        """Whether the recurrence is torch's GRU."""
+        return not self.layers[0].own.size
+
+    @property
+    def _stages(self) -> list[Features | LinearShape]:
+        return [*self.features, *self.layers]
+
+    @property
+    def tapes(self) -> list[int]:
+        """The first column of each stage, the latent's last."""
+        return _begins(_of(stage).tape for stage in self._stages)
+
+    @property
+    def places(self) -> list[int]:
+        """The same in ``grads``."""
+        return _begins(_of(stage).grads for stage in self._stages)
+
+    @property
+    def tape(self) -> int:
+        """Columns of a row."""
+        return self.tapes[-1] + self.latent.tape
+
+    @property
+    def grads(self) -> int:
+        return self.latents + self.latent.grads
+
+    @property
+    def latents(self) -> int:
+        """The first column of the latent's hidden layers in ``grads``."""
+        return self.places[-1]
+
+
+def _of(stage: Features | LinearShape) -> MlpShape | LinearShape:
+    return stage.shape if isinstance(stage, Features) else stage
+
+
+def _begins(sizes: Iterable[int], first: int = 0) -> list[int]:
+    """Where things of these sizes begin that lie one behind the other, and where they end."""
+    return list(accumulate(sizes, initial=first))
+
+
+def _features(params: RSSMParams, S: int, A: int) -> tuple[Features, ...]:
+    """What x is made of, in the order of the recurrence's columns."""
+    inp = params.inp
+    if not isinstance(inp, Branches):
+        begins = (A, 0) if params.action_first else (0, S)
+        shape = mlp_shape(inp, (S, A), begins, hidden_only=True)
+        return (Features("inp", ("stoch", "action"), shape),)
+    found = [
+        Features(f"inp.{name}", (name,), mlp_shape(branch, (size, 0), hidden_only=True))
+        for name, branch, size in (("stoch", inp.stoch, S), ("action", inp.action, A))
+    ]
+    return tuple(found[::-1] if params.action_first else found)
+
+
+def _staged_shape(params: RSSMParams, latent: MlpShape, resets: Sequence[bool]) -> StagedShape:
+    dims, gru = params.dims(), params.gru
+    A, D, S = dims["A"], dims["D"], dims["S"]
+    features = _features(params, S, A)
+    if isinstance(gru, BlockGRUParams):
+        of_h = Features("gru.hidden", ("deter",), mlp_shape(gru.hidden, (D, 0), hidden_only=True))
+        features = (of_h, *features) if gru.deter_first else (*features, of_h)
+    return StagedShape(
+        *(A, D, S, features, _recurrence(gru, D, features)),
+        *_gates(gru),
+        *(latent, make_std(params.latent), tuple(resets), params.bound_action),
+    )
+
+
+def _gates(gru: Recurrence) -> tuple[str, float]:
+    """Their order, and the bias of the update."""
+    if isinstance(gru, GRUParams):
+        return "ruc", 0.0
+    return getattr(gru, "gates", "rcu"), float(gru.update_bias)
+
+
+def _recurrence(gru: Recurrence, D: int, features: Sequence[Features]) -> tuple[LinearShape, ...]:
+    sizes = [(part.shape.widths[-1], part.shape.width) for part in features]
+    if isinstance(gru, GRUParams):
+        more = True, True, None, "", False
+        x, h = _pieces(0, 0, 0, sizes), _pieces(D, 0, 0, ())
+        return (
+            LinearShape("gru.{}_ih", 1, 3, D, *x, *more),
+            LinearShape("gru.{}_hh", 1, 3, D, *h, *more),
+        )
+    if isinstance(gru, LateGRUParams):
+        begins = (0, D) if gru.deter_first else (sum(size for size, _ in sizes), 0)
+        more = gru.bias is not None, NormShape.of(gru.norm), "", False
+        return (LinearShape("gru.{}", 1, 3, D, *_pieces(D, *begins, sizes), True, *more),)
+    G, last = len(gru.blocks.weights[0]), len(gru.blocks.weights) - 1
+    units, layers = D // G, []
+    for i, bias in enumerate(gru.blocks.biases):
+        pieces = _pieces(units, 0, units, () if i else sizes)
+        norm = gru.blocks.norms[i] if gru.blocks.norms and i < last else None
+        more = bias is not None, NormShape.of(norm), gru.blocks.activation if i < last else ""
+        gates = 1 if i < last else 3
+        layers.append(
+            LinearShape(f"gru.blocks.{{}}{i}", G, gates, units, *pieces, False, *more, i > 0)
+        )
+    return tuple(layers)
+
+
+def _pieces(
+    own: int, begin: int, behind: int, sizes: Sequence[tuple[int, int]]
+) -> tuple[Piece, tuple[Piece, ...]]:
+    """Of so many own columns that begin there, and of others with their padding from behind on."""
+    first = Piece(own, pad(own), begin, 0)
+    begins = _begins((size for size, _ in sizes), behind)
+    at = _begins((padded for _, padded in sizes), first.padded)
+    return first, tuple(
+        Piece(*both, *where) for both, *where in zip(sizes, begins, at, strict=False)
+    )
+
+
 def step_shape(
     params: RSSMParams,
     *,
     posterior: bool = False,
     resets: tuple[bool, bool, bool] = (False, False, False),
-) -> StepShape:
+) -> StepShape | StagedShape:
     """The shape of the dynamics with the prior, or with the posterior's part of the belief."""
     dims = params.dims()
     A, D, S = dims["A"], dims["D"], dims["S"]
     latent = params.post if posterior else params.prior
     behind = dims["E"] if posterior and params.embed_first else 0
+    latent_shape = mlp_shape(latent, (D, 0), (behind, 0), groups=_groups(params))
+    if isinstance(params.inp, Branches) or isinstance(params.gru, BlockGRUParams):
+        return _staged_shape(params, latent_shape, resets)
     return StepShape(
         *(A, D, S),
         mlp_shape(params.inp, (S, A), (A, 0) if params.action_first else (0, S), hidden_only=True),
         LateShape.of(params.gru),
-        mlp_shape(latent, (D, 0), (behind, 0), groups=_groups(params)),
+        latent_shape,
         make_std(params.latent),
         resets,
         params.bound_action,

@@ -39,6 +39,7 @@ def forward_kernel(
     norms,  # of the hidden layers, or None
     x1,  # [rows, K1]
     x2,  # [rows, K2], or None with K2 = 0
+    extra,  # [rows, first layer] float32 added to the first layer's sum, or None
     noise,  # [rows, N], of an action
     out,  # [rows, OUT] float32; an action's, or a Normal's mean
     std,  # [rows, N], of a Normal
@@ -79,10 +80,12 @@ def forward_kernel(
     x1 += block * K1
     if K2 > 0:
         x2 += block * K2
+    if extra is not None:
+        extra += block * (W if LAYERS > 0 else TOTAL)
     tape += block * TAPE
     out += block * OUT
     hidden_layers(
-        x1, x2, None, weights, biases, norms, tape, row, real, real, real,
+        x1, x2, extra, weights, biases, norms, tape, row, real, real, real,
         K1, K1P, K2, K2P, W, LAYERS, TAPE, PRE, STATS, ACT, BM, BN, BK,
     )  # fmt: skip
     for start in range(0, NP if HEAD == "action" or HEAD == "normal" else TOTAL, BO):
@@ -91,7 +94,7 @@ def forward_kernel(
         at = row[:, None] * OUT + column[None, :]
         mask = real[:, None] & (column < OUT)[None, :]
         x = output_block(
-            x1, x2, None, weights, biases, tape, row, real, column, inside,
+            x1, x2, extra, weights, biases, tape, row, real, column, inside,
             K1, K1P, K2, K2P, W, LAYERS, TAPE, TOTAL, BM, BO, BK,
         )  # fmt: skip
         if HEAD == "plain" or HEAD == "discount" or HEAD == "hard":
@@ -102,7 +105,7 @@ def forward_kernel(
             tl.store(out + at, x, mask=mask)
         else:
             y = output_block(
-                x1, x2, None, weights, biases, tape, row, real, NP + column, inside,
+                x1, x2, extra, weights, biases, tape, row, real, NP + column, inside,
                 K1, K1P, K2, K2P, W, LAYERS, TAPE, TOTAL, BM, BO, BK,
             )  # fmt: skip
             s = std_of(y, scale, slope, offset, least, floor, STD)

@@ -15,7 +15,6 @@ from torch import Tensor
 from fastdreamer.ops.params import Latent, RSSMParams, State
 from fastdreamer.ops.triton import before, tiles
 from fastdreamer.ops.triton.build import (
-    Builder,
     Precision,
     autocast_bf16,
     first_order,
@@ -24,14 +23,16 @@ from fastdreamer.ops.triton.build import (
 )
 from fastdreamer.ops.triton.layout import (
     MlpShape,
+    StagedShape,
     StepShape,
     embed_shape,
     prior_shape,
     step_shape,
 )
-from fastdreamer.ops.triton.program import Arg, Program
+from fastdreamer.ops.triton.program import Arg, Program, Slot
 from fastdreamer.ops.triton.rollout import chosen, latent_of
 from fastdreamer.ops.triton.run import run
+from fastdreamer.ops.triton.staged import Builder
 
 
 class _Spec(NamedTuple):
@@ -40,7 +41,7 @@ class _Spec(NamedTuple):
     T: int
     B: int
     precision: Precision
-    step: StepShape
+    step: StepShape | StagedShape
     prior: MlpShape
     embed: MlpShape
     wide: bool  # whether the embedding is float32, bfloat16 otherwise
@@ -49,10 +50,25 @@ class _Spec(NamedTuple):
     learned: tuple[str, ...] = ()
 
     @property
+    def zeroed(self) -> tuple[str, ...]:
+        """Of deter, stoch and action those in whose place episodes begin with zeros that a step
+        taken in stages does not put there itself."""
+        if not isinstance(self.step, StagedShape):
+            return ()
+        parts = zip(("deter", "stoch", "action"), self.step.resets, strict=True)
+        return tuple(name for name, reset in parts if reset)
+
+    @property
     def sizes(self) -> dict[str, int]:
-        """Columns of those halves."""
+        """Columns of the halves of the state that are replaced before the step."""
         sizes = {"deter": self.step.D, "stoch": self.step.S}
-        return {name: sizes[name] for name in self.learned}
+        return {name: sizes[name] for name in sizes if name in (*self.learned, *self.zeroed)}
+
+    def begin(self, b: Builder, name: str) -> Arg | None:
+        """What episodes begin with in the place of one of them; None: zeros."""
+        if name not in self.learned:
+            return None
+        return b.slot(f"begin.{name}", (1, self.sizes[name])).at(0)
 
     @property
     def embed_dtype(self) -> torch.dtype:
@@ -67,7 +83,7 @@ class _Wants(NamedTuple):
     embed: bool
 
 
-def outputs(step: StepShape) -> list[str]:
+def outputs(step: StepShape | StagedShape) -> list[str]:
     moments = [f"{part}.{name}" for part in ("post", "prior") for name in step.moments]
     return ["deter", "stoch", *moments]
 
@@ -79,7 +95,7 @@ def forward_program(spec: _Spec) -> Program:
     b = Builder("observe", spec.precision)
     start = b.slot("start.deter", (B, D)), b.slot("start.stoch", (B, S))
     embed = b.slot("embed", (T, B, E), dtype=spec.embed_dtype)
-    action, noise = b.slot("action", (T, B, A)), b.slot("noise", (T, B, step.noise))
+    noise = b.slot("noise", (T, B, step.noise))
     is_first = b.slot("is_first", (T, B), dtype=torch.bool)
     deter, stoch = (
         b.slot("deter", (T + 1, B, D), "output"),
@@ -91,7 +107,7 @@ def forward_program(spec: _Spec) -> Program:
     tape = b.operands("tape", (T * B if spec.save else B, step.tape), keep)
     prior_tape = b.operands("prior.tape", (T * B, prior.tape), keep)
 
-    bounded = b.bounded(action) if step.bound else action
+    taken = _taken(b, spec)
     columns = spec.embed.total
     extra = b.slot("extra", (T * B, columns), "scratch")
     b.mlp_forward(
@@ -105,13 +121,13 @@ def forward_program(spec: _Spec) -> Program:
         given = {"deter": deter.at(t * B * D), "stoch": stoch.at(t * B * S)}
         for name, size in spec.sizes.items():
             room = b.slot(f"before.{name}", (B, size), "scratch").at(0)
-            _begin(b, name, is_first.at(t * B), given[name], room, B, size)
+            _begin(b, spec.begin(b, name), is_first.at(t * B), given[name], room, B, size)
             given[name] = room
         b.step_forward(
             step,
             dynamics,
             {
-                **given, "action": bounded.at(t * B * A), "noise": noise.at(t * B * step.noise),
+                **given, "action": taken.at(t * B * A), "noise": noise.at(t * B * step.noise),
                 "first": is_first.at(t * B), "extra": extra.at(t * B * columns),
                 "new_deter": deter.at((t + 1) * B * D), "new_stoch": stoch.at((t + 1) * B * S),
                 **{name: moments[f"post.{name}"].at(t * B * S) for name in step.moments},
@@ -150,13 +166,17 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
         b.copy(None, target, B, size)
         b.copy(reaching(name, size), target.at(B * size), rows, size)
     d_bounded = b.slot("d_bounded", (T, B, A), "scratch") if step.bound else d_action
-    for target in dict.fromkeys((d_action, d_bounded)):
+    d_zeroed = d_bounded
+    if "action" in spec.zeroed:
+        d_zeroed = b.slot("d_before.action", (T, B, A), "scratch")
+    for target in dict.fromkeys((d_action, d_bounded, d_zeroed)):
         b.copy(None, target, rows, A)
     # what the steps took, and the gradients by that
     taken, d_taken = {"deter": deter, "stoch": stoch}, {"deter": d_deter, "stoch": d_stoch}
     for name, size in spec.sizes.items():
         room, d_room = (b.slot(f"{of}before.{name}", (T, B, size), "scratch") for of in ("", "d_"))
-        _begin(b, name, is_first.at(0), taken[name].at(0), room.at(0), rows, size)
+        of = taken[name].at(0)
+        _begin(b, spec.begin(b, name), is_first.at(0), of, room.at(0), rows, size)
         b.copy(None, d_room, rows, size)
         taken[name], d_taken[name] = room, d_room
 
@@ -192,7 +212,7 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
                 **{name: slot and slot.at(t * B * S) for name, slot in moments.items()},
                 "d_deter": d_taken["deter"].at(t * B * D),
                 "d_stoch": d_taken["stoch"].at(t * B * S),
-                "d_action": d_bounded.at(t * B * A),
+                "d_action": d_zeroed.at(t * B * A),
             },
             B,
         )  # fmt: skip
@@ -202,17 +222,17 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
                 b, is_first.at(t * B), d_taken[name].at(t * B * size),
                 d_state.at(t * B * size), B, size,
             )  # fmt: skip
-    for name, size in spec.sizes.items():
-        _begin_gradient(b, name, is_first.at(0), d_taken[name].at(0), rows, size)
+    for name in spec.learned:
+        _begin_gradient(b, name, is_first.at(0), d_taken[name].at(0), rows, spec.sizes[name])
+    if d_zeroed is not d_bounded:
+        _begin_backward(b, is_first.at(0), d_zeroed.at(0), d_bounded.at(0), rows, A)
     if step.bound:
         action = b.slot("action", (T, B, A)).at(0)
         b.bound(action, d_bounded.at(0), d_action.at(0), rows * A)
     if wants.dynamics:
-        action = b.slot("action", (T, B, A))
-        bounded = b.bounded(action) if step.bound else action
         embed = b.slot("embed", (T, B, E), dtype=spec.embed_dtype)
         b.step_gradients(
-            step, "post", taken["deter"].at(0), taken["stoch"].at(0), bounded.at(0),
+            step, "post", taken["deter"].at(0), taken["stoch"].at(0), _taken(b, spec).at(0),
             deter.at(B * D), tape.at(0), grads.at(0), rows, first=is_first.at(0),
             more=(embed.at(0), E, E, spec.embed.begins[0], None),
         )  # fmt: skip
@@ -227,14 +247,28 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
     return b.program()
 
 
-def _begin(b: Builder, name: str, first: Arg, state: Arg, out: Arg, rows: int, size: int) -> None:
-    """Half of a state as a step takes it, where episodes begin with a learned one."""
+def _taken(b: Builder, spec: _Spec) -> Slot:
+    """Actions as the steps take them."""
+    T, B, A, rows = spec.T, spec.B, spec.step.A, spec.T * spec.B
+    action = b.slot("action", (T, B, A))
+    taken = b.bounded(action) if spec.step.bound else action
+    if "action" not in spec.zeroed:
+        return taken
+    room = b.slot("before.action", (T, B, A), "scratch")
+    is_first = b.slot("is_first", (T, B), dtype=torch.bool)
+    _begin(b, None, is_first.at(0), taken.at(0), room.at(0), rows, A)
+    return room
+
+
+def _begin(
+    b: Builder, begin: Arg | None, first: Arg, state: Arg, out: Arg, rows: int, size: int
+) -> None:
+    """Half of a state, or actions, with what episodes begin with; None: zeros."""
     b.launch(
         before.begin_kernel,
         (-(-rows * size // before.BLOCK),),
         {
-            "first": first, "state": state, "begin": b.slot(f"begin.{name}", (1, size)),
-            "out": out, "size": rows * size,
+            "first": first, "state": state, "begin": begin, "out": out, "size": rows * size,
         },
         {"WIDTH": size, "BLOCK": before.BLOCK},
     )  # fmt: skip
@@ -261,7 +295,7 @@ def _begin_gradient(b: Builder, name: str, first: Arg, d_out: Arg, rows: int, si
     )  # fmt: skip
 
 
-def _prior_head(step: StepShape, *std: Arg, of: str = "") -> dict[str, Any]:
+def _prior_head(step: StepShape | StagedShape, *std: Arg, of: str = "") -> dict[str, Any]:
     """What the kernels of priors make of their sums; ``of`` is before the name of std."""
     return {"head": "normal", f"{of}std": std[0], "normal": step.std} if std else {}
 

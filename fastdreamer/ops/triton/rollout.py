@@ -27,7 +27,6 @@ from fastdreamer.ops.params import (
 from fastdreamer.ops.triton import lambda_return, tiles
 from fastdreamer.ops.triton.build import (
     Action,
-    Builder,
     Precision,
     autocast_bf16,
     bins_of,
@@ -40,6 +39,7 @@ from fastdreamer.ops.triton.layout import (
     Classes,
     MlpShape,
     Read,
+    StagedShape,
     Std,
     StepShape,
     feat_shape,
@@ -48,6 +48,7 @@ from fastdreamer.ops.triton.layout import (
 )
 from fastdreamer.ops.triton.program import Program
 from fastdreamer.ops.triton.run import run
+from fastdreamer.ops.triton.staged import Builder
 
 
 class _Heads(NamedTuple):
@@ -89,7 +90,7 @@ class _Spec(NamedTuple):
     H: int
     B: int
     precision: Precision
-    step: StepShape
+    step: StepShape | StagedShape
     actor: MlpShape | None
     policy: Action | Classes | None  # one-hot actions have classes
     through_feat: bool  # whether gradients pass through what the actor looks at
