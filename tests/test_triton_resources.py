@@ -19,6 +19,8 @@ WALKER = 50  # rows
         ("cells.forward_kernel True with first/extra", ("report", True, 90)),
         ("cells.backward_kernel with first", ("report", True, 90)),
         ("cells.backward_kernel with i_norms/g_norm/l_norms/first", ("today", True, 90)),
+        ("blocks.forward_kernel with own", ("late", True, 120)),
+        ("blocks.gates_backward_kernel with norm", ("late", True, 90)),
         ("mlp.forward_kernel action True", ("report", True, 80)),
         ("weights.gradient_kernel", ("report", True, 90)),
         ("cem.refit_kernel", ("report", True, 90)),

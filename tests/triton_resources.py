@@ -4,7 +4,8 @@ Compiles every kernel of every program of the recurrent ops at Walker's sizes, a
 for each precision, tile and architecture; those of a step and of the actor with an input layer of
 200, as preset ``report`` has; the same in bfloat16 for two other models: SiLU at those sizes,
 and widths of 1024 with SiLU as DreamerV3 has; and the kernels of a model made of today's parts, see
-:func:`todays`, in both precisions, those of Gumbel-softmax samples as well. Checks:
+:func:`todays`, those of Gumbel-softmax samples as well, and of models whose steps are taken in
+stages, see :func:`staged`, in both precisions. Checks:
 no stack, no local memory (LDL, STL), at most 99 KB of shared memory, matrix instructions in every
 kernel with products in bfloat16, barriers where layers hand over through global memory, and no load
 that pipelining moved across one. The whole matrix, two processes at a time, takes minutes::
@@ -32,9 +33,16 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fastdreamer.ops.cells import LateGRUParams
+from fastdreamer.ops.cells import BlockGRUParams, LateGRUParams
 from fastdreamer.ops.layers import MLPParams, Norm
-from fastdreamer.ops.params import ActorParams, Categorical, ReturnParams, RSSMParams, two_hot
+from fastdreamer.ops.params import (
+    ActorParams,
+    Branches,
+    Categorical,
+    ReturnParams,
+    RSSMParams,
+    two_hot,
+)
 from fastdreamer.ops.triton import cem, observe, rollout
 from fastdreamer.ops.triton.aot import checked, source
 from fastdreamer.ops.triton.build import Action, Precision
@@ -58,16 +66,32 @@ MODELS = {
     "wide": Sizes(6, 1024, 32, 1024, 1024, 1024, 2, 3, 4, "silu"),
     "today": Sizes(6, 512, 1024, 1024, 512, 512, 2, 2, 2, "silu"),
     "gumbel": Sizes(6, 512, 1024, 1024, 512, 512, 1, 1, 1, "silu"),
+    "blocks": Sizes(6, 2048, 512, 1024, 256, 256, 2, 2, 2, "silu"),
+    "apart": Sizes(6, 512, 30, 1024, 400, 400, 2, 2, 2, "elu"),
+    "late": Sizes(6, 512, 32, 1024, 400, 400, 2, 2, 2, "elu"),
 }
 SHARED = 99 * 1024  # what the least of the four architectures lends a block
 MATRIX = re.compile(r"\b(HMMA|HGMMA|UTCHMMA)\b")
-PRODUCTS = ("cells", "mlp", "weights.gradient_kernel")  # of modules or functions: they multiply
+# of modules or functions: they multiply
+PRODUCTS = (
+    *("cells", "mlp", "weights.gradient_kernel"),
+    *("blocks.forward_kernel", "blocks.backward_kernel", "blocks.gradient_kernel"),
+)
 FEW = 4
 ACTOR = ("mlp.forward_kernel action", "mlp.backward_kernel action")
 NORMS = ("norms", "i_norms", "g_norm", "l_norms")
-OPTIONAL = ("first", "extra", "d_mean", "d_x1", "d_more", "proposals", *NORMS)
+OPTIONAL = (
+    *("first", "extra", "d_mean", "d_x1", "d_more", "proposals", *NORMS),
+    *("norm", "own", "x3", "of_h", "packed"),
+)
 PARTS = ("cells", "mlp", "categorical", "readout", "weights.norm")
+STAGES = (  # what steps in stages have that others have not
+    *("blocks", "normal", "before", "mlp.backward_kernel ready"),
+    "mlp.forward_kernel normal True with extra",
+    "mlp.forward_kernel plain True with norms/extra",
+)
 WANTED = {REPORT: ("",), MODELS["today"]: PARTS, MODELS["gumbel"]: ("categorical",)}
+WANTED |= {MODELS[name]: STAGES for name in ("blocks", "apart", "late")}
 BLOCKS = ("BM", "BN", "BK", "BG", "BS", "BO", "BI", "BR", "BLOCK", "BLOCK_K", "BLOCK_N")
 
 
@@ -129,13 +153,39 @@ def todays(
     return params, actor._replace(mlp=layers(actor.mlp), mean_scale=1.0, squash="bound"), returns
 
 
+def staged(params: RSSMParams, sizes: Sizes) -> RSSMParams:
+    """The same dynamics with layers of stoch and action apart before their GRU; of "blocks" the
+    block-diagonal one, of eight blocks as in DreamerV3.
+    """
+    D, units = sizes.D, sizes.hidden
+    like = params.inp
+
+    def layer(n: int) -> MLPParams:
+        biases = (None if like.norms else torch.zeros(units),)
+        return like._replace(weights=(torch.zeros(units, n),), biases=biases, norms=like.norms[:1])
+
+    gru = params.gru
+    if sizes == MODELS["blocks"]:
+        weights = torch.zeros(8, D // 8 + 3 * units, D // 8), torch.zeros(8, D // 8, 3 * D // 8)
+        norm = Norm("rms", torch.ones(D), None, 1e-4)
+        blocks = MLPParams(weights, (torch.zeros(D), torch.zeros(3 * D)), "silu", (norm,))
+        gru = BlockGRUParams(layer(D), blocks)
+    elif isinstance(gru, LateGRUParams):
+        gru = gru._replace(weight=torch.zeros(3 * D, D + 2 * units))
+    else:
+        gru = gru._replace(weight_ih=torch.zeros(3 * D, 2 * units))
+    return params._replace(inp=Branches(layer(sizes.S), layer(sizes.A)), gru=gru)
+
+
 def programs(sizes: Sizes, rows: int, precision: Precision) -> Iterator[Program]:
     """Every program of the ops, forward and backward; the first FEW train imagine and observe."""
     params, actor, returns = make_params(sizes)
-    if sizes in (MODELS["today"], MODELS["gumbel"]):
+    if sizes in [MODELS[name] for name in ("today", "gumbel", "blocks", "late")]:
         params, actor, returns = todays(params, actor, returns)
         drawn = params.latent._replace(gumbel=sizes == MODELS["gumbel"])
         params = params._replace(latent=drawn)
+    if sizes in (MODELS["blocks"], MODELS["apart"], MODELS["late"]):
+        params = staged(params, sizes)
     step, D, S = step_shape(params), sizes.D, sizes.S
     shapes = [feat_shape(head, D, S) for head in returns[:3]]
     reads = (
@@ -370,6 +420,8 @@ def barriers(spec: Spec) -> int:
         layers = inputs * each["i_norms"] + min(c["LL"], 2) * each["l_norms"]
         # and a late GRU, too
         return layers + (2 if backward else 1) + ("g_norm" in dict(spec.types))
+    if module == "blocks":  # gradients through a norm: behind it, then before it
+        return int("_backward_" in spec.fn.fn.__name__ and "norm" in dict(spec.types))
     if module == "mlp":
         layers = min(c["LAYERS"], 2) * each["norms"]
         return layers + (1 if backward and c["HEAD"] != "ready" else 0)

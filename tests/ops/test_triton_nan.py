@@ -9,10 +9,12 @@ import sys
 
 import pytest
 import torch
+from test_blocks_native import Style
 
 from fastdreamer import testing
 from fastdreamer.ops.cem import cem
-from fastdreamer.ops.params import Categorical, OneHot, StdTransform
+from fastdreamer.ops.observe import observe
+from fastdreamer.ops.params import Branches, Categorical, OneHot, RSSMParams, StdTransform
 from fastdreamer.ops.rssm_step import rssm_step
 
 nan = math.nan
@@ -34,7 +36,7 @@ CASES = (
 def with_nan(inputs: dict, where: str) -> dict:
     """A step's inputs with NaN in the second row of a state or action, or in a weight."""
     if where == "weight":
-        inputs["params"].inp.weights[0][3, 1] = nan
+        first_weight(inputs["params"])[3, 1] = nan
     elif where == "action":
         inputs["action"][1, 0] = nan
     else:
@@ -42,8 +44,14 @@ def with_nan(inputs: dict, where: str) -> dict:
     return inputs
 
 
+def first_weight(params: RSSMParams) -> torch.Tensor:
+    """Of the layers of stoch, or of stoch and action."""
+    inp = params.inp
+    return (inp.stoch if isinstance(inp, Branches) else inp).weights[0]
+
+
 def values_and_gradients(inputs: dict, backend: str) -> tuple[list[torch.Tensor], ...]:
-    weight, (deter, stoch) = inputs["params"].inp.weights[0], inputs["state"]
+    weight, (deter, stoch) = first_weight(inputs["params"]), inputs["state"]
     by = [x.requires_grad_() for x in (deter, stoch, inputs["action"], weight)]
     state, prior = rssm_step(**inputs, backend=backend)
     values = [*state, *([prior.logits.flatten(-2)] if isinstance(prior, OneHot) else prior)]
@@ -60,18 +68,44 @@ def check_step(activation: str) -> None:
         if isinstance(latent, Categorical):
             inputs = testing.away_from_borders(rssm_step, testing.categorical(inputs, latent))
         inputs["params"] = inputs["params"]._replace(latent=latent)
-        inputs = with_nan(inputs, where)
-        eager, triton = (values_and_gradients(inputs, b) for b in ("eager", "triton"))
-        rows = [True] * 3 if where == "weight" else [False, True, False]
-        for ours, theirs in zip(triton[0], eager[0], strict=True):
-            assert ours.isnan().all(1).tolist() == rows, f"{activation}, NaN in {where}: {ours}"
-            assert torch.equal(ours.isnan(), theirs.isnan())
-        *by_rows, by_weight = triton[1]
-        for ours, theirs in zip(by_rows, eager[1], strict=False):
-            assert ours.isnan().any(1).tolist() == rows, f"{activation}, NaN in {where}: {ours}"
-            assert theirs.isnan().any(1).tolist() == rows
-            torch.testing.assert_close(ours[::2], theirs[::2], rtol=1e-4, atol=1e-5, equal_nan=True)
-        assert by_weight.isnan().any()
+        compare(with_nan(inputs, where), where, activation)
+
+
+def check_stages() -> None:
+    """The same of the block-diagonal GRU, and of torch's behind layers of stoch and action apart.
+
+    Of a filter: a NaN where an episode begins is zeroed with the state or action that it is in.
+    """
+    deep, plain = Style(4, kind="layer", features=(9, 5), depth=2), Style(kind=None)
+    for style, *places in ((deep, "deter", "weight"), (Style(2), "action"), (plain, "stoch")):
+        for where in places:
+            inputs = style.apply(rssm_step, testing.rssm_step_inputs(SMALL, 3))
+            compare(with_nan(inputs, where), where, "stages")
+    inputs = Style(2).apply(rssm_step, testing.rssm_step_inputs(SMALL, 3))
+    inputs["params"].gru.blocks.weights[0][1, 0, 0] = nan  # through a norm, so everywhere
+    compare(inputs, "weight", "blocks")
+    clean = Style(2).apply(observe, testing.observe_inputs(SMALL, 2, 3))
+    clean["is_first"] = torch.tensor([[False, True, False], [False, False, True]])
+    seen = clean | {name: clean[name].clone() for name in ("embed", "action")}
+    seen["action"][0, 1] = seen["embed"][0, 2] = nan  # where an episode begins; before one does
+    want, got = (observe(**inputs, backend="triton") for inputs in (clean, seen))
+    assert torch.equal(got.state.deter, want.state.deter)
+    assert got.state.stoch[0, 2].isnan().all() and got.state.stoch.isnan().sum() == SMALL.S
+
+
+def compare(inputs: dict, where: str, label: str) -> None:
+    """In the values the same elements are NaN; a row without one has eager's gradients."""
+    eager, triton = (values_and_gradients(inputs, b) for b in ("eager", "triton"))
+    rows = [True] * 3 if where == "weight" else [False, True, False]
+    for ours, theirs in zip(triton[0], eager[0], strict=True):
+        assert ours.isnan().all(1).tolist() == rows, f"{label}, NaN in {where}: {ours}"
+        assert torch.equal(ours.isnan(), theirs.isnan())
+    *by_rows, by_weight = triton[1]
+    for ours, theirs in zip(by_rows, eager[1], strict=False):
+        assert ours.isnan().any(1).tolist() == rows, f"{label}, NaN in {where}: {ours}"
+        assert theirs.isnan().any(1).tolist() == rows
+        torch.testing.assert_close(ours[::2], theirs[::2], rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert by_weight.isnan().any()
 
 
 def check_cem(activation: str) -> None:
@@ -89,7 +123,7 @@ def check_cem(activation: str) -> None:
     assert plans["triton"].mean.isfinite().all()
 
 
-@pytest.mark.parametrize("activation", ["elu", "relu", "silu", "tanh"])
+@pytest.mark.parametrize("activation", ["elu", "relu", "silu", "tanh", "stages"])
 def test_nan(activation):
     done = subprocess.run(
         [sys.executable, __file__, activation],
@@ -104,5 +138,8 @@ if __name__ == "__main__":
     from interpreter import correct_minimum
 
     correct_minimum()
-    check_step(sys.argv[1])
-    check_cem(sys.argv[1])
+    if sys.argv[1] == "stages":
+        check_stages()
+    else:
+        check_step(sys.argv[1])
+        check_cem(sys.argv[1])

@@ -164,7 +164,7 @@ class Builder(build.Builder):
     def _layer_forward(
         self, shape: StagedShape, i: int, weights: Weights, deter: Arg, tape: _Row, rows: int
     ) -> None:
-        layer, tile = shape.layers[i], self._tile("mlp", rows)
+        layer, tile = shape.layers[i], self._tile("layer", rows)
         inputs = _inputs(shape, i, deter, tape, shape.tape, "value")
         own = inputs.pop(0) if layer.own.size else _Input(layer.own, None, 0, 0, 0)
         sizes = dict.fromkeys(("P1", "P2", "P3", "K1", "K2", "K3"), 0)
@@ -353,7 +353,7 @@ class Builder(build.Builder):
         rows: int,
     ) -> None:
         """The gradient by a piece of the input; that by deter is added to what is there."""
-        tile = self._tile("mlp_backward", rows)
+        tile = self._tile("layer_backward", rows)
         own = d.piece is layer.own
         self.launch(
             blocks.backward_kernel,

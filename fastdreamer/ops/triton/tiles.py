@@ -27,7 +27,9 @@ class Tile(NamedTuple):
         return size
 
 
-Kind = Literal["step", "step_backward", "mlp", "mlp_backward", "gradient"]
+Kind = Literal[
+    "step", "step_backward", "mlp", "mlp_backward", "layer", "layer_backward", "gradient"
+]
 
 
 def capability(device: torch.device) -> int:
@@ -51,6 +53,7 @@ class Entry(NamedTuple):
 
 
 _STEPS, _MLPS, _GRADIENT = ("step", "step_backward"), ("mlp", "mlp_backward"), ("gradient",)
+_LAYERS = "layer", "layer_backward"
 _ALL = 255
 """Registers that a thread can have. Without a bound the assembler (ptxas) takes few, so that more
 programs fit a multiprocessor, and may spill a word to save some; with one it fills what it is
@@ -138,6 +141,20 @@ TABLE = (
         "blocks of 64 columns spill, with a bound on registers or without",
     ),
     Entry(
+        ("layer",), True, 80, 1, Tile(16, 64, 64, 64, 8, 3),
+        "one layer, its columns shared out to programs as well; with a bound on registers the "
+        "assembler unrolls until it spills, without it takes about 60",
+    ),
+    Entry(
+        ("layer_backward",), True, 80, 1, Tile(16, 64, 64, 64, 8, 3, _ALL),
+        "left to itself, the assembler stops at 48 registers and spills on sm_120",
+    ),
+    Entry(
+        _LAYERS, True, 80, 257, Tile(64, 64, 64, 64, 4, 3),
+        "with that many rows there are programs enough: as many as the wide matrix instructions "
+        "take; with 8 warps it spills on sm_80",
+    ),
+    Entry(
         _GRADIENT, True, 80, 1, Tile(64, 64, 64, 64, 4, 3, 200),
         "square blocks of the weight, 64 rows at a time; left to itself, the assembler takes fewer "
         "registers and spills on sm_120, and with 168 where rows were reset",
@@ -160,16 +177,17 @@ TABLE = (
         _MLPS, False, 80, 1, Tile(16, 32, 32, 32, 4, 2, _ALL),
         "the same; these spill where the assembler saves registers or may take no more than 128",
     ),
+    Entry(_LAYERS, False, 80, 1, Tile(16, 32, 32, 32, 4, 2, _ALL), "as an MLP"),
     Entry(_GRADIENT, False, 80, 1, Tile(32, 64, 64, 64, 4, 2, _ALL), "the same"),
 )  # fmt: skip
 """Proved for Triton 3.7.1, which torch 2.13 brings with CUDA: compiled for sm_80, 90, 100 and 120,
 no kernel spills or takes more than 99 KB of shared memory, what the least of them has. That holds
 for all kernels at the sizes of preset ``report`` with ELU, its input layer of 200 units or of 400,
 and in bfloat16 for the step's and the actor's with SiLU, at those sizes and with widths of 1024;
-and for a model made of DreamerV3's parts, of 512 units and 32 x 32 stochastic numbers. Other models
-may spill, which costs time alone. ``python -m tests.triton_resources`` shows it. What
-was tried of other versions of Triton is in docs/gpu.md; ``since`` is of an entry of newer ones. No
-time was measured."""
+for a model made of DreamerV3's parts, of 512 units and 32 x 32 stochastic numbers; and for three
+whose steps are taken in stages, of 512 and 2048 units. Other models may spill, which costs time
+alone. ``python -m tests.triton_resources`` shows it. What was tried of other versions of Triton is
+in docs/gpu.md; ``since`` is of an entry of newer ones. No time was measured."""
 
 
 @functools.cache
