@@ -8,9 +8,11 @@ import os
 
 import pytest
 import real
+import test_blocks_native
 import torch
 
 from fastdreamer import testing
+from fastdreamer.ops.observe import observe
 
 COMPILED = os.environ.get("FASTDREAMER_GRAPH_OPS", "").split()
 """The ops whose kernels are compiled; the others' are assembled from their parameters alone."""
@@ -28,3 +30,10 @@ def test_values_and_gradients(request, new_graphs, name, bf16):
     assert all(count == 1 for _, count in graphs.ran), "one graph launch a pass"
     # forward, backward, and the critic's own backward
     assert len(graphs.ran) == {"cem": 1, "imagine": 3}.get(name, 2)
+
+
+def test_steps_in_stages(request, new_graphs, monkeypatch):
+    """DreamerV3's, whose launches have a second dimension of programs; states zeroed before."""
+    inputs = test_blocks_native.Style(2, depth=2).apply(observe, real.CASES["observe"])
+    monkeypatch.setitem(real.CASES, "observe", inputs)
+    test_values_and_gradients(request, new_graphs, "observe", False)
