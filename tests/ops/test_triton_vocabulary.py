@@ -342,7 +342,8 @@ def check_block_gru() -> None:
 
 
 def check_block_gru_without_gradients() -> None:
-    sizes, style = SMALL._replace(D=22, S=15), test_blocks_native.Style(2, latent=Categorical(5))
+    sizes, latent = SMALL._replace(D=22, S=15), Categorical(5, 0.01, gumbel=True)
+    style = test_blocks_native.Style(2, latent=latent)
     inputs = on_device(style.apply(OPS["cem"], testing.cem_inputs(sizes, 2, 1, 9, 2)))
     check("cem", inputs | {"num_elites": 9}, wrt=())
     inputs = on_device(style.apply(decide, testing.decide_inputs(sizes, 2)))
@@ -352,7 +353,7 @@ def check_block_gru_without_gradients() -> None:
 
 def check_starts_of_a_block_gru() -> None:
     """What begins an episode: zeros in the place of some, a learned start; actions bounded."""
-    sizes, latent = SMALL._replace(D=22, S=15), Categorical(5, 0.01)
+    sizes, latent = SMALL._replace(D=22, S=15), Categorical(5, 0.01, gumbel=True)
     for reset, learned in (("all", False), ("state", True), ("stoch", False), ("deter", True)):
         inputs = built("observe", sizes, 3, 3, 2, latent=latent if learned else None, kind="layer")
         inputs["is_first"][0, 1] = inputs["is_first"][2, 2] = True
