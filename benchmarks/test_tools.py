@@ -24,6 +24,7 @@ from fastdreamer import testing
 from fastdreamer.ops.backend import OPS
 from fastdreamer.ops.codec import decode, decode_error, encode
 from fastdreamer.ops.lambda_return import OP
+from fastdreamer.ops.params import Categorical
 
 
 def test_time_of_nested_ranges_is_counted_once(monkeypatch):
@@ -183,6 +184,20 @@ def test_flops_of_imagine(monkeypatch):
     weights = case.inputs()["returns"].critic.weights
     again = 2 * sum(w.numel() for w in weights) - weights[0].numel()
     assert counted(both) == both.flops + 2 * (4 - 1) * 3 * again
+
+
+def test_bins_of_heads_are_no_parameters(monkeypatch):
+    bench = small(monkeypatch, "categorical")
+    monkeypatch.setattr(bench, "SIZES", SMALL._replace(S=8))
+    monkeypatch.setattr(bench, "LATENT", Categorical(4, 0.01))
+    monkeypatch.setattr(bench, "ROWS", 3)
+    monkeypatch.setattr(bench, "_imagined", bench._imagined.__wrapped__)
+    for case in bench._with_two_hot():
+        inputs, _ = case._prepared(torch.float32)
+        returns = inputs["returns"]
+        assert not returns.reward_as.bins.requires_grad
+        assert returns.reward.weights[0].requires_grad == (case.leaves is None)
+        assert case.call(**inputs, backend="native").returns.shape == (4, 3)
 
 
 def test_flops_of_cem(monkeypatch):
