@@ -32,7 +32,7 @@ class Plot:
     """Return against env frames, or against minutes of the wall clock since the run's start."""
     band: bool = False
     """Join the runs of a task and kind of observation: the mean of their evaluations, ±1 standard
-    deviation over runs."""
+    deviation over runs. A folder that --seeds made is a band of its own."""
     csv: Annotated[Path | None, tyro.conf.arg(metavar="CSV")] = None
     """Also write the curve of the (only) run as CSV."""
 

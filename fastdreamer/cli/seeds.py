@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastdreamer.analysis.viz.curves import plot_runs
+from fastdreamer.analysis.viz.curves import SEEDS_FILE, plot_runs
 from fastdreamer.config import Config, ConfigError, from_dict, to_dict
 from fastdreamer.config.schema import build
 from fastdreamer.files import replacing
@@ -19,9 +19,6 @@ from fastdreamer.training.cluster import Call, Cluster
 from fastdreamer.training.logger import METRICS_FILE, read_metrics
 from fastdreamer.training.tasks import carry_out, run_tasks
 from fastdreamer.training.trainer import RunError, Trainer, stop_signals
-
-_FILE = "seeds.json"
-"""What such a folder has beside its runs: their seeds, in the order of training."""
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -42,7 +39,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 def make_folder(folder: Path, seeds: Sequence[int]) -> dict[int, Path]:
     """Write down whose runs a folder is for; where each of them goes."""
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / _FILE) as temporary:
+    with replacing(folder / SEEDS_FILE) as temporary:
         temporary.write_text(json.dumps(list(seeds)) + "\n")
     return {seed: folder / f"seed{seed}" for seed in seeds}
 
@@ -53,7 +50,7 @@ def runs_of(folder: Path) -> dict[int, Path]:
     Raises:
         RunError: one of them is gone, or the folder's list of them is damaged.
     """
-    file = folder / _FILE
+    file = folder / SEEDS_FILE
     if not file.is_file():
         return {}
     try:

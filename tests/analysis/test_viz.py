@@ -164,6 +164,17 @@ def test_seeds_of_one_setting_become_a_band(tmp_path):
         assert part in text
     text = svg_text(plot_runs(runs, tmp_path / "minutes.svg", band=True, axis="minutes"))
     assert "minutes" in text and "published" not in text and "env frames" not in text
+    # a folder of seeds is a band of its own, in a CSV of one of its runs, too
+    for name in ("wide", "narrow"):
+        (tmp_path / name).mkdir()
+        make_run(tmp_path / name / "seed0")
+        (tmp_path / name / "seeds.json").write_text("[0]")
+    narrow = export_csv(tmp_path / "narrow" / "seed0", tmp_path / "narrow.csv")
+    text = svg_text(
+        plot_runs([tmp_path / "wide" / "seed0", narrow, *runs], tmp_path / "a.svg", band=True)
+    )
+    for part in ("wide: 1 run (", "narrow: 1 run (", "2 runs (walker-walk from pixels)"):
+        assert part in text
     with pytest.raises(ValueError, match="no stretch of frames in common"):
         late = [row for row in _read_curve(runs[1]).rows if row["env_frames"] == 12_000]
         early = [row for row in _read_curve(runs[0]).rows if row["env_frames"] < 5000]

@@ -29,6 +29,9 @@ _METHODS = {
     "dreamer-v2": ("DreamerV2", "D", "#5e5e5e"),
     "dreamer-v3": ("DreamerV3", "v", "#7d7d7d"),
 }
+SEEDS_FILE = "seeds.json"
+"""What a folder of runs that differ in their seed alone has beside them: their seeds, in the order
+of training."""
 Axis = Literal["frames", "minutes"]
 _AXES = {"frames": ("env_frames", 1, "env frames"), "minutes": ("seconds", 60, "minutes")}
 """An axis: its column, how many of that make one, and its name."""
@@ -44,6 +47,7 @@ class _Curve:
     task: str | None  # "walker-walk"
     obs: str | None  # "pixels", "state" or both
     rows: list[dict[str, Any]]
+    setting: str | None = None  # the folder of the seeds of one setting, where it is in one
 
     def of_kind(self, kind: str, axis: Axis) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Place on the axis, return mean and return std of one kind's rows, each [n] float64."""
@@ -80,7 +84,8 @@ def plot_runs(
     appear for Walker tasks only.
     axis: "minutes" is the wall clock since the run's start.
     band: join the runs of a task and kind of observation, seeds of one setting, into one curve, the
-    mean of their evaluations, with a band of ±1 standard deviation over runs.
+    mean of their evaluations, with a band of ±1 standard deviation over runs. What
+    ``fastdreamer train --seeds`` made is a curve a folder, which it is named after.
     Returns out. Raises ValueError naming a run that cannot be read, holds no returns yet, or lacks
     what the axis or the band asks for.
     """
@@ -157,7 +162,7 @@ def export_csv(run: Path, out: Path) -> Path:
     as `plot_runs`.
     """
     curve = _read_curve(Path(run))
-    about = {"run": curve.name, "task": curve.task, "obs": curve.obs}
+    about = {"run": curve.name, "task": curve.task, "obs": curve.obs, "setting": curve.setting}
     return write_curve(Path(out), about, curve.rows)
 
 
@@ -192,7 +197,9 @@ def _read_run(run: Path) -> _Curve:
             record |= {"return_mean": record["return"], "return_std": 0.0, "episodes": 1}
         if record["kind"] in ("episode", "eval"):
             rows.append({column: record[column] for column in _CSV_COLUMNS})
-    return _Curve(run.resolve().name, env["task"], env["obs"], rows)
+    folder = run.resolve().parent
+    setting = folder.name if (folder / SEEDS_FILE).is_file() else None
+    return _Curve(run.resolve().name, env["task"], env["obs"], rows, setting)
 
 
 def _read_csv(path: Path) -> _Curve:
@@ -216,24 +223,26 @@ def _read_csv(path: Path) -> _Curve:
         }
         for row in reader
     ]
-    return _Curve(about.get("run", path.stem), about.get("task"), about.get("obs"), rows)
+    name, *rest = about.get("run", path.stem), about.get("task"), about.get("obs")
+    return _Curve(name, *rest, rows, about.get("setting"))
 
 
 def _joined(curves: list[_Curve], axis: Axis) -> list[_Curve]:
-    """One curve of evaluations for each task and kind of observation: mean and std over runs.
+    """One curve of evaluations a setting, task and kind of observation: mean and std over runs.
 
     Between evaluations by straight lines, where all runs of a group have some on both sides.
     """
     column = _AXES[axis][0]
-    groups: dict[tuple[str | None, str | None], list[tuple[dict[str, np.ndarray], int]]] = {}
+    groups: dict[tuple[str | None, ...], list[tuple[dict[str, np.ndarray], int]]] = {}
     for curve in curves:
         rows = [row for row in curve.rows if row["kind"] == "eval"]
         if not rows:
             raise ArgumentError(f"{curve.name}: holds no evaluation, of which a band is made")
         found = {c: np.array([row[c] for row in rows], np.float64) for c in (column, "return_mean")}
-        groups.setdefault((curve.task, curve.obs), []).append((found, rows[0]["episodes"]))
-    joined = []
-    for (task, obs), found in groups.items():
+        group = groups.setdefault((curve.setting, curve.task, curve.obs), [])
+        group.append((found, rows[0]["episodes"]))
+    joined, several = [], len({setting for setting, *_ in groups}) > 1
+    for (setting, task, obs), found in groups.items():
         runs, episodes = [run for run, _ in found], max(n for _, n in found)
         points = np.unique(np.concatenate([run[column] for run in runs]))
         mean, std = mean_and_std(runs, column, points)
@@ -252,7 +261,9 @@ def _joined(curves: list[_Curve], axis: Axis) -> list[_Curve]:
         ]
         if not rows:
             raise ArgumentError(f"{task} from {obs}: the runs have no stretch of {axis} in common")
-        joined.append(_Curve(f"{len(runs)} run{'s' * (len(runs) > 1)}", task, obs, rows))
+        name = f"{len(runs)} run{'s' * (len(runs) > 1)}"
+        name = f"{setting}: {name}" if several and setting else name
+        joined.append(_Curve(name, task, obs, rows, setting))
     return joined
 
 
