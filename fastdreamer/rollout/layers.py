@@ -237,7 +237,7 @@ class Reader:
             opened = kind_of(given) is nn.Sequential or _joins(given)
             opened = opened or type(given) is nn.ModuleList
             # not children(), which names a module once that stands in several places
-            parts = [part for _, part in given._modules.items()] if opened else None
+            parts = list(given._modules.values()) if opened else None
         elif isinstance(given, Joined):
             for part in given:
                 self.watched.append((name, part))

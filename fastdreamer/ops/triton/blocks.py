@@ -29,6 +29,7 @@ from fastdreamer.ops.triton.device import (
     standardised,
     tanh,
 )
+from fastdreamer.ops.triton.weights import add_rows
 
 COLUMNS = 1024  # of a block of a row, at most
 
@@ -208,21 +209,9 @@ def gradient_kernel(
     acc = tl.zeros([BO, BI], tl.float32)
     total = tl.zeros([BO], tl.float32)
     for start in range(0, left, BR):
-        at = tl.cast(start, tl.int64)
-        alive = start + row < left
-        g = tl.load(
-            grads + at * GRADS + row[None, :] * GRADS + o[:, None],
-            mask=(o < N)[:, None] & alive[None, :],
-            other=0.0,
+        acc, total = add_rows(
+            acc, total, grads, x, None, d_bias, start, left, row, o, o < N, i, i < K, GRADS, XS
         )
-        y = tl.load(
-            x + at * XS + row[:, None] * XS + i[None, :],
-            mask=alive[:, None] & (i < K)[None, :],
-            other=0.0,
-        )
-        acc = tl.dot(g, y.to(g.dtype), acc, input_precision="ieee")
-        if d_bias is not None:
-            total += tl.sum(g.to(tl.float32), 1)
     out = part % GATES * N + o
     tl.store(
         d_weight + split * SIZE + group * SG + out[:, None] * SN + i[None, :] * SK,

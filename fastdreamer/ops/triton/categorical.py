@@ -11,6 +11,15 @@ BLOCK = 2048  # classes that a program handles, those that pad a categorical inc
 
 
 @triton.jit
+def classes(items, K: tl.constexpr, KP: tl.constexpr, BI: tl.constexpr):
+    """The categoricals of a program, their classes, where those lie and which there are."""
+    item = tl.program_id(0).to(tl.int64) * BI + tl.arange(0, BI)
+    k = tl.arange(0, KP)
+    inside = (item < items)[:, None] & (k < K)[None, :]
+    return item, k, item[:, None] * K + k[None, :], inside
+
+
+@triton.jit
 def softmax(logits, at, inside):
     """Of each row [BI, KP] of a block; undefined throughout where a logit is."""
     x = tl.load(logits + at, mask=inside, other=-float("inf"))
@@ -50,13 +59,9 @@ def sample_kernel(
     BI: tl.constexpr,
 ):
     """The class whose part of the cumulative sums of p holds the noise, the last one behind all."""
-    item = tl.program_id(0).to(tl.int64) * BI + tl.arange(0, BI)
-    k = tl.arange(0, KP)
-    real = item < items
-    inside = real[:, None] & (k < K)[None, :]
-    at = item[:, None] * K + k[None, :]
+    item, k, at, inside = classes(items, K, KP, BI)
     p = keep * softmax(logits, at, inside) + each
-    u = tl.load(noise + item, mask=real, other=0.0)
+    u = tl.load(noise + item, mask=item < items, other=0.0)
     below = (tl.cumsum(p, 1) <= u[:, None]) & (k < K)[None, :]
     drawn = tl.minimum(tl.sum(below.to(tl.int32), 1), K - 1)
     hot = tl.where(k[None, :] == drawn[:, None], 1.0, 0.0)
@@ -76,10 +81,7 @@ def backward_kernel(
     BI: tl.constexpr,
 ):
     """s · (d - Σ s · d) with s the softmax and d = keep · d_sample."""
-    item = tl.program_id(0).to(tl.int64) * BI + tl.arange(0, BI)
-    k = tl.arange(0, KP)
-    inside = (item < items)[:, None] & (k < K)[None, :]
-    at = item[:, None] * K + k[None, :]
+    _, _, at, inside = classes(items, K, KP, BI)
     s = softmax(logits, at, inside)
     d = keep * tl.load(d_sample + at, mask=inside, other=0.0)
     d = s * (d - tl.sum(s * d, 1)[:, None])
@@ -101,10 +103,7 @@ def gumbel_sample_kernel(
     BI: tl.constexpr,
 ):
     """The class of the greatest of softmax(log p + noise), the first of equals."""
-    item = tl.program_id(0).to(tl.int64) * BI + tl.arange(0, BI)
-    k = tl.arange(0, KP)
-    inside = (item < items)[:, None] & (k < K)[None, :]
-    at = item[:, None] * K + k[None, :]
+    _, k, at, inside = classes(items, K, KP, BI)
     soft, _, _ = gumbel_softmax(logits, noise, at, inside, keep, each)
     greatest = soft == tl.max(soft, 1)[:, None]
     drawn = tl.min(tl.where(greatest & inside, k[None, :], KP), 1)
@@ -127,10 +126,7 @@ def gumbel_backward_kernel(
     BI: tl.constexpr,
 ):
     """r - s · Σ r with s the softmax and r what reaches its logarithm through log p."""
-    item = tl.program_id(0).to(tl.int64) * BI + tl.arange(0, BI)
-    k = tl.arange(0, KP)
-    inside = (item < items)[:, None] & (k < K)[None, :]
-    at = item[:, None] * K + k[None, :]
+    _, _, at, inside = classes(items, K, KP, BI)
     soft, s, p = gumbel_softmax(logits, noise, at, inside, keep, each)
     d = tl.load(d_sample + at, mask=inside, other=0.0)
     r = soft * (d - tl.sum(soft * d, 1)[:, None])

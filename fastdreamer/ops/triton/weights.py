@@ -154,6 +154,46 @@ def norm_gradient_kernel(
         tl.store(d_bias + out, tl.sum(of_bias, 0), mask=inside)
 
 
+@triton.jit
+def add_rows(
+    acc,  # [BO, BI]
+    total,  # [BO], of the bias
+    grads,
+    x,
+    first,
+    d_bias,
+    start,  # of the block of rows in its share
+    left,
+    row,
+    columns,  # of grads, and which of them there are
+    is_output,
+    i,  # the same of x
+    is_input,
+    GRADS: tl.constexpr,
+    XS: tl.constexpr,
+):
+    """A block of rows added to the gradients of a weight and of its bias."""
+    at = tl.cast(start, tl.int64)  # a share's elements may be more than 2³¹, a block's are not
+    alive = start + row < left
+    g = tl.load(
+        grads + at * GRADS + row[None, :] * GRADS + columns[:, None],
+        mask=is_output[:, None] & alive[None, :],
+        other=0.0,
+    )
+    kept = alive
+    if first is not None:
+        kept = alive & (tl.load(first + at + row, mask=alive, other=1) == 0)
+    y = tl.load(
+        x + at * XS + row[:, None] * XS + i[None, :],
+        mask=kept[:, None] & is_input[None, :],
+        other=0.0,
+    )
+    acc = tl.dot(g, y.to(g.dtype), acc, input_precision="ieee")
+    if d_bias is not None:
+        total += tl.sum(g.to(tl.float32), 1)
+    return acc, total
+
+
 @triton.jit(do_not_specialize=["rows", "share"])
 def gradient_kernel(
     grads,  # [rows, GRADS], moved to the layer's first column
@@ -193,24 +233,10 @@ def gradient_kernel(
     left = (end - begin).to(tl.int32)
     row = tl.arange(0, BR)
     for start in range(0, left, BR):
-        at = tl.cast(start, tl.int64)  # a share's elements may be more than 2³¹, a block's are not
-        alive = start + row < left
-        g = tl.load(
-            grads + at * GRADS + row[None, :] * GRADS + columns[:, None],
-            mask=(o < N)[:, None] & alive[None, :],
-            other=0.0,
-        )
-        kept = alive
-        if first is not None:
-            kept = alive & (tl.load(first + at + row, mask=alive, other=1) == 0)
-        y = tl.load(
-            x + at * XS + row[:, None] * XS + i[None, :],
-            mask=kept[:, None] & (i < K)[None, :],
-            other=0.0,
-        )
-        acc = tl.dot(g, y.to(g.dtype), acc, input_precision="ieee")
-        if d_bias is not None:
-            total += tl.sum(g.to(tl.float32), 1)
+        acc, total = add_rows(
+            acc, total, grads, x, first, d_bias, start, left, row, columns, o < N, i, i < K,
+            GRADS, XS,
+        )  # fmt: skip
     out = split.to(tl.int64) * (GROUPS * N) + group * N + o
     tl.store(
         d_weight + out[:, None] * IN + i[None, :], acc, mask=(o < N)[:, None] & (i < K)[None, :]

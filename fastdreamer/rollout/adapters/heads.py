@@ -354,7 +354,7 @@ def _gives(rollout: Rollout, name: str, module: nn.Module, scale: float) -> bool
     like, dims, o = rollout.like, rollout.dims, rollout.options
     deter, stoch, noise = (torch.randn(2, dims[n], generator=generator).to(like) for n in "DSA")
     state, noise = State(scale * deter, scale * stoch), 0.3 * noise
-    drawn: dict[str, Tensor] = {}  # of one-hot actions
+    drawn: dict[str, tuple[Tensor, ...]] = {}  # of one-hot actions
     feat, reasons = state.concat(o.stoch_first), []
     with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
         raw = rollout.nets[name](feat)
@@ -366,15 +366,13 @@ def _gives(rollout: Rollout, name: str, module: nn.Module, scale: float) -> bool
             else:
                 kind = "gumbel" if o.action_std.gumbel else "uniform"
                 noise = noise[:, : noise_size(o.action_std, dims["A"])].sigmoid()
-                drawn, wanted = {kind: noise[None]}, [[dist.sample(noise), dist.probs]]
+                drawn, wanted = {kind: (noise[None],)}, [[dist.sample(noise), dist.probs]]
         elif name != "discount":
             wanted.append([read_out(o.reward_as if name == "reward" else o.value_as, raw)])
         for given in ((state.deter, state.stoch), (state.stoch, state.deter), (feat,)):
             normal = () if drawn else (noise[None],)
             try:
-                answers = with_noise(
-                    _asking(module, *given), *normal, **{kind: (x,) for kind, x in drawn.items()}
-                )
+                answers = with_noise(_asking(module, *given), *normal, **drawn)
             except Exception as error:  # whatever somebody's code raises
                 reasons.append(f"{type(error).__name__}: {error}")
                 continue
