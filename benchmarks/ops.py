@@ -144,8 +144,11 @@ def headline(result: dict[str, Any]) -> str:
 
 
 def _compiled(result: dict[str, Any]) -> str:
-    how = {"whole loops": "the loops of imagine and open_loop whole", "steps": "steps of the loops"}
-    return f"Compiled here: {how[result['compiled']]}; of `observe` and `cem` single steps."
+    how = {
+        "whole loops": "the loops of imagine and open_loop whole; of `observe` and `cem` single steps",
+        "steps": "single steps of the loops",
+    }
+    return f"Compiled here: {how[result['compiled']]}."
 
 
 def ratio(times: dict[str, Any], ours: str, baseline: str) -> str:

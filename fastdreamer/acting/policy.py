@@ -214,7 +214,7 @@ class Policy(nn.Module):
 
     def plan(
         self,
-        state: State,
+        state: State | PolicyState,
         controller: str = "mpc",
         *,
         explore: bool = False,
@@ -224,7 +224,7 @@ class Policy(nn.Module):
         """Plan with ``config.plan`` from each state of a batch.
 
         Args:
-            state: deter [B, D] and stoch [B, S], of a PolicyState or imagined.
+            state: what has deter [B, D] and stoch [B, S]: a PolicyState, or an imagined State.
             controller: ``"mpc"`` or ``"planet"``.
             explore: rank by the upper confidence bound of the same score.
             last: ``PlanInfo.mean`` of one decision ago, for a warm start.
@@ -241,7 +241,7 @@ class Policy(nn.Module):
             score = self.explorer.score(critic, score, self.discount_params())
         with self.autocast():
             return plan(
-                state,
+                State(state.deter, state.stoch),
                 self.model.rssm.params(),
                 self.return_params(),
                 self.config.plan,

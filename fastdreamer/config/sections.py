@@ -119,7 +119,7 @@ class LossConfig:
     state_scale: float = 1.0
     """Factor of the squared error summed over the state vector."""
     reward_scale: float = 1.0
-    """Factor of the reward's squared error."""
+    """Factor of the reward head's loss."""
     discount_scale: float = 1.0
     """Factor of the continuation's cross-entropy."""
     kl_scale: float = 1.0
@@ -158,7 +158,7 @@ class BehaviorConfig:
     greedy: Greedy = "mode"
     """The actor's action without noise: tanh(mean), the median of its distribution, or the mode."""
     value_scale: float = 1.0
-    """Factor of the critic's squared error."""
+    """Factor of the critic's loss."""
     discount_weights: bool = False
     """Weight imagined step t by γ^t in both losses; where ends are predicted, the probability to
     come so far weights it anyway."""

@@ -291,7 +291,11 @@ class Rollout:
         *,
         generator: torch.Generator | None = None,
     ) -> tuple[State, Latent]:
-        """One step without an observation: the next State and its prior; see ``ops.rssm_step``."""
+        """One step without an observation: the next State and its prior; see ``ops.rssm_step``.
+
+        state is deter [B, D] and stoch [B, S], action [B, A], noise [B, S] standard normal (of
+        categorical latents [B, C], as :meth:`imagine` takes it), drawn if not given.
+        """
         noise = self._state_noise(noise, (len(action),), generator)
         return rssm_step(self.rssm, State(*state), action, noise, backend=self.backend)
 
@@ -303,7 +307,11 @@ class Rollout:
         *,
         generator: torch.Generator | None = None,
     ) -> State:
-        """States 1..H under given actions [H, B, A]; see ``ops.open_loop``."""
+        """States 1..H under given actions [H, B, A]; see ``ops.open_loop``.
+
+        start is deter [B, D] and stoch [B, S], noise [H, B, S] (of categorical latents [H, B, C]),
+        drawn if not given.
+        """
         action = self._inward(action)
         noise = self._state_noise(noise, tuple(action.shape[:2]), generator)
         return self._outward(
@@ -320,7 +328,8 @@ class Rollout:
         *,
         generator: torch.Generator | None = None,
     ) -> Observation:
-        """Filter a sequence: embed [T, B, E], action [T, B, A] that led to each, is_first [T, B].
+        """Filter a sequence: embed [T, B, E], action [T, B, A] that led to each, is_first [T, B]
+        (bool), noise [T, B, S] (of categorical latents [T, B, C]), drawn if not given.
 
         Without ``is_first`` nothing is reset, without ``start`` the sequence starts from
         :meth:`initial`; see ``ops.observe``.
@@ -359,6 +368,11 @@ class Rollout:
             generator: where from.
             returns: whether to add rewards, values and λ-returns; by default if the Rollout has
                 a reward head and a critic.
+
+        Raises:
+            ValueError: neither horizon nor noise is given, or a shape or dtype does not fit.
+            MisfitError: the Rollout was made without the actor or a head that this needs.
+            BackendError: a backend that was named outright cannot run.
         """
         start = State(*start)
         noises = [n for n in (state_noise, action_noise) if n is not None]
@@ -403,6 +417,11 @@ class Rollout:
             clip: bound on the candidates' |a|; the original PlaNet's is the environment's, 1.
             score: ``"reward"`` or, by default where there is a critic, ``"lambda_return"``.
             generator: where the noise comes from.
+
+        Raises:
+            ValueError: neither horizon nor mean is given, they differ, or a shape does not fit.
+            MisfitError: the Rollout was made without the heads that the score needs.
+            BackendError: a backend that was named outright cannot run.
         """
         start = State(*start)
         if mean is None:

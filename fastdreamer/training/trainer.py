@@ -241,6 +241,8 @@ class Trainer:
             ConfigError: they contradict each other, or the ranks cannot learn that together.
             RankError: another process of a learner of several is gone.
             ClusterError: Ray cannot start, or there is no such cluster.
+            CollectorError: a worker failed too often, or for good.
+            DiskFullError: there is no room to write to.
             Stopped: a signal asked to stop; everything is saved. A second one leaves at once.
             NonFiniteLoss: a loss or gradient became NaN or infinite; the newest checkpoint stands.
         """

@@ -11,7 +11,7 @@ import torch
 from fastdreamer.acting import planning
 from fastdreamer.acting.planning import PlanningError, plan
 from fastdreamer.acting.play import agent_policy, collect, episode_seed
-from fastdreamer.acting.policy import Policy
+from fastdreamer.acting.policy import Policy, PolicyState
 from fastdreamer.config import ConfigError, PlanConfig, preset
 from fastdreamer.envs import make_env
 from fastdreamer.learning.dreamer import Dreamer
@@ -186,6 +186,12 @@ def planned(agent, controller="mpc", *, state=None, last=None, seed=0, **setting
         return agent.plan(state or agent.state, controller, last=last, generator=seeded(seed))
     finally:
         agent.config = base
+
+
+def test_what_act_returned_is_planned_from(agent):
+    acted = PolicyState(*agent.state, torch.zeros(3, 2))
+    action, info = planned(agent, state=acted)
+    assert torch.equal(action, planned(agent)[0]) and info.mean.shape[1:] == (3, 2)
 
 
 @pytest.mark.parametrize("controller", ["mpc", "planet"])
