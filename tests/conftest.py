@@ -19,6 +19,15 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Each worker begins with a half of the files, and takes from the other's end when it is
+    through: runs that a file's tests share are then made once, not once a worker."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.option.dist == "load" else None
+
+
 # Native's bfloat16 is to be tested, also where the CPU computes faster in float32.
 os.environ.setdefault("FASTDREAMER_ARITHMETIC", "bf16")
 
