@@ -331,8 +331,8 @@ def _resumed_run(command: Train, say: Callable[[str], None]) -> tuple[Path, Conf
             f"{run_dir} was trained on {old.device}, and here is {reason}; --device cpu goes on "
             "without it, with the same random numbers but not bit for bit"
         )
-    device = resolve_config(new).device
-    if device != old.device:
+    new = resolve_config(new)  # an auto or a 0 that is given here chooses again
+    if new.device != old.device:
         say(f"trained on {old.device} so far: from here on not bit for bit as it would have been")
     if command.task and canonical_task(command.task) != old.env.task:
         raise ConfigError(f"{run_dir} is a run of {old.env.task}, not of {command.task}")

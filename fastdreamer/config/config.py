@@ -69,8 +69,8 @@ class Config:
     backend: Literal["auto", "eager", "native", "triton"] = "auto"
     """Who computes the recurrent loops; auto takes the fastest that can run."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16: autocast, float32 weights; auto: bf16 where the CPU measures it faster, or the GPU is of
-    compute capability 8.0 or newer."""
+    """bf16: autocast, float32 weights; auto: bf16 where the CPU measures it faster, or the GPU has
+    compute capability 8.0."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N; auto: cuda where there is a GPU that can run, else cpu."""
     threads: int = 0

@@ -1,4 +1,4 @@
-"""The cores that a learner and its collector share: how many threads learn, and how they wait.
+"""The cores that a learner and its collector share: whose, how many threads learn, how they wait.
 
 Nothing here imports torch: how OpenMP's threads wait is read from the environment when torch loads
 its library. The measurements behind the two choices are in docs/training.md.
@@ -7,10 +7,28 @@ its library. The measurements behind the two choices are in docs/training.md.
 from __future__ import annotations
 
 import os
+import platform
 import sys
+from pathlib import Path
 
 SPINS = 1000
 """Turns that a thread polls for its next work, about ten microseconds, before it sleeps."""
+
+
+def cpu_model() -> str:
+    """The processor's name as the system gives it; on x86 with family and model, as virtual
+    machines name several alike."""
+    told: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            told.setdefault(name.strip(), value.strip())
+    except OSError:
+        pass
+    name = told.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" not in told:
+        return name
+    return f"{name} (family {told['cpu family']}, model {told['model']})"
 
 
 def bound_spinning() -> None:

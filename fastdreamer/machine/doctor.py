@@ -9,7 +9,6 @@ import os
 import pkgutil
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from fastdreamer._version import __version__
 from fastdreamer.envs import EnvError, make_env
 from fastdreamer.envs.gl import GL, GLError, probe_all, select_gl
 from fastdreamer.errors import ArgumentError, how_to_install
+from fastdreamer.machine.cores import cpu_model
 from fastdreamer.ops.backend import BACKENDS, OPS, describe_kernels, last_backend, why_slow
 from fastdreamer.ops.gpu import driver_state
 
@@ -36,17 +36,6 @@ def report(console: Console) -> None:
     console.print(table)
     console.print()
     console.print(_backends())
-
-
-def cpu_model() -> str:
-    """The processor's name, as the system gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _machine() -> Iterator[tuple[str, str]]:

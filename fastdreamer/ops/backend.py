@@ -11,8 +11,8 @@ than eager (see :func:`why_slow`), and triton for CUDA tensors. What each body a
 - eager: any device and floating dtype (float64 is the reference; autocast works);
 - native: CPU tensors, triton: CUDA tensors; both want them contiguous (for others auto warns once
   an op and takes eager; nothing is copied unasked) and their floating dtypes float32 (of
-  ``observe`` and ``decide`` the embedding may be bfloat16), so that auto takes eager for float64 and bfloat16 and
-  an explicit choice raises;
+  ``observe`` and ``decide`` the embedding may be bfloat16), so that auto takes eager for float64
+  and bfloat16 and an explicit choice raises;
 - both differentiate in reverse mode alone: inside ``torch.func``'s transforms and
   ``torch.autograd.forward_ad.dual_level`` auto takes eager and an explicit choice raises;
 - triton needs a GPU of compute capability 8.0 or newer, NVIDIA's driver and the extension built

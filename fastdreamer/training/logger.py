@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastdreamer.errors import ArgumentError
-from fastdreamer.files import room_for
+from fastdreamer.files import replacing, room_for
 
 METRICS_FILE = "metrics.jsonl"
 KINDS = ("train", "episode", "eval")
@@ -83,7 +83,8 @@ class Logger:
         if resume_lines is not None and self._path.exists():
             kept = _lines(self._path)[:resume_lines]
         if self._path.exists():
-            _replace(self._path, b"".join(line + b"\n" for line, _ in kept))
+            with replacing(self._path) as temporary:
+                temporary.write_bytes(b"".join(line + b"\n" for line, _ in kept))
         self.lines = len(kept)
         self._offset = max((record["seconds"] for _, record in kept), default=0.0)
         # TensorBoard hides earlier events from this step on.
@@ -164,16 +165,6 @@ class Logger:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a crash leaves either the old or the new file."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 NBSP = "\N{NO-BREAK SPACE}"

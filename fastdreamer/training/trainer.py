@@ -40,12 +40,13 @@ from fastdreamer.config import (
 )
 from fastdreamer.envs import canonical_task, is_foreign
 from fastdreamer.errors import ArgumentError, FastdreamerError
-from fastdreamer.files import file_in_the_way, replacing
+from fastdreamer.files import file_in_the_way, remove_stale, replacing
 from fastdreamer.learning.dreamer import Dreamer
 from fastdreamer.machine import nvtx
+from fastdreamer.machine.cores import cpu_model
 from fastdreamer.machine.device import describe_choice, resolve_config
 from fastdreamer.named import names_code
-from fastdreamer.ops.backend import describe_kernels, kernel_choice
+from fastdreamer.ops.backend import describe_kernels, kernel_choice, settle_kernels
 from fastdreamer.training import checkpoint
 from fastdreamer.training.cluster import connected
 from fastdreamer.training.collector import Collector, Job, pool_size, read_job, round_size
@@ -193,6 +194,45 @@ def lock_run(run_dir: Path) -> Iterator[None]:
         yield
 
 
+def _filled(asked: Config, own: Config) -> Config:
+    """Settings to go on with; what they leave open is what it came to when the run was made."""
+    model = asked.model
+    if model.discount is None:
+        model = replace(model, discount=own.model.discount)
+    return replace(
+        asked,
+        env=replace(asked.env, task=canonical_task(asked.env.task)),
+        model=model,
+        device=own.device if asked.device == "auto" else asked.device,
+        precision=own.precision if asked.precision == "auto" else asked.precision,
+        threads=asked.threads or own.threads,
+    )
+
+
+def _refuse_code(run_dir: Path, own: Config) -> None:
+    """A file imports nothing by itself: whoever trusts it gives the settings as well."""
+    how = "Trainer(run_dir, config)"
+    if names_code(own.safety.signal):
+        refuse_signal(own.safety, how)
+    if names_code(own.env.task):
+        raise ConfigError(
+            f"{run_dir} names an environment of its owner's code, {own.env.task}, which is not "
+            f"imported unasked: name it again by {how} if you trust it"
+        )
+
+
+def _take_kernels(meta: dict[str, Any]) -> None:
+    """Compute with the kernels of a checkpoint that a CPU like this one wrote.
+
+    They are chosen by a measurement, which may come out otherwise on busy cores. Others stay where
+    the environment names them, and in a process that has chosen; ``_restore`` says so.
+    """
+    named = any(os.environ.get(name) for name in ("FASTDREAMER_ISA", "FASTDREAMER_ARITHMETIC"))
+    if meta.get("cpu") == cpu_model() and not named:
+        with contextlib.suppress(ImportError, ValueError):
+            settle_kernels(meta["kernels"])
+
+
 class Trainer:
     """One run, from nothing or from wherever its newest checkpoint left it.
 
@@ -202,7 +242,8 @@ class Trainer:
     Args:
         run_dir: of a run, or where a new one goes.
         config: of a new run; of one that is there, settings to go on with in place of its own,
-            which become its own when training starts, if they fit.
+            which become its own when training starts, if they fit. What they leave open (``auto``,
+            no threads, no discount) is as it came to when the run was made.
         ray: where a Ray cluster's nodes collect and evaluate instead of processes of this machine:
             auto, local or its address, see :func:`fastdreamer.training.cluster.connected`.
 
@@ -238,7 +279,8 @@ class Trainer:
             RunError: another process is training this run, its checkpoints are gone, or settings
                 do not fit what it has learned; everything is as it was.
             BackendError: the backend or device cannot run here.
-            ConfigError: they contradict each other, or the ranks cannot learn that together.
+            ConfigError: they contradict each other, the ranks cannot learn that together, or the
+                run's own name code of its owner's, which a file alone does not import.
             RankError: another process of a learner of several is gone.
             ClusterError: Ray cannot start, or there is no such cluster.
             CollectorError: a worker failed too often, or for good.
@@ -250,6 +292,7 @@ class Trainer:
             raise ArgumentError(f"until must be at least 1 env frame, got {until}")
         with contextlib.ExitStack() as stack:
             stack.enter_context(lock_run(self.run_dir))
+            self._stop = stack.enter_context(stop_signals())
             config, loaded = self._settle()
             self.config = config
             self._until = config.train.frames if until is None else min(until, config.train.frames)
@@ -258,7 +301,6 @@ class Trainer:
             self._place = Processes()
             if self._ray is not None:
                 self._place = stack.enter_context(connected(self._ray, config.collect.workers))
-            self._stop = stack.enter_context(stop_signals())
             self._open(stack, loaded)
             del loaded  # as large as all that learns
             self._run()
@@ -271,12 +313,14 @@ class Trainer:
         To be called under the lock: nothing is written before all is known to fit.
         """
         run_dir, own = self.run_dir, read_config(self.run_dir)
-        config = resolve_config(self._asked or own)
-        check_ranks(config)
-        if self._asked is None and names_code(own.safety.signal):
-            refuse_signal(own.safety, "Trainer(run_dir, config)")
+        if self._asked is None:
+            _refuse_code(run_dir, own)
         loaded = checkpoint.load_newest(run_dir / "checkpoints")
         _refuse_lost(run_dir, own, loaded)
+        if loaded is not None:
+            _take_kernels(loaded[2])
+        config = resolve_config(own if self._asked is None else _filled(self._asked, own))
+        check_ranks(config)
         learned = architecture(own)
         if loaded is not None:
             _, _, meta = loaded
@@ -332,6 +376,9 @@ class Trainer:
         self.optimizers = self.agent.make_optimizers()
         self.generator = torch.Generator().manual_seed(config.seed)
         self.sample_rng = np.random.default_rng(config.seed)
+        for part in (run_dir, run_dir / "checkpoints", run_dir / "snapshots", run_dir / "videos"):
+            if part.is_dir():
+                remove_stale(part)
         episodes = run_dir / "episodes"
         episodes.mkdir(exist_ok=True)
         self.replay = Replay(
@@ -652,6 +699,7 @@ class Trainer:
             "obs_shapes": self.agent.obs_shapes,
             "action_dim": self.agent.action_dim,
             "kernels": kernel_choice(),
+            "cpu": cpu_model(),
         }
 
     def _save_snapshot(self) -> None:

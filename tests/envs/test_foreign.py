@@ -15,6 +15,7 @@ from fastdreamer.config import ConfigError, preset
 from fastdreamer.envs import canonical_task, make_env
 from fastdreamer.learning import losses
 from fastdreamer.learning.dreamer import Dreamer
+from fastdreamer.training.trainer import Trainer
 
 pytest.importorskip("gymnasium")
 
@@ -257,7 +258,12 @@ def test_a_function_s_task_from_the_shell(module, capsys):
         text = " ".join((captured.out + captured.err).split())
         assert "not imported unasked" in text and "name it as well: line_of_mine:line" in text
         assert "imported\n" not in captured.out and "line_of_mine" not in sys.modules
+    with pytest.raises(ConfigError, match=r"name it again by Trainer\(run_dir, config\)"):
+        Trainer("run").train()
+    assert "line_of_mine" not in sys.modules
     assert main(["train", "line_of_mine:line", *more]) == 0
+    tiny = preset("tiny", {"env": {"task": "line_of_mine:line", "time_limit": 2.0}})
+    Trainer("run", tiny).train(until=160)  # it is there already: nothing is refused
     assert main(["eval", "run", "--episodes", "1", "--task", "line_of_mine:line"]) == 0
     assert "line_of_mine:line: return" in capsys.readouterr().out.replace("\n", " ")
 

@@ -26,6 +26,7 @@ import pytest
 import torch
 from logged import WALL_CLOCK
 
+from fastdreamer import _native
 from fastdreamer.acting.play import agent_policy, collect, episode_seed, random_policy
 from fastdreamer.acting.policy import Policy
 from fastdreamer.cli import main
@@ -33,6 +34,7 @@ from fastdreamer.config import ConfigError, preset, to_dict
 from fastdreamer.envs import make_env
 from fastdreamer.envs.gl import GLError, select_gl
 from fastdreamer.learning.dreamer import Dreamer, NonFiniteLoss
+from fastdreamer.ops.backend import kernel_choice
 from fastdreamer.training.checkpoint import (
     CheckpointError,
     list_checkpoints,
@@ -1115,6 +1117,64 @@ def test_a_trainer_with_settings_makes_the_run_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match="model.deter must be > 0"):
         Trainer(tmp_path / "new", change("model", deter=0))
     assert not (tmp_path / "new").exists()
+
+
+def test_a_script_goes_on_with_what_its_settings_came_to(tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    env = dataclasses.replace(TINY.env, task="walker")
+    script = dataclasses.replace(TINY, env=env, precision="auto", threads=0)
+    monkeypatch.setattr(_native, "faster", lambda: "bf16")
+    Trainer(run_dir, script).train(until=120)
+    came_to = read_config(run_dir)
+    assert (came_to.env.task, came_to.model.discount) == ("walker-walk", False)
+    assert came_to.precision == "bf16" and came_to.threads >= 1
+    monkeypatch.setattr(_native, "faster", lambda: "fp32")  # another measurement
+    Trainer(run_dir, script).train(until=160)
+    assert read_config(run_dir) == came_to
+    Trainer(run_dir, dataclasses.replace(script, precision="fp32")).train(until=200)
+    assert read_config(run_dir) == dataclasses.replace(came_to, precision="fp32")
+    assert newest(run_dir)[1]["cursor"]["env_frames"] == 200
+
+
+UNNAMED = """
+import os
+for name in ("FASTDREAMER_ARITHMETIC", "FASTDREAMER_ISA"):
+    os.environ.pop(name, None)
+"""
+SCALAR = {"fp32": "scalar", "bf16": "scalar", "for_bf16": "fp32"}
+
+
+@pytest.mark.parametrize("cpu", ["the same", "another"])
+def test_a_run_goes_on_with_its_kernels_on_the_cpu_that_it_had(cpu, tmp_path, launcher):
+    run_dir = new_run(tmp_path / "run", dataclasses.replace(CONFIG, backend="native"))
+    measured = UNNAMED + f"from fastdreamer import _native\n_native.settle(**{SCALAR})\n"
+    hook = measured + SIGNAL_AT_UPDATE.format(count=49, name="SIGTERM")
+    assert launcher.run(run_dir, hook) == STOPPED, (run_dir / "log.txt").read_text()
+    path = list_checkpoints(run_dir / "checkpoints")[-1]
+    tensors, meta = load_checkpoint(path)
+    assert meta["kernels"] == SCALAR
+    if cpu == "another":
+        save_checkpoint(path, tensors, {**meta, "cpu": "another"})
+    assert launcher.run(run_dir, UNNAMED) == 0, (run_dir / "log.txt").read_text()
+    went_on, text = newest(run_dir)[1]["kernels"], (run_dir / "log.txt").read_text()
+    if cpu == "the same":
+        assert went_on == SCALAR and "other kernels" not in text
+    elif kernel_choice()["fp32"] != "scalar":
+        assert went_on != SCALAR and "other kernels" in text
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path, reference, launcher):
+    run_dir = copy_of(reference, tmp_path / "run")
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left = [
+        run_dir / place / f".tmp-{gone.pid}-left.bin"
+        for place in (".", "checkpoints", "snapshots", "episodes")
+    ]
+    for path in left:
+        path.touch()
+    assert launcher.run(run_dir) == 0, (run_dir / "log.txt").read_text()
+    assert not any(path.exists() for path in left)
 
 
 def test_what_is_no_run_is_an_error(tmp_path):

@@ -186,6 +186,7 @@ def _run(
         stages = [Stage(**stage) for stage in read_json(directory / "stages.json", [])]
         evaluations = read_json(directory / f"{method}.json", [])
         for target in settings.targets():
+            stop.check()
             # A stage may end behind its target: PPO learns from whole rollouts.
             reached = [stage for stage in stages if stage.env_frames >= target]
             if not reached:

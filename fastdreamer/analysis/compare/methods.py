@@ -22,8 +22,8 @@ from fastdreamer.acting.play import Act, agent_policy, config_env
 from fastdreamer.analysis.compare.records import Stage, read_json
 from fastdreamer.config import Config, ConfigError
 from fastdreamer.files import replacing
+from fastdreamer.machine.cores import cpu_model
 from fastdreamer.machine.device import resolve_threads
-from fastdreamer.machine.doctor import cpu_model
 from fastdreamer.training.checkpoint import list_checkpoints
 from fastdreamer.training.logger import Progress, read_metrics
 from fastdreamer.training.pretrained import load
@@ -64,7 +64,7 @@ class WorldModelRun:
     def train(self, before: Stage | None, until: int) -> Stage:
         if not (self.run_dir / "config.json").exists():
             create_run(self.run_dir, self.config)
-        trainer = Trainer(self.run_dir)
+        trainer = Trainer(self.run_dir, self.config)
         trainer.train(until=until)
         newest = list_checkpoints(self.run_dir / "checkpoints")[-1]
         name = f"stage-{trainer.env_frames:09d}{newest.suffix}"
