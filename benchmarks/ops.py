@@ -145,7 +145,8 @@ def headline(result: dict[str, Any]) -> str:
 
 def _compiled(result: dict[str, Any]) -> str:
     how = {
-        "whole loops": "the loops of imagine and open_loop whole; of `observe` and `cem` single steps",
+        "whole loops": "the loops of imagine and open_loop whole; "
+        "of `observe` and `cem` single steps",
         "steps": "single steps of the loops",
     }
     return f"Compiled here: {how[result['compiled']]}."
