@@ -1,5 +1,6 @@
 #include "bindings/cem.h"
 
+#include "bindings/gil.h"
 #include "bindings/weights.h"
 #include "cpu/cem.h"
 
@@ -80,7 +81,7 @@ void cem(py::tuple rssm, py::tuple heads, py::handle start_deter, py::handle sta
   arrays.check_overlap();
   Arena scratch;
   const Cem pass(x, scratch, threads);
-  py::gil_scoped_release release;
+  const WithoutGil released;
   pass.run();
 }
 

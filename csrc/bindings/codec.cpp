@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/gil.h"
 #include "bindings/weights.h"
 #include "cpu/codec.h"
 #include "cpu/parallel.h"
@@ -74,7 +75,7 @@ class PackedConvs {
       }
       convs_.push_back(conv);
     }
-    py::gil_scoped_release release;
+    const WithoutGil released;
     parallel_tasks(static_cast<Index>(tasks.size()), threads, [&](Index i, int) {
       const Task& task = tasks[static_cast<std::size_t>(i)];
       (task.grow ? k.conv_pack_grow : k.conv_pack_shrink)(task.args);
@@ -191,7 +192,7 @@ std::unique_ptr<EncodeRun> encode_forward(py::object pack, py::handle pixels, py
   Arena scratch;
   const Encode pass(x, keep ? &run->tape : nullptr, scratch, threads);
   {
-    py::gil_scoped_release release;
+    const WithoutGil released;
     pass.run();
   }
   if (!keep) return nullptr;
@@ -220,7 +221,7 @@ void encode_backward(EncodeRun& run, py::handle grad, py::list weights, py::list
   arrays.check_overlap();
   Arena scratch;
   const EncodeBackward pass(run.tape, g, scratch, threads);
-  py::gil_scoped_release release;
+  const WithoutGil released;
   pass.run();
 }
 
@@ -341,7 +342,7 @@ py::tuple decode_forward(py::object pack, py::handle feat, py::object pixels, py
   Arena scratch;
   const Decode pass(x, keep ? &run->tape : nullptr, scratch, threads);
   {
-    py::gil_scoped_release release;
+    const WithoutGil released;
     pass.run();
   }
   run->tape.args.error = nullptr;
@@ -386,7 +387,7 @@ void decode_backward(DecodeRun& run, py::object grad, double scale, py::object f
   arrays.check_overlap();
   Arena scratch;
   const DecodeBackward pass(run.tape, g, scratch, threads);
-  py::gil_scoped_release release;
+  const WithoutGil released;
   pass.run();
 }
 

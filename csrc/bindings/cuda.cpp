@@ -4,6 +4,7 @@
 
 #include <pybind11/stl.h>
 
+#include "bindings/gil.h"
 #include "common/check.h"
 #include "cuda/loop.h"
 
@@ -26,7 +27,7 @@ std::shared_ptr<Kernel> make_kernel(std::shared_ptr<const Device> device, const 
                                     int hidden, int threads, int shared_bytes) {
   KernelImage made{name, image, {}, hidden, threads, shared_bytes};
   for (const std::string& kind : kinds) made.kinds.push_back(kind_of(kind));
-  py::gil_scoped_release release;
+  const WithoutGil released;
   return std::make_shared<Kernel>(std::move(device), made);
 }
 
@@ -96,7 +97,7 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_driver", &driver_dict,
         "The driver's path, CUDA version and number of devices; DriverError says what is missing.");
   py::class_<Device, std::shared_ptr<Device>>(m, "CudaDevice", "A device's primary context.")
-      .def(py::init<int>(), py::arg("ordinal"), py::call_guard<py::gil_scoped_release>())
+      .def(py::init<int>(), py::arg("ordinal"), py::call_guard<WithoutGil>())
       .def_property_readonly("ordinal", &Device::ordinal)
       .def_property_readonly("capability", &Device::capability, "90 is 9.0.")
       .def_property_readonly("max_shared", &Device::max_shared, "Bytes a block can ask for.")
@@ -116,7 +117,7 @@ void bind_cuda(py::module_& m) {
       .def(
           "replay",
           [](Loop& loop, const std::vector<std::uint64_t>& addresses, std::uintptr_t stream) {
-            py::gil_scoped_release release;
+            const WithoutGil released;
             return loop.replay(addresses, reinterpret_cast<cu::Stream>(stream));
           },
           py::arg("addresses"), py::arg("stream"),
@@ -124,7 +125,7 @@ void bind_cuda(py::module_& m) {
       .def(
           "enqueue",
           [](Loop& loop, const std::vector<std::uint64_t>& addresses, std::uintptr_t stream) {
-            py::gil_scoped_release release;
+            const WithoutGil released;
             loop.enqueue(addresses, reinterpret_cast<cu::Stream>(stream));
           },
           py::arg("addresses"), py::arg("stream"),

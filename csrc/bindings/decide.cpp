@@ -1,5 +1,6 @@
 #include "bindings/decide.h"
 
+#include "bindings/gil.h"
 #include "bindings/weights.h"
 #include "cpu/decide.h"
 
@@ -83,7 +84,7 @@ void decide(const PackedDecider& packed, py::handle deter, py::handle stoch, py:
   arrays.check_overlap();
   Arena scratch;
   const Decide pass(x, scratch, threads);
-  py::gil_scoped_release release;
+  const WithoutGil released;
   pass.run();
 }
 

@@ -3,6 +3,7 @@
 #include <memory>
 #include <string>
 
+#include "bindings/gil.h"
 #include "bindings/weights.h"
 #include "cpu/imagine.h"
 
@@ -131,7 +132,7 @@ std::unique_ptr<ImagineRun> imagine_forward(const char* op, py::tuple rssm, py::
   const bool taped = w.through || w.critic;
   const Imagine pass(x, w, taped ? &t.tape : nullptr, scratch, threads);
   {
-    py::gil_scoped_release release;
+    const WithoutGil released;
     pass.run();
   }
   if (!taped) return nullptr;
@@ -169,7 +170,7 @@ void rssm_step_forward(py::tuple rssm, py::handle deter, py::handle stoch, py::h
   arrays.check_overlap();
   Arena scratch;
   const Imagine pass(x, {}, nullptr, scratch, threads);
-  py::gil_scoped_release release;
+  const WithoutGil released;
   pass.run();
 }
 
@@ -228,7 +229,7 @@ void imagine_backward(ImagineRun& t, py::tuple grads, py::tuple inputs, py::obje
   arrays.check_overlap();
   Arena scratch;
   const ImagineBackward pass(t.tape, g, scratch, threads);
-  py::gil_scoped_release release;
+  const WithoutGil released;
   pass.run();
 }
 
@@ -243,7 +244,7 @@ void critic_backward(ImagineRun& t, py::handle value_grad, py::list critic, int 
   arrays.check_overlap();
   Arena scratch;
   const CriticBackward pass(t.tape, grad, grads, packed.rotate(), scratch, threads);
-  py::gil_scoped_release release;
+  const WithoutGil released;
   pass.run();
 }
 

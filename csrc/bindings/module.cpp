@@ -14,6 +14,7 @@
 #include "bindings/codec.h"
 #include "bindings/cuda.h"
 #include "bindings/decide.h"
+#include "bindings/gil.h"
 #include "bindings/imagine.h"
 #include "bindings/observe.h"
 #include "bindings/rays.h"
@@ -57,7 +58,7 @@ void lambda_return_forward(py::handle reward, py::handle next_value, py::handle 
       in("discount", discount), float(lam),
       float(1.0 - lam),         {arrays.out("returns", returns, {H, B}), H, B}};
   arrays.check_overlap();
-  py::gil_scoped_release release;
+  const WithoutGil released;
   lambda_return(args, threads);
 }
 
@@ -83,7 +84,7 @@ void lambda_return_backward(py::handle grad, py::handle next_value, py::handle d
                                   out("grad_next_value", grad_next_value),
                                   out("grad_discount", grad_discount)};
   arrays.check_overlap();
-  py::gil_scoped_release release;
+  const WithoutGil released;
   lambda_return(args, threads);
 }
 
@@ -110,7 +111,7 @@ double peak(bool bf16, int threads, double seconds) {
   const Kernels& k = kernels(bf16 ? Precision::bf16 : Precision::fp32);
   using Clock = std::chrono::steady_clock;
   std::vector<double> rates(static_cast<std::size_t>(threads), 0.0);
-  py::gil_scoped_release release;
+  const WithoutGil released;
   const auto measure = [&](Index, int thread) {
     const auto start = Clock::now();
     double flop = 0, spent = 0;

@@ -2,6 +2,7 @@
 
 #include <memory>
 
+#include "bindings/gil.h"
 #include "bindings/weights.h"
 #include "cpu/observe.h"
 
@@ -120,7 +121,7 @@ std::unique_ptr<ObserveRun> observe_forward(py::tuple rssm, py::handle start_det
   Arena scratch;
   const Observe pass(x, keep ? &t.tape : nullptr, scratch, threads);
   {
-    py::gil_scoped_release release;
+    const WithoutGil released;
     pass.run();
   }
   if (!keep) return nullptr;
@@ -163,7 +164,7 @@ void observe_backward(ObserveRun& t, py::tuple grads, py::tuple inputs, py::obje
   arrays.check_overlap();
   Arena scratch;
   const ObserveBackward pass(t.tape, g, scratch, threads);
-  py::gil_scoped_release release;
+  const WithoutGil released;
   pass.run();
 }
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bindings/array.h"
+#include "bindings/gil.h"
 #include "common/check.h"
 #include "cpu/rays.h"
 
@@ -146,7 +147,7 @@ class PyRayCaster {
     auto* out =
         static_cast<std::uint8_t*>(arrays.out_format("pixels", pixels, {height, width, 3}, 'B'));
     arrays.check_overlap();
-    py::gil_scoped_release release;
+    const WithoutGil released;
     caster_->draw(scene, {samples, reflection, shadow, sky}, height, width, out);
   }
 

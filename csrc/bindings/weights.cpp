@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "bindings/gil.h"
 #include "cpu/parallel.h"
 
 namespace fastdreamer {
@@ -98,7 +99,7 @@ void pack_all(const Kernels& k, const std::vector<PackArgs>& matrices, const Gru
   for (const PackArgs& matrix : matrices) {
     for (Index i = 0; i < k.panel_count(matrix.to.N); ++i) tasks.push_back({&matrix, i});
   }
-  py::gil_scoped_release release;
+  const WithoutGil released;
   parallel_tasks(static_cast<Index>(tasks.size()), threads, [&](Index i, int) {
     const Task& task = tasks[static_cast<std::size_t>(i)];
     if (task.matrix == nullptr) {

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -52,11 +53,15 @@ def gradients(inputs: dict[str, Any], leaves: list[Tensor]) -> list[Tensor]:
 
 
 def run(code: str, **environment: str) -> str:
-    """Run code that may import this file as ``company``."""
+    """Run code that may use this file as ``company``."""
+    return run_alone(f"import test_company as company\n{code}", **environment)
+
+
+def run_alone(code: str, **environment: str) -> str:
+    """Run code in a process where nothing is imported yet."""
     forks = "ignore:This process:DeprecationWarning"  # of a fork beside threads, from 3.12 on
-    command = f"import test_company as company\n{code}"
     done = subprocess.run(
-        [sys.executable, "-X", "faulthandler", "-W", forks, "-c", command],
+        [sys.executable, "-X", "faulthandler", "-W", forks, "-c", code],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path]),
@@ -353,6 +358,42 @@ cycle = [company.loss(given[0])]; cycle.append(cycle)
 print("done")
 """
     assert run(code) == "done"
+
+
+EXIT_BESIDE_A_THREAD = """
+import threading, time, torch
+from fastdreamer import _native
+
+class Slow:
+    def __del__(self, now=time.perf_counter):  # the interpreter is ending, the thread comes back
+        end = now() + 0.05
+        while now() < end:
+            pass
+
+def work():
+    while True:
+        _native.peak(False, 1, 1e-4)
+
+slow = Slow()
+threading.Thread(target=work, daemon=True).start()
+time.sleep(0.02)
+print("done")
+"""
+
+
+def test_exit_while_a_daemon_thread_computes():
+    """It comes back when there is no interpreter any more, and stops."""
+    for _ in range(3):
+        assert run_alone(EXIT_BESIDE_A_THREAD) == "done"
+
+
+def test_the_interpreter_s_lock_is_given_away_in_one_way():
+    """By bindings/gil.h: pybind11's own guard aborts the process in the case above."""
+    sources = Path(__file__).parents[2] / "csrc"
+    files = [path for path in sources.rglob("*") if path.is_file()]
+    assert any("WithoutGil" in path.read_text(encoding="utf-8") for path in files)
+    for path in files:
+        assert "gil_scoped_release" not in path.read_text(encoding="utf-8"), path
 
 
 # --- torch.compile ------------------------------------------------------------------------------
