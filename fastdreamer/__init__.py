@@ -4,6 +4,7 @@ Names are imported when they are first asked for, so that the command line can s
 threads wait before torch is loaded.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,20 @@ __all__ = [
     "preset",
     "use_backend",
 ]
+
+
+_forked = False
+"""Whether this process was forked since it imported the package: the core, which is loaded when it
+is first asked for, then uses one thread."""
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 def __getattr__(name: str) -> Any:

@@ -176,6 +176,13 @@ py::dict isa_reasons(const py::object& facts) {
   return reasons;
 }
 
+// Whether the process was forked since it imported the package, which loads this only when it is
+// asked for. Loaded by itself, as in tests, it has no package.
+bool package_saw_a_fork() {
+  const py::dict modules = py::module_::import("sys").attr("modules");
+  return modules.contains("fastdreamer") && modules["fastdreamer"].attr("_forked").cast<bool>();
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = FASTDREAMER_VERSION;
@@ -197,6 +204,7 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "C++ core of fastdreamer. Import torch first: they share its OpenMP runtime.";
+  if (package_saw_a_fork()) note_fork();
   m.def("lambda_return_forward", &lambda_return_forward,
         "Write the λ-return of [H, B] float32 arrays into `returns`; see fastdreamer.ops.",
         py::arg("reward"), py::arg("next_value"), py::arg("discount"), py::arg("lam"),

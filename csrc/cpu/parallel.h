@@ -20,6 +20,10 @@ namespace fastdreamer {
 // has none of its parent's (OpenMP would wait for them for ever).
 int usable_threads(int threads);
 
+// Says that this process is one. Forks are seen from when the core is loaded on; this is for those
+// before.
+void note_fork();
+
 #if defined(__SANITIZE_THREAD__)
 // The same as the loops below, on threads that the sanitizer follows.
 template <class Body>

@@ -231,6 +231,35 @@ def test_a_forked_child_computes_the_same():
     assert run(FORK) == "done"
 
 
+FORK_BEFORE_THE_CORE = """
+import os, sys, time, torch, fastdreamer
+torch.set_num_threads(2)
+torch.ones(1 << 22).add(1)
+assert "fastdreamer._native" not in sys.modules
+child = os.fork()
+if child == 0:
+    from fastdreamer import _native
+    _native.peak(False, 2, 1e-3)
+    os._exit(0)
+end = time.monotonic() + 30
+while (found := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < end:
+    time.sleep(0.01)
+if found == (0, 0):
+    os.kill(child, 9)
+    sys.exit("the child hangs")
+assert os.waitstatus_to_exitcode(found[1]) == 0
+from fastdreamer import _native
+_native.peak(False, 2, 1e-3)
+print("done")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_that_is_the_first_to_load_the_core():
+    """After torch ran on several threads of the pool that both use."""
+    assert run_alone(FORK_BEFORE_THE_CORE) == "done"
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_fork_while_other_threads_compute():
     """The child finds the memory pool and the packs whole."""
