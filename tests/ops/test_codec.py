@@ -198,6 +198,23 @@ def test_weights_of_any_layout():
         assert all(leaf.grad.shape == leaf.shape for leaf in leaves)
 
 
+def test_biases_that_are_not_contiguous():
+    """Native takes them as it takes such weights, and gradients reach them."""
+    for op, inputs in codec_inputs(NARROW, 3).items():
+        params, leaves = trained(inputs["params"])
+        strided = params._replace(
+            biases=tuple(b.repeat_interleave(2)[::2] for b in params.biases),
+            linear=(params.linear[0], params.linear[1].repeat_interleave(2)[::2]),
+        )
+        runs = []
+        for given, backend in ((params, "native"), (strided, "native"), (strided, "eager")):
+            out = OPS[op](**inputs | {"params": given}, backend=backend)
+            runs.append([out.detach(), *torch.autograd.grad(out.square().mean(), leaves)])
+        assert all(map(torch.equal, runs[1], runs[0]))
+        for got, want in zip(*runs[1:], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
 def test_input_that_is_not_contiguous():
     """Native refuses it with the reason, auto takes eager."""
     inputs = codec_inputs(NARROW, 4)

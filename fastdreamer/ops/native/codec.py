@@ -51,7 +51,7 @@ def _encode(
         weights, biases, linear = tensors[:depth], tensors[depth : 2 * depth], tensors[2 * depth :]
         return _native.PackedEncoder(
             arrays(*_stack(weights)),
-            arrays(*biases),
+            arrays(*[t.contiguous() for t in biases]),
             *(arrays(*[t.contiguous() for t in linear]) or (None, None)),
             bf16,
             gradients,
@@ -128,7 +128,7 @@ def _run_decoder(
     def make(gradients: bool) -> Any:
         return _native.PackedDecoder(
             arrays(*_stack(weights)),
-            arrays(*biases),
+            arrays(*[t.contiguous() for t in biases]),
             *arrays(*[t.contiguous() for t in linear]),
             linear_relu,
             bf16,
