@@ -26,8 +26,9 @@ def encode(params: EncoderParams, pixels: Tensor, *, backend: str | None = None)
         backend: see ``fastdreamer.ops.backend``.
 
     Returns:
-        [N, E] in the parameters' dtype, under autocast in autocast's. Without a linear layer E is
-        the last convolution's output in the order channels, height, width.
+        [N, E] in the parameters' dtype, under autocast in autocast's (native knows bfloat16's
+        alone). Without a linear layer E is the last convolution's output in the order channels,
+        height, width.
 
     Raises:
         TypeError: not a tensor. ValueError: a shape, dtype or device does not fit. BackendError: an

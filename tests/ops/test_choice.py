@@ -15,6 +15,7 @@ from fastdreamer.ops.backend import (
     settle_kernels,
     use_backend,
 )
+from fastdreamer.ops.codec import encode
 from fastdreamer.ops.rssm_step import rssm_step
 
 _native = pytest.importorskip("fastdreamer._native")
@@ -170,6 +171,32 @@ def test_bfloat16_in_fp32_arithmetic_is_fp32():
     same = f"{code}\nprint(torch.equal(r(False), r(True)))"
     assert run(same, FASTDREAMER_ARITHMETIC="fp32") == "True"
     assert run(same, FASTDREAMER_ARITHMETIC="bf16") == "False"
+
+
+def embedded(backend: str, autocast: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two images, with gradients by a bias, and those."""
+    inputs = testing.codec_inputs(testing.REPORT_CODEC, 2)["encode"]
+    bias = inputs["params"].biases[0].requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        embed = encode(**inputs, backend=backend)
+        with torch.no_grad():
+            assert torch.equal(encode(**inputs, backend=backend), embed)
+    (grad,) = torch.autograd.grad(embed.float().square().sum(), bias)
+    return embed.detach(), grad
+
+
+def test_an_embedding_has_the_dtype_that_was_asked_for():
+    """Eager's, whatever it is computed in; its gradient is that of a rounding."""
+    code = f"""import runpy
+embedded = runpy.run_path({os.path.abspath(__file__)!r})["embedded"]
+(native, grad), (eager, _), (fp32, want) = (
+    embedded("native"), embedded("eager"), embedded("native", False)
+)
+assert native.dtype == eager.dtype == torch.bfloat16 and fp32.dtype == torch.float32
+assert (grad - want).norm() < 0.02 * want.norm()
+print(torch.equal(native, fp32.bfloat16()))"""
+    assert run(code, FASTDREAMER_ARITHMETIC="fp32") == "True"
+    assert run(code, FASTDREAMER_ARITHMETIC="bf16") == "False"
 
 
 def test_the_faster_precision(monkeypatch):

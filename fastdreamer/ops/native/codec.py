@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdreamer import _native
-from fastdreamer.ops.native.packs import arrays, autocast_bf16, cached, first_order
+from fastdreamer.ops.native.packs import arrays, asked_bf16, autocast_bf16, cached, first_order
 from fastdreamer.ops.params import DecoderParams, EncoderParams
 
 
@@ -17,8 +17,11 @@ def encode(params: EncoderParams, pixels: Tensor) -> Tensor:
     bf16 = autocast_bf16()
     tensors = (*params.weights, *params.biases, *(params.linear or ()))
     if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
-        return _Encode.apply(bf16, len(params.weights), pixels, *tensors)
-    return _encode(bf16, len(params.weights), pixels, tensors, keep=False)[0]
+        embed = _Encode.apply(bf16, len(params.weights), pixels, *tensors)
+    else:
+        embed = _encode(bf16, len(params.weights), pixels, tensors, keep=False)[0]
+    # as on every machine, also where the core computes in float32 all the same
+    return embed.bfloat16() if asked_bf16() else embed
 
 
 def decode(params: DecoderParams, feat: Tensor) -> Tensor:

@@ -71,13 +71,17 @@ def counts() -> dict[str, int]:
     return dict(_counts)
 
 
+def asked_bf16() -> bool:
+    """Whether the call is under autocast to bfloat16."""
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
 def autocast_bf16() -> bool:
-    """Whether the call computes in bfloat16: it is under autocast to it, and the core takes it.
+    """Whether the call computes in bfloat16: that is asked for, and the core takes it.
 
     Where the CPU multiplies faster in float32, that is the answer to both, and more exact.
     """
-    asked = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    return asked and _native.takes_bf16()
+    return asked_bf16() and _native.takes_bf16()
 
 
 def arrays(*tensors: Tensor | None) -> list:
