@@ -147,14 +147,28 @@ class PyRayCaster {
     auto* out =
         static_cast<std::uint8_t*>(arrays.out_format("pixels", pixels, {height, width, 3}, 'B'));
     arrays.check_overlap();
-    const WithoutGil released;
-    caster_->draw(scene, {samples, reflection, shadow, sky}, height, width, out);
+    RayScratch scratch = take_scratch();
+    {
+      const WithoutGil released;
+      caster_->draw(scene, {samples, reflection, shadow, sky}, height, width, out, scratch);
+    }
+    idle_.push_back(std::move(scratch));
   }
 
  private:
+  RayScratch take_scratch() {
+    if (idle_.empty()) return {};
+    RayScratch scratch = std::move(idle_.back());
+    idle_.pop_back();
+    return scratch;
+  }
+
   Arrays arrays_{"RayCaster"};
   int sky_;
   std::unique_ptr<RayCaster> caster_;
+  // That of no picture at the moment, for the next ones: several threads may draw at once. It
+  // changes with the GIL held, so that a fork never finds it half changed.
+  std::vector<RayScratch> idle_;
 };
 
 }  // namespace

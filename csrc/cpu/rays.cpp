@@ -751,15 +751,15 @@ struct RayCaster::Picture {
 };
 
 void RayCaster::draw(const Scene& scene, const Effects& effects, Index height, Index width,
-                     std::uint8_t* pixels) {
+                     std::uint8_t* pixels, RayScratch& scratch) const {
   Picture picture(scene, effects, textures_, height, width);
   const std::size_t size = static_cast<std::size_t>(picture.pixels),
                     samples = size * static_cast<std::size_t>(picture.samples);
   const auto layer = [&](int i, const View& view) {
-    depth_[i].resize(samples);
-    geom_[i].resize(samples);
-    veils_[i].resize(size * picture.veiled.size());
-    return Seen{view, depth_[i].data(), geom_[i].data(), veils_[i].data()};
+    scratch.depth[i].resize(samples);
+    scratch.geom[i].resize(samples);
+    scratch.veils[i].resize(size * picture.veiled.size());
+    return Seen{view, scratch.depth[i].data(), scratch.geom[i].data(), scratch.veils[i].data()};
   };
   const View eye(scene.camera, height, width);
   const bool mirrors = picture.mirror >= 0;

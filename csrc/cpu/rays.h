@@ -103,14 +103,21 @@ struct Scene {
 
 constexpr std::size_t kMaxLights = 8;
 
-// Writes uint8 [height, width, 3], the top row first. Scratch memory is kept for the next picture.
+// What a picture has seen while it is drawn; the memory may be used for another one afterwards.
+struct RayScratch {
+  std::vector<float> depth[2];
+  std::vector<std::int16_t> geom[2];
+  std::vector<std::uint8_t> veils[2];
+};
+
+// Writes uint8 [height, width, 3], the top row first.
 class RayCaster {
  public:
   explicit RayCaster(std::vector<Texture> textures) : textures_(std::move(textures)) {}
 
   const std::vector<Texture>& textures() const { return textures_; }
   void draw(const Scene& scene, const Effects& effects, Index height, Index width,
-            std::uint8_t* pixels);
+            std::uint8_t* pixels, RayScratch& scratch) const;
 
  private:
   struct View;
@@ -118,9 +125,6 @@ class RayCaster {
   struct Picture;
 
   std::vector<Texture> textures_;
-  std::vector<float> depth_[2];
-  std::vector<std::int16_t> geom_[2];
-  std::vector<std::uint8_t> veils_[2];
 };
 
 }  // namespace fastdreamer

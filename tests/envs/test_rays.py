@@ -4,6 +4,8 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import get_args
 
 import numpy as np
@@ -266,6 +268,37 @@ def test_the_core_checks_what_it_is_given(changes, text):
     caster.draw(**scene())
     with pytest.raises(ValueError, match=text):
         caster.draw(**scene(**changes))
+
+
+def test_two_threads_draw_at_once():
+    """Small pictures beside large ones, by one caster: each is that of a caster of its own."""
+    geoms = np.repeat(sphere(), 20, 0)
+    geoms[:, 4:7], geoms[:, 7:10] = np.random.default_rng(0).uniform(-1, 1, (20, 3)), 0.3
+    geoms[:, 10:19], geoms[:, 19:24] = np.eye(3).ravel(), 1  # not turned; white,
+    geoms[:, 23] = np.linspace(0.2, 1, 20)  # and of several brightnesses
+
+    def draw(caster, size):
+        pixels = np.zeros((size, size, 3), np.uint8)
+        caster.draw(**scene(geoms=geoms, pixels=pixels))
+        return pixels
+
+    caster, done = _native.RayCaster([], -1), threading.Event()
+    large, small = (draw(_native.RayCaster([], -1), size) for size in (256, 64))
+    assert len(np.unique(large)) > 15 and len(np.unique(small)) > 15
+
+    def draw_small():
+        equal = []
+        while not done.is_set():
+            equal.append(np.array_equal(draw(caster, 64), small))
+        return equal
+
+    with ThreadPoolExecutor(1) as pool:
+        beside = pool.submit(draw_small)
+        try:
+            equal = [np.array_equal(draw(caster, 256), large) for _ in range(50)]
+        finally:
+            done.set()
+    assert all(equal) and all(beside.result()) and len(beside.result()) > 5
 
 
 @pytest.mark.parametrize("samples", (1, 4))
