@@ -276,10 +276,11 @@ ImageSize grown(ImageSize first, const Conv* convs, int depth) {
 
 // --- decoder -------------------------------------------------------------------------------------
 
-DecodeTiles::DecodeTiles(DecodeTape& tape, bool kept, bool gradients, Arena& scratch, int threads)
+DecodeTiles::DecodeTiles(const DecodeTape& tape, bool kept, const DecodeParts* parts,
+                         Arena& scratch, int threads)
     : tape_(tape),
       kept_(kept),
-      gradients_(gradients) {
+      parts_(parts) {
   const DecodeArgs& x = tape.args;
   const Kernels& k = *x.kernels;
   const Index tiles = threads * k.conv_images;
@@ -288,14 +289,14 @@ DecodeTiles::DecodeTiles(DecodeTape& tape, bool kept, bool gradients, Arena& scr
   for (int i = 0; i < x.depth; ++i) {
     const ImageSize next = grown(size, x.convs[i].weights);
     if (i < x.depth - 1 && !kept) hidden_[i] = take_images(scratch, k, tiles, next);
-    if (gradients) {
+    if (parts != nullptr) {
       deltas_[i] = take_images(scratch, k, tiles, next);
       need = std::max(need, k.conv_gradient_scratch(sizes(x.convs[i], next, size, k.conv_images)));
       widest = std::max(widest, next.width * next.channels);
     }
     size = next;
   }
-  if (gradients) {
+  if (parts != nullptr) {
     for (int i = 0; i < threads; ++i) scratch_.push_back(scratch.bytes(need));
     line_ = take_floats(scratch, threads, widest);
   }
@@ -333,7 +334,7 @@ void DecodeTiles::forward(Index begin, Index images, int thread, double* error) 
         conv.target_stride = count;
         conv.error = error_.at(thread * k.conv_images).data;
         std::fill_n(conv.error, images * kErrorSums, 0.0f);
-        if (gradients_) conv.out = last_delta(thread);
+        if (parts_ != nullptr) conv.out = last_delta(thread);
       }
     }
     k.conv_grow(conv);
@@ -358,20 +359,34 @@ void DecodeTiles::backward(Index begin, Index images, Index chunk, bool add, int
   for (int i = x.depth - 1; i >= 0; --i) {
     const Conv& conv = x.convs[i];
     const Rows delta = deltas_[i].at(thread * k.conv_images), in = hidden(i - 1, begin, thread);
-    sum(coarse[i + 1], delta, tape_.sums[i]);
+    sum(coarse[i + 1], delta, parts_->sums[i]);
     ConvArgs args = sizes(conv, coarse[i + 1], coarse[i], images);
-    k.conv_gradient(args, delta, in, tape_.parts[i] + chunk * k.conv_gradient_size(conv.weights),
+    k.conv_gradient(args, delta, in, parts_->parts[i] + chunk * k.conv_gradient_size(conv.weights),
                     add, scratch_[static_cast<std::size_t>(thread)]);
     args.panels = conv.shrink;
     args.in = delta;
     args.slope_of = in;
-    args.out = i == 0 ? tape_.first_delta.at(begin) : deltas_[i - 1].at(thread * k.conv_images);
+    args.out = i == 0 ? parts_->first_delta.at(begin) : deltas_[i - 1].at(thread * k.conv_images);
     k.conv_shrink(args);
   }
-  sum(x.first_image, tape_.first_delta.at(begin), tape_.sums[x.depth]);
+  sum(x.first_image, parts_->first_delta.at(begin), parts_->sums[x.depth]);
 }
 
 namespace {
+
+DecodeParts take_parts(Arena& arena, const DecodeArgs& x) {
+  const Kernels& k = *x.kernels;
+  const Index chunks = Chunks(k, x.N).count;
+  DecodeParts p{};
+  p.first_delta = take_images(arena, k, x.N, x.first_image);
+  ImageSize size = x.first_image;
+  p.sums[x.depth] = arena.take<double>(chunks * size.channels);
+  for (int i = 0; i < x.depth; ++i) {
+    size = grown(size, x.convs[i].weights);
+    take_parts(arena, k, x.convs[i], chunks, size.channels, p.parts[i], p.sums[i]);
+  }
+  return p;
+}
 
 // Takes what forward and backward pass hand over; complete before the tiles are made.
 DecodeTape& take_tape(const DecodeArgs& x, DecodeTape* taped, DecodeTape& own, Arena& scratch) {
@@ -383,14 +398,14 @@ DecodeTape& take_tape(const DecodeArgs& x, DecodeTape* taped, DecodeTape& own, A
   t.linear = take_rows(arena, k, x.N, x.linear->out);
   t.first = take_images(arena, k, x.N, x.first_image);
   if (taped == nullptr) return t;
-  t.first_delta = take_images(arena, k, x.N, x.first_image);
-  const Index chunks = Chunks(k, x.N).count;
+  if (x.target != nullptr) {
+    t.done = take_parts(arena, x);
+    return t;
+  }
   ImageSize size = x.first_image;
-  t.sums[x.depth] = arena.take<double>(chunks * size.channels);
-  for (int i = 0; i < x.depth; ++i) {
+  for (int i = 0; i < x.depth - 1; ++i) {
     size = grown(size, x.convs[i].weights);
-    take_parts(arena, k, x.convs[i], chunks, size.channels, t.parts[i], t.sums[i]);
-    if (x.target == nullptr && i < x.depth - 1) t.hidden[i] = take_images(arena, k, x.N, size);
+    t.hidden[i] = take_images(arena, k, x.N, size);
   }
   return t;
 }
@@ -401,8 +416,8 @@ Decode::Decode(const DecodeArgs& args, DecodeTape* tape, Arena& scratch, int thr
     : tape_(&take_tape(args, tape, own_, scratch)),
       taped_(tape != nullptr),
       threads_(threads_of(*args.kernels, args.N, threads)),
-      tiles_(*tape_, taped_ && args.target == nullptr, taped_ && args.target != nullptr, scratch,
-             threads_),
+      tiles_(*tape_, taped_ && args.target == nullptr,
+             taped_ && args.target != nullptr ? &tape_->done : nullptr, scratch, threads_),
       errors_(scratch.take<double>(Chunks(*args.kernels, args.N).count)) {}
 
 void Decode::run() const {
@@ -432,12 +447,13 @@ void Decode::run() const {
   for (Index chunk = 0; chunk < chunks.count; ++chunk) *x.error += errors_[chunk];
 }
 
-DecodeBackward::DecodeBackward(DecodeTape& tape, const DecodeGrads& grads, Arena& scratch,
+DecodeBackward::DecodeBackward(const DecodeTape& tape, const DecodeGrads& grads, Arena& scratch,
                                int threads)
     : tape_(tape),
       grads_(grads),
       threads_(threads_of(*tape.args.kernels, tape.args.N, threads)),
-      tiles_(tape, true, tape.args.target == nullptr, scratch, threads_),
+      parts_(tape.args.target != nullptr ? tape.done : take_parts(scratch, tape.args)),
+      tiles_(tape, true, tape.args.target != nullptr ? nullptr : &parts_, scratch, threads_),
       linear_delta_(take_rows(scratch, *tape.args.kernels, tape.args.N, tape.args.linear->out)),
       scale_(nullptr),
       weights_(*tape.args.kernels) {
@@ -448,7 +464,7 @@ DecodeBackward::DecodeBackward(DecodeTape& tape, const DecodeGrads& grads, Arena
     std::fill_n(scale_, x.N, grads.scale);
   }
   // the first convolution's weights stand as [in, out]: inputs and deltas change places
-  weights_.add(tape.first_delta.at(0), x.first->out, tape.linear.at(0), x.first->in, x.N, scale_,
+  weights_.add(parts_.first_delta.at(0), x.first->out, tape.linear.at(0), x.first->in, x.N, scale_,
                {grads.first.weight, x.first->out, nullptr});
   weights_.add(tape.feat.at(0), x.linear->in, linear_delta_.at(0), x.linear->out, x.N, scale_,
                grads.linear);
@@ -472,7 +488,7 @@ void DecodeBackward::run() const {
   parallel_tiles(tiling_for(k, x.N, threads_), [&](Index begin, Index rows, int) {
     const Task task(k, x.N, rows);
     const Rows slope = x.linear_relu ? tape_.linear.at(begin) : kNoRows;
-    task.kernels.linear({x.first->backward, tape_.first_delta.at(begin), rows, nullptr, kNoFloats,
+    task.kernels.linear({x.first->backward, parts_.first_delta.at(begin), rows, nullptr, kNoFloats,
                          x.linear_relu ? Activation::relu : Activation::none, slope,
                          linear_delta_.at(begin), kNoFloats, kNoRows});
     if (grads_.feat == nullptr) return;
@@ -484,12 +500,12 @@ void DecodeBackward::run() const {
   });
   if (!grads_.parameters) return;
   weights_.run();
-  sum_parts(k, x.convs, x.depth, tape_.parts, chunks.count, grads_.scale, grads_.convs, threads_);
+  sum_parts(k, x.convs, x.depth, parts_.parts, chunks.count, grads_.scale, grads_.convs, threads_);
   for (int i = 0; i < x.depth; ++i) {
-    sum_bias(tape_.sums[i], chunks.count, x.convs[i].weights.fine, grads_.scale,
+    sum_bias(parts_.sums[i], chunks.count, x.convs[i].weights.fine, grads_.scale,
              grads_.convs[i].bias);
   }
-  sum_bias(tape_.sums[x.depth], chunks.count, x.first_image.channels, grads_.scale,
+  sum_bias(parts_.sums[x.depth], chunks.count, x.first_image.channels, grads_.scale,
            grads_.first.bias);
 }
 

@@ -111,14 +111,19 @@ struct DecodeArgs {
   double* error;                // the squared error's sum; with a target alone
 };
 
+// What the way back through the transposed convolutions leaves.
+struct DecodeParts {
+  Buffer first_delta;            // before the first convolution's ReLU
+  float* parts[kMaxLayers];      // [chunks, weights]
+  double* sums[kMaxLayers + 1];  // [chunks, channels]; the last is the first convolution's
+};
+
+// Complete when the forward pass ends: backward passes, several at once perhaps, only read it.
 struct DecodeTape {
   DecodeArgs args;
   Buffer feat, linear, first;  // as Elem: inputs, and outputs behind their ReLU
   Buffer hidden[kMaxLayers];   // of every other convolution but the last, without a target
-  // With a target these are complete when the forward pass ends, for a gradient of 1.
-  Buffer first_delta;            // before the first convolution's ReLU
-  float* parts[kMaxLayers];      // [chunks, weights]
-  double* sums[kMaxLayers + 1];  // [chunks, channels]; the last is the first convolution's
+  DecodeParts done;            // with a target, for a gradient of 1
   Arena arena;
 };
 
@@ -134,7 +139,10 @@ struct DecodeGrads {
 // What both passes of the decoder go through: the transposed convolutions of a tile and back.
 class DecodeTiles {
  public:
-  DecodeTiles(DecodeTape& tape, bool kept, bool gradients, Arena& scratch, int threads);
+  // kept: whether the tape has what lies between the convolutions. parts: where backward() leaves
+  // its own, null where it is not called.
+  DecodeTiles(const DecodeTape& tape, bool kept, const DecodeParts* parts, Arena& scratch,
+              int threads);
 
   void forward(Index begin, Index images, int thread, double* error) const;
   // From the gradient of the pixels that lies in scratch.
@@ -144,8 +152,9 @@ class DecodeTiles {
  private:
   Rows hidden(int i, Index begin, int thread) const;
 
-  DecodeTape& tape_;
-  bool kept_, gradients_;
+  const DecodeTape& tape_;
+  bool kept_;
+  const DecodeParts* parts_;
   Buffer hidden_[kMaxLayers], deltas_[kMaxLayers];  // [threads, tile]
   FloatBuffer line_, error_;
   std::vector<void*> scratch_;
@@ -168,13 +177,14 @@ class Decode {
 
 class DecodeBackward {
  public:
-  DecodeBackward(DecodeTape& tape, const DecodeGrads& grads, Arena& scratch, int threads);
+  DecodeBackward(const DecodeTape& tape, const DecodeGrads& grads, Arena& scratch, int threads);
   void run() const;
 
  private:
-  DecodeTape& tape_;
+  const DecodeTape& tape_;
   DecodeGrads grads_;
   int threads_;
+  DecodeParts parts_;  // with a target the tape's
   DecodeTiles tiles_;
   Buffer linear_delta_;
   float* scale_;  // [N], or null where the scale is 1

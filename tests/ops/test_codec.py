@@ -10,6 +10,7 @@ import math
 import os
 import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -296,6 +297,33 @@ def test_two_threads_at_once():
     for got in results.values():
         assert all(torch.equal(got[key], want[key]) for key in want)
     assert len(results) == 2
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_two_threads_go_back_through_one_graph(op):
+    """With other gradients each, again and again: neither writes what the other reads."""
+    inputs = codec_inputs(NARROW, 30)[op]
+    params, leaves = trained(inputs["params"])
+    out = OPS[op](**inputs | {"params": params}, backend="native")
+    weights = [torch.ones_like(out), torch.linspace(-1, 2, out.numel()).view_as(out)]
+    start = threading.Barrier(2)
+
+    def back(weight: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, leaves, weight, retain_graph=True)
+
+    def work(weight: Tensor) -> list[tuple[Tensor, ...]]:
+        torch.set_num_threads(1)
+        results = []
+        for _ in range(20):
+            start.wait(60)
+            results.append(back(weight))
+        return results
+
+    want = list(map(back, weights))
+    with ThreadPoolExecutor(2) as pool:
+        for results, expected in zip(pool.map(work, weights), want, strict=True):
+            for got in results:
+                assert all(map(torch.equal, got, expected))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
