@@ -241,9 +241,10 @@ void conv_grow_tiles(const ConvArgs& x) {
       by_conv_panels(N, [&](Index first, int V) __attribute__((always_inline)) {
         for (Index j = 0, next = 0; j < width; j = next) {
           const Taps t = taps_of(x, p, i, j);
-          // those that see as many taps are side by side
+          // those that see as many taps are side by side; with none, of a kernel of 1, all are
           const bool inside = t.n_end - t.n_begin == p.taps_x;
-          const int P = static_cast<int>(inside ? least(tile_pixels(V), x.coarse_width - j) : 1);
+          const Index end = least(x.coarse_width, width);
+          const int P = static_cast<int>(inside ? least(tile_pixels(V), end - j) : 1);
           next = j + P;
           const int count = grow_runs(x, p, i, j, tap_steps, whole, runs);
           parts.spread(blocks_of(runs, count));

@@ -7,6 +7,7 @@ instruction set is chosen by the environment, so those checks run this file as a
 """
 
 import gc
+import itertools
 import math
 import os
 import subprocess
@@ -22,12 +23,13 @@ from torch import Tensor
 
 from fastdreamer import _native
 from fastdreamer.ops.cem import cem
-from fastdreamer.ops.codec import decode, decode_error, encode
+from fastdreamer.ops.codec import decode, decode_error, encode, pixels_to_float
 from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.layers import MLPParams
 from fastdreamer.ops.native import packs
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.open_loop import open_loop
+from fastdreamer.ops.params import DecoderParams
 from fastdreamer.ops.rssm_step import rssm_step
 from fastdreamer.testing import (
     REPORT_CODEC,
@@ -216,6 +218,29 @@ def check_images() -> None:
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
                 lean = CODEC[op](**inputs, backend="native").float()
             assert torch.equal(lean, got["out"]), (op, sizes, N)
+
+
+def check_kernels() -> None:
+    """Of a decoder's last convolution any, 1 included, whose pixels no tap reaches in every second
+    row and column: the error is that of the pixels, each once."""
+    generator = torch.Generator().manual_seed(0)
+
+    def uniform(*shape: int) -> Tensor:
+        return 2 * torch.rand(*shape, generator=generator) - 1
+
+    # the coarse images are as wide as the first kernel: around the 4 pixels of a product
+    for first, last, N in itertools.product(range(1, 9), range(1, 5), (16, 17)):
+        side = 2 * (first - 1) + last
+        feat = uniform(N, 5)
+        weights = uniform(16, 4, first, first), uniform(4, 3, last, last)
+        linear, biases = (uniform(16, 5), uniform(16)), (uniform(4), uniform(3))
+        params = DecoderParams(linear, True, weights, biases)
+        target = torch.randint(256, (N, side, side, 3), generator=generator, dtype=torch.uint8)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            images = decode(params, feat, backend="native")
+            got = decode_error(params, feat, target, backend="native")
+        want = (images.double() - pixels_to_float(target, torch.float64)).square().sum()
+        assert abs(float(got) / float(want) - 1) < 1e-5, (first, last, N)
 
 
 def check_threads() -> None:
@@ -436,6 +461,7 @@ def check_company() -> None:
 CHECKS: dict[str, Callable[[], None]] = {
     "sizes": check_sizes,
     "images": check_images,
+    "kernels of images": check_kernels,
     "threads": check_threads,
     "order": check_order,
     "denormals": check_denormals,
