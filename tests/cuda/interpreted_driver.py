@@ -7,10 +7,12 @@ import sys
 import threading
 
 import standin
+import torch
 import toy
 from toy import check_forward, forward_inputs, run_forward
 
 from fastdreamer import _native
+from fastdreamer.ops.triton.cuda_graph import GRAPHS, _Graph
 
 H, B = 4, 6
 
@@ -50,23 +52,13 @@ def test_two_threads_share_a_graph_and_have_their_own(bench):
     assert len(bench.graphs) == 3
 
 
-def test_a_forked_child_refuses_and_leaves_the_parents_objects_alone(bench, driver):
-    program = toy.forward(H, B)
-    run_forward(bench, program)
-    inputs = bench.inputs(forward_inputs(1))
+def in_a_child(function):
+    """What a forked child's function returns, or its error."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            since = driver.calls
-            try:
-                bench.graphs.run(program, inputs)
-                text = "it ran"
-            except RuntimeError as error:
-                text = str(error)
-            bench.graphs.clear()
-            gc.collect()
-            text += f" | {driver.names(since)}"
+            text = function()
         except BaseException as error:
             text = repr(error)
         os.write(write, text.encode())
@@ -75,10 +67,50 @@ def test_a_forked_child_refuses_and_leaves_the_parents_objects_alone(bench, driv
     with os.fdopen(read) as answer:
         text = answer.read()
     os.waitpid(child, 0)
+    return text
+
+
+def test_a_forked_child_refuses_and_leaves_the_parents_objects_alone(bench, driver):
+    program = toy.forward(H, B)
+    run_forward(bench, program)
+    inputs = bench.inputs(forward_inputs(1))
+
+    def child():
+        since = driver.calls
+        try:
+            bench.graphs.run(program, inputs)
+            text = "it ran"
+        except RuntimeError as error:
+            text = str(error)
+        bench.graphs.clear()
+        gc.collect()
+        return f"{text} | {driver.names(since)}"
+
+    text = in_a_child(child)
     assert f"CUDA was initialised in process {os.getpid()}" in text
     assert "'spawn'" in text
     assert text.endswith("| []"), "a child makes no call"
     check_forward(bench.run(program, inputs), inputs)
+
+
+def test_a_forked_child_frees_no_scratch(monkeypatch):
+    """Freed there, it may end the child: torch's allocator calls CUDA."""
+    freed = []
+
+    class Scratch:
+        def __del__(self):
+            freed.append(os.getpid())
+
+    graph = _Graph(toy.forward(H, B), torch.device("cpu"), None)
+    graph._scratch["buffers"] = Scratch()
+    monkeypatch.setitem(GRAPHS._graphs, "of the parent", graph)
+    del graph
+
+    def child():
+        gc.collect()
+        return f"{freed} {len(GRAPHS)}"
+
+    assert in_a_child(child) == "[] 0"
 
 
 # ---------------------------------------------------------------- the driver

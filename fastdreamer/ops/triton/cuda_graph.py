@@ -6,6 +6,7 @@ into the nodes that use it. Here is what it is captured from, and for how long i
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections import OrderedDict
@@ -110,9 +111,16 @@ class Graphs:
             self._devices.clear()
 
     def _forget(self) -> None:
-        """In a forked child: give up what belongs to the parent, without a call of the driver."""
+        """In a forked child: leave what belongs to the parent alone, to the child's end.
+
+        Where scratch was used on other streams than its own, torch's allocator asks CUDA for events
+        when it is freed: in a child an error inside a destructor, which ends the process. So not
+        even the interpreter may free it, when it finishes.
+        """
+        parents = self._graphs, self._kernels, self._devices
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(parents))
         self._lock = threading.Lock()
-        self.clear()
+        self._graphs, self._kernels, self._devices = OrderedDict(), {}, {}
 
     def __len__(self) -> int:
         return len(self._graphs)
