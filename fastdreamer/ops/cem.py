@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdreamer.ops.backend import Op
-from fastdreamer.ops.checks import check_tensor
+from fastdreamer.ops.checks import check_bins, check_tensor
 from fastdreamer.ops.imagine import predicted_discount
 from fastdreamer.ops.lambda_return import lambda_return
 from fastdreamer.ops.layers import deepest
@@ -123,6 +123,7 @@ def cem(
             raise ValueError("cem: returns.critic is None, but the λ-return needs a critic")
         if not 0.0 <= returns.lam <= 1.0:
             raise ValueError(f"cem: returns.lam must be in [0, 1], got {returns.lam}")
+    check_bins("cem", returns)
     noise = (action_noise, state_noise)
     depth = deepest(*params.to_deter, params.prior)
     given = (*start, mean, std)

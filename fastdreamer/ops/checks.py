@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdreamer.ops.params import ReturnParams
+
 
 def check_tensor(
     op: str,
@@ -66,3 +68,17 @@ def check_tensor(
     if contiguous and not tensor.is_contiguous():
         got += f" with strides {list(tensor.stride())}"
     raise ValueError(f"{op}: {name} must be [{want}] {kind}{layout}{place}, got {got}")
+
+
+def check_bins(op: str, returns: ReturnParams) -> None:
+    """Check that bins are where their heads are, one an output; in any floating dtype.
+
+    From elsewhere they would be copied in every call, for which a GPU is waited for.
+    """
+    critic = returns.critic if returns.critic is not None else returns.target
+    for name, head in (("reward_as", returns.reward), ("value_as", critic)):
+        bins = getattr(returns, name).bins
+        if bins is not None and head is not None:
+            shape, like = (head.outputs,), head.weights[-1]
+            name = f"returns.{name}.bins"
+            check_tensor(op, name, bins, shape, {}, dtype=bins.dtype, like=like)

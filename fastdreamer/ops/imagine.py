@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdreamer.ops.backend import Op
-from fastdreamer.ops.checks import check_tensor
+from fastdreamer.ops.checks import check_bins, check_tensor
 from fastdreamer.ops.lambda_return import OP as LAMBDA_RETURN
 from fastdreamer.ops.layers import MLPParams, deepest, mlp
 from fastdreamer.ops.params import ActorParams, ReturnParams, RSSMParams, State, act, scalar
@@ -87,6 +87,8 @@ def imagine(
         raise ValueError("imagine: returns.critic is None, but the λ-return needs a critic")
     if returns is not None and not 0.0 <= returns.lam <= 1.0:
         raise ValueError(f"imagine: returns.lam must be in [0, 1], got {returns.lam}")
+    if returns is not None:
+        check_bins("imagine", returns)
     depth = deepest(
         *params.to_deter, params.prior, actor.mlp, *(returns.heads() if returns else ())
     )

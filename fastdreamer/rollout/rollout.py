@@ -88,6 +88,7 @@ class Rollout:
         self.batch_first: bool = call["batch_first"]
         self.reset: str = call["reset"]
         self.backend: str | None = call["backend"]
+        self._bins: dict[tuple[str, torch.device], Tensor] = {}
         refuse_hooks(watched)
 
     @classmethod
@@ -256,13 +257,27 @@ class Rollout:
     @property
     def heads(self) -> ReturnParams:
         """Reward, critic, target and discount likewise."""
-        reward, o = self._need("reward", "returns and plans"), self.options
+        reward, o = self._need("reward", "returns and plans").params(), self.options
         critic, target, discount = (
             self.nets[name].params() if name in self.nets else None for name in HEADS[1:]
         )
-        departs = o.pairing == "departure"
-        flags = o.stoch_first, departs, o.reward_as, o.value_as, o.hard_discount
-        return ReturnParams(reward.params(), critic, target, o.gamma, o.lam, discount, *flags)
+        device = reward.weights[0].device
+        reads = (self._readout(name, device) for name in ("reward_as", "value_as"))
+        flags = o.stoch_first, o.pairing == "departure", *reads, o.hard_discount
+        return ReturnParams(reward, critic, target, o.gamma, o.lam, discount, *flags)
+
+    def _readout(self, name: str, device: torch.device) -> Readout:
+        """The option with its bins there: copied once, not in every call."""
+        readout: Readout = getattr(self.options, name)
+        bins, key = readout.bins, (name, device)
+        if bins is None or bins.device == device:
+            return readout
+        if bins.requires_grad:
+            return readout._replace(bins=bins.to(device))
+        if key not in self._bins:
+            with torch.inference_mode(False):  # a later call may save them for a backward pass
+                self._bins[key] = bins.to(device)
+        return readout._replace(bins=self._bins[key])
 
     def parameters(self) -> list[nn.Parameter]:
         """Every parameter that the loops use, each once."""

@@ -634,6 +634,23 @@ def test_every_op_asks(monkeypatch):
         assert last_backend(name) == "eager"
 
 
+@pytest.mark.parametrize("name", ["reward_as", "value_as"])
+def test_bins_are_where_their_heads_are(name):
+    draw = Draw()
+    params, actor, returns = model(), policy(draw), heads(draw)
+    x, mean = Inputs(params), draw(4, 3, A)
+    noises = draw(1, 4, 3, 7, A), draw.uniform(1, 4, 3, 7, C)
+    for bins, got in (
+        (torch.zeros(9, device="meta"), r"\[9\] float32 on cpu, got \[9\] float32 on meta"),
+        (torch.zeros(8), r"\[9\] float32, got \[8\] float32"),
+    ):
+        wrong = returns._replace(**{name: Readout(bins)})
+        with pytest.raises(ValueError, match=rf"imagine: returns.{name}.bins must be {got}"):
+            imagine(params, actor, x.start, x.noise, x.action_noise, returns=wrong)
+        with pytest.raises(ValueError, match=rf"cem: returns.{name}.bins must be {got}"):
+            cem(params, wrong, x.start, mean, mean.abs(), *noises, num_elites=2)
+
+
 def test_a_plain_model_lacks_nothing():
     """The fast path is as it was: these words alone are asked for."""
     draw = Draw()

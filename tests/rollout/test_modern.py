@@ -513,6 +513,26 @@ def test_compiled_backends_say_what_they_lack():
     assert last_backend("imagine") == "eager"
 
 
+def test_bins_follow_their_heads_once():
+    """A copy in every call would wait for a GPU, and none may be made while one is captured."""
+    heads = {"actor": nn.Linear(D + Z, 2 * A), "reward": nn.Linear(D + Z, 9)}
+    heads |= {"critic": nn.Linear(D + Z, 31), "reward_as": two_hot(9), "value_as": two_hot(31)}
+    given = parts(**heads)
+    rollout = Rollout.from_modules(**given)
+    assert rollout.heads.value_as is given["value_as"]
+    for part in given.values():
+        if isinstance(part, nn.Module):
+            part.to("meta")
+    with torch.inference_mode():
+        before = rollout.heads
+    for name in ("reward_as", "value_as"):
+        bins = getattr(rollout.heads, name).bins
+        assert bins.is_meta and bins is getattr(before, name).bins and not bins.is_inference()
+    state = State(torch.zeros(1, D, device="meta"), torch.zeros(1, Z, device="meta"))
+    assert rollout.imagine(state, 2).returns.device.type == "meta"
+    assert rollout.plan(state, 2, num_samples=3, num_elites=2, iterations=1).mean.is_meta
+
+
 def test_norms_and_layers_of_one_s_own_are_asked():
     """What gives the same is taken as it; what adds something is not."""
     noisy = modern.OwnMLP(D, H, Z, last=True)
