@@ -88,7 +88,7 @@ def new_graphs(driver, new_bench, monkeypatch):
 
     def new(compile_kernel):
         graphs = Graphs(driver, new_bench(compile_kernel))
-        for name in ("rollout", "observe", "cem"):
+        for name in ("rollout", "observe", "cem", "lambda_return"):
             monkeypatch.setattr(f"fastdreamer.ops.triton.{name}.run", graphs)
         return graphs
 

@@ -32,6 +32,12 @@ def test_values_and_gradients(request, new_graphs, name, bf16):
     assert len(graphs.ran) == {"cem": 1, "imagine": 3}.get(name, 2)
 
 
+def test_lambda_return(request, new_graphs, monkeypatch):
+    """By itself; nothing of it is in bfloat16."""
+    monkeypatch.setitem(real.CASES, "lambda_return", testing.lambda_return_inputs(3, 129))
+    test_values_and_gradients(request, new_graphs, "lambda_return", False)
+
+
 def test_steps_in_stages(request, new_graphs, monkeypatch):
     """DreamerV3's, whose launches have a second dimension of programs; states zeroed before."""
     inputs = test_blocks_native.Style(2, depth=2).apply(observe, real.CASES["observe"])

@@ -48,6 +48,8 @@ ROWS = 33  # three blocks of the step's kernels
 
 def programs(precision: Precision) -> Iterator[Program]:
     yield from (toy.forward(3, 5), toy.backward(3, 5), toy.search(2, 2, 2, 3))
+    yield lambda_return.forward_program(5, 7, 0.9)
+    yield lambda_return.backward_program(5, 7, 0.9)
     yield from triton_resources.programs(standin.SMALL, ROWS, precision)
 
 
@@ -140,7 +142,7 @@ def compare(program: Program, kernels: Kernels, got: list, *, jit: bool) -> int:
 
 
 def check_lambda_return(got: list) -> None:
-    """The op by itself, which Triton alone launches."""
+    """The op by itself, kernel by kernel."""
     reward, following, discount = torch.randn(3, 5, 7).unbind()
     discount.requires_grad_()
     got.clear()

@@ -226,11 +226,15 @@ def test_triton_under_the_interpreter():
 def test_triton_compiles_without_spills(arch):
     from fastdreamer.ops.triton import lambda_return as module
 
-    for kernel, pointers in [(module.forward_kernel, 4), (module.backward_kernel, 7)]:
-        signature = dict.fromkeys(kernel.arg_names[:pointers], "*fp32")
+    programs = module.forward_program(3, 5, 0.95), module.backward_program(3, 5, 0.95)
+    for program, pointers in zip(programs, (4, 7), strict=True):
+        (launch,) = program.body
+        kernel = launch.kernel
+        signature = dict.fromkeys(kernel.arguments[:pointers], "*fp32")
         signature |= {"H": "i32", "B": "i32", "lam": "fp32", "mix": "fp32"}
+        assert dict(launch.spec({}).types) == signature
         used = compile_ahead(
-            kernel, signature, {"BLOCK": module.BLOCK}, arch=arch, options=module.OPTIONS
+            kernel.fn, signature, kernel.constants, arch=arch, options=kernel.options
         )
         assert used.stack == used.local == used.shared == 0, used
         assert used.registers <= 64, used

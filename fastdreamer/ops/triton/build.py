@@ -118,7 +118,10 @@ class Builder:
                 "num_stages": tile.stages,
                 "maxnreg": tile.registers,
             }
-        self._bodies[-1].append(Launch(Kernel(fn, constants, **options), grid, args))
+        self.add(Launch(Kernel(fn, constants, **options), grid, args))
+
+    def add(self, launch: Launch) -> None:
+        self._bodies[-1].append(launch)
 
     def loop(self, name: str, count: int) -> _LoopScope:
         """``with builder.loop("t", H):`` launches inside go into the loop."""

@@ -1,17 +1,22 @@
 """Triton body of :mod:`fastdreamer.ops.lambda_return`: one program per block of columns.
 
 The recurrence is kept in registers; each element of an input is read once and each of an output
-written once. Contract and equation are those of the eager body.
+written once. Contract and equation are those of the eager body. ``rollout.py`` has the same kernels
+in its programs.
 """
+
+import functools
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from fastdreamer.ops.triton.program import Kernel, Launch, Program, Slot
+from fastdreamer.ops.triton.run import run
+
 BLOCK = 128
 NUM_WARPS = 4  # one column per thread
-# said outright, because Triton 3.10 changes the default of enable_fp_fusion
-OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
 
 
 # sizes are not specialised: one compiled kernel serves every H and B
@@ -74,18 +79,38 @@ def backward_kernel(
         at += B
 
 
+def launch(fn: Any, H: int, B: int, lam: float, **slots: Slot) -> Launch:
+    """Of one of the kernels, with its tensors [H, B] by its names of them."""
+    kernel = Kernel(fn, {"BLOCK": BLOCK}, num_warps=NUM_WARPS)
+    numbers = {"H": H, "B": B, "lam": lam, "mix": 1.0 - lam}
+    return Launch(kernel, (-(-B // BLOCK),), {**slots, **numbers})
+
+
+@functools.lru_cache(maxsize=64)
+def forward_program(H: int, B: int, lam: float) -> Program:
+    slots = _slots(H, B, "input", "reward", "next_value", "discount")
+    slots |= _slots(H, B, "output", "returns")
+    body = [launch(forward_kernel, H, B, lam, **slots)]
+    return Program("lambda_return", list(slots.values()), body)
+
+
+@functools.lru_cache(maxsize=64)
+def backward_program(H: int, B: int, lam: float) -> Program:
+    slots = _slots(H, B, "input", "grad", "next_value", "discount", "returns")
+    slots |= _slots(H, B, "output", "grad_reward", "grad_next_value", "grad_discount")
+    body = [launch(backward_kernel, H, B, lam, **slots)]
+    return Program("lambda_return backward", list(slots.values()), body)
+
+
+def _slots(H: int, B: int, kind: str, *names: str) -> dict[str, Slot]:
+    return {name: Slot(name, (H, B), torch.float32, kind) for name in names}
+
+
 class LambdaReturn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, reward, next_value, discount, lam):
-        H, B = reward.shape
-        returns = torch.empty_like(reward)
-        with torch.cuda.device_of(reward):  # does nothing for CPU tensors (interpreter)
-            forward_kernel[_grid(B)](
-                *(reward, next_value, discount, returns),
-                *(H, B, lam, 1.0 - lam),
-                BLOCK=BLOCK,
-                **OPTIONS,
-            )
+        inputs = {"reward": reward, "next_value": next_value, "discount": discount}
+        returns = run(forward_program(*reward.shape, lam), inputs)["returns"]
         ctx.save_for_backward(next_value, discount, returns)
         ctx.lam = lam
         return returns
@@ -94,21 +119,12 @@ class LambdaReturn(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         next_value, discount, returns = ctx.saved_tensors
-        H, B = returns.shape
-        grads = [torch.empty_like(returns) for _ in range(3)]
-        with torch.cuda.device_of(grad):
-            backward_kernel[_grid(B)](
-                grad.contiguous(),  # autograd hands over expanded gradients, e.g. from sum()
-                *(next_value, discount, returns, *grads),
-                *(H, B, ctx.lam, 1.0 - ctx.lam),
-                BLOCK=BLOCK,
-                **OPTIONS,
-            )
-        return *grads, None
-
-
-def _grid(columns: int) -> tuple[int]:
-    return (triton.cdiv(columns, BLOCK),)
+        inputs = {
+            "grad": grad.contiguous(),  # autograd hands over expanded gradients, e.g. from sum()
+            "next_value": next_value, "discount": discount, "returns": returns,
+        }  # fmt: skip
+        found = run(backward_program(*returns.shape, ctx.lam), inputs)
+        return *(found[f"grad_{name}"] for name in ("reward", "next_value", "discount")), None
 
 
 lambda_return = LambdaReturn.apply

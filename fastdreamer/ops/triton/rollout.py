@@ -226,15 +226,8 @@ def _heads_forward(b: Builder, spec: _Spec, deter: Any, stoch: Any) -> None:
         )  # fmt: skip
     else:
         b.copy(None, discount, H, B, value=heads.gamma)
-    b.launch(
-        lambda_return.forward_kernel,
-        (-(-B // lambda_return.BLOCK),),
-        {
-            "reward": reward, "next_value": next_value, "discount": discount, "returns": returns,
-            "H": H, "B": B, "lam": heads.lam, "mix": 1.0 - heads.lam,
-        },
-        {"BLOCK": lambda_return.BLOCK},
-    )  # fmt: skip
+    slots = {"reward": reward, "next_value": next_value, "discount": discount, "returns": returns}
+    b.add(lambda_return.launch(lambda_return.forward_kernel, H, B, heads.lam, **slots))
 
 
 @functools.lru_cache(maxsize=64)
@@ -351,17 +344,12 @@ def _heads_backward(b: Builder, spec: _Spec, wants: _Wants, reaching, states) ->
         )
         if not heads.discount:
             b.copy(None, discount, H, B, value=heads.gamma)
-        b.launch(
-            lambda_return.backward_kernel,
-            (-(-B // lambda_return.BLOCK),),
-            {
-                "grad": d_returns, "next_value": b.slot("next_value", (H, B)),
-                "discount": discount, "returns": b.slot("returns", (H, B)),
-                "grad_reward": d_reward, "grad_next_value": d_next, "grad_discount": d_discount,
-                "H": H, "B": B, "lam": heads.lam, "mix": 1.0 - heads.lam,
-            },
-            {"BLOCK": lambda_return.BLOCK},
-        )  # fmt: skip
+        slots = {
+            "grad": d_returns, "next_value": b.slot("next_value", (H, B)),
+            "discount": discount, "returns": b.slot("returns", (H, B)),
+            "grad_reward": d_reward, "grad_next_value": d_next, "grad_discount": d_discount,
+        }  # fmt: skip
+        b.add(lambda_return.launch(lambda_return.backward_kernel, H, B, heads.lam, **slots))
         for source, target in zip(from_outside, (d_reward, d_discount), strict=True):
             if source is not None:
                 b.copy(source, target, H, B, add=True)
