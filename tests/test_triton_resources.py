@@ -42,14 +42,14 @@ def test_a_tile_may_be_of_newer_versions_alone(monkeypatch):
 
     taken = {}
     for version in ((3, 6), (3, 7), (3, 9), (3, 10)):
-        monkeypatch.setattr(tiles, "_triton", lambda version=version: version)
+        monkeypatch.setattr(tiles, "triton_version", lambda version=version: version)
         taken[version] = [columns("step_backward", 90, rows) for rows in (50, 2500)]
         others = [columns("step_backward", arch, 50) for arch in (80, 100, 120)]
         assert others == [64, 64, 64]
         assert tiles.choose("step", 50, bf16=True, arch=100).registers is None
     assert taken == {(3, 6): [64, 64], (3, 7): [64, 64], (3, 9): [32, 32], (3, 10): [32, 32]}
     monkeypatch.undo()
-    assert tiles._triton() == tuple(map(int, version_of("triton").split(".")[:2]))
+    assert tiles.triton_version() == tuple(map(int, version_of("triton").split(".")[:2]))
 
 
 def test_faults_are_seen():

@@ -15,8 +15,8 @@ than eager (see :func:`why_slow`), and triton for CUDA tensors. What each body a
   and bfloat16 and an explicit choice raises;
 - both differentiate in reverse mode alone: inside ``torch.func``'s transforms and
   ``torch.autograd.forward_ad.dual_level`` auto takes eager and an explicit choice raises;
-- triton needs a GPU of compute capability 8.0 or newer, NVIDIA's driver and the extension built
-  (:mod:`fastdreamer.ops.gpu`); on any other GPU auto takes eager;
+- triton needs a GPU of compute capability 8.0 or newer, NVIDIA's driver, Triton 3.6 or newer and
+  the extension built (:mod:`fastdreamer.ops.gpu`); without them auto takes eager;
 - triton takes CPU tensors where Triton's interpreter is on (``TRITON_INTERPRET=1``, set before
   triton is imported; for tests, it is slow), but not under autocast to bfloat16, which it computes
   wrongly.

@@ -10,6 +10,8 @@ import torch
 
 OLDEST = (8, 0)
 """Compute capability from which the kernels can run: it brought bfloat16 matrix instructions."""
+OLDEST_TRITON = (3, 6)
+"""The oldest that the kernels were tried with; older ones come with PyTorch 2.9 and before."""
 
 
 def why_no_cuda() -> str | None:
@@ -43,6 +45,8 @@ def _why_no_kernels(ordinal: int, graphs: bool) -> str | None:
         return (
             f"{name} is of compute capability {_dotted(capability)}, triton needs {_dotted(OLDEST)}"
         )
+    if reason := _why_not_triton():
+        return reason
     if not graphs:  # launched one by one, by Triton's own launcher
         return None
     try:
@@ -54,6 +58,18 @@ def _why_no_kernels(ordinal: int, graphs: bool) -> str | None:
     except _native.DriverError as error:
         return str(error)
     return None
+
+
+def _why_not_triton() -> str | None:
+    try:
+        from fastdreamer.ops.triton.tiles import triton_version
+
+        version = triton_version()
+    except ImportError:  # what is missing an op says itself, and how to install it
+        return None
+    if version >= OLDEST_TRITON:
+        return None
+    return f"Triton is {_dotted(version)}, the kernels need {_dotted(OLDEST_TRITON)} or newer"
 
 
 def _dotted(version: tuple[int, int]) -> str:

@@ -18,6 +18,7 @@ from fastdreamer.machine.device import (
 from fastdreamer.ops import gpu
 from fastdreamer.ops.backend import OPS, BackendError, describe_kernels, kernel_choice
 from fastdreamer.ops.gpu import driver_state
+from fastdreamer.ops.triton import tiles
 from fastdreamer.training.checkpoint import list_checkpoints, list_snapshots, load_meta
 from fastdreamer.training.trainer import create_run, read_config
 
@@ -37,7 +38,7 @@ def forget(monkeypatch):
 def with_gpu(monkeypatch):
     """A machine whose torch has GPUs, as far as choices go: ``with_gpu(capability, ...)``."""
 
-    def make(*capabilities, driver=None, hip=None):
+    def make(*capabilities, driver=None, hip=None, triton=(3, 7)):
         def cuda_driver():
             if driver is not None:
                 raise _native.DriverError(driver)
@@ -52,6 +53,7 @@ def with_gpu(monkeypatch):
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(tiles, "triton_version", lambda: triton)
         monkeypatch.setattr(_native, "cuda_driver", cuda_driver)
 
     return make
@@ -90,6 +92,7 @@ OLD = "some GPU is of compute capability 7.5, triton needs 8.0"
 NOT_CAPABLE = {
     "old": (((7, 5),), {}, OLD),
     "rocm": (((9, 0),), {"hip": "6.4"}, "this PyTorch is built for ROCm 6.4, triton needs NVIDIA"),
+    "triton": (((9, 0),), {"triton": (3, 5)}, "Triton is 3.5, the kernels need 3.6 or newer"),
     "driver": (((9, 0),), {"driver": "the NVIDIA driver is too old"}, "the NVIDIA driver is too"),
 }
 
@@ -124,6 +127,11 @@ def test_auto_takes_eager_on_such_a_gpu(with_gpu, monkeypatch):
         op.select("triton", OnGPU())
     monkeypatch.setattr(OnGPU, "device", torch.device("cuda", 0))
     assert op.select("auto", OnGPU()) is not op.eager
+    with_gpu((9, 0), triton=(3, 5))
+    gpu._why_no_kernels.cache_clear()
+    assert op.select("auto", OnGPU()) is op.eager
+    with pytest.raises(BackendError, match=r"cannot run: Triton is 3\.5, the kernels need 3\.6"):
+        op.select("triton", OnGPU())
 
 
 def test_without_the_extension_graphs_cannot_be_replayed(with_gpu, monkeypatch):

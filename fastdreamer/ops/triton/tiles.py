@@ -191,8 +191,8 @@ in docs/gpu.md; ``since`` is of an entry of newer ones. No time was measured."""
 
 
 @functools.cache
-def _triton() -> tuple[int, int]:
-    """Version of the Triton that compiles."""
+def triton_version() -> tuple[int, int]:
+    """Of the Triton that compiles."""
     import triton
 
     major, minor = triton.__version__.split(".")[:2]
@@ -209,7 +209,7 @@ def choose(kind: Kind, rows: int, *, bf16: bool, arch: int, normed: bool = False
         and entry.bf16 == bf16
         and arch >= entry.arch
         and rows >= entry.rows
-        if _triton() >= entry.since
+        if triton_version() >= entry.since
     ]
     if not fitting:
         raise ValueError(f"triton kernels need a GPU of compute capability 8.0 or more, got {arch}")
