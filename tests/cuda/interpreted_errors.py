@@ -5,6 +5,8 @@ import re
 import warnings
 
 import pytest
+import standin
+import torch
 import toy
 from toy import check_forward, forward_inputs, run_forward
 
@@ -48,7 +50,7 @@ def test_an_error_of_every_single_call_is_one_error_and_leaks_nothing(bench, dri
     for i, name in enumerate(names):
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            driver.fail(i)
+            driver.fail(i, standin.INVALID_HANDLE)
             raised = []
             try:
                 scenario(bench, compare=False)
@@ -59,7 +61,7 @@ def test_an_error_of_every_single_call_is_one_error_and_leaks_nothing(bench, dri
             gc.collect()
         driver.fail(-1)
         messages = raised + [str(w.message) for w in warned]
-        text = f"{name}: CUDA_ERROR_OUT_OF_MEMORY: out of memory"
+        text = f"{name}: CUDA_ERROR_INVALID_HANDLE: some other error"
         if name == "cuModuleLoadData":  # which kernel, for what, and what the driver is
             versions = r"\(compiled for compute capability \d+\.\d, the driver is of CUDA \d+\.\d\)"
             assert re.fullmatch(rf"\w+: {text} {versions}", messages[0]), messages
@@ -72,11 +74,31 @@ def test_an_error_of_every_single_call_is_one_error_and_leaks_nothing(bench, dri
     scenario(bench)  # and all is well again
 
 
+@pytest.mark.parametrize("name", ["cuModuleLoadData", "cuGraphInstantiateWithFlags"])
+def test_what_torch_does_not_use_is_given_back_once(bench, driver, monkeypatch, name):
+    names = calls_of_scenario(bench, driver)
+    at = names.index(name)
+    since = names[:at][::-1].index("cuCtxPushCurrent_v2") + 1  # calls of what is made once more
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(name))
+    driver.fail(at)
+    scenario(bench)
+    assert emptied == [name]
+    driver.fail(at)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: driver.fail(since))
+    with pytest.raises(_native.DriverError, match=f"{name}: CUDA_ERROR_OUT_OF_MEMORY: out of"):
+        scenario(bench)
+    bench.graphs.clear()
+    gc.collect()
+    assert driver.live() == {}
+    scenario(bench)
+
+
 def test_after_an_error_in_the_middle_of_an_update_every_pointer_is_written(bench, driver):
     program = toy.forward(H, B)
     run_forward(bench, program, 0)
     inputs = bench.inputs(forward_inputs(1))
-    driver.fail(3)  # the third node
+    driver.fail(3, standin.INVALID_HANDLE)  # the third node
     with pytest.raises(_native.DriverError, match="cuGraphExecKernelNodeSetParams_v2"):
         bench.run(program, inputs)
     run_forward(bench, program, 2)

@@ -34,7 +34,7 @@ FAULTS = (
     "wrong scalar", "swap pointers", "short grid", "repeat node", "shift pointer",
     "hidden pointer",
 )  # fmt: skip
-OUT_OF_MEMORY = 2
+OUT_OF_MEMORY, INVALID_HANDLE = 2, 400
 SMALL = Sizes(A=2, D=20, S=6, E=24, hidden=24, units=24, reward_layers=1, critic_layers=1,
               actor_layers=1, activation="elu")  # fmt: skip
 """A model that the interpreter gets through in seconds, with remainders in its blocks."""

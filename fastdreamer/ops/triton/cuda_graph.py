@@ -216,9 +216,11 @@ class Graphs:
                     f"{launch.kernel.name} is not loaded, and CUDA loads nothing while a graph is "
                     "captured: make the same call once before the capture"
                 )
-            kernel = self._kernels[key] = _native.CudaKernel(
-                device=device, name=made.name, image=made.image, kinds=list(made.kinds),
-                hidden=made.hidden, threads=made.threads, shared_bytes=made.shared_bytes,
+            kernel = self._kernels[key] = _with_memory(
+                lambda: _native.CudaKernel(
+                    device=device, name=made.name, image=made.image, kinds=list(made.kinds),
+                    hidden=made.hidden, threads=made.threads, shared_bytes=made.shared_bytes,
+                )
             )  # fmt: skip
         return kernel
 
@@ -235,8 +237,8 @@ class _Graph:
 
     def replay(self, given: Mapping[str, Tensor]) -> None:
         tensors = {**given, **self._scratch}
-        addresses = [tensors[name].data_ptr() for name in self._names]
-        self.loop.replay(addresses, self._stream())
+        addresses, stream = [tensors[name].data_ptr() for name in self._names], self._stream()
+        _with_memory(lambda: self.loop.replay(addresses, stream))
 
     def _stream(self) -> int:
         if self._device.type != "cuda":
@@ -247,6 +249,20 @@ class _Graph:
             for tensor in self._scratch.values():  # freed, it must not be reused before its end
                 tensor.record_stream(stream)
         return stream.cuda_stream
+
+
+def _with_memory(call: Callable[[], Any]) -> Any:
+    """What a call returns; it is made once more if the driver has no memory for it.
+
+    Kernels and graphs are allocated outside torch, which may hold the memory and not use it.
+    """
+    try:
+        return call()
+    except RuntimeError as error:
+        if "CUDA_ERROR_OUT_OF_MEMORY" not in str(error):
+            raise
+    torch.cuda.empty_cache()
+    return call()
 
 
 def _argument(value: Value, places: Mapping[str, int], depths: Mapping[str, int]) -> Any:
