@@ -6,6 +6,7 @@ With ``config.agent == "planet"`` it is PlaNet: the same world model, and a plan
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import torch
@@ -299,20 +300,24 @@ class Dreamer(Policy):
             parts, named, metrics = self.ranks.exchange(
                 itertools.chain(*networks.values()), found.parts, found.named, found.metrics
             )
-            for name, value in (parts | named).items():
-                _check_finite(f"{name} loss", value)
             for name, params in networks.items():
                 norms[name] = nn.utils.clip_grad_norm_(params, self.config.optim.clip)
-                _check_finite(f"gradient of the {name} loss", norms[name])
+            _check_finite(
+                {f"{name} loss": value for name, value in (parts | named).items()}
+                | {f"gradient of the {name} loss": norm for name, norm in norms.items()}
+            )
             with nvtx.annotate("optimizer"):
                 for name in found.named:
                     optimizers[name].step()
         return metrics | {f"{name}_grad_norm": norm for name, norm in norms.items()}
 
 
-def _check_finite(name: str, value: Tensor) -> None:
-    if not capturing(value.device) and not torch.isfinite(value):
-        raise NonFiniteLoss(name, value.item())
+def _check_finite(values: dict[str, Tensor]) -> None:
+    """Raise for the first that is not finite."""
+    if not capturing(next(iter(values.values())).device):
+        for name, value in _numbers(values).items():
+            if not math.isfinite(value):
+                raise NonFiniteLoss(name, value)
 
 
 def _numbers(metrics: dict[str, Tensor]) -> dict[str, float]:

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from fastdreamer.config import ConfigError, preset
 from fastdreamer.learning.dreamer import Dreamer, NonFiniteLoss
@@ -287,6 +288,22 @@ def test_the_first_loss_to_go_is_named(parameter, named):
     agent.get_parameter(parameter).data.fill_(float("nan"))
     with pytest.raises(NonFiniteLoss, match=f"^{named} became nan$"):
         agent.update(make_batch(("state",)), agent.make_optimizers(), seeded())
+
+
+def test_a_phase_waits_for_the_device_once():
+    """All that it checks is read in one transfer; behind the phases come the metrics."""
+
+    class Reads(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func.__name__ in ("tolist", "item", "__bool__", "__float__", "__int__"):
+                found.append(func.__name__)
+            return func(*args, **kwargs or {})
+
+    agent, found = make_agent(), []
+    batch, optimizers = make_batch(("state",)), agent.make_optimizers()
+    with Reads():
+        agent.update(batch, optimizers, seeded())
+    assert found == ["tolist"] * 3
 
 
 def test_bfloat16_is_within_five_percent():
