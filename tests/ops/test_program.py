@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastdreamer.ops.triton.cuda_graph import GRAPHS
 from fastdreamer.ops.triton.program import Kernel, Launch, Loop, Program, Slot, index
 from fastdreamer.ops.triton.run import run
 
@@ -88,8 +89,6 @@ def test_what_is_compiled_follows_from_the_arguments():
 
 
 def test_a_graph_needs_a_cuda_device():
-    from fastdreamer.ops.triton.cuda_graph import GRAPHS
-
     with pytest.raises(ValueError, match="p: a CUDA graph needs CUDA tensors, got cpu"):
         GRAPHS.run(Program("p", [X], [launch()]), {"x": torch.zeros(4, 3)})
 
@@ -120,3 +119,25 @@ def test_run_takes_cpu_tensors_launch_by_launch(monkeypatch):
     assert second["x"].data_ptr() == outputs["y"][1].data_ptr()
     assert (first["n"], second["n"], first["C"], first["num_warps"]) == (0, 1, 8, 2)
     assert first["enable_fp_fusion"] is True
+
+
+def test_inputs_are_checked_once(monkeypatch):
+    """By what runs the program: launch by launch, a graph, or the launches of a capture."""
+    checked, taken, check = [], [], Program.check
+    counted = lambda self, inputs: checked.append(inputs) or check(self, inputs)  # noqa: E731
+    monkeypatch.setattr(Program, "check", counted)
+    program, given = Program("p", [X], []), {"x": torch.zeros(4, 3)}
+    run(program, given)
+    assert checked == [given]
+    with pytest.raises(ValueError, match=r"p: inputs must be \['x'\], got \[\]"):
+        run(program, {})
+    checked.clear()
+    with pytest.raises(ValueError, match="a CUDA graph needs CUDA tensors"):
+        GRAPHS.run(program, given)
+    assert checked == [given]
+    for name in ("run", "enqueue"):
+        monkeypatch.setattr(GRAPHS, name, lambda *_, name=name: taken.append(name))
+        capturing = lambda _, name=name: name == "enqueue"  # noqa: E731
+        monkeypatch.setattr("fastdreamer.ops.triton.run.capturing", capturing)
+        run(program, {"x": SimpleNamespace(is_cuda=True, device=torch.device("cuda"))})
+    assert checked == [given] and taken == ["run", "enqueue"]

@@ -312,6 +312,26 @@ def test_under_the_interpreter(name):
     assert run_self(name) == "triton"
 
 
+def test_a_call_does_not_ask_for_its_parameters_one_by_one(monkeypatch):
+    """Which a host would do in every call; nothing is launched here."""
+    from fastdreamer.ops.triton import rollout
+
+    asked, parameters = [], rollout.Call.parameters
+    counted = lambda call: asked.append(1) or parameters(call)  # noqa: E731
+    monkeypatch.setattr(rollout.Call, "parameters", counted)
+
+    def nothing(program, inputs):
+        outputs = program.of_kind("output")
+        return {slot.name: torch.zeros(slot.shape, dtype=slot.dtype) for slot in outputs}
+
+    monkeypatch.setattr(rollout, "run", nothing)
+    x = testing.imagine_inputs(SMALL, 2, 3, heads=True)
+    call = rollout.Call("imagine", x["params"], x["actor"], x["returns"])
+    noises = {name: x[name] for name in ("state_noise", "action_noise")}
+    found = call(**rollout.start_of(x["start"]), **noises)
+    assert found["returns"].shape == (2, 3) and len(asked) <= 3
+
+
 def main(checks: dict, name: str) -> None:
     """That process; what a program has not written yet is NaN."""
     from interpreter import correct_bfloat16

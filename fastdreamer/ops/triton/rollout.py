@@ -515,13 +515,13 @@ def _outputs(spec: _Spec) -> list[str]:
 class _Rollout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, spec, names, results, *tensors):
-        given = dict(zip(names, tensors, strict=True))
-        inputs = call.inputs({n: t for n, t in given.items() if n not in call.parameters()})
+        given, parameters = dict(zip(names, tensors, strict=True)), call.parameters()
+        inputs = call.inputs({n: t for n, t in given.items() if n not in parameters})
         found = run(forward_program(spec), inputs)
         shown = _shown(found)
         ctx.set_materialize_grads(False)
         ctx.spec, ctx.names = spec, names
-        groups = {g: set(parameters) for g, parameters in call.groups.items()}
+        groups = call.groups
         needs = dict(zip(names, ctx.needs_input_grad[4:], strict=True))
         ctx.needs = needs
         ctx.wants = _Wants(
