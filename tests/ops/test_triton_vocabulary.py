@@ -21,6 +21,7 @@ from fastdreamer.ops.decide import decide
 from fastdreamer.ops.layers import MLPParams, Norm
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.params import Begin, Categorical, OneHot, StdTransform, two_hot
+from fastdreamer.ops.triton.program import Launch
 from fastdreamer.testing import Sizes
 
 # remainders of every block; several blocks of columns; two blocks of rows
@@ -161,8 +162,22 @@ def check_gumbel() -> None:
     check_ties()
 
 
+def each_block(_, rows: int, depth: int, programs: int) -> tuple[int, int]:
+    """In the place of ``Builder._splits``: in parts, which else only many rows are."""
+    return -(-rows // depth), depth
+
+
 def check_learned_start() -> None:
-    """Of both halves of the state, and of one; its mode with a gradient and without."""
+    """Of both halves of the state, and of one; its mode with a gradient and without.
+
+    Its own gradient in parts, too.
+    """
+    from fastdreamer.ops.triton import build
+
+    inputs = make_inputs("observe", ROWS, 3, 11)
+    inputs["is_first"][::2, ::3] = True
+    with mock.patch.object(build.Builder, "_splits", each_block):
+        check("observe", on_device(Style(begin=True).apply(observe, inputs)))
     for style, sizes, reset, through in (
         (V3, LATENTS, "all", True),
         (V3, LATENTS, "state", False),
@@ -378,11 +393,29 @@ def check_layers_apart() -> None:
     check("imagine", built("imagine", WIDE, 2, 17, 0, deter_first=False, **apart))
     inputs = built("rssm_step", SMALL, 1, 35, 0, kind="layer")
     gru = inputs["params"].gru._replace(norm=None, bias=None, gates="ucr")
-    each = lambda _, rows, depth, programs: (-(-rows // depth), depth)  # noqa: E731
-    with mock.patch.object(build.Builder, "_splits", each):
+    with mock.patch.object(build.Builder, "_splits", each_block):
         check("rssm_step", inputs | {"params": inputs["params"]._replace(gru=gru)})
     inputs = built("open_loop", SMALL._replace(units=64, D=64), 2, 17, None, bias=False, kind=None)
     check("open_loop", inputs, bf16=True)
+
+
+def test_a_learned_start_has_its_gradient_in_parts():
+    """Of few columns: one program after another would read all rows."""
+    from fastdreamer.ops.triton import before, layout, weights
+    from fastdreamer.ops.triton import observe as module
+    from fastdreamer.ops.triton.build import Precision
+
+    params, _, _ = testing.make_params(SMALL)
+    spec = module._Spec(
+        50, 50, Precision(True, 90), layout.step_shape(params, posterior=True),
+        layout.prior_shape(params), layout.embed_shape(params), True, True, ("deter", "stoch"),
+    )  # fmt: skip
+    wants = module._Wants(False, False, False)
+    launches = module.backward_program(spec, wants, frozenset({"deter"})).body
+    found = [x for x in launches if isinstance(x, Launch)]
+    kernels = [x.kernel.fn for x in found]
+    assert kernels[-4:] == [before.begin_gradient_kernel, weights.sum_kernel] * 2
+    assert [x.grid for x in found[-4::2]] == [(1, 20, 1)] * 2  # 128 of 2500 rows each
 
 
 QUICK = {

@@ -68,23 +68,29 @@ def begin_backward_kernel(
     tl.store(d_state + at, total, mask=goes_on)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "share"])
 def begin_gradient_kernel(
     first,
     d_out,
-    d_begin,  # [WIDTH], written
+    d_begin,  # [splits, WIDTH], written
     rows,
+    share,  # rows of a split, a multiple of ROWS
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Σ over the rows where an episode begins, in order."""
+    """Σ over the rows where an episode begins, in order; each split sums its share."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    split = tl.program_id(1).to(tl.int64)
+    begin = split * share
+    left = (tl.minimum(begin + share, rows) - begin).to(tl.int32)
+    first += begin
+    d_out += begin * WIDTH
     row = tl.arange(0, ROWS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, rows, ROWS):
+    for start in range(0, left, ROWS):
         at = (start + row).to(tl.int64)
-        begins = (at < rows) & (tl.load(first + at, mask=at < rows, other=0) != 0)
+        begins = (at < left) & (tl.load(first + at, mask=at < left, other=0) != 0)
         mask = begins[:, None] & (column < WIDTH)[None, :]
         total += tl.load(d_out + at[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
-    tl.store(d_begin + column, tl.sum(total, 0), mask=column < WIDTH)
+    tl.store(d_begin + split * WIDTH + column, tl.sum(total, 0), mask=column < WIDTH)

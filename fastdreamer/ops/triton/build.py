@@ -544,6 +544,19 @@ class Builder:
         )  # fmt: skip
         self._sum_parts(of_weight, of_bias, splits=splits)
 
+    def begin_gradient(self, name: str, first: Arg, d_out: Arg, rows: int, size: int) -> None:
+        """The output for the input ``name``, what episodes begin with; a sum in a fixed order."""
+        tiles_out = -(-size // before.COLUMNS)
+        splits, share = self._splits(rows, before.ROWS, tiles_out)
+        found = parts, _ = self._parts(name, (1, size), splits)
+        self.launch(
+            before.begin_gradient_kernel,
+            (tiles_out, splits),
+            {"first": first, "d_out": d_out, "d_begin": parts, "rows": rows, "share": share},
+            {"WIDTH": size, "ROWS": before.ROWS, "COLUMNS": before.COLUMNS},
+        )
+        self._sum_parts(found, splits=splits)
+
     @staticmethod
     def _splits(rows: int, depth: int, programs: int) -> tuple[int, int]:
         """Into how many splits a sum over rows is divided, and the rows of each.

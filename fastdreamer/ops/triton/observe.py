@@ -223,7 +223,8 @@ def backward_program(spec: _Spec, wants: _Wants, given: frozenset[str]) -> Progr
                 d_state.at(t * B * size), B, size,
             )  # fmt: skip
     for name in spec.learned:
-        _begin_gradient(b, name, is_first.at(0), d_taken[name].at(0), rows, spec.sizes[name])
+        begin = f"begin.{name}", is_first.at(0), d_taken[name].at(0)
+        b.begin_gradient(*begin, rows, spec.sizes[name])
     if d_zeroed is not d_bounded:
         _begin_backward(b, is_first.at(0), d_zeroed.at(0), d_bounded.at(0), rows, A)
     if step.bound:
@@ -281,18 +282,6 @@ def _begin_backward(b: Builder, first: Arg, d_out: Arg, d_state: Arg, rows: int,
         {"first": first, "d_out": d_out, "d_state": d_state, "size": rows * size},
         {"WIDTH": size, "BLOCK": before.BLOCK},
     )
-
-
-def _begin_gradient(b: Builder, name: str, first: Arg, d_out: Arg, rows: int, size: int) -> None:
-    b.launch(
-        before.begin_gradient_kernel,
-        (-(-size // before.COLUMNS),),
-        {
-            "first": first, "d_out": d_out, "rows": rows,
-            "d_begin": b.slot(f"d_begin.{name}", (1, size), "output"),
-        },
-        {"WIDTH": size, "ROWS": before.ROWS, "COLUMNS": before.COLUMNS},
-    )  # fmt: skip
 
 
 def _prior_head(step: StepShape | StagedShape, *std: Arg, of: str = "") -> dict[str, Any]:
