@@ -418,6 +418,32 @@ def test_a_learned_start_has_its_gradient_in_parts():
     assert [x.grid for x in found[-4::2]] == [(1, 20, 1)] * 2  # 128 of 2500 rows each
 
 
+def test_a_block_of_a_row_has_a_column_for_each_thread():
+    """A gradient that is loaded and stored in its place is one thread's alone."""
+    from fastdreamer.ops.triton import blocks, layout
+    from fastdreamer.ops.triton import observe as module
+    from fastdreamer.ops.triton.build import Precision
+
+    inputs = make_inputs("observe", SMALL._replace(D=64), 2, 3)
+    params = test_blocks_native.Style(2).apply(observe, inputs)["params"]
+    step = layout.step_shape(params, posterior=True)
+    assert [layer.width for layer in step.layers] == [64, 192]
+    spec = module._Spec(
+        2, 3, Precision(False, 90), step, layout.prior_shape(params), layout.embed_shape(params),
+        True, True,
+    )  # fmt: skip
+    wants, given = module._Wants(True, True, True), frozenset(module.outputs(step))
+    programs = module.forward_program(spec), module.backward_program(spec, wants, given)
+    kernels = {
+        *(blocks.activation_kernel, blocks.activation_backward_kernel),
+        *(blocks.gates_kernel, blocks.gates_backward_kernel),
+    }
+    launches = [launch for program in programs for launch, _ in program.launches()]
+    found = [launch.kernel for launch in launches if launch.kernel.fn in kernels]
+    assert {kernel.fn for kernel in found} == kernels
+    assert all(kernel.constants["BN"] >= 32 * kernel.options["num_warps"] for kernel in found)
+
+
 QUICK = {
     name.removeprefix("check_"): function
     for name, function in list(globals().items())

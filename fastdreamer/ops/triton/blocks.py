@@ -32,6 +32,8 @@ from fastdreamer.ops.triton.device import (
 from fastdreamer.ops.triton.weights import add_rows
 
 COLUMNS = 1024  # of a block of a row, at most
+THREADS = 128  # of its program, and so columns at least: else several threads have one of them, and
+# one may load a gradient in whose place another has stored already
 
 
 @triton.jit

@@ -531,4 +531,4 @@ def _tile_constants(tile: build.tiles.Tile) -> dict[str, int]:
 
 def _columns(width: int) -> int:
     """Of a block of a row so wide: a power of two."""
-    return min(blocks.COLUMNS, build.power_of_two(width))
+    return min(blocks.COLUMNS, max(blocks.THREADS, build.power_of_two(width)))
