@@ -96,8 +96,9 @@ class GymTask:
         return float(reward), bool(terminated), bool(over and not terminated)
 
     def state(self) -> np.ndarray:
-        """The observation, flattened: float32 [state_size]."""
-        return np.asarray(self._seen, np.float32).ravel()
+        """The observation, flattened: float32 [state_size], a fresh array."""
+        # A copy: the environment may write its next observation into the same array.
+        return np.array(self._seen, np.float32).ravel()
 
     def render(self, height: int, width: int) -> np.ndarray:
         """The observation where it is an image, else the scene, resized: uint8 [height, width, 3].

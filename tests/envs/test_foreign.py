@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastdreamer.acting.parts import acting_parts
+from fastdreamer.acting.play import collect
 from fastdreamer.cli import main
 from fastdreamer.config import ConfigError, preset
 from fastdreamer.envs import canonical_task, make_env
@@ -47,7 +48,18 @@ class Line(gymnasium.Env):
     def render(self):
         return np.full((20, 30, 3), int(abs(self.x) * 10), np.uint8)
 
+class Reused(Line):
+    # its observations are one array, which it writes again and again
+    seen = None
+    def _see(self):
+        now = super()._see().astype(self.observation_space.dtype)
+        self.seen = now if self.seen is None else self.seen
+        self.seen[...] = now
+        return self.seen
+
 def line(): return Line()
+def reused(): return Reused(spaces.Box(-9, 9, (1,), np.float32))
+def reused_images(): return Reused(spaces.Box(0, 255, (64, 64, 3), np.uint8))
 def images(): return Line(spaces.Box(0, 255, (32, 32, 1), np.uint8))
 def choices(): return Line(actions=spaces.Discrete(2))
 def endless(): return Line(actions=spaces.Box(-np.inf, np.inf, (1,), np.float32))
@@ -114,6 +126,21 @@ def test_observed_images_are_resized_and_grey_becomes_rgb(module):
     assert (pixels == pixels[0, 0, 0]).all()
     with pytest.raises(ValueError, match="observations are images; obs must be pixels, not state"):
         make_env("line_of_mine:images", obs="state")
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "rise"), [("reused", "state", 0.5), ("reused_images", "pixels", 5)]
+)
+def test_an_observation_stays_what_it_was_where_the_environment_reuses_its_array(
+    module, task, kind, rise
+):
+    env = make_env(f"line_of_mine:{task}", obs=kind, action_repeat=1)
+    seen = []
+    policy = lambda obs: seen.append(obs[kind]) or np.full(1, -0.25, np.float32)  # noqa: E731
+    arrays, frames = collect(env, policy, seed=3)  # in its units the action is 0.5
+    rows = arrays[kind].reshape(frames + 1, -1)[:, 0].astype(float)
+    assert frames >= 5 and np.allclose(np.diff(rows), rise, atol=1e-6)
+    assert all(np.array_equal(*pair) for pair in zip(seen, arrays[kind], strict=False))
 
 
 @pytest.mark.parametrize(
