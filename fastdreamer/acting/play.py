@@ -95,8 +95,8 @@ def episode_seed(seed: int, purpose: str, index: int) -> int:
     return int(np.random.SeedSequence([seed, kind, index]).generate_state(1)[0])
 
 
-def random_policy(action_dim: int, seed: int) -> Act:
-    """Uniform actions in [-1, 1]."""
+def random_policy(action_dim: int, seed: int | tuple[int, ...]) -> Act:
+    """Uniform actions in [-1, 1], drawn from ``numpy.random.default_rng(seed)``."""
     rng = np.random.default_rng(seed)
     return lambda obs: rng.uniform(-1, 1, action_dim).astype(np.float32)
 

@@ -234,7 +234,10 @@ class Player:
         played = []
         for episode in batch:
             seed, count = episode_seed(self._config.seed, "collect", episode), self._violations()
-            policy = random_policy(self.action_dim, seed)
+            # Of one seed gymnasium makes the very generator that the actions are drawn from: they
+            # would repeat what the environment has drawn. The suite's is of another kind.
+            own = (seed, 1) if is_foreign(self._config.env.task) else seed
+            policy = random_policy(self.action_dim, own)
             arrays, frames = collect(self._envs[0], policy, seed, self._watching(count))
             played.append(
                 self._write(episode, arrays, frames, safety_rates(count, None), random=True)

@@ -16,7 +16,9 @@ from fastdreamer.config import ConfigError, preset
 from fastdreamer.envs import canonical_task, make_env
 from fastdreamer.learning import losses
 from fastdreamer.learning.dreamer import Dreamer
+from fastdreamer.training.episodes import episode_path, read_episode
 from fastdreamer.training.trainer import Trainer
+from fastdreamer.training.worker import Player, Share
 
 pytest.importorskip("gymnasium")
 
@@ -182,6 +184,24 @@ def test_our_tasks_are_gymnasium_s():
     assert theirs.render() is None
     with pytest.raises(ValueError, match="render_mode must be rgb_array or None"):
         gymnasium.make("fastdreamer/walker-walk-v0", render_mode="ansi")
+
+
+@pytest.mark.parametrize("task", ["gym:Pendulum-v1", "walker-walk"])
+def test_random_actions_are_no_draws_of_the_environment(task, tmp_path):
+    """The suite draws from another kind of generator, and its actions are what they always were."""
+    from gymnasium.utils import seeding
+
+    tiny = preset("tiny")
+    config = dataclasses.replace(tiny, env=dataclasses.replace(tiny.env, task=task))
+    player = Player(config, tmp_path, 1, lambda: None)
+    player.play(Share(random=True, batches=[[0, 1]]), {})
+    for episode in (0, 1):
+        arrays, meta = read_episode(episode_path(tmp_path, episode))
+        count = len(arrays["action"]) - 1
+        theirs, _ = seeding.np_random(meta["seed"])
+        drawn = theirs.uniform(-1, 1, (count, player.action_dim)).astype(np.float32)
+        same = np.isin(arrays["action"][1:], drawn)
+        assert not same.any() if task.startswith("gym:") else same.all()
 
 
 # ---- ends are learned
