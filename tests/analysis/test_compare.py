@@ -104,6 +104,21 @@ def test_planet_collects_and_is_evaluated_with_its_planner(tmp_path):
     assert (row["method"], float(row["return_mean"])) == ("planet", value)
 
 
+@pytest.mark.parametrize("method", ["dreamer", "planet"])
+def test_on_a_task_from_outside_the_suite_ends_are_learned(tmp_path, method):
+    """As in a run of `fastdreamer train`; on the suite's own they are not."""
+    pytest.importorskip("gymnasium")
+    few = {"frames": 100, "eval_every": 100, "eval_episodes": 1}
+    for task, ends in (("gym:Pendulum-v1", True), ("walker-stand", False)):
+        settings = dataclasses.replace(TINY, task=task, **few)
+        run(tmp_path / task, settings, [method])
+        directory = tmp_path / task / f"{method}-seed0"
+        config = json.loads((directory / "run" / "config.json").read_text())
+        assert config["model"]["discount"] is ends
+        agent = load(*directory.glob("stage-*.safetensors"))
+        assert (agent.discount_params() is not None) is ends
+
+
 # ------------------------------------------------------------------------- model-free
 
 

@@ -27,7 +27,7 @@ from fastdreamer.machine.device import resolve_threads
 from fastdreamer.training.checkpoint import list_checkpoints
 from fastdreamer.training.logger import Progress, read_metrics
 from fastdreamer.training.pretrained import load
-from fastdreamer.training.trainer import Stopped, Trainer, create_run
+from fastdreamer.training.trainer import Stopped, Trainer
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,7 @@ class WorldModelRun:
         self.config = dataclasses.replace(config, agent=training).validate()
 
     def train(self, before: Stage | None, until: int) -> Stage:
-        if not (self.run_dir / "config.json").exists():
-            create_run(self.run_dir, self.config)
-        trainer = Trainer(self.run_dir, self.config)
+        trainer = Trainer(self.run_dir, self.config)  # makes the run where there is none
         trainer.train(until=until)
         newest = list_checkpoints(self.run_dir / "checkpoints")[-1]
         name = f"stage-{trainer.env_frames:09d}{newest.suffix}"
