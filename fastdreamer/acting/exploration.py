@@ -100,15 +100,16 @@ class Explorer(nn.Module):
         return self.target_critics or self.critics
 
     def member_returns(
-        self, feat: Tensor, next_value: Tensor | None, discount: MLPParams | None = None
+        self, feat: Tensor, next_value: Tensor | None, discount: Tensor | None = None
     ) -> Tensor:
-        """The λ-returns G_0..G_{H−1} of every member, [M, H, B], with gradient to feat alone.
+        """The λ-returns G_0..G_{H−1} of every member, [M, H, B], with gradient to feat and discount
+        alone.
 
         Args:
             feat: [H, B, F] of states 1..H.
             next_value: [H, B], the values of these states that all members share; not needed
                 where there is an ensemble of critics.
-            discount: the continuation head, frozen, or None: γ alone.
+            discount: [H, B], γ·P(the episode goes on) in these states, or None: γ alone.
         """
         M, (H, B) = self.rewards.members, feat.shape[:2]
         reward = self.rewards(feat, frozen=True).squeeze(-1).to(feat.dtype)  # [M, H, B]
@@ -118,10 +119,9 @@ class Explorer(nn.Module):
             value = next_value.expand(M, H, B)
         # λ-returns run along H and know one batch: lay the members side by side.
         wide = lambda x: x.transpose(0, 1).reshape(H, M * B)  # noqa: E731
-        factor = predicted_discount(discount, self.behavior.gamma, feat)
-        if factor is None:
-            factor = torch.full_like(reward[0], self.behavior.gamma)
-        factor = factor.expand(M, H, B)
+        if discount is None:
+            discount = torch.full_like(reward[0], self.behavior.gamma)
+        factor = discount.expand(M, H, B)
         total = lambda_return(wide(reward), wide(value), wide(factor), self.behavior.lam)
         return total.view(H, M, B).transpose(0, 1)
 
@@ -145,7 +145,8 @@ class Explorer(nn.Module):
                 total = self.rewards(feat).squeeze(-1).to(feat.dtype).sum(1)  # [M, B]
             else:
                 value = critic.number(feat) if self.values is None else None
-                total = self.member_returns(feat, value, discount)[:, 0]
+                going = predicted_discount(discount, self.behavior.gamma, feat)
+                total = self.member_returns(feat, value, going)[:, 0]
             return upper_bound(total, beta)
 
         return score

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdreamer.acting.policy import Policy
+from fastdreamer.config import BehaviorConfig
 from fastdreamer.learning import losses
 from fastdreamer.learning.learner import Learner, Losses
 from fastdreamer.machine import nvtx
@@ -28,6 +29,7 @@ class Dream(NamedTuple):
     ahead: Imagination  # states 1..H, actions, rewards, values and λ-returns
     weights: Tensor  # [H, 1] or [H, B], of states 0..H−1 in the losses
     scale: Tensor | float  # the returns are divided by it for the actor
+    ended: Tensor | None  # bool [B], whether a start is an end; None where ends are not predicted
 
     @property
     def feat(self) -> Tensor:
@@ -60,7 +62,9 @@ class BehaviorLearner(Learner):
                 *noise,
                 returns=agent.return_params(),
             )
-        return Dream(start, noise, ahead, self._weights(ahead, batch), self._scale(ahead.returns))
+        ended = None if ahead.discount is None else batch["terminated"].flatten()  # [T·B]
+        weights = state_weights(agent.config.behavior, ahead.returns, ahead.discount, ended)
+        return Dream(start, noise, ahead, weights, self._scale(ahead.returns), ended)
 
     def losses(self, dream: Dream, *, health: bool = False) -> Losses:
         """The actor: up the returns, and to entropy where that is asked for. The critic: towards
@@ -97,19 +101,6 @@ class BehaviorLearner(Learner):
         with self.agent.autocast():
             return critic(feat).to(feat.dtype), critic.readout
 
-    def _weights(self, ahead: Imagination, batch: dict[str, Tensor]) -> Tensor:
-        """What the states 0..H−1 count: 1 or γ^t, and the chance to get there at all."""
-        behavior, returns = self.agent.config.behavior, ahead.returns
-        H, gamma = len(returns), behavior.gamma
-        weights = torch.ones(H, 1, device=returns.device)
-        if behavior.discount_weights:
-            t = torch.arange(H, device=returns.device, dtype=torch.float32)
-            weights = gamma ** t[:, None]
-        if ahead.discount is not None:
-            ended = batch["terminated"].flatten()  # [T·B]
-            weights = weights * losses.survival_weights(ahead.discount, ended, gamma)
-        return weights
-
     def _scale(self, returns: Tensor) -> Tensor | float:
         """max(1, running range of the returns), as in DreamerV3; 1 when not asked for."""
         if not self.agent.config.behavior.return_norm:
@@ -131,6 +122,30 @@ class BehaviorLearner(Learner):
             "actor_std": dist.std.mean(),
             "action_saturated": (dream.ahead.action.abs() > SATURATED).float().mean(),
         }
+
+
+def state_weights(
+    behavior: BehaviorConfig, returns: Tensor, discount: Tensor | None, ended: Tensor | None
+) -> Tensor:
+    """What the states 0..H−1 of an imagination count: 1 or γ^t, and the chance to get there at all.
+
+    Args:
+        behavior: whether they are discounted, and by which γ.
+        returns: [H, B], of that imagination.
+        discount: γ·p of its states 1..H, [H, B], or None: ends are not predicted.
+        ended: with it bool [B], whether a start is an end already.
+
+    Returns:
+        [H, 1], or with a discount [H, B]; no gradient flows into them.
+    """
+    H, gamma = len(returns), behavior.gamma
+    weights = torch.ones(H, 1, device=returns.device)
+    if behavior.discount_weights:
+        t = torch.arange(H, device=returns.device, dtype=torch.float32)
+        weights = gamma ** t[:, None]
+    if discount is not None:
+        weights = weights * losses.survival_weights(discount, ended, gamma)
+    return weights
 
 
 def entropy_bonus(agent: Policy, actor: Actor, feat: Tensor, noise: Tensor) -> Tensor:

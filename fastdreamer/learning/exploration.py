@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from fastdreamer.acting.exploration import Explorer, spread, upper_bound
 from fastdreamer.learning import losses
-from fastdreamer.learning.behavior import Dream, entropy_bonus
+from fastdreamer.learning.behavior import Dream, entropy_bonus, state_weights
 from fastdreamer.learning.learner import Learner, Losses
 from fastdreamer.machine import nvtx
-from fastdreamer.ops.imagine import imagine
+from fastdreamer.ops.imagine import imagine, predicted_discount
 from fastdreamer.ops.layers import MLPParams
 from fastdreamer.ops.params import ActorParams, Readout, RSSMParams, State, scalar
 
@@ -53,7 +53,7 @@ class ExplorerLearner(Learner):
             # Without actor and critics its reward heads suffice.
             if explorer.actor is not None or explorer.critics is not None:
                 # Critics of a planner that is the optimist learn from the greedy actor's dreams.
-                before, returns = imagine_members(
+                before, returns, discount = imagine_members(
                     explorer,
                     agent.model.rssm.params().detach(),
                     (explorer.actor or agent.actor).params(),
@@ -63,17 +63,20 @@ class ExplorerLearner(Learner):
                     agent.discount_params(),
                     agent.critic.readout,
                 )
+                # How far its own actions let it come, not the greedy actor's.
+                behavior = agent.config.behavior
+                weights = state_weights(behavior, returns[0], discount, dream.ended)
                 metrics["explore_return"] = returns.mean()
                 metrics["explore_spread"] = spread(returns.detach()).mean()
             if explorer.critics is not None:
-                loss = critic_loss(explorer, before, returns, dream.weights)
+                loss = critic_loss(explorer, before, returns, weights)
                 named["critics"] = agent.config.behavior.value_scale * loss
         if explorer.actor is not None:
             bound = upper_bound(returns, explorer.beta)
             bonus = None
             if agent.config.behavior.entropy:
                 bonus = entropy_bonus(agent, explorer.actor, before, dream.noise[1])
-            named["explorer"] = losses.actor_loss(bound, dream.weights, dream.scale, bonus)
+            named["explorer"] = losses.actor_loss(bound, weights, dream.scale, bonus)
         metrics |= {f"{name}_loss": loss for name, loss in named.items()}
         return Losses(named, metrics)
 
@@ -117,7 +120,7 @@ def imagine_members(
     critic: MLPParams,
     discount: MLPParams | None = None,
     value_as: Readout = Readout(),  # noqa: B008 (immutable)
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Imagine an actor's trajectories and value them as every member would.
 
     Args:
@@ -128,12 +131,14 @@ def imagine_members(
         value_as: how the critic's outputs say its value.
 
     Returns:
-        Features of states 0..H−1, [H, B, F], and returns G_0..G_{H−1}, [M, H, B].
+        Features of states 0..H−1, [H, B, F], returns G_0..G_{H−1}, [M, H, B], and γ·P(the episode
+        goes on) in states 1..H, [H, B], or None without a head for it.
     """
     dream = imagine(rssm, actor, start, *noise)
     ahead = State(dream.deter, dream.stoch).feat
     value = None
     if explorer.values is None:
         value = scalar(critic, value_as, ahead)
+    going = predicted_discount(discount, explorer.behavior.gamma, ahead)
     before = torch.cat([start.feat[None], ahead[:-1]])
-    return before, explorer.member_returns(ahead, value, discount)
+    return before, explorer.member_returns(ahead, value, going), going

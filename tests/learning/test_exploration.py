@@ -20,6 +20,7 @@ from fastdreamer.learning.exploration import imagine_members, reward_loss
 from fastdreamer.nn import MLP, Ensemble
 from fastdreamer.ops.backend import last_backend, use_backend
 from fastdreamer.ops.cem import cem
+from fastdreamer.ops.imagine import predicted_discount
 from fastdreamer.ops.lambda_return import lambda_return
 from fastdreamer.ops.layers import MLPParams, mlp
 from fastdreamer.ops.open_loop import open_loop
@@ -125,8 +126,9 @@ def test_every_member_has_its_own_lambda_return(critics, ends):
     explorer, H = agent.explorer, 4
     feat = torch.randn(H, B, 20, generator=seeded())
     value = torch.randn(H, B, generator=seeded(1))
-    got = explorer.member_returns(feat, None if critics else value, head)
     behavior = agent.config.behavior
+    going = predicted_discount(head, behavior.gamma, feat)
+    got = explorer.member_returns(feat, None if critics else value, going)
     for m in range(5):
         reward = explorer.rewards(feat)[m, ..., 0]
         own = explorer.critics(feat)[m, ..., 0] if critics else value
@@ -140,9 +142,12 @@ def test_every_member_has_its_own_lambda_return(critics, ends):
 # ---------------------------------------------------------------- two arms
 
 
-def two_armed(beta, at="actor"):
+def two_armed(beta, at="actor", *, ends=False, **behavior):
     """A world of one decision: an action is remembered, a negative one surely pays 0.5, a positive
-    one 0.4 in the mean, on which three heads disagree by ±0.5."""
+    one 0.4 in the mean, on which three heads disagree by ±0.5.
+
+    ends: it also has a continuation head, yet to be told what to say, and an ensemble of critics.
+    """
     config = dataclasses.replace(
         preset("tiny"),
         model=dataclasses.replace(
@@ -154,15 +159,16 @@ def two_armed(beta, at="actor"):
             reward_layers=1,
             activation="relu",
             min_std=1e-6,
+            discount=ends,
         ),
         behavior=dataclasses.replace(
-            preset("tiny").behavior, imag_horizon=1, actor_layers=0, critic_layers=0
+            preset("tiny").behavior, imag_horizon=1, actor_layers=0, critic_layers=0, **behavior
         ),
         plan=dataclasses.replace(
             preset("tiny").plan, plan_horizon=1, num_samples=64, num_elites=8, iterations=8
         ),
         collect=dataclasses.replace(preset("tiny").collect, controller="mpc"),
-        explore=ExploreConfig("ucb", at=at, heads=3, beta=beta),
+        explore=ExploreConfig("ucb", at=at, heads=3, beta=beta, critics=ends),
     )
     agent = Dreamer(config, {"state": (STATE,)}, 1)
     explorer, rssm = agent.explorer, agent.model.rssm
@@ -209,7 +215,8 @@ def test_the_actor_prefers_the_uncertain_arm_if_it_is_an_optimist(beta, arm):
     rssm, critic = agent.model.rssm.params().detach(), agent.critic.params().detach()
     for _ in range(80):
         noise = torch.zeros(1, 256, 1), torch.randn(1, 256, 1, generator=g)
-        _, returns = imagine_members(explorer, rssm, explorer.actor.params(), start, noise, critic)
+        imagined = imagine_members(explorer, rssm, explorer.actor.params(), start, noise, critic)
+        returns = imagined[1]
         loss = -upper_bound(returns, explorer.beta).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -220,6 +227,49 @@ def test_the_actor_prefers_the_uncertain_arm_if_it_is_an_optimist(beta, arm):
     explored, _ = agent.act(obs, explore=True, generator=seeded())
     greedy, _ = agent.act(obs, generator=seeded())
     assert arm * explored[0] > 0.5 and greedy[0] == 0  # the greedy actor was not touched
+
+
+@pytest.mark.parametrize("discounted", [False, True])
+def test_the_optimist_s_losses_weigh_how_far_it_would_come_itself(discounted):
+    """The greedy actor always goes left, where few episodes go on, the optimist right."""
+    agent = two_armed(0.0, ends=True, discount_weights=discounted)
+    explorer, H, reward, value = agent.explorer, 3, 1.0, 2.0
+    goes_on = {1: 0.9, -1: 0.2}  # right and left
+    with torch.no_grad():
+        for actor, side in ((agent.actor, -1), (explorer.actor, 1)):
+            actor.mlp.layers[-1].bias[0] = side
+        first = torch.tensor(agent.actor(torch.zeros(1, 2)).mean.item())
+        place = abs(torch.tanh(torch.tanh(first)).item())  # ±, where an action without noise leads
+        for heads, says in ((explorer.rewards, reward), (explorer.critics, value)):
+            for parameter in heads.parameters():
+                parameter.zero_()
+            heads.biases[-1].fill_(says)
+        for parameter in agent.model.discount.parameters():
+            parameter.zero_()
+        inner, outer = agent.model.discount.layers
+        inner.weight.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))  # relu(±place)
+        odds = [math.log(p / (1 - p)) / place for p in goes_on.values()]
+        outer.weight.copy_(torch.tensor([odds]))
+    start = State(torch.zeros(1, 2, 1), torch.zeros(1, 2, 1))  # two, and the second is an end
+    noise = torch.zeros(H, 2, 1), torch.zeros(H, 2, 1)
+    dream = agent.behavior.imagine(start, {"terminated": torch.tensor([[False, True]])}, noise)
+    found = agent.optimist.losses(torch.zeros(1, 2, 2), torch.zeros(1, 2), dream, seeded())
+
+    behavior = agent.config.behavior
+    per_step = behavior.gamma if discounted else 1.0
+    left = [(per_step * goes_on[-1]) ** t for t in range(H)]
+    torch.testing.assert_close(dream.weights, torch.tensor([[w, 0.0] for w in left]))
+    weights = [(per_step * goes_on[1]) ** t for t in range(H)]
+    factor, total, returns = behavior.gamma * goes_on[1], value, []
+    for _ in range(H):
+        total = reward + factor * ((1 - behavior.lam) * value + behavior.lam * total)
+        returns.insert(0, total)
+    pairs = list(zip(weights, returns, strict=True))
+    want = -sum(w * g for w, g in pairs) / (2 * H)
+    assert found.named["explorer"].item() == pytest.approx(want, rel=1e-5)
+    want = 3 * sum(w * (value - g) ** 2 for w, g in pairs) / (2 * H)  # of three critics
+    got = found.named["critics"].item() / behavior.value_scale
+    assert got == pytest.approx(want, rel=1e-5)
 
 
 # ---------------------------------------------------------------- learning
