@@ -43,6 +43,17 @@ _QUIET = 30.0
 _COLUMNS = ("controller", "env_frames", "update", "episode", "return", "seconds")
 
 
+class EpisodeOver(RunError):
+    """An episode ended before its dream could begin; ``decisions`` says after how many."""
+
+    def __init__(self, decisions: int, context: int) -> None:
+        super().__init__(
+            f"the episode ended after {decisions} decision{'s' * (decisions > 1)}, within the "
+            f"context of {context}: choose a smaller one, or another seed"
+        )
+        self.decisions = decisions
+
+
 def write_report(
     run: Path,
     out: Path,
@@ -167,8 +178,10 @@ def _rehearse(
         for _ in range(min(_REHEARSED, env.max_decisions)):
             start = time.monotonic()
             action, state = agent.act(obs, state, controller=controller)
-            obs, *_ = env.step(action)
+            obs, _, terminated, truncated, _ = env.step(action)
             times.append(time.monotonic() - start)
+            if terminated or truncated:
+                obs, state = env.reset(seed=0), None
         expected[controller] = float(np.median(times)) * env.max_decisions
     return expected
 
@@ -197,23 +210,23 @@ def dream_and_live(
         where the episode ends.
 
     Raises:
-        RunError: the episode ended during the context.
+        EpisodeOver: the episode ended during the context.
     """
     seed = episode_seed(seed, "evaluate", 0)
     generator = torch.Generator().manual_seed(seed)
     obs, state = env.reset(seed=seed), None
-    for _ in range(context):
+    for watched in range(1, context + 1):
         action, state = agent.act(obs, state, generator=generator)
-        obs, _, terminated, _, _ = env.step(action)
-        if terminated:
-            raise RunError("the episode ended during --context; choose a smaller one")
+        obs, _, terminated, truncated, _ = env.step(action)
+        if terminated or truncated:
+            raise EpisodeOver(watched, context)
     _, state = agent.act(obs, state, generator=generator)
     actions, seen = agent.dream(state, decisions, generator)
     real = []
     for action in actions:
-        obs, _, terminated, _, _ = env.step(action)
+        obs, _, terminated, truncated, _ = env.step(action)
         real.append(obs)
-        if terminated:
+        if terminated or truncated:
             break
     return (
         {kind: array[: len(real)] for kind, array in seen.items()},
@@ -361,9 +374,18 @@ def _mean_and_error(values: Sequence[float]) -> tuple[float | str, float | str]:
 
 
 def _draw_dream(agent: Dreamer, env: Any, seed: int, out: Path) -> Path:
-    """Figure 4: half of an episode's first 100 decisions watched, the other half dreamed."""
+    """Figure 4: half of an episode's first 100 decisions watched, the other half dreamed; of one
+    that ends while it is watched, half of what it had."""
     half = min(50, env.max_decisions // 2)
-    imagined, real = dream_and_live(agent, env, context=half, decisions=half, seed=seed)
+    context, decisions = half, max(1, half)
+    while True:
+        try:
+            imagined, real = dream_and_live(
+                agent, env, context=context, decisions=decisions, seed=seed
+            )
+            break
+        except EpisodeOver as over:  # at 0 nothing is watched that could end
+            context = over.decisions // 2
     if "pixels" in imagined:
         return dream_figure(imagined["pixels"], real["pixels"], out / "figure-4.png")
     return state_figure(imagined["state"], real["state"], out / "figure-4.png")

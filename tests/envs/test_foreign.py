@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from fastdreamer.acting.parts import acting_parts
-from fastdreamer.acting.play import collect
+from fastdreamer.acting.play import collect, episode_seed, evaluate
+from fastdreamer.analysis.report import EpisodeOver, dream_and_live
 from fastdreamer.cli import main
-from fastdreamer.config import ConfigError, preset
+from fastdreamer.config import ConfigError, preset, to_dict
 from fastdreamer.envs import canonical_task, make_env
 from fastdreamer.learning import losses
 from fastdreamer.learning.dreamer import Dreamer
+from fastdreamer.training.checkpoint import save_checkpoint
 from fastdreamer.training.episodes import episode_path, read_episode
 from fastdreamer.training.trainer import Trainer
 from fastdreamer.training.worker import Player, Share
@@ -64,6 +66,7 @@ def reused(): return Reused(spaces.Box(-9, 9, (1,), np.float32))
 def reused_images(): return Reused(spaces.Box(0, 255, (64, 64, 3), np.uint8))
 def images(): return Line(spaces.Box(0, 255, (32, 32, 1), np.uint8))
 def choices(): return Line(actions=spaces.Discrete(2))
+def brief(): return gymnasium.wrappers.TimeLimit(Line(actions=spaces.Box(-1, 0, (1,))), 5)
 def endless(): return Line(actions=spaces.Box(-np.inf, np.inf, (1,), np.float32))
 def parts(): return Line(spaces.Dict({"a": spaces.Box(0, 1, (1,))}))
 def nothing(): return None
@@ -313,6 +316,55 @@ def test_a_function_s_task_from_the_shell(module, capsys):
     Trainer("run", tiny).train(until=160)  # it is there already: nothing is refused
     assert main(["eval", "run", "--episodes", "1", "--task", "line_of_mine:line"]) == 0
     assert "line_of_mine:line: return" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize("task", ["line_of_mine:line", "line_of_mine:brief"])
+def test_a_report_of_episodes_that_are_over_early(module, capsys, task):
+    """For good, or by a limit of the environment's that is not told before."""
+    options = ["--preset", "tiny", "--train.frames", "40", "--env.time-limit", "20"]
+    assert main(["train", task, *options, "--run", "run"]) == 0
+    few = ["--episodes", "1", "--points", "1", "--plan.iterations", "1"]
+    assert main(["report", "run", "--task", task, *few]) == 0, capsys.readouterr().err
+    files = ["episodes.csv", "actor.csv", "mpc.csv", "figure-3.png", "figure-5.png"]
+    files += ["figure-5.csv", "figure-4.png"]
+    assert {path.name for path in (module / "report").iterdir()} == set(files)
+    assert (module / "report" / "figure-4.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("task", ["line_of_mine:line", "line_of_mine:brief"])
+def test_a_dream_of_an_episode_that_is_over_early(module, task):
+    env = make_env(task, obs="state", action_repeat=2)
+    agent, told = Dreamer(preset("tiny"), env.obs_shapes, env.action_dim), []
+    evaluate(agent, env, episode_seed(0, "evaluate", 0), watch=lambda *step: told.append(step[0]))
+    length = told[-1]
+    for context in range(length):
+        imagined, real = dream_and_live(agent, env, context=context, decisions=50, seed=0)
+        assert imagined["state"].shape == real["state"].shape
+        if task.endswith("brief"):
+            assert len(real["state"]) == length - context == 3 - context
+        else:
+            assert real["state"][-1] > 3 and (real["state"][:-1] <= 3).all()
+    for context in (length, 50):
+        says = rf"ended after {length} decisions?, within the context of {context}: choose"
+        with pytest.raises(EpisodeOver, match=says) as over:
+            dream_and_live(agent, env, context=context, decisions=50, seed=0)
+        assert over.value.decisions == length
+
+
+def test_the_command_dream_says_which_context_is_too_long(module, capsys):
+    tiny = preset("tiny")
+    env = dataclasses.replace(tiny.env, task="line_of_mine:brief", obs="pixels", time_limit=20.0)
+    config = dataclasses.replace(tiny, env=env)
+    agent = Dreamer(config, {"pixels": (64, 64, 3)}, 1)
+    about = {"config": to_dict(config), "obs_shapes": agent.obs_shapes, "action_dim": 1}
+    weights = {f"agent/{name}": value for name, value in agent.state_dict().items()}
+    save_checkpoint(module / "agent.safetensors", weights, about)
+    command = ["dream", "agent.safetensors", "--task", "line_of_mine:brief", "--decisions", "9"]
+    assert main(command) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the episode ended after 3 decisions, within the context of 50: choose a smaller" in said
+    assert main([*command, "--context", "1"]) == 0
+    assert (module / "dream.png").stat().st_size > 0
 
 
 def test_the_suite_learns_no_ends_unless_asked(tmp_path):
