@@ -6,6 +6,7 @@ of the run's and the episode's index.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ import platform
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,10 @@ _SIGN = 1.0  # seconds between signs, where decisions are quicker
 
 class Lost(Exception):
     """A worker is no more; says how it ended."""
+
+
+class _Gone(Exception):
+    """The trainer is no more: there is nobody to talk to."""
 
 
 @dataclass
@@ -126,26 +131,40 @@ def converse(
     """
     torch.set_num_threads(1)
 
+    # Around these two alone: an environment may have connections of its own, and lose them.
     def send(answer: dict[str, Any]) -> None:
-        connection.send_bytes(json.dumps(answer).encode())
+        with _to_trainer():
+            connection.send_bytes(json.dumps(answer).encode())
+
+    def receive() -> bytes:
+        with _to_trainer():
+            return connection.recv_bytes()
 
     try:
-        try:
-            _compute_as(kernels)
-            config = from_dict(json.loads(config_json))
-            player = Player(config, Path(episodes), lanes, lambda: send(ALIVE))
-            send({"obs_shapes": player.obs_shapes, "action_dim": player.action_dim})
-            while True:
-                share = Share(**json.loads(connection.recv_bytes()))
-                send(asdict(player.play(share, load_bytes(connection.recv_bytes()))))
-        except (EOFError, ConnectionError):
-            return  # the trainer is gone
-        except FastdreamerError as error:
-            send({"error": str(error)})
-        except Exception:
-            send({"error": f"the collector failed:\n{traceback.format_exc()}"})
-    except (EOFError, OSError):
+        _compute_as(kernels)
+        config = from_dict(json.loads(config_json))
+        player = Player(config, Path(episodes), lanes, lambda: send(ALIVE))
+        send({"obs_shapes": player.obs_shapes, "action_dim": player.action_dim})
+        while True:
+            share = Share(**json.loads(receive()))
+            send(asdict(player.play(share, load_bytes(receive()))))
+    except _Gone:
         return
+    except FastdreamerError as error:
+        failure = str(error)
+    except Exception:
+        failure = f"the collector failed:\n{traceback.format_exc()}"
+    with contextlib.suppress(_Gone, OSError):
+        send({"error": failure})
+
+
+@contextlib.contextmanager
+def _to_trainer() -> Iterator[None]:
+    """What is said to the trainer or heard from it; raises _Gone where it is no more."""
+    try:
+        yield
+    except (EOFError, ConnectionError) as error:
+        raise _Gone from error
 
 
 def _compute_as(kernels: dict[str, str] | None) -> None:

@@ -35,7 +35,7 @@ from fastdreamer.training.collector import (
     share_out,
 )
 from fastdreamer.training.episodes import episode_path, read_episode
-from fastdreamer.training.worker import Share, batches
+from fastdreamer.training.worker import Result, Share, batches
 
 CONFIG = preset("tiny")
 DECISIONS, FRAMES = 20, 40
@@ -450,6 +450,71 @@ def test_a_fault_in_the_worker_arrives_with_its_traceback(tmp_path, agent):
             collector.wait()
     finally:
         collector.close()
+
+
+UNPLUGGED = """
+import gymnasium, numpy as np
+from gymnasium import spaces
+
+class Robot(gymnasium.Env):
+    observation_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+    action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(2, np.float32), {}
+    def step(self, action):
+        raise ConnectionResetError("the robot hung up")
+
+def made(): return Robot()
+def never_made(): raise EOFError("no robot answers")
+"""
+
+
+@pytest.mark.parametrize(
+    ("task", "says"),
+    [
+        ("made", "in step\n.*ConnectionResetError: the robot hung up"),
+        ("never_made", "in never_made\n.*EOFError: no robot answers"),
+    ],
+)
+def test_an_environment_that_loses_a_connection_of_its_own_is_a_fault(
+    task, says, tmp_path, monkeypatch
+):
+    """And not taken for the trainer's end."""
+    pytest.importorskip("gymnasium")
+    (tmp_path / "robot_of_mine.py").write_text(UNPLUGGED)
+    monkeypatch.chdir(tmp_path)
+    env = dataclasses.replace(CONFIG.env, task=f"robot_of_mine:{task}")
+    config = dataclasses.replace(CONFIG, env=env)
+    with pytest.raises(CollectorError, match=f"(?s)failed:\nTraceback.*{says}"):
+        collector = Collector(config, tmp_path / "episodes")
+        try:
+            collector.submit(job(0, random=True), {})
+            collector.wait()
+        finally:
+            collector.close()
+
+
+@pytest.mark.parametrize("said", [0, 1, 2])
+def test_a_worker_ends_quietly_with_its_trainer(said, agent, tmp_path, monkeypatch):
+    """Before it has said what the environment is, at a sign of life, or at its answer."""
+    monkeypatch.setattr(worker_module, "_SIGN", 0.0 if said == 1 else 1e9)
+    weights = save_bytes(acting_weights(agent))
+    told = [json.dumps(dataclasses.asdict(Share(False, [[0]]))).encode(), weights]
+    sent = []
+
+    class Pipe:
+        def send_bytes(self, message):
+            sent.append(sorted(json.loads(message)))
+            if len(sent) > min(said, 1):
+                raise BrokenPipeError
+
+        def recv_bytes(self):
+            return told.pop(0)
+
+    worker_module.converse(Pipe(), json.dumps(to_dict(CONFIG)), str(tmp_path), None, 1)
+    header, result = ["action_dim", "obs_shapes"], sorted(dataclasses.asdict(Result()))
+    assert sent == [[header], [header, ["alive"]], [header, result]][said], "and no word more"
+    assert episode_path(tmp_path, 0).exists() == (said == 2)
 
 
 def test_weights_that_acting_lacks_are_an_error_and_not_random_ones(tmp_path, agent):
