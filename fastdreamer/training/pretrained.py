@@ -126,6 +126,7 @@ def export_agent(run_or_file: str | os.PathLike, out: Path, *, half: bool = True
         run_or_file: run directory (its newest checkpoint), checkpoint or snapshot.
         out: the file; ``load`` reads it.
         half: as float16, half the size (``load`` computes in float32 from them); else float32.
+            What is counted, as an explorer's rounds, stays as it is.
 
     Raises:
         CheckpointError: no checkpoint, or a weight that float16 cannot hold.
@@ -134,6 +135,8 @@ def export_agent(run_or_file: str | os.PathLike, out: Path, *, half: bool = True
     weights = {name: value for name, value in tensors.items() if name.startswith("agent/")}
     if half:
         for name, value in weights.items():
+            if not value.is_floating_point():
+                continue  # what counts stays exact
             weights[name] = value.half()
             if not torch.isfinite(weights[name]).all():
                 raise CheckpointError(f"{path}: {name} does not fit float16; export it in float32")

@@ -10,9 +10,10 @@ import torch
 
 import fastdreamer
 from fastdreamer.cli import main
-from fastdreamer.config import EnvConfig, preset
+from fastdreamer.config import EnvConfig, ExploreConfig, preset, to_dict
+from fastdreamer.learning.dreamer import Dreamer
 from fastdreamer.training import pretrained
-from fastdreamer.training.checkpoint import CheckpointError, load_checkpoint
+from fastdreamer.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from fastdreamer.training.pretrained import export_agent, find_agent
 from fastdreamer.training.trainer import Trainer, create_run
 
@@ -54,6 +55,25 @@ def test_an_exported_agent_acts_as_the_run_s(run, tmp_path):
     assert {name.partition("/")[0] for name in tensors} == {"agent"}
     assert set(meta["cursor"]) == {"update", "env_frames"}
     assert meta["cursor"]["env_frames"] == 100
+
+
+@pytest.mark.parametrize("rounds", [4097, 100_001])
+def test_half_an_agent_has_counted_as_far_as_the_whole(tmp_path, rounds):
+    """Float16 holds whole numbers up to 2048 only, and nothing beyond 65504."""
+    optimist = dataclasses.replace(preset("tiny"), explore=ExploreConfig("ucb", schedule="gp-ucb"))
+    agent = Dreamer(optimist, {"state": (24,)}, 6)
+    agent.explorer.rounds += rounds
+    about = {"config": to_dict(optimist), "obs_shapes": agent.obs_shapes, "action_dim": 6}
+    about["cursor"] = {"update": 0, "env_frames": 0}
+    weights = {f"agent/{name}": value for name, value in agent.state_dict().items()}
+    save_checkpoint(tmp_path / "whole.safetensors", weights, about)
+    export_agent(tmp_path / "whole.safetensors", tmp_path / "half.safetensors")
+    half = fastdreamer.load(tmp_path / "half.safetensors")
+    assert half.explorer.rounds == rounds and half.explorer.beta == agent.explorer.beta
+    stored, _ = load_checkpoint(tmp_path / "half.safetensors")
+    kinds = {str(value.dtype): name for name, value in stored.items()}
+    assert kinds.keys() == {"torch.float16", "torch.int64"}
+    assert kinds["torch.int64"] == "agent/explorer.rounds"
 
 
 def test_what_float16_cannot_hold_is_refused(run, tmp_path, monkeypatch):
