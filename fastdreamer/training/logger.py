@@ -68,7 +68,8 @@ class Logger:
     run_dir: the run directory, made if missing.
     resume_lines: how many lines the checkpoint that the run goes on from had seen (`lines`). Later
     ones and a torn last line are dropped, so that the file of a resumed run equals that of an
-    uninterrupted one but for `seconds`.
+    uninterrupted one but for what clocks say: `seconds`, `updates_per_s`, `wait_collector_s` and
+    `wait_learner_s`.
     None: the run starts from nothing, so lines of an earlier attempt are dropped too.
     """
 

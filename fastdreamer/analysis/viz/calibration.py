@@ -15,7 +15,7 @@ from fastdreamer.files import write_csv
 
 
 def write_calibration(rows: Iterable[Any], out: Path) -> Path:
-    """Write what `exploration.calibrate_episodes` found as CSV, one row per decisions ahead.
+    """Write what `analysis.calibration.calibrate_episodes` found as CSV, a row per decisions ahead.
 
     Columns: ahead, count, rmse, spread, scale (factor on the spread that brings 90 % of the true
     rewards inside the 90 % interval), then coverage_50 and so on, shares. Returns out.
