@@ -14,7 +14,7 @@ from fastdreamer.analysis.viz.curves import SEEDS_FILE, plot_runs
 from fastdreamer.config import Config, ConfigError, from_dict, to_dict
 from fastdreamer.config.schema import build
 from fastdreamer.files import replacing
-from fastdreamer.training.checkpoint import list_checkpoints, load_meta
+from fastdreamer.training.checkpoint import CheckpointError, list_checkpoints, load_meta
 from fastdreamer.training.cluster import Call, Cluster
 from fastdreamer.training.logger import METRICS_FILE, read_metrics
 from fastdreamer.training.tasks import carry_out, run_tasks
@@ -78,9 +78,13 @@ def _changes(before: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_finished(run_dir: Path, config: Config) -> bool:
-    """Whether a run has all of ``config``'s env frames saved, and its last evaluation."""
+    """Whether a run has all of ``config``'s env frames saved, and its last evaluation; not where
+    its newest checkpoint is damaged: the trainer goes on from the one before."""
     saved = list_checkpoints(run_dir / "checkpoints")
-    if not saved or load_meta(saved[-1])["cursor"]["env_frames"] < config.train.frames:
+    try:
+        if not saved or load_meta(saved[-1])["cursor"]["env_frames"] < config.train.frames:
+            return False
+    except CheckpointError:
         return False
     if not config.eval.every:
         return True

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import pytest
+import torch
 
 from fastdreamer import CheckpointError, load
 from fastdreamer.cli import main
 from fastdreamer.cli.seeds import is_finished, parse_seeds, runs_of
 from fastdreamer.config import ConfigError
+from fastdreamer.training.checkpoint import list_checkpoints, load_checkpoint
 from fastdreamer.training.logger import read_metrics
 from fastdreamer.training.trainer import Stopped, Trainer, read_config, write_config
 
@@ -82,6 +85,25 @@ def test_a_seed_keeps_the_settings_that_it_alone_was_given(folder, monkeypatch):
         assert [c.train.frames for c in trained] == [200, 200]
     finally:
         (three / "config.json").write_text(before)
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
+    folder, tmp_path, capsys
+):
+    shutil.copytree(folder, tmp_path / "seeds")
+    one, three = runs_of(tmp_path / "seeds").values()
+    *_, newest = list_checkpoints(one / "checkpoints")
+    before, (tensors, meta), content = returns(one), load_checkpoint(newest), newest.read_bytes()
+    newest.write_bytes(content[: len(content) // 2])
+    assert not is_finished(one, read_config(one))
+    assert main(["train", "--resume", str(tmp_path / "seeds")]) == 0
+    said = output(capsys)
+    assert "seed 1 (1 of 2) has ended already" not in said and "2 seeds: return" in said, said
+    assert all(is_finished(run, read_config(run)) for run in (one, three))
+    again, same = load_checkpoint(newest)
+    assert again.keys() == tensors.keys() and same == meta
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+    assert returns(one) == before
 
 
 def test_a_run_of_the_folder_that_is_gone_is_missed(folder, capsys):
