@@ -682,14 +682,17 @@ class SheepV2(nn.Module):
 
 
 class SheepV3(SheepV2):
-    """Of V3, 0.8.4: a learned start, whose mode has no gradient, and no priors in the loop."""
+    """Of V3, 0.8.4: a start, learned or not, whose mode has no gradient; no priors in the loop."""
 
     third = True
 
-    def __init__(self, sizes=SMALL, unimix=0.01):
+    def __init__(self, sizes=SMALL, unimix=0.01, learnable=True):
         super().__init__(sizes)
-        self.unimix = unimix
-        self.initial_recurrent_state = nn.Parameter(torch.zeros(sizes.deter))
+        self.unimix, start = unimix, torch.zeros(sizes.deter)
+        if learnable:
+            self.initial_recurrent_state = nn.Parameter(start)
+        else:
+            self.register_buffer("initial_recurrent_state", start)
 
     def _uniform_mix(self, logits):
         logits = logits.unflatten(-1, (-1, self.discrete))

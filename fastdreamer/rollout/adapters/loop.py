@@ -36,8 +36,9 @@ def make_rollout(
 class Loop(nn.Module):
     """In a peer's place: its parts under their names, its attributes, and the fast ``rollout``.
 
-    ``state_dict`` and ``parameters`` are the peer's. A subclass says how the loop is called
-    (``forward``) and makes an ``example`` of its arguments.
+    ``state_dict``, ``parameters`` and ``buffers`` are the peer's, also after either is moved or
+    loaded. A subclass says how the loop is called (``forward``) and makes an ``example`` of its
+    arguments.
     """
 
     rollout: Rollout
@@ -53,8 +54,12 @@ class Loop(nn.Module):
         super().__init__()
         for name, child in model._modules.items():
             self.add_module(name, child)
-        for name, parameter in model.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)
+        # the peer's own dictionaries, into which moving and loading put other tensors
+        self._parameters, self._buffers = model._parameters, model._buffers
+        self._non_persistent_buffers_set = model._non_persistent_buffers_set
+        if isinstance(model, torch.jit.ScriptModule):  # it has views of itself, which no copy takes
+            self._parameters = dict(model._parameters.items())
+            self._buffers = dict(model._buffers.items())
         self.__dict__["model"] = model  # not a child: its parts are
         kind = type(model).__name__
         bypassed = [(kind, model), *((f"{kind}.{name}", getattr(model, name)) for name in parts)]
