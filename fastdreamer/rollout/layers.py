@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from fastdreamer.errors import ArgumentError
 from fastdreamer.ops.layers import ACTIVATIONS, MLPParams, Norm, normalise
@@ -229,6 +230,22 @@ class Reader:
         parts = [part for layer in layers for part in layer.given]
         return Net(layers, own_activation, parts if bare else as_given(given), act_last)
 
+    def tensor(self, name: str, given: Tensor | tuple[nn.Module, str]) -> Held | None:
+        """A tensor, or a module and the tensor's name there; None where it is neither."""
+        if isinstance(given, Tensor):
+            return Held(Alone(given))
+        if not (isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], nn.Module)):
+            kind = type(given).__name__
+            self.misfits.append(
+                f"{name}: must be a tensor, or a module and the tensor's name there, got {kind}"
+            )
+            return None
+        owner, attribute = as_given(given[0]), given[1]
+        if isinstance(getattr(owner, attribute, None), Tensor):
+            return Held(owner, attribute)
+        self.misfits.append(f"{name}: {describe(owner)} has no tensor {attribute!r}")
+        return None
+
     def _flatten(self, name: str, given: object) -> Iterator[tuple[str, nn.Module]]:
         """The modules in their order, those that hold others opened."""
         given = self.uncompiled(name, given)
@@ -288,20 +305,46 @@ def as_given(module: object) -> object:
     return module._orig_mod if is_compiled(module) else module  # type: ignore[attr-defined]
 
 
-class Held:
-    """A single tensor among the nets, in a module of its own: a parameter, or a buffer."""
+class Alone(nn.Module):
+    """A single tensor, a parameter or a buffer, which calling it gives."""
 
-    def __init__(self, value: Tensor | nn.Module) -> None:
-        self.given = nn.Module() if isinstance(value, Tensor) else value
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
         if isinstance(value, nn.Parameter):
-            self.given.register_parameter("value", value)
-        elif isinstance(value, Tensor):
-            self.given.register_buffer("value", value)
-        self.modules = (self.given,)
+            self.register_parameter("value", value)
+        else:
+            self.register_buffer("value", value)
+
+    def forward(self) -> Tensor:
+        return self.value
+
+
+class Held:
+    """A single tensor among the nets: a module's by its name, or what a module gives when called.
+
+    It is never kept itself: what moves, loads or parametrizes a module puts others in its place.
+    """
+
+    def __init__(self, owner: nn.Module, name: str | None = None) -> None:
+        self.owner, self.name = owner, name
+
+    @property
+    def given(self) -> nn.Module:
+        """A module of that tensor alone, or of what it is computed from; calling it gives it."""
+        if self.name is None:
+            return self.owner
+        if is_parametrized(self.owner, self.name):
+            return self.owner.parametrizations[self.name]
+        return Alone(getattr(self.owner, self.name))
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        return (self.given,)
 
     def params(self) -> Tensor:
-        """The numbers as they are now."""
-        return self.given.value.view(-1)
+        """The numbers as they are now, [n]."""
+        value = self.owner() if self.name is None else getattr(self.owner, self.name)
+        return value.flatten()
 
     def again(self, given: nn.Module) -> Held:
         """The same of a copy."""

@@ -41,7 +41,7 @@ from fastdreamer.ops.params import (
 from fastdreamer.ops.rssm_step import rssm_step
 from fastdreamer.rollout.cells import read_cell
 from fastdreamer.rollout.draws import with_noise
-from fastdreamer.rollout.layers import Held, Joined, MisfitError, Net, Reader, refuse_hooks
+from fastdreamer.rollout.layers import Joined, MisfitError, Net, Reader, refuse_hooks
 from fastdreamer.rollout.verify import Verification, verify
 
 Layers = nn.Module | Sequence[nn.Module | Joined]
@@ -118,7 +118,7 @@ class Rollout:
         through_feat: bool = False,
         pairing: Literal["arrival", "departure"] = "arrival",
         bound_action: bool = False,
-        begin: Tensor | None = None,
+        begin: Tensor | tuple[nn.Module, str] | None = None,
         begin_through: bool = True,
         reward_as: Readout = Readout(),  # noqa: B008
         value_as: Readout = Readout(),  # noqa: B008
@@ -166,7 +166,9 @@ class Rollout:
             bound_action: whether the dynamics see a / max(1, |a|); a block-diagonal GRU of stoch
                 and action does by itself.
             begin: w [D], of which an episode begins with h = tanh(w) and the mode of its prior, in
-                the place of zeros; a parameter, or a buffer that does not learn.
+                the place of zeros: a module and the name of its parameter or buffer, which is
+                looked up at each call; or a tensor. The tensor itself is used, also where moving a
+                buffer, or ``load_state_dict(assign=True)``, has put another in its place.
             begin_through: whether the mode of categorical latents has a gradient, that of log p.
             reward_as, value_as: how heads are read, see :class:`Readout`.
             hard_discount: whether the discount head says γ or 0, by the sign of its logit.
@@ -189,8 +191,8 @@ class Rollout:
             if module is not None:
                 read[name] = reader.net(name, module, activation, act_last=name == "inp")
         nets = {name: net for name, net in read.items() if net is not None}
-        if begin is not None:
-            nets["begin"] = Held(begin)
+        if begin is not None and (held := reader.tensor("begin", begin)) is not None:
+            nets["begin"] = held
         readouts = {"reward": reward_as, "critic": value_as, "target": value_as}
         one_hot = action_std if isinstance(action_std, Categorical) else None
         dims, misfits = _fit(nets, action_dim, latent, readouts, one_hot)

@@ -40,7 +40,7 @@ class MlpsLoop(Loop):
         else:
             given["std"] = StdTransform("sigmoid", 2, 0.5, min=float(model.min_std))
         if model.learn_initial:
-            given["begin"] = model.weight_init
+            given["begin"] = model, "weight_init"
         super().__init__(model, given, options, *parts)
 
     def forward(

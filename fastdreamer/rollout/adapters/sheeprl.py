@@ -86,7 +86,7 @@ class CategoricalLoop(_SteppedLoop):
         unimix = float(getattr(model, "unimix", 0.0))
         latent = {"latent": Categorical(int(model.discrete), unimix)}
         if hasattr(model, "initial_recurrent_state"):
-            latent |= {"begin": model.initial_recurrent_state, "begin_through": False}
+            latent |= {"begin": (model, "initial_recurrent_state"), "begin_through": False}
         super().__init__(model, latent, options)
         self.mixes = hasattr(model, "_uniform_mix") and model.unimix > 0
         self.posterior_only = hasattr(model, "prior_logits")

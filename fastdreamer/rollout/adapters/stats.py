@@ -52,7 +52,7 @@ class StatsLoop(Loop):
             if hasattr(model, "_num_actions"):
                 given["action_dim"] = int(model._num_actions)
         if getattr(model, "_initial", "zeros") == "learned":
-            given["begin"] = model.W
+            given["begin"] = model, "W"
         super().__init__(model, given, options)
         self.resets = "is_first" in inspect.signature(model.observe).parameters
 
