@@ -46,6 +46,7 @@ from fastdreamer.rollout.verify import Verification, verify
 
 Layers = nn.Module | Sequence[nn.Module | Joined]
 HEADS = ("reward", "critic", "target", "discount")
+_BINS = {"reward": "reward_bins", "critic": "value_bins", "target": "value_bins"}
 PAIRINGS = ("arrival", "departure")
 
 
@@ -88,7 +89,7 @@ class Rollout:
         self.batch_first: bool = call["batch_first"]
         self.reset: str = call["reset"]
         self.backend: str | None = call["backend"]
-        self._bins: dict[tuple[str, torch.device], Tensor] = {}
+        self._bins: dict[str, tuple[Tensor, Tensor]] = {}  # as given, and where the heads are
         refuse_hooks(watched)
 
     @classmethod
@@ -170,7 +171,8 @@ class Rollout:
                 looked up at each call; or a tensor. The tensor itself is used, also where moving a
                 buffer, or ``load_state_dict(assign=True)``, has put another in its place.
             begin_through: whether the mode of categorical latents has a gradient, that of log p.
-            reward_as, value_as: how heads are read, see :class:`Readout`.
+            reward_as, value_as: how heads are read, see :class:`Readout`; their bins are a tensor,
+                or a module and a name, as ``begin`` is.
             hard_discount: whether the discount head says γ or 0, by the sign of its logit.
             action_dim: A. To be said where neither actor nor heads fix S = F - D and the layers
                 would fit categorical latents as well.
@@ -191,11 +193,12 @@ class Rollout:
             if module is not None:
                 read[name] = reader.net(name, module, activation, act_last=name == "inp")
         nets = {name: net for name, net in read.items() if net is not None}
-        if begin is not None and (held := reader.tensor("begin", begin)) is not None:
-            nets["begin"] = held
-        readouts = {"reward": reward_as, "critic": value_as, "target": value_as}
+        single = {"begin": begin, "reward_bins": reward_as.bins, "value_bins": value_as.bins}
+        for name, tensor in single.items():
+            if tensor is not None and (held := reader.tensor(name, tensor)) is not None:
+                nets[name] = held
         one_hot = action_std if isinstance(action_std, Categorical) else None
-        dims, misfits = _fit(nets, action_dim, latent, readouts, one_hot)
+        dims, misfits = _fit(nets, action_dim, latent, one_hot)
         misfits = reader.misfits + _why_no_inputs(read, inp) + misfits
         for name, transform in {"std": std, "action_std": action_std}.items():
             if isinstance(transform, StdTransform) and transform.kind not in STDS:
@@ -263,23 +266,28 @@ class Rollout:
         critic, target, discount = (
             self.nets[name].params() if name in self.nets else None for name in HEADS[1:]
         )
-        device = reward.weights[0].device
-        reads = (self._readout(name, device) for name in ("reward_as", "value_as"))
+        reads = self.readout("reward"), self.readout("critic")
         flags = o.stoch_first, o.pairing == "departure", *reads, o.hard_discount
         return ReturnParams(reward, critic, target, o.gamma, o.lam, discount, *flags)
 
-    def _readout(self, name: str, device: torch.device) -> Readout:
-        """The option with its bins there: copied once, not in every call."""
-        readout: Readout = getattr(self.options, name)
-        bins, key = readout.bins, (name, device)
-        if bins is None or bins.device == device:
+    def readout(self, head: str) -> Readout:
+        """How reward, critic or target is read; its bins as they are now, where the heads are.
+
+        Those given on another device are copied once, not in every call.
+        """
+        readout = self.options.reward_as if head == "reward" else self.options.value_as
+        held = self.nets.get(_BINS[head])
+        if held is None:
             return readout
-        if bins.requires_grad:
+        bins, device = held.params(), self.like.device
+        if bins.device == device or bins.requires_grad:
             return readout._replace(bins=bins.to(device))
-        if key not in self._bins:
-            with torch.inference_mode(False):  # a later call may save them for a backward pass
-                self._bins[key] = bins.to(device)
-        return readout._replace(bins=self._bins[key])
+        given, copy = self._bins.get(_BINS[head], (None, None))
+        if given is not bins or copy.device != device:
+            with torch.inference_mode(False):  # a later call may save it for a backward pass
+                copy = bins.to(device)
+            self._bins[_BINS[head]] = bins, copy
+        return readout._replace(bins=copy)
 
     def parameters(self) -> list[nn.Parameter]:
         """Every parameter that the loops use, each once."""
@@ -599,7 +607,6 @@ def _fit(
     nets: dict[str, Any],
     action_dim: int | None,
     latent: Categorical | None,
-    readouts: dict[str, Readout],
     one_hot: Categorical | None,
 ) -> tuple[dict[str, int], list[str]]:
     """Sizes by letter, and what does not fit together of the parts that could be read."""
@@ -641,9 +648,9 @@ def _fit(
     wanted = {"inp": (None, hidden), "prior": (D, out), "post": (None, out)}
     wanted |= {"actor": (D + S, (A if one_hot else 2 * A) if A else None)}
     for name in HEADS:
-        bins = readouts.get(name, Readout()).bins
+        bins = nets.get(_BINS.get(name))
         one = 1 if name not in nets or nets[name].out > 2 else nets[name].out  # mean and log std
-        wanted[name] = D + S, one if bins is None else len(bins)
+        wanted[name] = D + S, one if bins is None else bins.params().numel()
     if one_hot is not None and A and (one_hot.classes < 1 or A % one_hot.classes):
         misfits.append(f"action_std: {A} actions make no one-hot actions of {one_hot.classes}")
     if "begin" in nets and nets["begin"].params().numel() != D:

@@ -290,13 +290,13 @@ def _imagine_loop(r: Any, x: dict[str, Any]) -> dict[str, Tensor]:
     first = State(x["deter"], x["stoch"]).concat(o.stoch_first)
     before, critic = torch.cat([first[None], feat[:-1]]), r.nets["critic"]
     paid = before if o.pairing == "departure" else feat
-    outputs["reward"] = reward = read_out(o.reward_as, r.nets["reward"](paid))
-    outputs["value"] = read_out(o.value_as, critic(before.detach()))
+    outputs["reward"] = reward = read_out(r.readout("reward"), r.nets["reward"](paid))
+    outputs["value"] = read_out(r.readout("critic"), critic(before.detach()))
     bootstrap = r.nets.get("target", critic)
     frozen = [p for m in bootstrap.modules for p in m.parameters() if p.requires_grad]
     for p in frozen:  # its parameters get no gradient from the returns
         p.requires_grad_(False)
-    following = read_out(o.value_as, bootstrap(feat))
+    following = read_out(r.readout("target"), bootstrap(feat))
     for p in frozen:
         p.requires_grad_(True)
     discount = torch.full_like(reward, o.gamma)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastdreamer.rollout import MisfitError, Rollout, adapt
+from fastdreamer.rollout import MisfitError, Readout, Rollout, adapt
 from fastdreamer.rollout.adapters.loop import agrees
 
 STARTS = {
@@ -225,3 +225,48 @@ def test_a_start_of_one_s_own_by_its_name():
     ]:
         with pytest.raises(MisfitError, match=message):
             Rollout.from_modules(**given, begin=begin)
+
+
+# ---------------------------------------------------------------- bins of heads
+
+
+class TwoHot(nn.Module):
+    """A head whose bins learn."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = modern.SMALL
+        self.layers = nn.Linear(sizes.stoch + sizes.deter, 9)
+        self.bins = nn.Parameter(torch.linspace(-2, 2, 9))
+
+
+def test_bins_that_learn_are_read_by_their_name():
+    """Parameters of the loops like any others: verified, and seen where they are replaced."""
+    model, actor = modern.StatsRSSM(), modern.StatsMLP(outputs=modern.SMALL.action, dist="normal")
+    reward, critic = TwoHot(), TwoHot()
+    rollout = adapt(
+        model, actor=actor, reward=reward.layers, critic=critic.layers,
+        reward_as=Readout((reward, "bins")), value_as=Readout((critic, "bins"), squashed=True),
+    ).rollout  # fmt: skip
+    rollout.batch_first = False
+    found = rollout.verify(repeats=1)
+    assert found.ok, str(found)
+    names = [line.name for line in found.lines]
+    for head in (reward, critic):
+        assert any(p is head.bins for p in rollout.parameters())
+        which = "reward" if head is reward else "value"
+        assert f"imagine: gradient of {which}_bins.0.value" in names
+    start = rollout.initial(3)
+    noises = {"state_noise": torch.rand(5, 3, modern.SMALL.latents)}
+    noises["action_noise"] = torch.randn(5, 3, modern.SMALL.action)
+    before = rollout.imagine(start, **noises)
+    for head in (reward, critic):
+        state = {key: x + (key == "bins") for key, x in head.state_dict().items()}
+        head.load_state_dict(state, assign=True)
+    after = rollout.imagine(start, **noises)
+    torch.testing.assert_close(after.reward, before.reward + 1)
+    after.value.sum().backward()
+    assert critic.bins.grad.abs().sum() > 0 and reward.bins.grad is None
+    wrong = {"reward_as": Readout((reward, "bin"))}
+    with pytest.raises(MisfitError, match="reward_bins: TwoHot has no tensor 'bin'"):
+        adapt(model, reward=reward.layers, **wrong)

@@ -368,7 +368,7 @@ def _gives(rollout: Rollout, name: str, module: nn.Module, scale: float) -> bool
                 noise = noise[:, : noise_size(o.action_std, dims["A"])].sigmoid()
                 drawn, wanted = {kind: (noise[None],)}, [[dist.sample(noise), dist.probs]]
         elif name != "discount":
-            wanted.append([read_out(o.reward_as if name == "reward" else o.value_as, raw)])
+            wanted.append([read_out(rollout.readout(name), raw)])
         for given in ((state.deter, state.stoch), (state.stoch, state.deter), (feat,)):
             normal = () if drawn else (noise[None],)
             try:
