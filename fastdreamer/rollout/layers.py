@@ -51,9 +51,8 @@ class NormOf:
 
     def __init__(self, module: nn.Module, kind: str) -> None:
         self.module, self.kind = module, kind
-        names = [name for name, _ in module.named_parameters(recurse=False)]
-        self.scale = next((name for name in ("weight", "scale", "gamma") if name in names), None)
-        self.shift = next((name for name in ("bias", "beta") if name in names), None)
+        self.scale = _tensor_among(module, "weight", "scale", "gamma")
+        self.shift = _tensor_among(module, "bias", "beta")
         weight = None if self.scale is None else getattr(module, self.scale)
         shape = getattr(module, "normalized_shape", None)
         self.size = shape[-1] if shape else None if weight is None else weight.shape[-1]
@@ -414,7 +413,7 @@ def norm_of(module: object) -> NormOf | None:
         return None
     for kind in _NORMS.values():
         norm = NormOf(module, kind)
-        if norm.size is None or {norm.scale, norm.shift} - {None} != names:
+        if norm.size is None or not names <= {norm.scale, norm.shift}:
             continue
 
         def same(draw: Callable[..., Tensor], norm: NormOf = norm) -> bool:
@@ -424,6 +423,11 @@ def norm_of(module: object) -> NormOf | None:
         if asked(module, same):
             return norm
     return None
+
+
+def _tensor_among(module: nn.Module, *names: str) -> str | None:
+    """The first of these names that a tensor has there: a parameter, also parametrized, or not."""
+    return next((n for n in names if isinstance(getattr(module, n, None), Tensor)), None)
 
 
 def children_with_parameters(module: nn.Module) -> Iterator[nn.Module]:

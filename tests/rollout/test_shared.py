@@ -270,3 +270,25 @@ def test_bins_that_learn_are_read_by_their_name():
     wrong = {"reward_as": Readout((reward, "bin"))}
     with pytest.raises(MisfitError, match="reward_bins: TwoHot has no tensor 'bin'"):
         adapt(model, reward=reward.layers, **wrong)
+
+
+# ---------------------------------------------------------------- norms
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_parametrized_norms_are_computed(norm):
+    """Whether they were so when they were read, or became so since."""
+    model = modern.StatsRSSM()
+    prior = nn.Sequential(*modern.normed(modern.SMALL.deter, 10, norm=norm), model._imgs_stat_layer)
+    given = {"inp": model._img_in_layers, "gru": model._cell, "prior": prior, "stoch_first": True}
+    given["latent"] = adapt(model).rollout.options.latent
+    before = Rollout.from_modules(**given)
+    for name, _ in list(prior[1].named_parameters()):
+        with torch.no_grad():
+            getattr(prior[1], name).normal_()
+        parametrize.register_parametrization(prior[1], name, Half())
+    deter = torch.randn(3, modern.SMALL.deter).tanh()
+    for rollout in (before, Rollout.from_modules(**given)):
+        torch.testing.assert_close(rollout.prior(deter).logits.flatten(1), prior(deter))
+        found = rollout.verify(repeats=1)
+        assert found.ok, str(found)
