@@ -226,15 +226,27 @@ class Rollout:
         """The dynamics as the ops take them; tensors in place.
 
         Raises:
-            MisfitError: a module has got a hook since, which would not run.
+            MisfitError: a module has got a hook since, which would not run; or the model has moved
+                without the tensor ``begin``.
         """
         refuse_hooks(self.watched)
         nets, o = self.nets, self.options
         post = nets["post"].params() if "post" in nets else None
         parts = self._inputs(), nets["gru"].params(), nets["prior"].params(), post
-        begin = Begin(nets["begin"].params(), o.begin_through) if "begin" in nets else None
-        flags = o.action_first, o.embed_first, o.bound_action, begin
+        flags = o.action_first, o.embed_first, o.bound_action, self._begin(parts[2].weights[0])
         return RSSMParams(*parts, o.latent, *flags)
+
+    def _begin(self, like: Tensor) -> Begin | None:
+        """The start of an episode, which has to be where the model is."""
+        if "begin" not in self.nets:
+            return None
+        weight = self.nets["begin"].params()
+        if (weight.dtype, weight.device) != (like.dtype, like.device):
+            raise MisfitError(
+                f"begin: is {weight.dtype} on {weight.device}, the prior {like.dtype} on "
+                f"{like.device}; begin=(module, name) is looked up where the module is"
+            )
+        return Begin(weight, self.options.begin_through)
 
     def _inputs(self) -> MLPParams | Branches:
         """The layers of stoch and action, those of the cell's own included."""

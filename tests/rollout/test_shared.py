@@ -216,7 +216,8 @@ def test_a_start_of_one_s_own_by_its_name():
         assert rollout.verify(repeats=1).ok
     model.double()
     torch.testing.assert_close(by_name.initial(1).deter[0], torch.tanh(model.start))
-    with pytest.raises((RuntimeError, ValueError), match="float|dtype|Double"):
+    message = r"begin: is torch.float32 on cpu, the prior torch.float64 on cpu; begin=\(module"
+    with pytest.raises(MisfitError, match=message):
         itself.initial(1)
     for begin, message in [
         ((model, "begin"), "begin: StatsRSSM has no tensor 'begin'"),
