@@ -22,6 +22,7 @@ from fastdreamer.training.checkpoint import (
 )
 
 _SHIPPED = Path(__file__).parents[1] / "data"
+_TARGET = "target_critic."
 _KEPT = ("version", "config", "architecture", "obs_shapes", "action_dim", "cursor")
 """Of a checkpoint's document, what is said of an agent; of its cursor, how long it has learned."""
 
@@ -111,6 +112,8 @@ def load(
         config = dataclasses.replace(config, plan=plan)
     agent = Dreamer(config, meta["obs_shapes"], meta["action_dim"])
     weights = {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith("agent/")}
+    for name in [name for name in weights if name.startswith(_TARGET)]:  # an exported file's
+        weights.setdefault(name.removeprefix("target_"), weights[name])
     agent.load_state_dict(weights)
     if safety is not None:
         agent.config = dataclasses.replace(config, safety=safety).validate()
@@ -126,7 +129,8 @@ def export_agent(run_or_file: str | os.PathLike, out: Path, *, half: bool = True
         run_or_file: run directory (its newest checkpoint), checkpoint or snapshot.
         out: the file; ``load`` reads it.
         half: as float16, half the size (``load`` computes in float32 from them); else float32.
-            What is counted, as an explorer's rounds, stays as it is.
+            What is counted, as an explorer's rounds, stays as it is. Where the critic has a target,
+            whom plans ask, that stands for both.
 
     Raises:
         CheckpointError: no checkpoint, or a weight that float16 cannot hold.
@@ -134,6 +138,8 @@ def export_agent(run_or_file: str | os.PathLike, out: Path, *, half: bool = True
     path, tensors, meta = read_agent(run_or_file)
     weights = {name: value for name, value in tensors.items() if name.startswith("agent/")}
     if half:
+        if any(name.startswith(f"agent/{_TARGET}") for name in weights):
+            weights = {n: w for n, w in weights.items() if not n.startswith("agent/critic.")}
         for name, value in weights.items():
             if not value.is_floating_point():
                 continue  # what counts stays exact

@@ -57,6 +57,29 @@ def test_an_exported_agent_acts_as_the_run_s(run, tmp_path):
     assert meta["cursor"]["env_frames"] == 100
 
 
+def test_of_critic_and_target_half_an_agent_has_the_one_that_plans(tmp_path):
+    config = preset("tiny", {"behavior": {"target_every": 7}})
+    agent = Dreamer(config, {"state": (24,)}, 6)
+    with torch.no_grad():
+        for critic in (agent.critic, agent.target_critic):
+            for parameter in critic.parameters():
+                parameter.normal_()
+    about = {"config": to_dict(config), "obs_shapes": agent.obs_shapes, "action_dim": 6}
+    about["cursor"] = {"update": 0, "env_frames": 0}
+    weights = {f"agent/{name}": value for name, value in agent.state_dict().items()}
+    save_checkpoint(tmp_path / "own.safetensors", weights, about)
+    for half in (False, True):
+        export_agent(tmp_path / "own.safetensors", tmp_path / "out.safetensors", half=half)
+        loaded = fastdreamer.load(tmp_path / "out.safetensors")
+        target = agent.target_critic.state_dict()
+        for name, value in (target if half else agent.critic.state_dict()).items():
+            expected = value.half().float() if half else value
+            assert torch.equal(loaded.critic.state_dict()[name], expected), name
+        for name, value in target.items():
+            expected = value.half().float() if half else value
+            assert torch.equal(loaded.target_critic.state_dict()[name], expected), name
+
+
 @pytest.mark.parametrize("rounds", [4097, 100_001])
 def test_half_an_agent_has_counted_as_far_as_the_whole(tmp_path, rounds):
     """Float16 holds whole numbers up to 2048 only, and nothing beyond 65504."""
