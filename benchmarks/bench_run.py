@@ -1,4 +1,4 @@
-"""Learner and collector together, from pixels by the default recipe: one cycle of training."""
+"""Learner and collector together, from pixels by preset walker: one cycle of training."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ WHOLE = {
     "2 × 1": ("--collect.round", "2", "--collect.workers", "2"),
     "1 × 1, Ray": ("--ray", "local"),
 }
-"""Pools beside a learner, the whole default recipe: name → options of ``fastdreamer train``."""
+"""Pools beside a learner, the whole of preset walker: name → options of ``fastdreamer train``."""
 KINDS = {"pixels": "walker", "state": "state"}
 """What the agent sees → the preset of its settings."""
 ROUND = 4  # episodes

@@ -1,5 +1,5 @@
 """A learner of several processes beside one of several threads: `python -m benchmarks.ranks
-[--write]`. Updates of the default recipe from synthetic episodes, without a collector; each variant
+[--write]`. Updates of preset walker from synthetic episodes, without a collector; each variant
 in processes of its own, one after the other in every round.
 """
 

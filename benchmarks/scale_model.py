@@ -50,7 +50,7 @@ class Costs:
 
 
 def measured(quality: str) -> Costs:
-    """Read what was measured, and count the bytes of the default recipe.
+    """Read what was measured, and count the bytes of preset walker.
 
     Raises:
         FileNotFoundError: it was not measured.

@@ -45,7 +45,7 @@ from fastdreamer.training.trainer import (
     read_settings,
 )
 
-_PRESET = "walker"
+_PRESET = "walker-v3"
 
 
 @dataclass
@@ -54,15 +54,16 @@ class Train:
 
     For example: fastdreamer train walker
 
-    A run directory receives config.json, metrics.jsonl, tensorboard/, episodes/, checkpoints/ and
-    videos/. Ctrl-C finishes the update, saves, and prints how to go on.
+    A run directory receives config.json, metrics.jsonl, tensorboard/, episodes/, checkpoints/,
+    snapshots/, videos/ and, at its end, curves.png. Ctrl-C finishes the update, saves, and prints
+    how to go on.
     """
 
     task: Annotated[Positional[str], tyro.conf.arg(metavar="TASK")] = ""
     """DeepMind Control task, domain-task: walker-walk, cheetah-run, ...; walker is walker-walk. Or
     gym:ID, a registered gymnasium environment, or module:function, which returns one."""
     preset: Annotated[str | None, tyro.conf.arg(metavar="|".join(PRESETS))] = None
-    """Where the settings of a new run start from, walker by default; the options below change
+    """Where the settings of a new run start from, walker-v3 by default; the options below change
     single ones."""
     file: Annotated[Path | None, tyro.conf.arg(name="config", metavar="JSON")] = None
     """Settings of a new run in place of the preset's: config.json of a run, or a part of one. TASK
