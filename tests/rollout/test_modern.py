@@ -222,6 +222,12 @@ def test_sheeprl_itself():
         spread(model)
         loop = same_as_dynamic(model)
         assert "initial_recurrent_state" in dict(loop.named_parameters())
+    parts = model.recurrent_model, model.representation_model, model.transition_model
+    fixed = v3.RSSM(*parts, {}, discrete=K, learnable_initial_recurrent_state=False).double()
+    fixed.initial_recurrent_state.normal_()
+    loop = same_as_dynamic(fixed)
+    assert list(loop.state_dict()) == list(fixed.state_dict())
+    assert "initial_recurrent_state" in dict(loop.named_buffers())
     actor = v3.Actor(Z + D, [A], True, {"type": "auto"}, 2.0, 0.1, dense_units=H, mlp_layers=2)
     loop = adapt(model.float(), actor=actor)
     assert loop.rollout.options.squash == "bound" and loop.rollout.options.mean_scale == 1

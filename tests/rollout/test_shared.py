@@ -30,6 +30,21 @@ def seed():
     torch.manual_seed(0)
 
 
+CONVERSIONS = {
+    "in place": lambda _: None,
+    "overwriting": torch.__future__.set_overwrite_module_params_on_conversion,
+    "swapping": torch.__future__.set_swap_module_params_on_conversion,
+}
+
+
+@pytest.fixture(params=CONVERSIONS)
+def conversion(request):
+    """How torch moves a module's parameters."""
+    CONVERSIONS[request.param](True)
+    yield
+    CONVERSIONS[request.param](False)
+
+
 def made(name):
     """A model whose episodes begin somewhere else than at zero, its loop, and where that stands."""
     kind, start = STARTS[name]
@@ -76,6 +91,35 @@ def test_a_loop_of_a_script_has_its_tensors():
     assert copy.deepcopy(loop).state_dict().keys() == loop.state_dict().keys()
 
 
+PEERS = {name: kind for name, (kind, _) in STARTS.items()} | {
+    "Gaussian": partial(modern.StatsRSSM, discrete=False),
+    "dreamer-torch": modern.OldStatsRSSM,
+    "r2dreamer": modern.BlocksRSSM,
+    "NaturalDreamer": modern.Natural,
+    "sheeprl V2": modern.SheepV2,
+    "PlaNet": peers.TransitionModel,
+    "scripted": peers.ScriptedTransition,
+    "nonterms": peers.NontermsRSSM,
+    "juliusfrost": peers.RSSMRollout,
+    "bstars": partial(peers.GrusaRSSM, 0.1),
+    "sheeprl V1": peers.SheepRSSMOfToday,
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", PEERS)
+def test_no_tensor_is_kept(name):
+    """After all of a peer's are others, its loop gives what it gives itself."""
+    loop = adapt(PEERS[name]())
+    for x in (loop, copy.deepcopy(loop)):
+        other = {key: y + 0.1 * torch.randn_like(y) for key, y in x.state_dict().items()}
+        x.load_state_dict(other, assign=True)
+        assert agrees(x)
+        x.double()
+        assert x.rollout.like.dtype == torch.float64 and agrees(x)
+    assert agrees(loop)
+
+
 # ---------------------------------------------------------------- a start by its name
 
 
@@ -87,21 +131,6 @@ def begins(loop):
 def begun_later(model, start, by=0.5):
     """The model's state, its start another."""
     return {key: x + by * (key == start) for key, x in model.state_dict().items()}
-
-
-CONVERSIONS = {
-    "in place": lambda _: None,
-    "overwriting": torch.__future__.set_overwrite_module_params_on_conversion,
-    "swapping": torch.__future__.set_swap_module_params_on_conversion,
-}
-
-
-@pytest.fixture(params=CONVERSIONS)
-def conversion(request):
-    """How torch moves a module's parameters."""
-    CONVERSIONS[request.param](True)
-    yield
-    CONVERSIONS[request.param](False)
 
 
 @pytest.mark.parametrize("by", ["peer", "loop"])
