@@ -51,8 +51,8 @@ def encode(params: EncoderParams, pixels: Tensor, *, backend: str | None = None)
         flat = params.weights[-1].shape[0] * size[0] * size[1]
         _check_linear("encode", params.linear, flat, like)
     depth, lacking = len(params.weights), _lacking(params.weights)
-    # bytes say nothing of the networks' dtype and device, a bias does
-    given = (pixels, params.biases[0])
+    # bytes say nothing of the networks' dtype and device, a bias does, of whatever strides
+    given = (pixels, params.biases[0].contiguous())
     return ENCODE.select(backend, *given, depth=depth, lacking=lacking)(params, pixels)
 
 
