@@ -4,6 +4,7 @@ Names are imported when they are first asked for, so that the command line can s
 threads wait before torch is loaded.
 """
 
+import contextlib
 import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,7 @@ def _note_fork() -> None:
     _forked = True
 
 
-if hasattr(os, "register_at_fork"):
+with contextlib.suppress(AttributeError):  # Windows forks nothing
     os.register_at_fork(after_in_child=_note_fork)
 
 

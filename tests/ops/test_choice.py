@@ -186,17 +186,17 @@ def embedded(backend: str, autocast: bool = True) -> tuple[torch.Tensor, torch.T
 
 
 def test_an_embedding_has_the_dtype_that_was_asked_for():
-    """Eager's, whatever it is computed in; its gradient is that of a rounding."""
+    """Eager's, whatever it is computed in; float32's is that one's rounded, and so its gradient."""
     code = f"""import runpy
 embedded = runpy.run_path({os.path.abspath(__file__)!r})["embedded"]
 (native, grad), (eager, _), (fp32, want) = (
     embedded("native"), embedded("eager"), embedded("native", False)
 )
 assert native.dtype == eager.dtype == torch.bfloat16 and fp32.dtype == torch.float32
-assert (grad - want).norm() < 0.02 * want.norm()
-print(torch.equal(native, fp32.bfloat16()))"""
-    assert run(code, FASTDREAMER_ARITHMETIC="fp32") == "True"
-    assert run(code, FASTDREAMER_ARITHMETIC="bf16") == "False"
+near = (grad - want).norm() < 0.002 * want.norm()
+print(torch.equal(native, fp32.bfloat16()), bool(near))"""
+    assert run(code, FASTDREAMER_ARITHMETIC="fp32") == "True True"
+    assert run(code, FASTDREAMER_ARITHMETIC="bf16") == "False False"
 
 
 def test_the_faster_precision(monkeypatch):
