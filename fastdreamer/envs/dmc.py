@@ -25,7 +25,8 @@ DEFAULT_TASKS = {"walker": "walker-walk"}  # names that stand for a task
 SHADOW_SIZE = 256  # texels a side; the suite's own 2048 costs about as much as all the rest
 MAX_STEPS = 1000  # control steps of an episode: those of every task of the suite
 
-_CAMERAS = {"quadruped": 2}  # camera 0 looks from far away there; elsewhere it follows the body
+# Camera 0 looks from far away there, or (dog-fetch) at a ball; elsewhere at the body.
+_CAMERAS = {"dog": "y-axis", "quadruped": "y"}
 _NEEDS_GL = {"quadruped-escape"}  # uploads its terrain to the GL context at every reset
 _SHADOW, _REFLECTION, _SKYBOX = 0, 2, 4  # mjtRndFlag
 
@@ -224,7 +225,8 @@ class SuiteTask:
             raise ArgumentError(_no_rays(self.name, reason))
         self._render, self._quality = render, QUALITIES[render_quality]
         self._rays: Rays | None = None  # made at the first image
-        self._camera_id = _CAMERAS.get(domain, 0)
+        camera = _CAMERAS.get(domain)
+        self._camera_id = 0 if camera is None else physics.model.name2id(camera, "camera")
         self._cameras = {}  # (height, width) -> camera; a new one costs 2 ms a frame
         visual = physics.model.vis
         visual.quality.shadowsize = SHADOW_SIZE

@@ -323,6 +323,14 @@ def test_pixels_are_the_suite_own_with_a_smaller_shadow_map():
     assert (unshadowed[0] == matte[0]).all() and (unshadowed[-1] != matte[-1]).any()
 
 
+@pytest.mark.parametrize("task", ["dog-fetch", "dog-walk", "quadruped-fetch"])
+def test_the_camera_follows_the_body_where_it_roams(task):
+    """Of dog-fetch camera 0 looks at the ball from a fixed place, where no dog is."""
+    env = make_env(task, obs="state")
+    model = env._task._env.physics.model
+    assert model.id2name(model.cam_bodyid[env._task._camera_id], "body") == "torso"
+
+
 @pytest.mark.parametrize("obs", ["state", "pixels"])
 def test_render_for_videos(obs):
     env = make_env("walker", obs=obs)
