@@ -229,6 +229,16 @@ def test_a_ring_is_seen(tmp_path, monkeypatch):
     assert not ring({place_of(path): files_imported(path) for path in ops.iterdir()})
 
 
+def test_whoever_loads_the_core_has_loaded_torch():
+    """Else both run on whatever OpenMP the system has, and without one the core does not load."""
+    for path in FILES:
+        lines = {}
+        for line, name in imports(path):
+            lines.setdefault(name.split(".")[0] if name.startswith("torch") else name, line)
+        if core := lines.get("fastdreamer._native"):
+            assert lines.get("torch", core) < core, path
+
+
 def test_the_rules_have_no_cycle():
     reached: dict[str, set[str]] = {name: set(allowed) for name, allowed in ALLOWED.items()}
     for _ in ALLOWED:

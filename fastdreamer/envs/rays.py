@@ -24,7 +24,7 @@ _RGB = 1  # mjtTextureRole
 def why_not(model: Any) -> str | None:
     """Why rays cannot draw a MuJoCo model, or None."""
     try:
-        from fastdreamer import _native
+        core = _core()
     except ImportError as error:
         return f"they are cast by the compiled core, which is not available: {error}"
     if model.nskin or model.nflex:
@@ -34,14 +34,24 @@ def why_not(model: Any) -> str | None:
         return "it has meshes or height fields"
     if (model.geom_size[shapes == _PLANE, :2] <= 0).any():
         return "it has a plane without end"
-    if model.nlight + 1 > _native.MAX_LIGHTS:
-        return f"it has more than {_native.MAX_LIGHTS - 1} lights"
+    if model.nlight + 1 > core.MAX_LIGHTS:
+        return f"it has more than {core.MAX_LIGHTS - 1} lights"
     textures = model.mat_texid[:, _RGB]
     for shape, material in zip(shapes, model.geom_matid, strict=True):
         texture = textures[material] if material >= 0 else -1
         if shape != _PLANE and texture >= 0 and model.tex_type[texture] == _TEX_2D:
             return "it has flat textures on solid bodies"
     return None
+
+
+def _core() -> Any:
+    """The compiled core, and PyTorch before it: they share PyTorch's OpenMP, not the system's,
+    which may be another or not there."""
+    import torch  # noqa: F401
+
+    from fastdreamer import _native
+
+    return _native
 
 
 class Rays:
@@ -54,14 +64,12 @@ class Rays:
     def __init__(self, physics: Any, camera_id: int, quality: Quality) -> None:
         import mujoco
 
-        from fastdreamer import _native
-
         self._mujoco = mujoco
         self._model, self._data = physics.model.ptr, physics.data.ptr
         model = self._model
         textures = [_texture(model, i) for i in range(model.ntex)]
         skies = np.flatnonzero(model.tex_type == _TEX_SKYBOX)
-        self._caster = _native.RayCaster(textures, int(skies[0]) if len(skies) else -1)
+        self._caster = _core().RayCaster(textures, int(skies[0]) if len(skies) else -1)
         self._effects = {
             "samples": 4 if quality.multisampling else 1,
             "reflection": quality.mirror,
