@@ -40,6 +40,8 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 # Apple's compiler has no OpenMP of its own; the kernels then run on one thread.
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 
+KNOWN = "C++17 and AMX (g++ 11, clang 11 or newer)" if X86 else "C++17"
+NEEDS = f"It must know {KNOWN}{' and OpenMP' if OPENMP else ''}: set CXX to one that does"
 WITHOUT = "or set FASTDREAMER_NO_NATIVE=1 to install without the compiled CPU core."
 
 
@@ -102,7 +104,7 @@ def run(command: list[str]) -> None:
     if done.stdout:
         print(done.stdout, file=sys.stderr)
     if done.returncode:
-        stop(f"the C++ compiler failed (output above): {shlex.join(command)}")
+        stop(f"the C++ compiler failed (output above): {shlex.join(command)}\n{NEEDS}, {WITHOUT}")
 
 
 def stop(sentence: str) -> None:

@@ -12,6 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BUILD = "import sys, setuptools.build_meta as b; print(getattr(b, sys.argv[1])('out'))"
+DATA = {
+    str(path.relative_to(ROOT)) for path in (ROOT / "fastdreamer/data").iterdir() if path.is_file()
+}
 
 
 @pytest.fixture
@@ -23,6 +26,9 @@ def source(tmp_path):
     (tmp_path / "fastdreamer").mkdir()
     (tmp_path / "fastdreamer/__init__.py").touch()
     shutil.copy(ROOT / "fastdreamer/_version.py", tmp_path / "fastdreamer")
+    (tmp_path / "fastdreamer/data").mkdir()
+    for name in DATA:
+        (tmp_path / name).touch()
     (tmp_path / "README.md").touch()
     (tmp_path / "out").mkdir()
     return tmp_path
@@ -56,6 +62,9 @@ def test_a_failing_compiler_stops_the_build(source):
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     assert "fastdreamer: the C++ compiler failed" in done.stderr
+    last = done.stderr.strip().splitlines()[-1]  # as for one that knows C++17, but no AMX
+    assert last.startswith("It must know C++17") and "set CXX to one that does, or set" in last
+    assert last.endswith("or set FASTDREAMER_NO_NATIVE=1 to install without the compiled CPU core.")
 
 
 def test_no_native_makes_a_pure_wheel_without_a_compiler(source):
@@ -67,6 +76,7 @@ def test_no_native_makes_a_pure_wheel_without_a_compiler(source):
         names = archive.namelist()
         metadata = archive.read(next(n for n in names if n.endswith("/METADATA"))).decode()
     assert not [name for name in names if "_native" in name]
+    assert len(DATA) > 1 and set(names) >= DATA
     version = (ROOT / "fastdreamer/_version.py").read_text().split('"')[1]
     assert f"Version: {version}\n" in metadata
     assert "License-Expression: MIT\n" in metadata
@@ -78,7 +88,7 @@ def test_source_distribution_holds_the_core(source):
     with tarfile.open(source / "out" / done.stdout.split()[-1]) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*")}
-    assert wanted <= packed
+    assert wanted | DATA <= packed
 
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512bf16", "amx", "amx_emulated"])
