@@ -37,6 +37,7 @@ from fastdreamer.cli.train import Train, run_train, train_defaults
 from fastdreamer.cli.watch import Watch, run_watch
 from fastdreamer.config import Config
 from fastdreamer.errors import FastdreamerError
+from fastdreamer.machine.device import bound_threads
 from fastdreamer.training.ranks import follow, is_follower, joined
 from fastdreamer.training.trainer import Stopped
 
@@ -98,6 +99,7 @@ def _run(argv: list[str]) -> int:
         command = _parse(argv)
         with contextlib.ExitStack() as stack:
             if isinstance(command, Eval | Dream | Watch | Report):
+                bound_threads()
                 config = config_of(command.run)
                 if hasattr(command, "plan"):  # again: its options start from what the run says
                     command = _parse(argv, config)

@@ -8,7 +8,7 @@ import dataclasses
 import torch
 
 from fastdreamer.config import Config, ConfigError
-from fastdreamer.machine.cores import learner_threads
+from fastdreamer.machine.cores import cpu_quota, learner_threads, within_quota
 from fastdreamer.ops.backend import (
     check_backend,
     chosen_backend,
@@ -20,9 +20,11 @@ from fastdreamer.ops.backend import (
 from fastdreamer.ops.codec import DECODE
 from fastdreamer.ops.gpu import interpreting, why_no_kernels
 
-CORES = torch.get_num_threads()
+TORCH_CORES = torch.get_num_threads()
 """As torch counts them before anybody sets a number: physical ones that this process may use, and
 no more than ``OMP_NUM_THREADS``."""
+CORES = within_quota(TORCH_CORES, cpu_quota())
+"""Of these as many as a container's quota lets run side by side."""
 
 
 def resolve_device(device: str, backend: str = "auto") -> str:
@@ -41,6 +43,12 @@ def resolve_precision(precision: str, device: torch.device | str, backend: str =
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     return faster_precision(backend)
+
+
+def bound_threads() -> None:
+    """Let torch compute on no more threads than ``CORES``, where it counts more."""
+    if CORES < TORCH_CORES:
+        torch.set_num_threads(CORES)
 
 
 def resolve_threads(config: Config, device: str) -> int:
