@@ -19,10 +19,18 @@ from rich.table import Table
 from fastdreamer import ops
 from fastdreamer._version import __version__
 from fastdreamer.envs import EnvError, make_env
-from fastdreamer.envs.gl import GL, GLError, probe_all, select_gl
+from fastdreamer.envs.gl import GL, GLError, forget, probe_all, select_gl
 from fastdreamer.errors import ArgumentError, how_to_install
-from fastdreamer.machine.cores import cpu_model
-from fastdreamer.ops.backend import BACKENDS, OPS, describe_kernels, last_backend, why_slow
+from fastdreamer.machine.cores import cpu_model, cpu_quota, within_quota
+from fastdreamer.machine.device import TORCH_CORES, resolve_device, resolve_precision
+from fastdreamer.ops.backend import (
+    BACKENDS,
+    OPS,
+    describe_kernels,
+    last_backend,
+    why_not_loaded,
+    why_slow,
+)
 from fastdreamer.ops.gpu import driver_state
 
 _PACKAGES = ("torch", "triton", "numpy", "mujoco", "dm_control", "safetensors", "tyro")
@@ -41,9 +49,10 @@ def report(console: Console) -> None:
 def _machine() -> Iterator[tuple[str, str]]:
     yield "fastdreamer", __version__
     yield "system", f"{platform.platform()}, Python {platform.python_version()}"
-    yield "CPU", f"{cpu_model()}, {os.cpu_count()} cores"
+    quota = cpu_quota()
+    yield "CPU", f"{cpu_model()}, {_cores(quota)}"
     yield "torch's CPU capability", torch.backends.cpu.get_cpu_capability()
-    yield "threads", f"{torch.get_num_threads()} (torch)"
+    yield "threads", _threads(TORCH_CORES, quota, os.environ.get("OMP_NUM_THREADS"))
     yield from _core()
     if torch.cuda.is_available():
         yield (
@@ -55,12 +64,36 @@ def _machine() -> Iterator[tuple[str, str]]:
     yield "NVIDIA driver", driver_state()
 
 
+def _cores(quota: float | None) -> str:
+    """How many there are, and how many of them this process may use."""
+    count = os.cpu_count() or 1
+    told = f"{count} core{'s'[: count > 1]}"
+    if hasattr(os, "sched_getaffinity") and (usable := len(os.sched_getaffinity(0))) < count:
+        told += f", {usable} of which this process may use"
+    if quota is not None and quota < count:
+        told += f"; a quota (cgroup) gives it the time of {quota:g}"
+    return told
+
+
+def _threads(torch_cores: int, quota: float | None, asked: str | None) -> str:
+    """How many a command takes that is not told, and what holds them to that.
+
+    torch_cores: physical cores as torch counts them. asked: ``OMP_NUM_THREADS``, or None.
+    """
+    taken = within_quota(torch_cores, quota)
+    if taken < torch_cores:
+        return f"{taken}, by the quota; torch counts {torch_cores} cores (--threads N takes more)"
+    if asked:
+        return f"{taken}, as OMP_NUM_THREADS={asked} says (--threads N takes others)"
+    return f"{taken}, torch's count of physical cores"
+
+
 def _core() -> Iterator[tuple[str, str]]:
     """What the native core measures, takes for each precision, and why."""
     try:
         from fastdreamer import _native
     except ImportError as error:
-        yield "native core", f"not available: {error}"
+        yield "native core", f"not available: {why_not_loaded(error)}"
         return
     try:
         choice = _native.choice()
@@ -77,7 +110,17 @@ def _core() -> Iterator[tuple[str, str]]:
             yield f"  {name}", f"no: {reason}"
         elif name not in measured:
             yield f"  {name}", "for tests alone: amx, its instructions emulated in avx512bf16"
-    yield from kernel_reasons(rates, choice, _native.faster(), os.environ)
+    yield from kernel_reasons(rates, choice, _precision(), os.environ)
+
+
+def _precision() -> str:
+    """What ``--precision auto`` is where ``--device auto`` computes, whoever does there."""
+    device = resolve_device("auto")
+    try:
+        precision = resolve_precision("auto", device)
+    except ArgumentError as error:  # of a variable
+        return f"not known: {error}"
+    return precision if device == "cpu" else f"{precision}, on {device}"
 
 
 def kernel_reasons(
@@ -120,15 +163,20 @@ def _simulator() -> Iterator[tuple[str, str]]:
 
 
 def _rendering() -> Iterator[tuple[str, str]]:
-    if importlib.util.find_spec("mujoco") is None:
-        missing = ModuleNotFoundError(name="mujoco")
-        yield "rendering", f"no: {how_to_install(missing)}"
-        return
+    for module in ("mujoco", "dm_control"):
+        if importlib.util.find_spec(module) is None:
+            yield "rendering", f"no: {how_to_install(ModuleNotFoundError(name=module))}"
+            return
+    answers = probe_all()
     try:
-        yield "rendering", str(select_gl())
+        gl = select_gl()
+        if not isinstance(answers[gl.name], GL):  # it was remembered, and works no more
+            forget(gl)
+            gl = select_gl()
+        yield "rendering", str(gl)
     except GLError as error:
         yield "rendering", f"none works: {error}"
-    for name, answer in probe_all().items():
+    for name, answer in answers.items():
         text = answer.renderer if isinstance(answer, GL) else f"no: {answer}"
         yield f"  {name}", text
     try:
@@ -153,7 +201,11 @@ def _backends() -> Table:
         if not module.ispkg:
             importlib.import_module(module.name)  # an op is known once its module is imported
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    table = Table(title=f"Backends on {device}", title_justify="left", show_lines=False)
+    asked = os.environ.get("FASTDREAMER_BACKEND")
+    named = asked and asked != "auto"
+    instead = f" (FASTDREAMER_BACKEND={asked} is taken in auto's place)" if named else ""
+    title = escape(f"Backends on {device}{instead}")
+    table = Table(title=title, title_justify="left", show_lines=False)
     table.add_column("op")
     table.add_column("auto takes")
     table.add_column("why not the others")

@@ -382,25 +382,33 @@ class Op:
                 # breaks the graph, and is called as it is.
                 body = torch.compiler.disable(body)
             except ImportError as error:
-                if not isinstance(error, ModuleNotFoundError) and "'_native'" not in str(error):
+                if backend == "native":
+                    body = why_not_loaded(error)
+                elif not isinstance(error, ModuleNotFoundError) and "'_native'" not in str(error):
                     body = f"cannot be loaded: {error}"
-                elif backend == "native":  # of the package itself "cannot import name '_native'"
-                    body = f"extension not built: {error}{how_to_build()}"
                 else:
                     body = how_to_install(error) or f"not installed: {error}"
             self._loaded[backend] = body
         return body
 
 
+def why_not_loaded(error: ImportError) -> str:
+    """What to say of an error in importing the core."""
+    # of the package itself "cannot import name '_native'"
+    if isinstance(error, ModuleNotFoundError) or "'_native'" in str(error):
+        return f"extension not built: {error}{how_to_build()}"
+    return f"cannot be loaded: {error}"
+
+
 @functools.cache
 def how_to_build() -> str:
-    """What to say of a missing extension where the package is a source tree, "" elsewhere.
+    """What to say of a missing extension.
 
     Python started in a clone imports the clone, whatever is installed.
     """
     root = Path(__file__).resolve().parents[2]
     if not (root / "setup.py").is_file():
-        return ""
+        return "; installed again with a C++ compiler, without FASTDREAMER_NO_NATIVE, it has one"
     hidden = ""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         installed = importlib.metadata.distribution("fastdreamer").locate_file("fastdreamer")

@@ -442,9 +442,11 @@ def test_what_cannot_run_here_is_refused_at_once(option, value, tmp_path, capsys
     assert not (tmp_path / "run").exists()
 
 
-def test_doctor_and_version(capsys):
+def test_doctor_and_version(capsys, monkeypatch):
+    monkeypatch.setenv("FASTDREAMER_BACKEND", "native")
     assert main(["doctor"]) == 0
     text = output(capsys)
+    assert "(FASTDREAMER_BACKEND=native is taken in auto's place)" in text
     assert f"NVIDIA driver {driver_state()[:20]}" in text
     for word in ("CPU", "threads", "amx", "rendering", "torch", "lambda_return", "imagine"):
         assert word in text

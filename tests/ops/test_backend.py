@@ -326,6 +326,12 @@ def test_a_clone_without_the_extension_says_how_to_build_it(tmp_path, installed)
     assert (hides in reason) == installed
 
 
+def test_an_installation_without_the_extension_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(backend_module, "__file__", str(tmp_path / "fastdreamer/ops/backend.py"))
+    said = backend_module.how_to_build.__wrapped__()
+    assert said.startswith("; installed again with a C++ compiler, without FASTDREAMER_NO_NATIVE")
+
+
 def test_check_tensor_binds_letters_and_names_what_it_wants():
     dims: dict[str, int] = {}
     check_tensor("imagine", "noise", torch.zeros(15, 4, 2), ("H", "B", 2), dims)
