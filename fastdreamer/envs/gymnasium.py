@@ -16,9 +16,17 @@ from fastdreamer.envs import list_tasks, make_env
 from fastdreamer.envs.wrappers import Env
 
 
-def make(task: str, render_mode: str | None = None, **options: Any) -> GymnasiumEnv:
-    """What ``gymnasium.make("fastdreamer/TASK-v0", …)`` makes; options are those of `make_env`."""
-    return GymnasiumEnv(make_env(task, **options), render_mode)
+def make(
+    task: str, render_mode: str | None = None, seed: int | None = None, **options: Any
+) -> GymnasiumEnv:
+    """What ``gymnasium.make("fastdreamer/TASK-v0", …)`` makes; options are those of `make_env`.
+
+    Without a seed it starts from the system's entropy, as gymnasium's own do: several that are
+    reset without one play different episodes.
+    """
+    if seed is None:
+        seed = int(np.random.SeedSequence().generate_state(1)[0])
+    return GymnasiumEnv(make_env(task, seed=seed, **options), render_mode)
 
 
 class GymnasiumEnv(gymnasium.Env):

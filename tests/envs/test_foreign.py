@@ -187,6 +187,11 @@ def test_our_tasks_are_gymnasium_s():
     assert theirs.render() is None
     with pytest.raises(ValueError, match="render_mode must be rgb_array or None"):
         gymnasium.make("fastdreamer/walker-walk-v0", render_mode="ansi")
+    starts = [
+        gymnasium.make("fastdreamer/walker-walk-v0", obs="state", **seed).reset()[0].tobytes()
+        for seed in ({}, {}, {"seed": 3}, {"seed": 3})
+    ]
+    assert len(set(starts)) == 3 and starts[2] == starts[3]
 
 
 @pytest.mark.parametrize("task", ["gym:Pendulum-v1", "walker-walk"])
