@@ -17,6 +17,8 @@ from fastdreamer.named import GYM, named
 
 _FUNCTION = re.compile(r"[\w.]+:\w+")
 _STEP = 0.05  # seconds of a control step where the environment does not say
+_ENDLESS = 1e9  # bounds beyond are none, as ±3.4e38, float32's own
+_CHANNELS = (1, 3)  # of an image, its last axis
 
 
 def is_foreign(name: str) -> bool:
@@ -44,11 +46,11 @@ class GymTask:
     then are what `render` returns.
 
     name: "gym:ID" of a registered environment, or "module:function" of a function that returns
-    one (looked up on Python's path and in the current directory). time_limit: seconds, or None for
-    the environment's own number of steps (1000 where it has none).
+    one (looked up on Python's path and in the current directory). time_limit: seconds, no longer
+    than the environment's own number of steps, or None for that (1000 where it has none).
 
-    Raises ValueError for an environment that cannot be played: its actions are not a Box with
-    finite bounds, or its observations neither a Box of numbers nor images.
+    Raises ValueError for an environment that cannot be played: its actions are not a Box of floats
+    with finite bounds, or its observations neither a Box of numbers nor images.
     """
 
     def __init__(self, name: str, *, seed: int = 0, time_limit: float | None = None):
@@ -57,12 +59,13 @@ class GymTask:
         self._seed: int | None = seed
         gymnasium = importlib.import_module("gymnasium")
         space = self._env.action_space
-        if not isinstance(space, gymnasium.spaces.Box):
+        box = isinstance(space, gymnasium.spaces.Box)
+        if not box or not np.issubdtype(space.dtype, np.floating):  # integers would be cut off
             raise ArgumentError(
-                f"{name}: actions are {space}; only continuous ones (a Box) can be learned here: "
-                "the actor is a tanh-Normal and its gradient goes through the action"
+                f"{name}: actions are {space}; only continuous ones (a Box of floats) can be "
+                "learned here: the actor is a tanh-Normal and its gradient goes through the action"
             )
-        if not np.isfinite([space.low, space.high]).all():
+        if not (np.abs([space.low, space.high]) < _ENDLESS).all():
             raise ArgumentError(
                 f"{name}: the range of an action is unbounded ({space}); wrap the environment so "
                 "that its action_space has bounds, in a function given as module:function"
@@ -73,10 +76,10 @@ class GymTask:
         self.state_size = _state_size(name, self._env.observation_space, gymnasium)
         fps = self._env.metadata.get("render_fps")
         self.control_step = 1 / fps if fps else _STEP
-        limit = getattr(self._env.spec, "max_episode_steps", None) or MAX_STEPS
+        limits = [_own_limit(self._env, gymnasium)]
         if time_limit is not None:
-            limit = min(limit, steps_in(time_limit, self.control_step, name))
-        self.max_steps = limit
+            limits.append(steps_in(time_limit, self.control_step, name))
+        self.max_steps = min((steps for steps in limits if steps is not None), default=MAX_STEPS)
         self._steps = 0
         self._seen: Any = None
 
@@ -127,6 +130,11 @@ class GymTask:
             raise ArgumentError(
                 f"{self.name} draws no images (render() returned {type(image).__name__}); it must "
                 'be made with render_mode="rgb_array", or be learned from state'
+            )
+        if image.shape[-1] not in _CHANNELS:
+            raise ArgumentError(
+                f"{self.name} draws images of {image.shape[-1]} channels; render() must return "
+                "[h, w, 3] or grey [h, w, 1]"
             )
         return image
 
@@ -190,12 +198,30 @@ def _make(name: str) -> Any:
         return gymnasium.make(spec, **options)
 
 
+def _own_limit(env: Any, gymnasium: Any) -> int | None:
+    """After how many steps it ends an episode, as far as it is told."""
+    if told := getattr(env.spec, "max_episode_steps", None):
+        return told
+    while isinstance(env, gymnasium.Wrapper):  # made without a specification
+        if isinstance(env, gymnasium.wrappers.TimeLimit):
+            return env._max_episode_steps
+        env = env.env
+    return None
+
+
 def _state_size(name: str, space: Any, gymnasium: Any) -> int | None:
     """How many numbers an observation has; None where it is an image."""
     if isinstance(space, gymnasium.spaces.Box):
-        if space.dtype == np.uint8 and len(space.shape) == 3 and space.shape[-1] in (1, 3):
+        if space.dtype != np.uint8 or len(space.shape) < 2:
+            return int(np.prod(space.shape))
+        if len(space.shape) == 3 and space.shape[-1] in _CHANNELS:
             return None
-        return int(np.prod(space.shape))
+        raise ArgumentError(
+            f"{name}: observations are {space}, bytes of several axes, but no images (uint8 "
+            "[h, w, 1 or 3]). Wrap the environment, in a function given as module:function: "
+            "gymnasium.wrappers.TransformObservation moves channels to the end, "
+            "FlattenObservation makes numbers of them"
+        )
     raise ArgumentError(
         f"{name}: observations are {space}; a Box is asked for, of numbers or of images (uint8 "
         "[h, w, 1 or 3]). Wrap the environment, for instance in "

@@ -61,13 +61,33 @@ class Reused(Line):
         self.seen[...] = now
         return self.seen
 
+class Brief(Line):
+    # ends by a limit of its own, of which nobody is told
+    def reset(self, **how):
+        self.left = 5
+        return super().reset(**how)
+    def step(self, action):
+        self.left -= 1
+        seen, reward, over, _, info = super().step(action)
+        return seen, reward, over, self.left == 0, info
+
+class Veiled(Line):
+    def render(self): return np.zeros((20, 30, 4), np.uint8)
+
 def line(): return Line()
 def reused(): return Reused(spaces.Box(-9, 9, (1,), np.float32))
 def reused_images(): return Reused(spaces.Box(0, 255, (64, 64, 3), np.uint8))
 def images(): return Line(spaces.Box(0, 255, (32, 32, 1), np.uint8))
 def choices(): return Line(actions=spaces.Discrete(2))
-def brief(): return gymnasium.wrappers.TimeLimit(Line(actions=spaces.Box(-1, 0, (1,))), 5)
+def whole(): return Line(actions=spaces.Box(0, 3, (1,), np.int64))
+def brief(): return Brief(actions=spaces.Box(-1, 0, (1,)))
+def limited(): return gymnasium.wrappers.TimeLimit(Line(actions=spaces.Box(-1, 0, (1,))), 1500)
+def channels_first(): return Line(spaces.Box(0, 255, (3, 32, 32), np.uint8))
+def grey(): return Line(spaces.Box(0, 255, (32, 32), np.uint8))
+def memory(): return Line(spaces.Box(0, 255, (128,), np.uint8))
+def veiled(): return Veiled()
 def endless(): return Line(actions=spaces.Box(-np.inf, np.inf, (1,), np.float32))
+def huge(): return Line(actions=spaces.Box(-3.4e38, 3.4e38, (1,), np.float32))
 def parts(): return Line(spaces.Dict({"a": spaces.Box(0, 1, (1,))}))
 def nothing(): return None
 """
@@ -124,6 +144,36 @@ def test_repeats_limits_and_ends(module):
     assert env.render(24, 48).shape == (24, 48, 3)
 
 
+@pytest.mark.parametrize(
+    ("task", "seconds", "steps"),
+    [
+        ("limited", None, 1500),  # a wrapper's, of an environment without a specification
+        ("limited", 100, 1000),
+        ("limited", 200, 1500),  # ten steps a second: it would be longer than that
+        ("line", None, 1000),
+        ("line", 200, 2000),
+        ("brief", 200, 2000),
+    ],
+)
+def test_an_episode_is_as_long_as_it_may_be(module, task, seconds, steps):
+    env = make_env(f"line_of_mine:{task}", obs="state", action_repeat=4, time_limit=seconds)
+    assert env.max_decisions == -(-steps // 4)
+    if task == "limited":
+        env.reset(seed=0)
+        over, frames = False, 0
+        while not over:
+            *_, over, made = env.step([0.0])
+            frames += made
+        assert frames == steps
+
+
+def test_bytes_of_one_axis_are_numbers_and_images_have_three_channels(module):
+    env = make_env("line_of_mine:memory", obs="state")
+    assert env.reset(seed=0)["state"].shape == env.obs_shapes["state"] == (128,)
+    with pytest.raises(ValueError, match=r"line_of_mine:veiled draws images of 4 channels"):
+        make_env("line_of_mine:veiled", obs="pixels").reset(seed=0)
+
+
 def test_observed_images_are_resized_and_grey_becomes_rgb(module):
     env = make_env("line_of_mine:images", obs="pixels")
     pixels = env.reset(seed=0)["pixels"]
@@ -155,7 +205,11 @@ def test_an_observation_stays_what_it_was_where_the_environment_reuses_its_array
         ("gym:Pendulm-v1", "Did you mean: `Pendulum`"),
         ("gym:line_of_mine:Line-v0", "gymnasium would import a module for it"),
         ("line_of_mine:choices", "only continuous ones"),
+        ("line_of_mine:whole", r"Box\(.*int64\); only continuous ones \(a Box of floats\)"),
+        ("line_of_mine:channels_first", "bytes of several axes, but no images .*TransformObs"),
+        ("line_of_mine:grey", "bytes of several axes, but no images .* FlattenObservation"),
         ("line_of_mine:endless", "range of an action is unbounded .* module:function"),
+        ("line_of_mine:huge", "range of an action is unbounded .* module:function"),
         ("line_of_mine:parts", "observations are Dict.*FlattenObservation"),
         ("line_of_mine:nothing", "must return a gymnasium environment, got None"),
         ("line_of_mine:no", "cannot be loaded: .*no attribute 'no'"),
