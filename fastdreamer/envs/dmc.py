@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import logging
 import os
 import sys
 from functools import cache
@@ -29,6 +30,7 @@ MAX_STEPS = 1000  # control steps of an episode: those of every task of the suit
 _CAMERAS = {"dog": "y-axis", "quadruped": "y"}
 _NEEDS_GL = {"quadruped-escape"}  # uploads its terrain to the GL context at every reset
 _SHADOW, _REFLECTION, _SKYBOX = 0, 2, 4  # mjtRndFlag
+_log = logging.getLogger("fastdreamer")
 
 
 class EnvError(FastdreamerError, RuntimeError):
@@ -207,6 +209,7 @@ class SuiteTask:
                 domain, task, task_kwargs={"random": 0, "time_limit": float("inf")}
             )
         self._env.task.random.seed(seed)
+        self._diverged = importlib.import_module("dm_control.rl.control").PhysicsError
 
         self.control_step = control_step = self._env.control_timestep()
         self.max_steps = MAX_STEPS
@@ -243,13 +246,30 @@ class SuiteTask:
         self._state, self._steps = self._env.reset().observation, 0
 
     def step(self, action: np.ndarray) -> tuple[float, bool, bool]:
-        """One control step: reward, terminated (a true end), truncated (the time limit)."""
-        result = self._env.step(action)
-        self._state = result.observation
+        """One control step: reward, terminated (a true end), truncated (the time limit).
+
+        Where the simulation diverges, as that of dog or humanoid_CMU rarely does, the episode is
+        truncated as it was before the step: MuJoCo has put another state in the place of what it
+        could not compute.
+        """
         self._steps += 1
+        before = self._env.physics.get_state()
+        try:
+            result = self._env.step(action)
+        except self._diverged as error:
+            self._restore(before)
+            _log.warning("%s: an episode is cut off at step %d: %s", self.name, self._steps, error)
+            return 0.0, False, True
+        self._state = result.observation
         late = self._steps >= self.max_steps
         terminated = result.last() and result.discount == 0.0 and not late
         return float(result.reward), terminated, (result.last() or late) and not terminated
+
+    def _restore(self, state: np.ndarray) -> None:
+        physics = self._env.physics
+        physics.set_state(state)
+        with physics.suppress_physics_errors():
+            physics.forward()
 
     def state(self) -> np.ndarray:
         """The task's observations, flattened in its own order: float32 [state_size]."""

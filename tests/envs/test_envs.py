@@ -258,6 +258,31 @@ def test_a_true_end_is_no_time_limit(monkeypatch):
     assert env.step(np.zeros(6))[2:] == (False, True, 2)
 
 
+def test_a_simulation_that_diverges_cuts_its_episode_off(monkeypatch, caplog):
+    """Else a run could not go on: the episode is a function of its seed, and fails again."""
+    env = make_env("walker", obs="both", render="rays", action_repeat=3)
+    env.reset(seed=0)
+    last = env.step(np.full(6, 0.5))[0]
+    physics = env._task._env.physics
+    step = physics.step
+
+    def diverge(steps):
+        physics.data.qvel[:] = 1e12
+        step(steps)
+
+    monkeypatch.setattr(physics, "step", diverge)
+    obs, *outcome = env.step(np.ones(6))
+    assert outcome == [0.0, False, True, 1]
+    assert all(np.array_equal(obs[kind], last[kind]) for kind in ("state", "pixels"))
+    assert "walker-walk: an episode is cut off at step 4: Physics state is invalid" in caplog.text
+    with pytest.raises(RuntimeError, match="call reset"):
+        env.step(np.zeros(6))
+    monkeypatch.undo()
+    env.reset(seed=0)
+    again = env.step(np.full(6, 0.5))[0]
+    assert all(np.array_equal(again[kind], last[kind]) for kind in ("state", "pixels"))
+
+
 # ---- observations
 
 
