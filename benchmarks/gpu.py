@@ -6,7 +6,7 @@ Correctness against eager in float64 comes first: nothing that is wrong is timed
 a whole update: Triton kernels from graphs of their own, and in torch's CUDA graph; eager, and eager
 in torch's CUDA graph; ``torch.compile(mode="reduce-overhead")``; what the device can do at most;
 the bandwidth and FLOP/s reached. Without a GPU it says why there is none, and ends with exit
-code 1, as it does where something is wrong.
+code 1, as it does where something is wrong, or a variant does not run that should.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +156,9 @@ def measure(
         JSON types: ``machine``, ``device``, ``ceilings``, ``variants``, their names,
         ``not_reached``, names of works, and ``works[name]`` with ``gflop``, ``bytes``,
         ``times[variant]`` (a ``summary`` with ``gflop_per_s``, ``gb_per_s`` and their shares of the
-        ceilings; no FLOP where there is no product), ``left_out[variant]``, a reason, and
-        ``wrong``: None, or what a check of ours found. Then nothing of the work is timed.
+        ceilings; no FLOP where there is no product), ``left_out[variant]``, a reason, ``missing``,
+        those of them that should run, and ``wrong``: None, or what a check of ours found. Then
+        nothing of the work is timed.
     """
     device = next(iter(variants.values())).device
     limits = limits or ceilings(device)
@@ -173,12 +173,14 @@ def measure(
             return
         print(f"{name} …", file=sys.stderr, flush=True)
         work = results[name] = {"gflop": 0.0, "bytes": 0, "times": {}, "left_out": {}}
-        work["wrong"] = None
+        work |= {"missing": [], "wrong": None}
         try:
             flops, size, entries = prepare()
             times = race(entries.run, wait=waiter(device), **options)
-        except (AssertionError, RuntimeError) as error:  # the other works are still worth a look
-            work["wrong"] = first_line(error)
+        except Exception as error:  # Triton's are of no kind; the other works are worth a look
+            kind = "" if isinstance(error, (AssertionError, RuntimeError)) else type(error).__name__
+            work["wrong"] = f"{kind}{': ' * bool(kind)}{first_line(error)}"
+            print(f"  WRONG: {work['wrong']}", file=sys.stderr, flush=True)  # of a run cut off, too
         else:
             for variant, t in times.items():
                 t["gb_per_s"] = size / t["median_ms"] / 1e6
@@ -188,14 +190,14 @@ def measure(
                     most = limits["bf16" if variants[variant].bf16 else "fp32"]
                     t["flop_share"] = t["gflop_per_s"] / most
             work |= {"gflop": flops / 1e9, "bytes": size, "times": times}
-            work["left_out"] = entries.left_out
+            work |= {"left_out": entries.left_out, "missing": list(entries.missing)}
         done(result)
 
     def prepare_case(case: Case) -> tuple[int, int, Entries]:
         able = {n: v for n, v in variants.items() if case.flops or not v.bf16}
         rest = dict.fromkeys((n for n in variants if n not in able), NO_PRODUCTS)
         entries = case.entries(able)
-        return case.flops, least_bytes(case), Entries(entries.run, entries.left_out | rest)
+        return case.flops, least_bytes(case), entries._replace(left_out=entries.left_out | rest)
 
     def prepare_update(folder: str) -> tuple[int, int, Entries]:
         replay = bench_train.open_replay(Path(folder))
@@ -229,7 +231,16 @@ def describe(device: str) -> dict[str, Any]:
         }
     found |= nvidia_smi()
     found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    return found | {"torch": torch.__version__, "triton": version("triton")}
+    return found | {"torch": torch.__version__, "triton": _triton()}
+
+
+def _triton() -> str:
+    """Its version; it has other names among the packages of other builds of PyTorch."""
+    try:
+        import triton
+    except ImportError:
+        return "none"
+    return triton.__version__
 
 
 def nvidia_smi() -> dict[str, str]:
@@ -298,6 +309,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--without", metavar="WORD", help="leave out the variants with it: reduce-overhead compiles"
     )
+    parser.add_argument("--allow-missing", action="store_true", help="go on without what can't run")
     parser.add_argument(
         "--device",
         choices=("cuda", "cpu"),
@@ -333,7 +345,9 @@ def main(arguments: list[str] | None = None) -> None:
     rounds = MIN_REPEATS if args.device == "cpu" else None
     result = measure(works, variants, update=update, rounds=rounds, until=until, done=done)
     print(f"\n{show(result)}")
-    if any(work["wrong"] for work in result["works"].values()):
+    works_done = result["works"].values()
+    missing = args.device == "cuda" and any(work["missing"] for work in works_done)
+    if any(work["wrong"] for work in works_done) or (missing and not args.allow_missing):
         raise SystemExit(1)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
-import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -19,12 +19,15 @@ import subprocess
 import sys
 import time
 import zipfile
+from importlib.metadata import distribution
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -148,7 +151,7 @@ def test_everything_is_checked_timed_and_told(monkeypatch, tmp_path, capsys, sta
     assert set(result["works"]) == {*(case.name for case in works), gpu.UPDATE}
     assert next(iter(result["works"])) == gpu.FIRST[0]
     for name, work in result["works"].items():
-        assert work["wrong"] is None and work["bytes"] > 0, (name, work)
+        assert work["wrong"] is None and work["bytes"] > 0 and not work["missing"], (name, work)
         products = "lambda_return" not in name
         assert (work["gflop"] > 0) == products
         expected = [n for n, v in variants.items() if products or not v.bf16]
@@ -167,26 +170,53 @@ def test_everything_is_checked_timed_and_told(monkeypatch, tmp_path, capsys, sta
     assert waited == ["cpu"] * 2 * runs  # before a run starts and until it is done
 
 
-def test_what_is_wrong_is_told_and_nothing_else_is_lost(monkeypatch, capsys, standins):
+def only(monkeypatch, works, *names):
+    """Let the command have these works and variants of the CPU."""
     monkeypatch.setattr(race_module, "MIN_REPEATS", 2)
+    works = [dataclasses.replace(case, rounds=2) for case in works]
+    variants = {n: v for n, v in gpu_variants("cpu").items() if n in names}
+    monkeypatch.setattr(gpu, "cases", lambda: works)
+    monkeypatch.setattr(gpu, "why_no_cuda", lambda: None)
+    monkeypatch.setattr(gpu, "gpu_variants", lambda device: variants)
+    limits = dict.fromkeys(("fp32", "bf16", "gb_per_s"), 1.0)
+    monkeypatch.setattr(gpu, "ceilings", lambda device: limits)
+
+
+def test_what_is_wrong_is_told_and_nothing_else_is_lost(monkeypatch, capsys, standins):
     case = wrong_case()
 
     def call(backend, **inputs):
         return case.op.eager(**inputs) * (1.001 if backend == "triton" else 1)
 
+    def broken(backend, **inputs):
+        if backend == "triton":
+            raise LookupError("no tile")  # as Triton's own errors, none of RuntimeError's kind
+        return right.call(**inputs, backend=backend)
+
     right = small(monkeypatch, "rssm_step")._case("rssm_step", 2)
-    works = [dataclasses.replace(case, call=call, rounds=2), dataclasses.replace(right, rounds=2)]
-    variants = {n: v for n, v in gpu_variants("cpu").items() if n in ("triton fp32", "eager fp32")}
-    limits = dict.fromkeys(("fp32", "bf16", "gb_per_s"), 1.0)
-    monkeypatch.setattr(gpu, "cases", lambda: works)
-    monkeypatch.setattr(gpu, "gpu_variants", lambda device: variants)
-    monkeypatch.setattr(gpu, "ceilings", lambda device: limits)
+    wrong = dataclasses.replace(case, call=call)
+    other = dataclasses.replace(right, name="case 2", call=broken)
+    only(monkeypatch, [wrong, other, right], "triton fp32", "eager fp32")
     with pytest.raises(SystemExit) as stopped:
         gpu.main(["--device", "cpu", "case", "rssm_step"])
     assert stopped.value.code == 1
-    out = capsys.readouterr().out
+    out, told = capsys.readouterr()
     assert "Wrong, so not timed:\n- case: triton fp32: " in out and "error of out0" in out
+    assert "\n- case 2: LookupError: no tile\n" in out and told.count("WRONG: ") == 2
     assert "| rssm_step |" in out
+
+
+def test_a_variant_that_should_run_and_does_not_is_a_failure(monkeypatch, capsys, standins):
+    """On a GPU; a rehearsal has what runs there."""
+    works = [small(monkeypatch, "rssm_step")._case("rssm_step", 2)]
+    only(monkeypatch, works, "triton fp32", "eager fp32")
+    monkeypatch.setattr(OPS["rssm_step"], "why_not", lambda *_: "no such kernel")
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main(["rssm_step"])
+    assert stopped.value.code == 1
+    assert "- rssm_step (triton fp32): no such kernel" in capsys.readouterr().out
+    gpu.main(["rssm_step", "--allow-missing"])
+    gpu.main(["rssm_step", "--device", "cpu"])
 
 
 def test_a_rehearsal_in_little_time_keeps_what_it_had(monkeypatch, tmp_path, capsys, standins):
@@ -298,6 +328,19 @@ def test_the_first_day_ends_where_there_is_no_gpu(day):
     assert asked[-1] == "setup.py -q build_ext --inplace"
 
 
+def test_the_first_day_fails_where_a_step_did_before_it_was_cut_off(day):
+    python = 'case "$*" in *benchmarks.gpu*) echo "a FAILED"; sleep 60;; *importlib*) echo;; esac'
+    status, summary, _ = day(python, "--device", "cpu", "--minutes", "0.05")
+    assert status == 1 and summary[3] == "ops: FAILED before that, see ops.txt"
+
+
+def test_a_step_that_is_killed_was_not_cut_off(day):
+    """The system kills what has no memory left, with the same status as the time limit."""
+    python = 'case "$*" in "-m pytest"*) kill -9 $$;; *importlib*) echo;; esac'
+    status, summary, _ = day(python, "--device", "cpu")
+    assert status == 1 and summary[1] == "correctness: FAILED (137), see correctness.txt"
+
+
 def test_the_first_day_stops_by_itself(day):
     python = 'case "$*" in *benchmarks.gpu*) echo begun; sleep 60;; *importlib*) echo;; esac'
     begin = time.monotonic()
@@ -310,16 +353,19 @@ def test_the_first_day_stops_by_itself(day):
 def test_the_first_day_takes_what_is_missing_from_wheels(day, tmp_path):
     wheels = tmp_path / "wheels"
     wheels.mkdir()
+    program = zipfile.ZipInfo("carried/backends/bin/tool")  # as Triton's wheel has its assembler
+    program.external_attr = 0o100755 << 16
     for name in ("carried-1.0", "numpy-99.0"):  # one of them is installed
         with zipfile.ZipFile(wheels / f"{name}-py3-none-any.whl", "w") as wheel:
             wheel.writestr(f"{name.split('-')[0]}/__init__.py", "")
-            wheel.writestr(f"{name.split('-')[0]}/binaries/tool", "")
+            wheel.writestr(program, "")
     python = 'case "$*" in *zipfile*) exec $REAL "$@";; *importlib*) echo;; esac'
     status, summary, _ = day(python, "--device", "cpu", "--wheels", wheels)
     assert (status, summary[0]) == (0, "wheels: done")
     site = tmp_path / "out" / "site"
     assert sorted(path.name for path in site.iterdir()) == ["carried"]
-    assert os.access(site / "carried" / "binaries" / "tool", os.X_OK)
+    assert os.access(site / "carried" / "backends" / "bin" / "tool", os.X_OK)
+    assert not os.access(site / "carried" / "__init__.py", os.X_OK)
 
 
 def test_the_first_day_imports_what_there_is():
@@ -329,6 +375,29 @@ def test_the_first_day_imports_what_there_is():
     for module, name in found:
         assert hasattr(importlib.import_module(module), name)
     assert all((ROOT / path).is_file() for path in re.findall(r"tests/\w+\.py|setup\.py", script))
+
+
+def test_the_first_day_names_all_that_has_to_be_carried():
+    """What it imports, and what that imports, but for what PyTorch brings."""
+    script = (ROOT / "benchmarks" / "gpu_day.sh").read_text()
+    (needs,) = re.findall(r"^needs = (\{.*?\})$", script, re.M | re.S)
+    named = ast.literal_eval(needs)
+    marks = {"extra": "", "python_version": "3.12", "python_full_version": "3.12.0"}
+
+    def with_needs(name, found):
+        name = canonicalize_name(name)
+        if name not in found:
+            found.add(name)
+            for need in map(Requirement, distribution(name).requires or ()):
+                if need.marker is None or need.marker.evaluate(marks):
+                    with_needs(need.name, found)
+        return found
+
+    carried = set()
+    for name in named.values():
+        with_needs(name, carried)
+    assert carried <= set(named.values()) | with_needs("torch", set())
+    assert all(importlib.util.find_spec(module) for module in named), "modules by other names"
 
 
 @pytest.mark.parametrize(
