@@ -44,8 +44,10 @@ from fastdreamer.ops.params import (
 from fastdreamer.ops.rssm_step import deter_step
 from fastdreamer.ops.rssm_step import eager as img_step
 
-# A step that runs with gradients, without them and at several sizes is compiled for each.
+# A step that runs with gradients, without them and at several sizes is compiled for each; beyond
+# the limit it would run eager without a word, under the name of the compiled one.
 torch._dynamo.config.recompile_limit = 64
+torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 _unroll = False
 _mode: str | None = None

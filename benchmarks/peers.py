@@ -3,9 +3,9 @@
 Each peer's own filter and the one that ``adapt`` puts in its place: compared first (values and all
 gradients, with the same noise), then timed, forward and backward, interleaved. torchrl's and
 sheeprl's own classes where they are installed, the minimal models of ``tests/rollout`` for the
-others, all at the sizes of the repositories. Where a peer has faster loops of its own (torchrl's
-over plain tensors, with a compiled step, by a compiled scan), they run by turns with these.
-Nothing is fetched.
+others, all at the sizes of the repositories; rows of a package name it. Where a peer has faster
+loops of its own (torchrl's over plain tensors, with a compiled step, by a compiled scan), they run
+by turns with these. Nothing is fetched.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 from benchmarks import machine, report
 from benchmarks.timing import cell, summary
+from benchmarks.variants import MissingVariant
 from fastdreamer.ops.backend import last_backend
 from fastdreamer.rollout import adapt
 from fastdreamer.rollout.draws import relative_difference
@@ -250,6 +253,8 @@ def torchrl_v3_loops(model: Any) -> dict[str, Callable[..., Any]]:
         for part, keys in zip(parts, named.values(), strict=True)
     ]
     torch.compiler.reset()  # one limit of recompilations for every model
+    torch._dynamo.config.recompile_limit = 64  # and behind it no eager step: see compiled.py
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     loops = {name: RSSMRolloutV3(*wired) for name in ("tensors", "step compiled", "scan compiled")}
     loops["step compiled"].compile_rollout("step")
     loops["scan compiled"].compile_rollout("scan", options={"fallback_random": True})
@@ -367,8 +372,10 @@ def race(
 
     def run(side: Callable[..., Any]) -> float:
         arguments = fresh(given)
-        for p in parameters:
-            p.grad = None
+        with torch.no_grad():
+            for p in parameters:
+                p.mul_(1)  # as after an optimiser's step: weights are packed again
+                p.grad = None
         begin = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             result = side(*arguments)
@@ -384,8 +391,27 @@ def race(
     return {name: summary(values) for name, values in seconds.items()}
 
 
-def measure(names: list[str], threads: int, steps: int, rows: int, repeats: int) -> dict[str, Any]:
-    """Compare and time the peers by name; with no repeats compare alone."""
+def package_of(model: Any) -> str | None:
+    """The package, with its version, that the model's class is from; None: a minimal model."""
+    name = type(model).__module__.partition(".")[0]
+    return f"{name} {version(name)}" if name in ("sheeprl", "torchrl") else None
+
+
+def measure(
+    names: list[str],
+    threads: int,
+    steps: int,
+    rows: int,
+    repeats: int,
+    *,
+    allow_missing: bool = False,
+) -> dict[str, Any]:
+    """Compare and time the peers by name; with no repeats compare alone.
+
+    Raises:
+        AssertionError: the two loops differ. MissingVariant: the fast one is timed and would not
+            run natively.
+    """
     torch.set_num_threads(threads)
     # Some of the repositories switch these checks off; probabilities in bfloat16 don't pass them.
     torch.distributions.Distribution.set_default_validate_args(False)
@@ -405,6 +431,11 @@ def measure(names: list[str], threads: int, steps: int, rows: int, repeats: int)
         assert values <= TOLERANCE[0], f"{name}: values differ by {values:.1e}"
         assert grads <= TOLERANCE[1], f"{name}: gradients differ by {grads:.1e}"
         found = {"values": values, "gradients": grads, "backend": last_backend("observe")}
+        found["package"] = package_of(model)
+        if repeats and found["backend"] != "native" and not allow_missing:
+            raise MissingVariant(
+                f"{name}: the fast loop runs {found['backend']}; --allow-missing goes on with that"
+            )
         sides = {"own": loop.own, "fast": loop}
         if repeats and name in LOOPS:
             sides |= agreeing(LOOPS[name](model), few)
@@ -424,7 +455,9 @@ def table(result: dict[str, Any]) -> str:
         if "missing" in found:
             lines.append([name, "not installed", *["–"] * (2 + 3 * len(timed))])
             continue
-        line = [name, found["backend"], f"{found['values']:.0e}", f"{found['gradients']:.0e}"]
+        package = found.get("package")  # older results lack it
+        line = [f"{name} ({package})" if package else name, found["backend"]]
+        line += [f"{found['values']:.0e}", f"{found['gradients']:.0e}"]
         for precision in timed:
             own, fast = (found[precision][side] for side in ("own", "fast"))
             line += [cell(own), cell(fast), f"{own['median_ms'] / fast['median_ms']:.2f}×"]
@@ -433,7 +466,16 @@ def table(result: dict[str, Any]) -> str:
     what = f"observe, T {steps}, B {rows}, forward and backward, ms" if timed else "observe"
     heads = [what, "runs", "values", "gradients"]
     heads += [f"{side} {p}" for p in timed for side in ("own", "fast", "ratio")]
-    return "\n\n".join([report.table(heads, lines), *loops_tables(result, timed)])
+    parts = [report.table(heads, lines), *loops_tables(result, timed)]
+    if timed:
+        turns = {
+            side["repeats"]
+            for found in result["peers"].values()
+            for precision in timed
+            for side in found.get(precision, {}).values()
+        }
+        parts.insert(0, f"Of each {', '.join(map(str, sorted(turns)))} turns.")
+    return "\n\n".join(parts)
 
 
 def loops_tables(result: dict[str, Any], timed: list[str]) -> Iterator[str]:
@@ -454,16 +496,20 @@ def loops_tables(result: dict[str, Any], timed: list[str]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="of peers; all by default", metavar="PEER")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5, help="0: compare alone")
+    parser.add_argument("--allow-missing", action="store_true", help="go on without what can't run")
     parser.add_argument("--write", action="store_true", help="keep the result: JSON and README")
     args = parser.parse_args()
     if unknown := set(args.names) - PEERS.keys():
         parser.error(f"no such peer: {', '.join(sorted(unknown))}; of {', '.join(PEERS)}")
+    if args.write and (args.names or not args.repeats):
+        parser.error("--write keeps everything or nothing")
     sizes = args.threads, args.steps, args.rows, args.repeats
-    report.publish("peers", measure(args.names or list(PEERS), *sizes), write=args.write)
+    result = measure(args.names or list(PEERS), *sizes, allow_missing=args.allow_missing)
+    report.publish("peers", result, write=args.write)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import choice, flops, rendering, report, run, scale_model, subpixel
+from benchmarks import choice, compiled, flops, rendering, report, run, scale_model, subpixel
 from benchmarks.race import Case, race
 from benchmarks.timing import PhaseRecorder, cell, rate_cell, summary
 from benchmarks.variants import VARIANTS, MissingVariant, check_complete
@@ -330,6 +330,21 @@ def test_a_bench_without_native_fails(options, code):
     assert ("MissingVariant: native" in done.stdout) == bool(code)
 
 
+def test_a_baseline_that_is_compiled_too_often_does_not_run_eager(monkeypatch):
+    """It would be told as the compiled one."""
+    config = torch._dynamo.config
+    assert config.fail_on_recompile_limit_hit
+    monkeypatch.setattr(config, "recompile_limit", 1)
+    compiler = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", lambda body, *, dynamic, mode: compiler(body))
+    body = compiled.compiled(lambda x: x.sin())
+    sequence = torch.zeros(3, 2)
+    for t in range(3):  # another place in memory is nothing else
+        body(sequence[t])
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        body(sequence)
+
+
 def test_precision_is_put_back():
     before = torch.get_float32_matmul_precision()
     with VARIANTS["eager medium"].context():
@@ -430,6 +445,40 @@ def test_curves_are_measured_and_drawn(tmp_path):
     assert "| D = 16 |" in curves.table(result)
     curves.plot(result, tmp_path / "curves.png")
     assert 0 < (tmp_path / "curves.png").stat().st_size < 300_000
+
+
+# ------------------------------------------------------------------------------------ peers
+
+
+def test_peers_are_timed_with_weights_that_have_changed(monkeypatch):
+    """As in training: the fast loop packs them in every turn."""
+    packs = pytest.importorskip("fastdreamer.ops.native.packs")
+    from benchmarks import peers
+
+    for name in peers.V1:
+        monkeypatch.setattr(peers.first, name, None, raising=False)  # put back behind the test
+    monkeypatch.setattr(peers, "V1", {"A": 3, "D": 5, "S": 4, "E": 6, "H": 7})
+    monkeypatch.setattr(torch.distributions.Distribution, "set_default_validate_args", bool)
+    packed, race_of_peers = [], peers.race
+
+    def counting(*arguments):
+        before = packs.counts()["packed"]
+        result = race_of_peers(*arguments)
+        packed.append(packs.counts()["packed"] - before)
+        return result
+
+    monkeypatch.setattr(peers, "race", counting)
+    threads, arguments = torch.get_num_threads(), (["kc-ml2/SimpleDreamer"], 1, 4, 2, 3)
+    try:
+        result = peers.measure(*arguments)
+        monkeypatch.setattr(peers, "last_backend", lambda op: "eager")
+        with pytest.raises(MissingVariant, match="the fast loop runs eager; --allow-missing"):
+            peers.measure(*arguments)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(packed) == 2 and min(packed) >= 4, "three turns and the first"
+    text = peers.table(json.loads(json.dumps(result)))
+    assert text.startswith("Of each 3 turns.") and "| kc-ml2/SimpleDreamer | native | " in text
 
 
 # ------------------------------------------------------------------------------------- runs
