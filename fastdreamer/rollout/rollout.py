@@ -523,7 +523,7 @@ class Rollout:
             own_dream: called as ``own_dream(start, horizon)``, returns any of ``deter`` and
                 ``stoch`` of states 1..H, ``action``, and what else ``imagine`` gives.
             seed: of everything drawn.
-            repeats: of each timing.
+            repeats: of each timing, of forward and backward with weights that have just changed.
 
         Returns:
             A Verification: ``print`` it; ``.ok`` says whether every error is in the order of the

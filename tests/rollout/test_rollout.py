@@ -79,6 +79,18 @@ def test_variants_agree(model, options):
     assert found.ok, str(found)
 
 
+def test_verify_times_what_training_does(model):
+    """Weights have changed before each timed call."""
+    packs = pytest.importorskip("fastdreamer.ops.native.packs")
+    rollout = make(model)
+    before = packs.counts()["packed"]
+    rollout.verify(repeats=1)
+    once = packs.counts()["packed"] - before
+    rollout.verify(repeats=4)
+    again = packs.counts()["packed"] - before - once
+    assert again >= once + 3, (once, again)
+
+
 def test_verify_sees_a_wrong_reading(model):
     rollout = make(model)
     rollout.nets["prior"].given = stack(D, H, 2 * S)  # the caller's loop is another
