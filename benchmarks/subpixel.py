@@ -3,7 +3,8 @@
 Its library's transposed convolution of stride 2 is slow on a CPU. Each of the four parities of
 output rows and columns is an ordinary convolution, so one of those does it (Shi et al. 2016, "Is
 the deconvolution layer the same as a convolutional layer?"), and the gradient of the bias is a sum.
-``decode_error`` has the arguments of the eager body of its op; ``test_tools.py`` holds it to that.
+Both functions have the arguments of the eager bodies of their ops; ``test_tools.py`` holds them to
+those.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fastdreamer.ops.codec import pixels_to_float
 from fastdreamer.ops.params import DecoderParams
 
 
-def decode_error(params: DecoderParams, feat: Tensor, target: Tensor) -> Tensor:
+def decode(params: DecoderParams, feat: Tensor) -> Tensor:
     x = F.linear(feat, *params.linear)
     x = F.relu(x) if params.linear_relu else x
     # [in, k, k, out], so that the result is channels_last
@@ -30,7 +31,11 @@ def decode_error(params: DecoderParams, feat: Tensor, target: Tensor) -> Tensor:
         if torch.is_autocast_enabled("cpu"):  # does not reach into a Function's backward
             args = tuple(tensor.to(torch.get_autocast_dtype("cpu")) for tensor in args)
         x = _TransposedConvolution.apply(*args)
-    mean = x.permute(0, 2, 3, 1).to(feat.dtype)
+    return x.permute(0, 2, 3, 1).to(feat.dtype)
+
+
+def decode_error(params: DecoderParams, feat: Tensor, target: Tensor) -> Tensor:
+    mean = decode(params, feat)
     return F.mse_loss(mean, pixels_to_float(target, feat.dtype), reduction="sum")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import json
@@ -32,15 +33,25 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import bench_lambda_return, bench_train, captured, compiled, gpu, graph_standin
+from benchmarks import (
+    bench_codec,
+    bench_lambda_return,
+    bench_train,
+    captured,
+    compiled,
+    gpu,
+    graph_standin,
+    subpixel,
+)
 from benchmarks import learner as learner_module
 from benchmarks import race as race_module
 from benchmarks.captured import CaptureError, capture
 from benchmarks.learner import CapturedUpdate, Learner
 from benchmarks.race import race
 from benchmarks.synthetic import ACTION_DIM, OBS_SHAPES
-from benchmarks.test_tools import small, small_imagine, wrong_case
+from benchmarks.test_tools import CODEC, small, small_imagine, wrong_case
 from benchmarks.variants import Variant, gpu_variants
+from fastdreamer import testing
 from fastdreamer.config import PRESETS, preset
 from fastdreamer.learning import dreamer as agent_module
 from fastdreamer.learning.dreamer import Dreamer, NonFiniteLoss
@@ -572,6 +583,30 @@ def test_works_stay_on_their_device(monkeypatch):
                 out = case.call(**inputs, backend="eager")
                 if groups:
                     case._backward(Variant("eager", device="meta"), out)
+
+
+def test_decoders_on_a_device_are_torch_s_own(monkeypatch):
+    """The faster way is one on a CPU, and it knows the CPU's autocast alone."""
+
+    def faster(*args):
+        raise LookupError
+
+    monkeypatch.setattr(subpixel, "decode", faster)
+    monkeypatch.setattr(subpixel, "decode_error", faster)
+    monkeypatch.setattr(compiled, "compiled", lambda body: body)
+    inputs = testing.codec_inputs(CODEC, 2)
+    decoders = {
+        "decode": (functools.partial(bench_codec._decode, backend="eager"), compiled.decode),
+        "decode_error": (functools.partial(bench_codec._error, backend="eager"),
+                         compiled.decode_error),
+    }  # fmt: skip
+    for name, ways in decoders.items():
+        there = pytree.tree_map_only(Tensor, lambda x: x.to("meta"), inputs[name])
+        shape = inputs["encode"]["pixels"].shape if name == "decode" else ()
+        for way in ways:
+            assert way(**there).shape == shape
+            with pytest.raises(LookupError):
+                way(**inputs[name])
 
 
 # ------------------------------------------------------------------------- torch's own names
