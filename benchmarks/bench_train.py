@@ -28,6 +28,15 @@ def open_replay(directory: Path) -> Replay:
     return replay
 
 
+def differing(got: Mapping[str, float], expected: Mapping[str, float]) -> str:
+    """What losses of the first update are not those expected; "" where all are."""
+    return ", ".join(
+        f"{loss} is {got[loss]:.4g}, expected {expected[loss]:.4g}"
+        for loss in expected
+        if loss.endswith("_loss") and not math.isclose(got[loss], expected[loss], rel_tol=TOLERANCE)
+    )
+
+
 def entries(
     replay: Replay,
     preset_name: str = "report",
@@ -50,15 +59,10 @@ def entries(
             left_out[name] = first_line(error)
             missing.append(name)
             continue
-        wrong = [
-            f"{loss} is {got[loss]:.4g}, expected {expected[loss]:.4g}"
-            for loss in expected
-            if loss.endswith("_loss")
-            and not math.isclose(got[loss], expected[loss], rel_tol=TOLERANCE)
-        ]
-        assert not wrong or variant.backend not in OURS, f"{name}: {', '.join(wrong)}"
+        wrong = differing(got, expected)
+        assert not wrong or variant.backend not in OURS, f"{name}: {wrong}"
         if wrong:
-            left_out[name] = ", ".join(wrong)
+            left_out[name] = wrong
         else:
             run[name] = learner.step
     return Entries(run, left_out, tuple(missing))

@@ -18,6 +18,7 @@ import torch
 
 from benchmarks import machine, report
 from benchmarks.timing import MIN_REPEATS, PhaseRecorder, cell, summary
+from benchmarks.variants import check_native
 from fastdreamer.acting import policy as policy_module
 from fastdreamer.acting.play import (
     agent_policy,
@@ -193,10 +194,12 @@ def measure(repeats: int, warmup: int) -> dict[str, Any]:
         warmup: untimed ones before.
 
     Raises:
-        ValueError: too few repeats. GLError: nothing here can draw.
+        ValueError: too few repeats. GLError: nothing here can draw. MissingVariant: native cannot
+            run here.
     """
     if repeats < MIN_REPEATS:
         raise ValueError(f"at least {MIN_REPEATS} repeats, got {repeats}")
+    check_native()
     torch.set_num_threads(1)
     gl = select_gl()
     circumstances = machine.record()

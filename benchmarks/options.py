@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks import machine, report
 from benchmarks.race import race
 from benchmarks.timing import MIN_REPEATS, cell
+from benchmarks.variants import check_native
 from fastdreamer.config import Config, ExploreConfig, SafetyConfig, preset
 from fastdreamer.learning.dreamer import Dreamer
 
@@ -78,9 +79,14 @@ def check() -> None:
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """Check and time an update of every variant, and a decision with and without a shield."""
-    circumstances = machine.record()
+    """Check and time an update of every variant, and a decision with and without a shield.
+
+    Raises:
+        AssertionError: an option changes what it must not. MissingVariant: native cannot run here.
+    """
+    check_native()
     torch.set_num_threads(1)
+    circumstances = machine.record()
     check()
     updates = race({name: updater(name) for name in VARIANTS}, rounds=rounds)
     decisions = race({kind: decider(kind) for kind in ("plain", "kept", "replaced")}, rounds=rounds)

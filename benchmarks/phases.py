@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 
 from benchmarks import machine, report, synthetic
+from benchmarks.bench_train import REFERENCE, differing
 from benchmarks.learner import Learner, variants
 from benchmarks.timing import MIN_REPEATS, PhaseRecorder, cell, summary
 from fastdreamer.machine import nvtx
@@ -42,7 +43,9 @@ def measure(
     *,
     allow_missing: bool = False,
 ) -> dict[str, Any]:
-    """Time the phases of every variant, the variants taking turns update by update.
+    """Check the first update of every variant by its losses, and time the phases of later ones.
+
+    The variants take turns update by update.
 
     Args:
         repeats: timed updates per variant.
@@ -55,7 +58,8 @@ def measure(
         JSON types: ``machine``, ``settings`` and ``phases[variant][phase]``, a ``summary``.
 
     Raises:
-        ValueError: too few repeats. MissingVariant: native cannot run here.
+        ValueError: too few repeats. MissingVariant: native cannot run here. AssertionError: losses
+            of the first update are not those of eager fp32.
     """
     if repeats < MIN_REPEATS:
         raise ValueError(f"at least {MIN_REPEATS} repeats, got {repeats}")
@@ -66,6 +70,10 @@ def measure(
         replay = synthetic.open_replay(Path(folder))
         replay.load()
         learners = {name: Learner(name, replay, preset_name) for name in variants(allow_missing)}
+        first = {name: learner.step() for name, learner in learners.items()}
+        for name, losses in first.items():
+            wrong = differing(losses, first[REFERENCE])
+            assert not wrong, f"{name}: {wrong}"
         recorders = {name: PhaseRecorder() for name in learners}
         for i in range(warmup + repeats):
             for name, learner in learners.items():

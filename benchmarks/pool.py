@@ -18,6 +18,7 @@ import torch
 from benchmarks import machine, report, run
 from benchmarks.race import race
 from benchmarks.timing import MIN_REPEATS, rate_cell
+from benchmarks.variants import check_native
 from fastdreamer.acting.parts import acting_weights
 from fastdreamer.acting.policy import Policy
 from fastdreamer.config import Config, preset
@@ -105,7 +106,11 @@ def measure(rounds: int) -> dict[str, Any]:
 
     Args:
         rounds: timed ones of each.
+
+    Raises:
+        AssertionError: pools collect other episodes. MissingVariant: native cannot run here.
     """
+    check_native()
     circumstances, times, overhead = machine.record(), {}, {}
     for kind in KINDS:
         with opened(kind) as runs:

@@ -296,7 +296,7 @@ def not_built(monkeypatch):
 
 def test_what_should_run_and_does_not_is_a_failure(monkeypatch):
     """Not what runs and does something else: baselines are left out for that."""
-    from benchmarks import curves, learner, ops
+    from benchmarks import collection, curves, learner, ops, options, pool
 
     not_built(monkeypatch)
     case = dataclasses.replace(wrong_case(), flops=0)
@@ -309,6 +309,9 @@ def test_what_should_run_and_does_not_is_a_failure(monkeypatch):
             curves.measure(1, {"B": [1]}, rounds=20, sizes=SMALL)
     finally:
         torch.set_num_threads(threads)
+    for measure in (options.measure, pool.measure, functools.partial(collection.measure, 20)):
+        with pytest.raises(MissingVariant, match=r"auto takes eager \(not built\)"):
+            measure(0)
     with pytest.raises(MissingVariant, match=message):
         learner.variants()
     assert learner.variants(allow_missing=True) == ["eager fp32", "eager bf16"]
@@ -587,6 +590,24 @@ def test_phases_of_a_tiny_update_add_up():
         assert all(times["repeats"] == 20 for times in measured.values())
         assert measured["other"]["median_ms"] < measured["whole"]["median_ms"] / 2
     assert "whole update" in phases.table(result)
+
+
+def test_phases_of_a_wrong_update_are_not_timed(monkeypatch):
+    from benchmarks import phases
+
+    class Wrong(phases.Learner):
+        def step(self):
+            factor = 1.1 if self.variant.bf16 else 1.0
+            return {name: factor * loss for name, loss in super().step().items()}
+
+    monkeypatch.setattr(phases, "Learner", Wrong)
+    monkeypatch.setattr(phases, "variants", lambda missing: ["eager fp32", "eager bf16"])
+    threads = torch.get_num_threads()
+    try:
+        with pytest.raises(AssertionError, match="^eager bf16: reward_loss is .*, expected "):
+            phases.measure(20, 1, 1, "tiny")
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_too_few_repeats_are_refused():

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastdreamer.ops.backend import chosen_backend
+
 
 class Variant(NamedTuple):
     """How the work is done."""
@@ -84,6 +86,12 @@ class Entries(NamedTuple):
 
 class MissingVariant(RuntimeError):
     """A variant does not run that should: without it a table would flatter."""
+
+
+def check_native() -> None:
+    """Raise MissingVariant where ``auto``, to which a measurement leaves it, takes no native."""
+    if (taken := chosen_backend("cpu")) != "native":
+        raise MissingVariant(f"auto takes {taken}; the table is one of the native core")
 
 
 def check_complete(entries: Entries, allow_missing: bool) -> None:
