@@ -57,6 +57,7 @@ def measure(threads: int, seconds: float, variant: str) -> dict[str, Any]:
         AssertionError: the variant is wrong. BackendError: it cannot run.
     """
     torch.set_num_threads(threads)
+    circumstances = machine.record()
     run: dict[str, Callable[[], object]] = {}
     for case in ops.cases():
         if case.name in CASES:
@@ -67,7 +68,7 @@ def measure(threads: int, seconds: float, variant: str) -> dict[str, Any]:
     times = {"alone": {name: _median(f, seconds) for name, f in run.items()}}
     with busy():
         times["beside"] = {name: _median(f, seconds) for name, f in run.items()}
-    return {"machine": machine.record(), "times": times}
+    return {"machine": circumstances, "times": times}
 
 
 def _median(function: Callable[[], object], seconds: float) -> float:

@@ -17,6 +17,7 @@ from benchmarks.variants import VARIANTS, Entries, Variant, check_complete
 # loaded, with which importing triton ends in a segmentation fault. The other order works.
 
 _ROWS = pytest.StashKey[list]()
+_CIRCUMSTANCES = pytest.StashKey[dict]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,6 +48,8 @@ def race_fixture(benchmark, request: pytest.FixtureRequest) -> Callable:
     variant; ``extra_info`` and the table at the end hold all of them. A time is never a reason to
     fail.
     """
+    if benchmark.enabled and _CIRCUMSTANCES not in request.config.stash:  # before anything computes
+        request.config.stash[_CIRCUMSTANCES] = machine.record()
 
     def run(
         variants: Mapping[str, Callable[[], object]] | Entries,
@@ -98,4 +101,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     header = ["work", "variant", "ms: median (p20–p80)", "÷ first"]
     terminalreporter.write_sep("=", "interleaved")
     terminalreporter.write_line(report.table(header, rows))
-    terminalreporter.write_line(f"\nMeasured on: {machine.describe(machine.record())}.")
+    circumstances = terminalreporter.config.stash[_CIRCUMSTANCES]
+    terminalreporter.write_line(f"\nMeasured on: {machine.describe(circumstances)}.")

@@ -20,7 +20,7 @@ def measure(tasks: tuple[str, ...], episodes: int, action_repeat: int = 2) -> di
     Returns:
         JSON types: ``machine``, ``settings`` and ``returns[task]``, one per episode.
     """
-    returns = {}
+    circumstances, returns = machine.record(), {}
     for task in tasks:
         # The observation does not matter to this policy, and state needs no rendering.
         env = make_env(task, obs="state", action_repeat=action_repeat)
@@ -31,7 +31,7 @@ def measure(tasks: tuple[str, ...], episodes: int, action_repeat: int = 2) -> di
             returns[task].append(float(arrays["reward"].sum(dtype=np.float64)))
         env.close()
     settings = {"action_repeat": action_repeat, "episodes": episodes, "seed": 0}
-    return {"machine": machine.record(), "settings": settings, "returns": returns}
+    return {"machine": circumstances, "settings": settings, "returns": returns}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -54,6 +54,8 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--write", action="store_true", help="keep the result: JSON and README")
     args = parser.parse_args()
+    if args.write and tuple(args.tasks) != TASKS:
+        parser.error("--write keeps everything or nothing")
     result = measure(tuple(args.tasks), args.episodes)
     report.publish("random_policy", result, write=args.write)
 

@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks import machine, report, synthetic
 from benchmarks.learner import Learner
+from benchmarks.timing import cell, summary
 from fastdreamer.training.ranks import follow, joined
 
 WARM_UP, UPDATES, EPISODES = 5, 40, 4
@@ -110,13 +110,20 @@ def measure(rounds: int) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """Return the result as a Markdown table."""
-    medians = {name: float(np.median(times)) for name, times in result["seconds"].items()}
+    times = {name: summary(seconds) for name, seconds in result["seconds"].items()}
+    medians = {name: own["median_ms"] for name, own in times.items()}
     several = next(name for name in medians if name.endswith("threads"))
     rows = [
-        [name, f"{1000 * median:.1f}", f"{1 / median:.2f}", f"{medians[several] / median:.2f}"]
-        for name, median in medians.items()
+        [name, cell(own), f"{1e3 / medians[name]:.2f}", f"{medians[several] / medians[name]:.2f}"]
+        for name, own in times.items()
     ]
-    return report.table(["learner", "ms an update, median", "updates/s", "of threads'"], rows)
+    settings = result["settings"]
+    header = ["learner", "ms an update: median (p20–p80)", "updates/s", "of threads'"]
+    return (
+        f"Preset {settings['preset']}, {settings['variant']}; {settings['rounds']} rounds of "
+        f"{settings['updates']} updates of each, after {WARM_UP + 1} that are not timed.\n\n"
+        + report.table(header, rows)
+    )
 
 
 def main() -> None:

@@ -192,7 +192,7 @@ def draw(pictures: dict[str, np.ndarray]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--frames", type=int, default=150)
+    parser.add_argument("--frames", type=int, default=100)
     parser.add_argument("--write", action="store_true", help="keep the result: JSON, page, figure")
     args = parser.parse_args()
     result, pictures = measure(args.frames)

@@ -242,7 +242,8 @@ def table(result: dict[str, Any]) -> str:
         return forward
     rows = []
     for name, times in result["learning"].items():
-        row = [f"{name}, H {HORIZON}"]
+        (turns,) = {t["repeats"] for t in times.values()}
+        row = [f"{name}, H {HORIZON} ({turns} turns)"]
         for precision in PRECISIONS:
             rollout, loop = (times[f"{v} {precision}"] for v in ("Rollout", "own loop"))
             ratio = loop["median_ms"] / rollout["median_ms"]
@@ -255,7 +256,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--write", action="store_true", help="keep the result: JSON and README")
     args = parser.parse_args()
     report.publish("rollout", measure(args.threads), write=args.write)
