@@ -110,7 +110,30 @@ def simulate(
     return frames / rounds.sum(), float(ROUNDS * learn / rounds.sum())
 
 
-def main() -> None:
+def table(costs: Costs, **setting: float) -> tuple[str, dict[int, int]]:
+    """Play all numbers of collectors and ranks; ``setting`` as :func:`simulate` takes it.
+
+    Returns:
+        Markdown, and by how many collectors ranks are saturated, where they are at all.
+    """
+    rows, saturated = [], {}
+    for collectors in COLLECTORS:
+        row = [str(collectors)]
+        for ranks in RANKS:
+            rate, works = simulate(costs, collectors, ranks, **setting)
+            if works > SATURATED:
+                saturated.setdefault(ranks, collectors)
+            row.append(f"{rate:,.0f} ({100 * works:.0f} %)")
+        rows.append(row)
+    return report.table(["collectors", *map(_ranks, RANKS)], rows), saturated
+
+
+def _ranks(number: int) -> str:
+    return f"{number} rank{'s' * (number > 1)}"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -122,10 +145,18 @@ def main() -> None:
     parser.add_argument("--latency-us", type=float, default=50.0)
     parser.add_argument("--spread", type=float, default=0.05,
                         help="standard deviation of an episode's time, of its mean")  # fmt: skip
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def setting_of(args: argparse.Namespace) -> dict[str, float]:
+    """What :func:`simulate` is given of a command line."""
+    return {"ratio": args.ratio, "bandwidth": args.gbit * 1e9 / 8, "spread": args.spread,
+            "latency": args.latency_us / 1e6}  # fmt: skip
+
+
+def main() -> None:
+    args = parse()
     costs = measured(args.quality)
-    setting = {"ratio": args.ratio, "bandwidth": args.gbit * 1e9 / 8, "spread": args.spread,
-               "latency": args.latency_us / 1e6}  # fmt: skip
     print("A simulation from costs of one machine; nothing below was measured.\n")
     print(
         f"decision {1000 * costs.decision:.1f} ms; update {1000 * costs.serial:.1f} + "
@@ -133,20 +164,11 @@ def main() -> None:
         f"{costs.gradients / 1e6:.1f} MB, an episode {costs.episode / 1e6:.1f} MB; replay ratio "
         f"{args.ratio:g}; {args.gbit:g} Gbit/s, {args.latency_us:g} µs\n"
     )
-    rows, saturated = [], {}
-    for collectors in COLLECTORS:
-        row = [str(collectors)]
-        for ranks in RANKS:
-            rate, works = simulate(costs, collectors, ranks, **setting)
-            if works > SATURATED:
-                saturated.setdefault(ranks, collectors)
-            row.append(f"{rate:,.0f} ({100 * works:.0f} %)")
-        rows.append(row)
-    names = [f"{ranks} rank{'s' * (ranks > 1)}" for ranks in RANKS]
+    shown, saturated = table(costs, **setting_of(args))
     print("Env frames a second, and the share of time in which the learner works:\n")
-    print(report.table(["collectors", *names], rows))
-    print()
-    for ranks, name in zip(RANKS, names, strict=True):
+    print(f"{shown}\n")
+    for ranks in RANKS:
+        name = _ranks(ranks)
         if ranks in saturated:
             print(f"{name}: the learner is saturated by {saturated[ranks]} collectors")
         else:
