@@ -195,7 +195,11 @@ def lock_run(run_dir: Path) -> Iterator[None]:
 
 
 def _filled(asked: Config, own: Config) -> Config:
-    """Settings to go on with; what they leave open is what it came to when the run was made."""
+    """Settings to go on with; what they leave open is what it came to when the run was made.
+
+    Raises:
+        ConfigError: what cannot run.
+    """
     model = asked.model
     if model.discount is None:
         model = replace(model, discount=own.model.discount)
@@ -206,7 +210,7 @@ def _filled(asked: Config, own: Config) -> Config:
         device=own.device if asked.device == "auto" else asked.device,
         precision=own.precision if asked.precision == "auto" else asked.precision,
         threads=asked.threads or own.threads,
-    )
+    ).validate()
 
 
 def _refuse_code(run_dir: Path, own: Config) -> None:
@@ -279,8 +283,9 @@ class Trainer:
             RunError: another process is training this run, its checkpoints are gone, or settings
                 do not fit what it has learned; everything is as it was.
             BackendError: the backend or device cannot run here.
-            ConfigError: they contradict each other, the ranks cannot learn that together, or the
-                run's own name code of its owner's, which a file alone does not import.
+            ConfigError: settings cannot run or contradict each other, the ranks cannot learn that
+                together, or the run's own name code of its owner's, which a file alone does not
+                import.
             RankError: another process of a learner of several is gone.
             ClusterError: Ray cannot start, or there is no such cluster.
             CollectorError: a worker failed too often, or for good.

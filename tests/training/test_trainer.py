@@ -1005,6 +1005,18 @@ def test_what_a_run_cannot_go_on_with_is_refused_and_nothing_changed(
     assert load(run_dir).config == dataclasses.replace(CONFIG, device="cpu")
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [change("optim", model_lr=-1.0), change("train", log_every=0), change("behavior", gamma=2.0)],
+)
+def test_settings_that_cannot_run_are_never_a_run_s_own(asked, tmp_path):
+    run_dir = new_run(tmp_path / "run")
+    before = (run_dir / "config.json").read_bytes()
+    with pytest.raises(ConfigError, match="must be"):
+        Trainer(run_dir, asked).train()
+    assert (run_dir / "config.json").read_bytes() == before
+
+
 def test_a_run_from_before_renderers_could_be_chosen_is_of_opengl(tmp_path, reference, launcher):
     run_dir = copy_of(reference, tmp_path / "run")
     for path in list_checkpoints(run_dir / "checkpoints"):
