@@ -432,6 +432,8 @@ class Trainer:
             setattr(self, name, cursor[name])
         self.job = read_job(cursor["job"]) if cursor["job"] else None
         self.job_weights = groups.get("job_weights", {})
+        if self.job is not None and self.job.video:  # the run may have moved since, or we have
+            self.job = replace(self.job, video=self._video(Path(self.job.video).name))
         if self.job is not None and not self.job.random:
             needed = acting_weights(self.agent)
             if needed.keys() <= self.job_weights.keys():
@@ -559,13 +561,16 @@ class Trainer:
         """Have the next so many episodes collected."""
         video = None
         if evaluations and self.config.eval.video and self.config.env.obs != "state":
-            video = str(self.run_dir / "videos" / f"eval-{self.env_frames:09d}.mp4")
+            video = self._video(f"eval-{self.env_frames:09d}.mp4")
         episodes = list(range(self.episodes, self.episodes + size))
         self.job = Job(self.update, episodes, random, evaluations, video)
         self.job_weights = {} if random else acting_weights(self.agent)
         self._hand_over()
         if video:
             self._log_prediction()
+
+    def _video(self, name: str) -> str:
+        return str(self.run_dir / "videos" / name)
 
     def _hand_over(self) -> None:
         self._submitted = time.monotonic()

@@ -634,9 +634,9 @@ def test_kill_9_at_random_moments(kinds, kills, tmp_path, undisturbed, launchers
         assert eventually(lambda pids=killed: not any(map(session, pids)), 20), "orphans live on"
 
 
-def test_dreamerv3_s_parts_through_kills(tmp_path, launcher, capsys):
-    """A run of them from pixels and state equals one that is killed twice; it evaluates along the
-    way, and acts, plans and dreams afterwards."""
+def test_dreamerv3_s_parts_through_kills_and_a_move(tmp_path, launcher, capsys):
+    """A run of them from pixels and state equals one that is killed twice, and moved with an
+    evaluation under way; it evaluates along the way, and acts, plans and dreams afterwards."""
     v3 = preset("walker-v3")
     parts = ("classes", "unimix", "cell", "activation", "norm", "readout")
     config = dataclasses.replace(
@@ -648,14 +648,20 @@ def test_dreamerv3_s_parts_through_kills(tmp_path, launcher, capsys):
         loss=v3.loss,
         behavior=dataclasses.replace(CONFIG.behavior, entropy=v3.behavior.entropy),
         train=dataclasses.replace(CONFIG.train, frames=240),
+        eval=dataclasses.replace(CONFIG.eval, video=True),
     )
     want, run_dir = (new_run(tmp_path / name, config) for name in ("reference", "run"))
     assert launcher.run(want) == 0, (want / "log.txt").read_text()
-    for count in (20, 30):
-        launcher.start(run_dir, KILL_AFTER_UPDATES.format(count=count, seconds=0.01))
-        assert launcher.wait() == -signal.SIGKILL
+    kills = [KILL_AFTER_UPDATES.format(count=20, seconds=0.01)]
+    kills.append(SIGNAL_AT_UPDATE.format(count=27, name="SIGKILL"))
+    for kill in kills:
+        assert launcher.run(run_dir, kill) == -signal.SIGKILL
+    assert newest(run_dir)[1]["cursor"]["job"]["video"] == f"{run_dir}/videos/eval-000000120.mp4"
+    run_dir = run_dir.rename(tmp_path / "moved")
     assert launcher.run(run_dir) == 0, (run_dir / "log.txt").read_text()
     assert_equals(run_dir, want)
+    assert names(run_dir / "videos") == names(want / "videos")
+    assert names(tmp_path) == ["moved", "reference"], "nothing where it was"
     assert [line["env_frames"] for line in metrics(run_dir) if line["kind"] == "eval"] == [120, 240]
     for controller in ("actor", "mpc"):
         asked = ["--episodes", "1", "--controller", controller]
