@@ -97,17 +97,24 @@ def describe_choice(config: Config) -> dict[str, str | int | None]:
         not the fast one, and the native core's ``kernels``, None where another backend computes.
     """
     config = resolve_config(config)
-    backend = config.backend
-    if backend == "auto":
-        backend = chosen_backend(config.device)
-    choice = kernel_choice() if backend == "native" else None
+    choice = native_kernels(config)
     return {
         "device": describe_device(config.device),
         "precision": config.precision,
         "threads": config.threads,
-        "backend": backend,
+        "backend": _backend_of(config),
         "kernels": describe_kernels(choice) if choice else None,
     }
+
+
+def native_kernels(config: Config) -> dict[str, str] | None:
+    """The :func:`kernel_choice` that a resolved configuration computes with, None where another
+    backend computes."""
+    return kernel_choice() if _backend_of(config) == "native" else None
+
+
+def _backend_of(config: Config) -> str:
+    return chosen_backend(config.device) if config.backend == "auto" else config.backend
 
 
 def describe_device(device: str) -> str:

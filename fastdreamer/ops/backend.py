@@ -30,6 +30,7 @@ import functools
 import importlib.metadata
 import logging
 import os
+import platform
 import sys
 import threading
 import time
@@ -183,12 +184,24 @@ def settle_kernels(choice: dict[str, str] | None) -> None:
     """Compute with another process's :func:`kernel_choice`: then results equal that one's.
 
     Raises:
-        ValueError: the CPU has them not, or the core has chosen others already.
+        BackendError: the CPU has them not, the core has chosen others already or is not built.
     """
-    if choice is not None:
+    if choice is None:
+        return
+    try:
         from fastdreamer import _native
 
         _native.settle(**choice)
+    except ImportError as error:
+        why = why_not_loaded(error)
+    except ValueError as error:
+        why = f"{error}; FASTDREAMER_ISA names those that both have"
+    else:
+        return
+    raise BackendError(
+        f"{platform.node()} cannot compute with the learner's kernels "
+        f"({describe_kernels(choice)}): {why}"
+    )
 
 
 def faster_precision(backend: str = "auto") -> str:

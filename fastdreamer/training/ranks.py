@@ -24,6 +24,8 @@ from fastdreamer.acting.play import run_backend
 from fastdreamer.config import Config, ConfigError, from_dict, to_dict
 from fastdreamer.learning.dreamer import Dreamer, NonFiniteLoss
 from fastdreamer.learning.ranks import ALONE, RankError, Ranks, together
+from fastdreamer.machine.device import native_kernels
+from fastdreamer.ops.backend import settle_kernels
 from fastdreamer.training import checkpoint
 
 _END, _START, _LAYOUT, _UPDATE, _TARGET = range(5)
@@ -132,6 +134,7 @@ class Lead:
             return
         what = {
             "config": to_dict(agent.config),
+            "kernels": native_kernels(agent.config),
             "obs_shapes": agent.obs_shapes,
             "action_dim": agent.action_dim,
             "agent": {name: value.cpu() for name, value in agent.state_dict().items()},
@@ -195,7 +198,7 @@ def follow(ranks: Ranks) -> NoReturn:
     """Learn as the first rank orders, run after run, until it ends; then end this process at once.
 
     Raises:
-        RankError: it is gone.
+        RankError: it is gone. BackendError: this CPU has not the kernels that it computes with.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(_signals_once())
@@ -239,6 +242,8 @@ def _signals_once() -> Iterator[None]:
 
 def _begin(ranks: Ranks, backend: contextlib.ExitStack) -> _Learning:
     told = _hear()
+    # Measured by each for itself, they may differ, and with them the run from one time to the next.
+    settle_kernels(told["kernels"])
     config = from_dict(told["config"])
     if config.device.startswith("cuda"):  # torchrun's: one GPU a rank
         config = dataclasses.replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")

@@ -46,7 +46,12 @@ from fastdreamer.machine import nvtx
 from fastdreamer.machine.cores import cpu_model
 from fastdreamer.machine.device import describe_choice, resolve_config
 from fastdreamer.named import names_code
-from fastdreamer.ops.backend import describe_kernels, kernel_choice, settle_kernels
+from fastdreamer.ops.backend import (
+    BackendError,
+    describe_kernels,
+    kernel_choice,
+    settle_kernels,
+)
 from fastdreamer.training import checkpoint
 from fastdreamer.training.cluster import connected
 from fastdreamer.training.collector import Collector, Job, pool_size, read_job, round_size
@@ -233,7 +238,7 @@ def _take_kernels(meta: dict[str, Any]) -> None:
     """
     named = any(os.environ.get(name) for name in ("FASTDREAMER_ISA", "FASTDREAMER_ARITHMETIC"))
     if meta.get("cpu") == cpu_model() and not named:
-        with contextlib.suppress(ImportError, ValueError):
+        with contextlib.suppress(BackendError):
             settle_kernels(meta["kernels"])
 
 

@@ -10,7 +10,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import platform
 import threading
 import time
 import traceback
@@ -44,7 +43,7 @@ from fastdreamer.acting.signals import Signal, Violations, load_signal
 from fastdreamer.config import Config, from_dict
 from fastdreamer.envs import is_foreign
 from fastdreamer.errors import FastdreamerError
-from fastdreamer.ops.backend import describe_kernels, settle_kernels
+from fastdreamer.ops.backend import settle_kernels
 from fastdreamer.training.episodes import write_episode
 
 ALIVE = {"alive": True}
@@ -141,7 +140,7 @@ def converse(
             return connection.recv_bytes()
 
     try:
-        _compute_as(kernels)
+        settle_kernels(kernels)
         config = from_dict(json.loads(config_json))
         player = Player(config, Path(episodes), lanes, lambda: send(ALIVE))
         send({"obs_shapes": player.obs_shapes, "action_dim": player.action_dim})
@@ -165,16 +164,6 @@ def _to_trainer() -> Iterator[None]:
         yield
     except (EOFError, ConnectionError) as error:
         raise _Gone from error
-
-
-def _compute_as(kernels: dict[str, str] | None) -> None:
-    try:
-        settle_kernels(kernels)
-    except ValueError as error:
-        raise FastdreamerError(
-            f"{platform.node()} cannot compute with the learner's kernels "
-            f"({describe_kernels(kernels)}): {error}; FASTDREAMER_ISA names those that both have"
-        ) from error
 
 
 def _exit_with_trainer() -> None:

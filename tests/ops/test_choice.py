@@ -7,8 +7,10 @@ import sys
 import pytest
 import torch
 
+import fastdreamer
 from fastdreamer import testing
 from fastdreamer.ops.backend import (
+    BackendError,
     describe_kernels,
     faster_precision,
     kernel_choice,
@@ -145,13 +147,22 @@ def test_the_environment_decides():
     assert run(again, FASTDREAMER_ARITHMETIC="int8") == error, "as often as it is asked"
 
 
-def test_another_process_is_followed_unless_it_is_too_late():
+def test_another_process_is_followed_unless_it_is_too_late(monkeypatch):
     made = {"fp32": "scalar", "bf16": _native.host_isas()[-1], "for_bf16": "fp32"}
     assert run(f"n.settle(**{made}); n.settle(**{made}); print(n.choice())") == str(made)
     late = run(f"n.choice(); n.settle(**{made})")
     assert late == "ValueError: settle: another choice is in force already"
     settle_kernels(kernel_choice())  # nothing new
     settle_kernels(None)
+    other = {"fp32": "scalar", "bf16": "scalar", "for_bf16": "fp32"}
+    if kernel_choice() == other:
+        other["for_bf16"] = "bf16"
+    with pytest.raises(BackendError, match="cannot compute with the learner's kernels .*in force"):
+        settle_kernels(other)
+    monkeypatch.setitem(sys.modules, "fastdreamer._native", None)
+    monkeypatch.delattr(fastdreamer, "_native")
+    with pytest.raises(BackendError, match="learner's kernels .*scalar.*: extension not built"):
+        settle_kernels(other)
 
 
 def results(bf16: bool) -> torch.Tensor:

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from logged import WALL_CLOCK, learned
 
 from fastdreamer.cli import main
 from fastdreamer.config import ConfigError, preset
-from fastdreamer.learning.dreamer import NonFiniteLoss
+from fastdreamer.learning.dreamer import Dreamer, NonFiniteLoss
 from fastdreamer.learning.ranks import Ranks
+from fastdreamer.machine import device as machine_device
 from fastdreamer.training import ranks as training_ranks
 from fastdreamer.training.logger import METRICS_FILE, read_metrics
 
@@ -130,6 +132,24 @@ def test_all_ranks_learn_at_the_first_one_s_pace(monkeypatch):
     learning = training_ranks._Learning(Agent(), "theirs", None)
     training_ranks._update(learning, {}, pace, bool(health))
     assert said[-2:] == [("theirs", 0.3), ("theirs", True)]
+
+
+def test_all_ranks_compute_by_the_first_one_s_kernels(monkeypatch):
+    """Which it has measured, or a checkpoint has named."""
+    chosen, told, settled = {"fp32": "scalar", "bf16": "scalar", "for_bf16": "fp32"}, [], []
+    monkeypatch.setattr(machine_device, "kernel_choice", lambda: chosen)
+    monkeypatch.setattr(training_ranks, "_order", lambda *about: None)
+    tell = lambda what, src: told.extend(what)  # noqa: E731
+    monkeypatch.setattr(training_ranks.dist, "broadcast_object_list", tell)
+    monkeypatch.setattr(training_ranks, "_hear", told.pop)
+    monkeypatch.setattr(training_ranks, "settle_kernels", settled.append)
+    for backend, kernels in (("native", chosen), ("eager", None)):
+        agent = Dreamer(preset("tiny", {"device": "cpu", "backend": backend}), {"state": (5,)}, 3)
+        lead = training_ranks.Lead(Ranks(0, 2))
+        lead.start(agent, agent.make_optimizers(), torch.Generator())
+        with contextlib.ExitStack() as stack:
+            training_ranks._begin(Ranks(1, 2), stack)
+        assert settled.pop() == kernels
 
 
 def test_what_ranks_cannot_learn_together_is_refused(tmp_path, monkeypatch, capsys):
