@@ -25,6 +25,8 @@ class DiskFullError(FastdreamerError, OSError):
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_SUCH_CALL = (errno.EINVAL, errno.EBADF, errno.ENOTSUP)
+"""What file systems answer that cannot sync a directory, as some that machines share."""
 
 
 @contextlib.contextmanager
@@ -72,7 +74,11 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        _sync(path.parent)
+        try:
+            _sync(path.parent)
+        except OSError as error:
+            if error.errno not in _NO_SUCH_CALL:
+                raise
 
 
 def write_csv(

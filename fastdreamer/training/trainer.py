@@ -190,12 +190,16 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def lock_run(run_dir: Path) -> Iterator[None]:
-    """Keep other processes from training this run; RunError where one does already."""
-    with open(run_dir / "lock", "w") as file:
+    """Keep other processes from training this run; RunError where one does already, or where that
+    cannot be known."""
+    with contextlib.ExitStack() as stack:
         try:
+            file = stack.enter_context(open(run_dir / "lock", "w"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(f"{run_dir} is being trained by another process") from None
+        except OSError as error:  # nobody may write there, or its file system knows no locks
+            raise RunError(f"{run_dir} cannot be locked: {error.strerror}") from error
         yield
 
 

@@ -1,9 +1,12 @@
 """Episodes: what goes in comes out, and nothing damaged, forged or half written is taken."""
 
+import contextlib
+import errno
 import logging
 import os
 import re
 import signal
+import stat
 import time
 from pathlib import Path
 
@@ -146,6 +149,25 @@ def test_failed_write_leaves_the_old_episode_and_nothing_else(tmp_path, monkeypa
             write_episode(tmp_path, index, episode(seed=2), TASK)
     assert os.listdir(tmp_path) == [path.name]
     assert_same(read_episode(path)[0], episode(seed=1))
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_file_system_that_syncs_no_directory_is_written_to(tmp_path, monkeypatch, number):
+    """But where one fails at it, that is said."""
+    fsync, files = os.fsync, []
+
+    def sync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        files.append(descriptor)
+        fsync(descriptor)
+
+    monkeypatch.setattr(episodes_module.os, "fsync", sync)
+    failing = number == errno.EIO
+    told = pytest.raises(OSError, match="Input/output") if failing else contextlib.nullcontext()
+    with told:
+        write_episode(tmp_path, 0, episode(), TASK)
+    assert len(files) == 1 and len(list(tmp_path.glob(EPISODE_GLOB))) == 1
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

@@ -5,6 +5,8 @@ collector then costs the seconds of a start.
 """
 
 import dataclasses
+import errno
+import fcntl
 import functools
 import json
 import multiprocessing
@@ -1106,6 +1108,21 @@ def test_a_second_trainer_of_a_run_is_refused(tmp_path):
         lock_run(run_dir),
         pytest.raises(RunError, match="is being trained by another process"),
     ):
+        Trainer(run_dir).train()
+
+
+def test_a_run_that_cannot_be_locked_is_not_trained(tmp_path, monkeypatch):
+    run_dir = new_run(tmp_path / "run")
+
+    def none(file, operation):  # as some shares of a network answer
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with pytest.raises(RunError, match="run cannot be locked: No locks available"):
+        Trainer(run_dir).train()
+    (run_dir / "lock").unlink()
+    (run_dir / "lock").mkdir()
+    with pytest.raises(RunError, match="run cannot be locked: Is a directory"):
         Trainer(run_dir).train()
 
 
