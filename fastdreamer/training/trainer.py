@@ -335,11 +335,12 @@ class Trainer:
             _take_kernels(loaded[2])
         config = resolve_config(own if self._asked is None else _filled(self._asked, own))
         check_ranks(config)
-        learned = architecture(own)
+        seed, learned = own.seed, architecture(own)
         if loaded is not None:
             _, _, meta = loaded
             # One of before it was written down has that of its own settings.
             learned = meta.get("architecture") or architecture(from_dict(meta["config"]))
+            seed = meta["config"]["seed"]
             frames = meta["cursor"]["env_frames"]
             if config.train.frames < min(own.train.frames, frames):
                 raise RunError(
@@ -347,7 +348,7 @@ class Trainer:
                     f"train.frames = {config.train.frames} (its own: {own.train.frames})"
                 )
         wrong = differences(
-            {"seed": own.seed, **learned}, {"seed": config.seed, **architecture(config)}
+            {"seed": seed, **learned}, {"seed": config.seed, **architecture(config)}
         )
         if wrong:
             raise RunError(
@@ -425,6 +426,7 @@ class Trainer:
 
     def _restore(self, path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> int:
         """Load a checkpoint into everything; return how many lines of metrics it had written."""
+        self._refuse_changed_task(meta)
         groups: dict[str, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             group, _, rest = name.partition("/")
@@ -465,6 +467,18 @@ class Trainer:
             if frames > self.env_frames:
                 snapshot.unlink()
         return cursor["metric_lines"]
+
+    def _refuse_changed_task(self, meta: dict[str, Any]) -> None:
+        """Raise RunError where the task's observations or actions are no more what was learned."""
+        learned = {kind: tuple(shape) for kind, shape in meta["obs_shapes"].items()}
+        learned["action"] = (meta["action_dim"],)
+        now = {**self.agent.obs_shapes, "action": (self.agent.action_dim,)}
+        if learned != now:
+            told = (", ".join(f"{k} {list(s)}" for k, s in each.items()) for each in (learned, now))
+            raise RunError(
+                f"{self.run_dir} has learned {self.config.env.task} of {next(told)}; the task has "
+                f"now {next(told)}"
+            )
 
     def _load_agent(self, weights: dict[str, Tensor]) -> None:
         """Load weights; an explorer or guard that the run has only now been given starts here."""

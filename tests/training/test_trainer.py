@@ -37,6 +37,7 @@ from fastdreamer.envs import make_env
 from fastdreamer.envs.gl import GLError, select_gl
 from fastdreamer.learning.dreamer import Dreamer, NonFiniteLoss
 from fastdreamer.ops.backend import kernel_choice
+from fastdreamer.training import trainer as trainer_module
 from fastdreamer.training.checkpoint import (
     CheckpointError,
     list_checkpoints,
@@ -1046,6 +1047,9 @@ def test_a_run_goes_on_after_refusals_and_takes_what_may_change(tmp_path, refere
     write_config(run_dir, change("behavior", actor_layers=3))
     with pytest.raises(RunError, match="behavior.actor_layers, 2 here, 3 asked for"):
         Trainer(run_dir).train()
+    write_config(run_dir, dataclasses.replace(CONFIG, seed=4))
+    with pytest.raises(RunError, match="seed, 3 here, 4 asked for"):
+        Trainer(run_dir).train()
     write_config(run_dir, CONFIG)
     more = dataclasses.replace(
         change("train", frames=440),
@@ -1124,6 +1128,20 @@ def test_a_run_that_cannot_be_locked_is_not_trained(tmp_path, monkeypatch):
     (run_dir / "lock").mkdir()
     with pytest.raises(RunError, match="run cannot be locked: Is a directory"):
         Trainer(run_dir).train()
+
+
+@pytest.mark.parametrize("changed", [{"obs_shapes": {"state": [25]}}, {"action_dim": 7}])
+def test_a_task_that_is_another_by_now_is_said(changed, tmp_path, reference, monkeypatch):
+    run_dir = copy_of(reference, tmp_path / "run")
+    path = list_checkpoints(run_dir / "checkpoints")[-1]
+    tensors, meta = load_checkpoint(path)
+    save_checkpoint(path, tensors, meta | changed)
+    place = unittest.mock.Mock(obs_shapes={"state": (24,)}, action_dim=6)
+    monkeypatch.setattr(trainer_module, "Collector", lambda *about: place)
+    says = r"learned walker-walk of state \[2[45]\], action \[[67]\]; the task has now state \[24\]"
+    with pytest.raises(RunError, match=says):
+        Trainer(run_dir).train()
+    place.close.assert_called_once()
 
 
 def test_create_run_refuses_a_place_that_a_file_has(tmp_path):
