@@ -675,8 +675,10 @@ class Trainer:
                 self._halt()
             ready = self.collector.ready(timeout=0.2)
         now, result = time.monotonic(), self.collector.wait()
-        waits = _Waits(now - start, max(0.0, arrived - result.finished), now - self._submitted)
-        return result, waits
+        cycle = now - self._submitted
+        # No more than the cycle: by clocks of two machines, or by one that was set or has slept.
+        learner = min(cycle, max(0.0, arrived - result.finished))
+        return result, _Waits(now - start, learner, cycle)
 
     def _wait_shares(self) -> tuple[float, float] | None:
         """Shares of the late cycles' time in which the learner waited, and the collector."""

@@ -45,7 +45,7 @@ from fastdreamer.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from fastdreamer.training.collector import Collector, read_job
+from fastdreamer.training.collector import Collector, Job, read_job
 from fastdreamer.training.episodes import episode_path, read_episode
 from fastdreamer.training.logger import Logger, Progress
 from fastdreamer.training.pretrained import load
@@ -57,6 +57,7 @@ from fastdreamer.training.trainer import (
     read_config,
     write_config,
 )
+from fastdreamer.training.worker import Result
 
 TINY = preset("tiny")
 # 10 episodes of 20 decisions; 5 + 8 · 20 updates. Every 7 updates a checkpoint, so that they fall
@@ -1318,3 +1319,13 @@ def test_a_collector_that_waits_for_the_learner_is_counted(tmp_path, monkeypatch
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     (line,) = (m for m in lines if m["kind"] == "episode" and not m["random"])
     assert line["wait_collector_s"] < 0.5 <= line["wait_learner_s"] < line["seconds"]
+
+
+@pytest.mark.parametrize("ahead", [-3600.0, 3600.0])
+def test_a_clock_that_was_set_makes_nobody_wait_longer_than_the_cycle(ahead, tmp_path):
+    trainer = Trainer(new_run(tmp_path / "run"))
+    trainer._submitted = time.monotonic() - 5.0
+    result = Result(finished=time.time() + ahead)
+    trainer.collector = unittest.mock.Mock(ready=lambda timeout: True, wait=lambda: result)
+    _, waits = trainer._wait(Job(0, [0], False, 0, None))
+    assert 0 <= waits.learner <= waits.cycle < 60
