@@ -41,7 +41,8 @@ def room_for(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in _FULL
-        if not full and not any(f"(os error {number})" in str(error) for number in _FULL):
+        words = [text for n in _FULL for text in (f"(os error {n})", os.strerror(n))]
+        if not full and not any(text in str(error) for text in words):
             raise
         free = shutil.disk_usage(path.parent).free
         raise DiskFullError(

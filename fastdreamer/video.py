@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import tempfile
 from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from fastdreamer.errors import ArgumentError, FastdreamerError, how_to_install
 from fastdreamer.files import replacing
+
+
+class VideoError(FastdreamerError, RuntimeError):
+    """The encoder failed; the message is its own."""
 
 
 def write_video(path: Path, frames: Iterable[np.ndarray], fps: float) -> Path:
@@ -17,7 +26,8 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: float) -> Path:
     path: .mp4; appears only when complete. frames: uint8 [h, w, 3], all of one size; an odd size
     is padded to even by repeating the last row or column. fps: frames per second.
     Returns path. Raises ValueError when there is no frame or one of another type or size,
-    FastdreamerError where the encoder is not installed.
+    FastdreamerError where the encoder is not installed, VideoError where it fails, DiskFullError
+    where that is for want of room.
     """
     try:  # not before: it brings an ffmpeg of tens of megabytes
         import imageio_ffmpeg
@@ -28,8 +38,8 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: float) -> Path:
         raise ArgumentError(f"write_video: the file name must end in .mp4, got {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     shape = None
-    writer = None
-    with replacing(path) as temporary:
+    encoder = None
+    with replacing(path) as temporary, tempfile.TemporaryFile() as said:
         try:
             for frame in frames:
                 frame = np.asarray(frame)
@@ -41,21 +51,41 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: float) -> Path:
                     raise ValueError(f"write_video: frames must be of one size, got {got}")
                 shape = frame.shape
                 even = np.pad(frame, ((0, shape[0] % 2), (0, shape[1] % 2), (0, 0)), mode="edge")
-                if writer is None:
-                    writer = imageio_ffmpeg.write_frames(
-                        str(temporary),
-                        (even.shape[1], even.shape[0]),
-                        fps=fps,
-                        codec="libx264",
-                        pix_fmt_out="yuv420p",
-                        quality=8,
-                        macro_block_size=2,
-                    )
-                    writer.send(None)
-                writer.send(np.ascontiguousarray(even))
+                if encoder is None:
+                    program = imageio_ffmpeg.get_ffmpeg_exe()
+                    encoder = _start(program, temporary, even.shape, fps, said)
+                try:
+                    encoder.stdin.write(even.tobytes())
+                except BrokenPipeError:  # it has ended, and has said why
+                    break
+            if encoder is None:
+                raise ValueError(f"write_video: no frames for {path}")
+            with contextlib.suppress(BrokenPipeError):
+                encoder.stdin.close()
+            if status := encoder.wait():
+                said.seek(0)
+                why = " ".join(said.read().decode(errors="replace").split())
+                raise VideoError(f"{path}: ffmpeg ended with status {status}: {why}")
         finally:
-            if writer is not None:
-                writer.close()
-        if shape is None:
-            raise ValueError(f"write_video: no frames for {path}")
+            if encoder is not None:
+                encoder.kill()
+                encoder.wait()
+                with contextlib.suppress(BrokenPipeError):
+                    encoder.stdin.close()
     return path
+
+
+def _start(
+    program: str, path: Path, shape: tuple[int, ...], fps: float, said: BinaryIO
+) -> subprocess.Popen[bytes]:
+    """An ffmpeg that encodes what it is written: frames [h, w, 3]."""
+    given = ["-f", "rawvideo", "-s", f"{shape[1]}x{shape[0]}", "-pix_fmt", "rgb24"]
+    rate = str(Fraction(fps).limit_denominator())
+    made = ["-an", "-vcodec", "libx264", "-pix_fmt", "yuv420p", "-crf", "10"]
+    return subprocess.Popen(
+        [program, "-y", "-v", "error", *given, "-r", rate, "-i", "-", *made, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=said,
+        start_new_session=True,  # a terminal's Ctrl-C is not for it
+    )

@@ -21,8 +21,9 @@ from fastdreamer.analysis.viz.curves import (
 )
 from fastdreamer.analysis.viz.dreams import dream_figure, dream_video
 from fastdreamer.errors import FastdreamerError
+from fastdreamer.files import DiskFullError
 from fastdreamer.training.logger import Logger
-from fastdreamer.video import write_video
+from fastdreamer.video import VideoError, write_video
 
 
 def make_run(path, task="walker-walk", obs="pixels", episodes=20, evaluate=True):
@@ -275,6 +276,28 @@ def test_a_video_without_its_encoder_says_what_to_install(tmp_path, monkeypatch)
     with pytest.raises(FastdreamerError, match="is not installed: pip install 'fastdreamer"):
         write_video(tmp_path / "v.mp4", ramp(2), 20)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("reads", ["cat > /dev/null", ""], ids=["at the end", "at once"])
+@pytest.mark.parametrize(
+    ("says", "error"),
+    [
+        ("Error writing trailer: No space left on device", DiskFullError),
+        ("Unknown encoder 'libx264'", VideoError),
+    ],
+)
+def test_an_encoder_that_fails_leaves_what_was_there(tmp_path, monkeypatch, reads, says, error):
+    ffmpeg, folder = tmp_path / "ffmpeg", tmp_path / "videos"
+    ffmpeg.write_text(
+        f'#!/bin/sh\nfor out; do :; done\necho half > "$out"\n{reads}\necho "{says}" >&2\nexit 28\n'
+    )
+    ffmpeg.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(ffmpeg))
+    folder.mkdir()
+    (folder / "v.mp4").write_bytes(b"old")
+    with pytest.raises(error, match=f"v.mp4: .*ffmpeg ended with status 28: {says}"):
+        write_video(folder / "v.mp4", ramp(20), 20)
+    assert [(path.name, path.read_bytes()) for path in folder.iterdir()] == [("v.mp4", b"old")]
 
 
 def test_failed_video_leaves_nothing(tmp_path):
