@@ -34,13 +34,16 @@ def check(config: Config, run_dir: Path, say: Callable[[str], None]) -> None:
 
     Raises:
         EnvError: the suite's tasks do not load. GLError: it is to see pixels and nothing draws.
-        ConfigError: ranks that cannot learn it together, a file is where the run goes, random
-            episodes fill all of it, or it takes more memory or threads than there are.
+        ConfigError: ranks that cannot learn it together, a file is where the run goes or nothing
+            can be written there, random episodes fill all of it, or it takes more memory or
+            threads than there are.
         DiskFullError: there is no room for its checkpoints.
     """
     check_ranks(config)
     if file := file_in_the_way(run_dir):
         raise ConfigError(f"--run {run_dir}: {file} is a file, not a directory")
+    if not os.access(place := _there(run_dir), os.W_OK | os.X_OK):
+        raise ConfigError(f"{run_dir}: {place} cannot be written to")
     env = config_env(config)
     env.close()
     seen = env.obs_shapes
@@ -123,9 +126,7 @@ def _check_disk(
     run_dir: Path,
     say: Callable[[str], None],
 ) -> None:
-    place = run_dir.absolute()
-    while not place.exists():
-        place = place.parent
+    place = _there(run_dir)
     free, train = shutil.disk_usage(place).free, config.train
     # Of weights and moments; one is being written beside those kept.
     saved = 12 * learned * (1 if (run_dir / "checkpoints").exists() else train.keep_checkpoints + 1)
@@ -143,6 +144,14 @@ def _check_disk(
             f"note: {_size(free)} are free at {place}, checkpoints and {frames:,} env frames of "
             f"replay take about {_size(saved + replay)} (--replay.capacity keeps fewer)"
         )
+
+
+def _there(run_dir: Path) -> Path:
+    """A run's directory or, of one to be made, the nearest above it that is there."""
+    place = run_dir.absolute()
+    while not place.exists():
+        place = place.parent
+    return place
 
 
 def _size(count: float) -> str:

@@ -363,6 +363,17 @@ def test_a_full_disk_is_looked_at_before_a_run(capsys, monkeypatch, tmp_path, un
     assert "note: 1 GiB are free at" in output(capsys)
 
 
+def test_where_nothing_can_be_written_no_run_is_begun(capsys, monkeypatch, tmp_path, untrained):
+    monkeypatch.chdir(tmp_path)
+    able = os.access
+    closed = lambda path, mode: able(path, mode) and Path(path) != tmp_path  # noqa: E731
+    monkeypatch.setattr(os, "access", closed)
+    for where in ([], ["--run", "a/b"]):
+        assert main([*STATE, *where]) == 1
+        assert f"{tmp_path} cannot be written to" in output(capsys)
+    assert not list(tmp_path.iterdir())
+
+
 def test_fewer_frames_than_there_are_leave_nothing_to_do(run, capsys):
     before = (run / "config.json").read_bytes()
     assert main(["train", "--resume", str(run), "--train.frames", "20"]) == 1
