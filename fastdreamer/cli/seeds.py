@@ -88,7 +88,7 @@ def is_finished(run_dir: Path, config: Config) -> bool:
         return False
     if not config.eval.every:
         return True
-    evaluated = read_metrics(run_dir, "eval")
+    evaluated = _evaluated(run_dir)
     return bool(evaluated) and evaluated[-1]["env_frames"] >= config.train.frames
 
 

@@ -13,7 +13,7 @@ from fastdreamer.cli import main
 from fastdreamer.cli.seeds import is_finished, parse_seeds, runs_of
 from fastdreamer.config import ConfigError
 from fastdreamer.training.checkpoint import list_checkpoints, load_checkpoint
-from fastdreamer.training.logger import read_metrics
+from fastdreamer.training.logger import METRICS_FILE, read_metrics
 from fastdreamer.training.trainer import Stopped, Trainer, read_config, write_config
 
 TINY = ["--preset", "tiny", "--train.frames", "120", "--eval.every", "60"]
@@ -51,6 +51,9 @@ def test_seeds_go_on_where_they_stopped_and_end_in_one_picture(folder, tmp_path,
     assert [read_config(run).seed for run in (one, three)] == [1, 3]
     assert is_finished(one, read_config(one)) and not is_finished(three, read_config(three))
     assert not (folder / "curves.png").exists()
+    kept = (one / METRICS_FILE).rename(tmp_path / METRICS_FILE)
+    assert not is_finished(one, read_config(one)), "nothing says that it was evaluated"
+    kept.rename(one / METRICS_FILE)
     before = (one / "metrics.jsonl").read_bytes()
     assert main(["train", "--resume", str(folder)]) == 0
     said = output(capsys)
