@@ -6,11 +6,11 @@ goes on where it was; the figures are drawn from the files.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
 import os
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdreamer.acting.play import config_env, episode_seed, evaluate
+from fastdreamer.acting.play import episode_seed
+from fastdreamer.analysis.abreast import Cast, Key, Row
 from fastdreamer.analysis.viz.curves import plot_runs, write_curve
 from fastdreamer.analysis.viz.dreams import dream_figure, state_figure
 from fastdreamer.config import ConfigError, PlanConfig
@@ -30,16 +31,10 @@ from fastdreamer.training.checkpoint import (
     list_snapshots,
     load_meta,
 )
-from fastdreamer.training.logger import format_seconds
-from fastdreamer.training.pretrained import load
 from fastdreamer.training.trainer import RunError, read_config
 
 POINTS = 6
 """Snapshots of a run that a report plays where nothing else is asked."""
-_REHEARSED = 10
-"""Decisions a controller is timed for before its episodes."""
-_QUIET = 30.0
-"""Seconds within an episode after which a line says where it is."""
 _COLUMNS = ("controller", "env_frames", "update", "episode", "return", "seconds")
 
 
@@ -62,6 +57,7 @@ def write_report(
     episodes: int = 10,
     points: int = POINTS,
     seed: int = 0,
+    threads: int = 0,
     plan: PlanConfig | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Path]:
@@ -77,6 +73,9 @@ def write_report(
         episodes: a snapshot and controller; the same seeds for every one.
         points: snapshots used at most, spread evenly over the run; 0: all.
         seed: of the episodes.
+        threads: how many episodes are played side by side, a thread each; 0: as many as torch has
+            threads, ``TOGETHER`` at most. Of a task of others' code, whose environments may not
+            bear it, and with ``plan.budget_ms`` one after another is played, on all of them.
         plan: settings of the planner; None: the run's own.
         say: receives lines of progress.
 
@@ -88,8 +87,11 @@ def write_report(
         controller, or ``out`` holds episodes under other settings.
     """
     config = read_config(run)
-    if episodes < 1 or points < 0:
-        raise ConfigError(f"episodes must be >= 1 and points >= 0, got {episodes} and {points}")
+    if episodes < 1 or points < 0 or threads < 0:
+        raise ConfigError(
+            "episodes must be >= 1, points and threads >= 0, got "
+            f"{episodes}, {points} and {threads}"
+        )
     plan = config.plan if plan is None else plan
     dataclasses.replace(config, plan=plan).validate()
     own = ("planet",) if config.agent == "planet" else ("actor", "mpc")
@@ -105,99 +107,25 @@ def write_report(
     }
     episodes_file = out / "episodes.csv"
     done = _read_episodes(episodes_file, about)
-    env, agent = config_env(config), None
     wanted = [(c, f, i) for c in controllers for f in snapshots for i in range(episodes)]
     missing = [key for key in wanted if key not in done]
     if len(missing) < len(wanted):
         say(f"{len(wanted) - len(missing)} of {len(wanted)} episodes are in {episodes_file}")
-    loaded, lost = None, set()
-    expected = dict.fromkeys(controllers, 0.0)  # seconds of an episode
-    if missing:
-        expected = _rehearse(snapshots, env, controllers, plan)
-        rest = format_seconds(sum(expected[c] for c, _, _ in missing))
-        say(f"{len(missing)} episodes to play, about {rest}")
-    for count, key in enumerate(missing):
-        controller, frames, index = key
-        if frames in lost:
-            continue
-        if loaded != frames:
-            try:
-                agent, loaded = load(snapshots[frames], plan=plan), frames
-            except CheckpointError as error:
-                say(f"skipped: {error}")
-                lost.add(frames)
-                continue
-        agent.controller(controller)
-        title = f"{controller} at {frames:,} env frames, episode {index + 1} of {episodes}"
-        start = time.monotonic()
-        watch = _Quiet(title, env.max_decisions, say)
-        seeded = episode_seed(seed, "evaluate", index)
-        value = evaluate(agent, env, seeded, None, controller, watch=watch)
-        seconds = time.monotonic() - start
-        row = {
-            "controller": controller,
-            "env_frames": frames,
-            "update": _update(snapshots[frames]),
-            "episode": index,
-            "return": value,
-            "seconds": round(seconds, 3),
-        }
-        done[key] = row
-        _append(episodes_file, about, row)
-        expected[controller] = seconds  # as the last one was
-        rest = format_seconds(sum(expected[c] for c, _, _ in missing[count + 1 :]))
-        say(f"{title}: return {value:.1f} ({count + 1} of {len(missing)}, {rest} left)")
+    cast = Cast(
+        config, snapshots, plan=plan, episodes=episodes, seed=seed, threads=threads, say=say
+    )
+    with contextlib.closing(cast.play(missing)) as played:
+        for row, line in played:
+            done[row["controller"], row["env_frames"], row["episode"]] = row
+            _append(episodes_file, about, row)
+            say(line)
     rows = [done[key] for key in wanted if key in done]
     if not rows:
         raise RunError(f"{run}: no snapshot could be read")
     files = _draw(out, about, controllers, rows)
-    good = [frames for frames in snapshots if frames not in lost]
-    if good:
-        if loaded != good[-1]:
-            agent = load(snapshots[good[-1]], plan=plan)
-        files.append(_draw_dream(agent, env, seed, out))
+    if cast.newest is not None:
+        files.append(_draw_dream(cast.newest, cast.env, seed, out))
     return [episodes_file, *files]
-
-
-def _rehearse(
-    snapshots: dict[int, Path], env: Any, controllers: Sequence[str], plan: PlanConfig
-) -> dict[str, float]:
-    """Seconds of an episode by controller, from some decisions with the newest snapshot."""
-    for path in reversed(snapshots.values()):
-        try:
-            agent = load(path, plan=plan)
-        except CheckpointError:
-            continue  # said when its turn comes
-        break
-    else:
-        return dict.fromkeys(controllers, 0.0)
-    expected = {}
-    for controller in controllers:
-        agent.controller(controller)
-        obs, state, times = env.reset(seed=0), None, []
-        for _ in range(min(_REHEARSED, env.max_decisions)):
-            start = time.monotonic()
-            action, state = agent.act(obs, state, controller=controller)
-            obs, _, terminated, truncated, _ = env.step(action)
-            times.append(time.monotonic() - start)
-            if terminated or truncated:
-                obs, state = env.reset(seed=0), None
-        expected[controller] = float(np.median(times)) * env.max_decisions
-    return expected
-
-
-class _Quiet:
-    """A watch that says where a long episode is."""
-
-    def __init__(self, title: str, decisions: int, say: Callable[[str], None]) -> None:
-        self._title, self._decisions, self._say = title, decisions, say
-        self._last = time.monotonic()
-
-    def __call__(self, t: int, *_: Any) -> None:
-        now = time.monotonic()
-        if now - self._last >= _QUIET:
-            self._last = now
-            self._say(f"{self._title}: decision {t} of {self._decisions}")
 
 
 def dream_and_live(
@@ -259,11 +187,7 @@ def _spread(snapshots: dict[int, Path], points: int) -> dict[int, Path]:
     return {f: snapshots[f] for f in sorted(nearest)}
 
 
-def _update(path: Path) -> int:
-    return load_meta(path)["cursor"]["update"]
-
-
-def _read_episodes(path: Path, about: dict[str, Any]) -> dict[tuple[str, int, int], dict[str, Any]]:
+def _read_episodes(path: Path, about: dict[str, Any]) -> dict[Key, Row]:
     """Rows by controller, env frames and episode; a line that a kill cut short is removed."""
     if not path.exists():
         return {}
@@ -295,7 +219,7 @@ def _read_episodes(path: Path, about: dict[str, Any]) -> dict[tuple[str, int, in
     return {(row["controller"], row["env_frames"], row["episode"]): row for row in rows}
 
 
-def _append(path: Path, about: dict[str, Any], row: dict[str, Any]) -> None:
+def _append(path: Path, about: dict[str, Any], row: Row) -> None:
     new = not path.exists()
     with path.open("a", encoding="utf-8", newline="") as file:
         if new:
@@ -308,9 +232,7 @@ def _append(path: Path, about: dict[str, Any], row: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def _draw(
-    out: Path, about: dict[str, Any], controllers: list[str], rows: list[dict[str, Any]]
-) -> list[Path]:
+def _draw(out: Path, about: dict[str, Any], controllers: list[str], rows: list[Row]) -> list[Path]:
     """Curves, Figure 3 and, with two controllers or more, Figure 5 and its numbers."""
     files, table = [], {}
     for name in controllers:

@@ -34,6 +34,8 @@ class Report:
     """Snapshots used at most, spread evenly over the run; 0: all."""
     seed: int = 0
     """Seeds the episodes."""
+    threads: int = 0
+    """Episodes played side by side, on a thread each; 0: one a core, ten at most."""
     task: str = ""
     """Of a run whose task is a function of yours: module:function again, to have it imported."""
     backend: Backend = "run"
@@ -49,6 +51,7 @@ def run_report(command: Report, say: Callable[[str], None]) -> None:
         episodes=command.episodes,
         points=command.points,
         seed=command.seed,
+        threads=command.threads,
         plan=command.plan,
         say=say,
     )

@@ -4,16 +4,19 @@ import csv
 import dataclasses
 import re
 import shutil
+import threading
 import time
 
 import numpy as np
 import pytest
+import torch
 
-from fastdreamer.analysis import report
+from fastdreamer.analysis import abreast
 from fastdreamer.analysis.report import write_report
 from fastdreamer.analysis.viz.dreams import state_figure
 from fastdreamer.cli import main
 from fastdreamer.config import ConfigError, preset
+from fastdreamer.ops.backend import last_backend, use_backend
 from fastdreamer.training.checkpoint import list_snapshots
 from fastdreamer.training.trainer import RunError, Trainer, create_run
 
@@ -76,7 +79,7 @@ def test_it_goes_on_where_it_was_stopped(run, tmp_path, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     write_report(run, whole, episodes=2, say=str)
     played = []
-    evaluate = report.evaluate
+    evaluate = abreast.evaluate
 
     def stopping(*args, **options):
         if len(played) == 5:
@@ -84,14 +87,14 @@ def test_it_goes_on_where_it_was_stopped(run, tmp_path, monkeypatch):
         played.append(args)
         return evaluate(*args, **options)
 
-    monkeypatch.setattr(report, "evaluate", stopping)
+    monkeypatch.setattr(abreast, "evaluate", stopping)
     with pytest.raises(KeyboardInterrupt):
         write_report(run, cut, episodes=2, say=str)
     with (cut / "episodes.csv").open("a") as file:
         file.write("mpc,120,4")  # a line that a kill cut short
     played.clear()
     counting = lambda *args, **options: played.append(args) or evaluate(*args, **options)  # noqa: E731
-    monkeypatch.setattr(report, "evaluate", counting)
+    monkeypatch.setattr(abreast, "evaluate", counting)
     lines = []
     write_report(run, cut, episodes=2, say=lines.append)
     assert len(played) == 7 and lines[0].startswith("5 of 12 episodes are in")
@@ -113,18 +116,124 @@ def test_it_goes_on_where_it_was_stopped(run, tmp_path, monkeypatch):
 
 
 def test_hours_are_told_first_and_a_long_episode_says_where_it_is(run, tmp_path, monkeypatch):
-    evaluate, lines = report.evaluate, []
+    evaluate, lines = abreast.evaluate, []
 
     def slow(*args, watch, **options):
         time.sleep(0.02)
         return evaluate(*args, watch=watch, **options)
 
-    monkeypatch.setattr(report, "evaluate", slow)
-    monkeypatch.setattr(report, "_QUIET", 0.0)
-    monkeypatch.setattr(report, "_rehearse", lambda *_: {"actor": 7200.0, "mpc": 0.0})
+    monkeypatch.setattr(abreast, "evaluate", slow)
+    monkeypatch.setattr(abreast, "_QUIET", 0.0)
+    monkeypatch.setattr(abreast, "_rehearse", lambda *_: {"actor": 7200.0, "mpc": 0.0})
     write_report(run, tmp_path, episodes=1, points=1, say=lines.append)
     assert lines[0] == "2 episodes to play, about 2 h 00 min"
     assert "mpc at 160 env frames, episode 1 of 1: decision 20 of 20" in lines
+
+
+# ---------------------------------------------------------------- side by side
+
+
+def outcome(path):
+    """What an episode returned, whoever played it when."""
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in table(path)]
+    return sorted(rows, key=lambda row: [row[k] for k in ("controller", "env_frames", "episode")])
+
+
+def nobody_plays():
+    return not [t for t in threading.enumerate() if t.name.startswith("fastdreamer-play")]
+
+
+def test_episodes_side_by_side_are_those_alone(run, tmp_path, monkeypatch):
+    evaluate, met, seen = abreast.evaluate, threading.Barrier(3, timeout=60), set()
+
+    def together(*args, **options):
+        if threading.get_ident() not in seen:  # until three are at it at once
+            seen.add(threading.get_ident())
+            met.wait()
+        try:
+            return evaluate(*args, **options)
+        finally:
+            assert torch.get_num_threads() == 1 and last_backend("decide") == "eager"
+
+    with use_backend("eager"):
+        write_report(run, tmp_path / "alone", episodes=2, threads=1, say=str)
+        monkeypatch.setattr(abreast, "evaluate", together)
+        torch.set_num_threads(2)
+        files = write_report(run, tmp_path / "together", episodes=2, threads=3, say=str)
+    assert len(seen) == 3 and threading.get_ident() not in seen
+    assert torch.get_num_threads() == 2 and nobody_plays()
+    assert outcome(files[0]) == outcome(tmp_path / "alone" / "episodes.csv")
+    figures = [(tmp_path / name / "figure-5.csv").read_text() for name in ("alone", "together")]
+    assert figures[0] == figures[1]
+
+
+def test_who_is_stopped_or_fails_stops_the_others(run, tmp_path, monkeypatch):
+    evaluate, failing = abreast.evaluate, threading.Event()
+    write_report(run, tmp_path / "whole", episodes=2, say=str)
+    first = threading.Lock()
+
+    def endless(*args, watch, **options):
+        if first.acquire(blocking=False):
+            if failing.is_set():
+                raise ValueError("an episode fell")
+            return evaluate(*args, watch=watch, **options)
+        while True:  # until the watch ends it
+            watch(1)
+            time.sleep(1e-3)
+
+    def stop(line):
+        if ": return " in line:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(abreast, "evaluate", endless)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        write_report(run, out, episodes=2, threads=2, say=stop)
+    assert nobody_plays() and len(table(out / "episodes.csv")) == 1
+    first.release()
+    failing.set()
+    with pytest.raises(ValueError, match="an episode fell"):
+        write_report(run, out, episodes=2, threads=2, say=str)
+    assert nobody_plays() and len(table(out / "episodes.csv")) == 1
+    monkeypatch.setattr(abreast, "evaluate", evaluate)
+    write_report(run, out, episodes=2, threads=2, say=str)
+    assert outcome(out / "episodes.csv") == outcome(tmp_path / "whole" / "episodes.csv")
+
+
+def test_what_is_measured_in_milliseconds_has_all_threads(run, tmp_path, monkeypatch):
+    who, plan = [], dataclasses.replace(TINY.plan, budget_ms=1e4)
+
+    def look(*args, **options):
+        who.append((threading.current_thread(), torch.get_num_threads()))
+        return 1.0
+
+    monkeypatch.setattr(abreast, "evaluate", look)
+    few = {"controllers": ["mpc"], "points": 1, "episodes": 2, "plan": plan, "say": str}
+    write_report(run, tmp_path / "asked", threads=2, **few)
+    torch.set_num_threads(3)
+    write_report(run, tmp_path / "all", **few)
+    main = threading.main_thread()
+    assert who == [(main, 2), (main, 2), (main, 3), (main, 3)]
+    with pytest.raises(ConfigError, match="threads >= 0, got 2, 1 and -1"):
+        write_report(run, tmp_path / "none", threads=-1, **few)
+
+
+def test_an_episode_outlives_its_snapshot(run, tmp_path, monkeypatch):
+    """A run that goes on thins its snapshots out while an episode is played with one."""
+    own, evaluate = shutil.copytree(run, tmp_path / "run"), abreast.evaluate
+
+    def thinned(*args, **options):
+        (own / "snapshots" / "snapshot-000000080.safetensors").unlink(missing_ok=True)
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr(abreast, "evaluate", thinned)
+    lines = []
+    write_report(
+        own, tmp_path / "out", controllers=["actor", "planet"], episodes=1, say=lines.append
+    )
+    played = [(r["controller"], r["env_frames"]) for r in table(tmp_path / "out" / "episodes.csv")]
+    assert played == [("actor", str(f)) for f in FRAMES] + [("planet", str(f)) for f in FRAMES[1:]]
+    assert len([line for line in lines if line.startswith("skipped: ")]) == 1
 
 
 def test_points_are_spread_and_damaged_snapshots_skipped(run, tmp_path):
