@@ -57,6 +57,13 @@ def more_envs(envs: list[Any], config: Config, count: int) -> list[Any]:
     return envs[:count]
 
 
+def at_once(config: Config, controller: str | None, episodes: int) -> int:
+    """How many episodes are evaluated side by side: of a plan by the clock, whose time is meant for
+    one environment, one after the other."""
+    plans = config.agent == "planet" or controller in ("mpc", "planet")
+    return 1 if plans and config.plan.budget_ms is not None else min(episodes, TOGETHER)
+
+
 def on_cpu(config: Config) -> Config:
     """The learner's settings for whoever plays; what a GPU is told is no advice to a CPU."""
     if resolve_device(config.device, config.backend) == "cpu":

@@ -15,8 +15,8 @@ import tyro
 from tyro.conf import Positional
 
 from fastdreamer.acting.play import (
-    TOGETHER,
     Recorder,
+    at_once,
     episode_seed,
     evaluate_together,
     more_envs,
@@ -96,7 +96,7 @@ def run_eval(command: Eval, say: Callable[[str], None]) -> None:
         if recorders:
             recorders[i](*step)
 
-    envs = more_envs([], agent.config, min(command.episodes, TOGETHER))
+    envs = more_envs([], agent.config, at_once(agent.config, controller, command.episodes))
     returns = evaluate_together(
         agent,
         envs,

@@ -240,7 +240,8 @@ class PlanConfig:
     warm_iterations: int = 5
     """Refits of a warm start."""
     budget_ms: Annotated[float | None, _short("--plan-ms")] = None
-    """Milliseconds a plan may take: as many iterations as fit, at least one; none: all."""
+    """Milliseconds a plan may take: as many iterations as fit, at least one; none: all. With
+    ``collect.envs`` a plan is one of so many environments."""
 
 
 @dataclass(frozen=True)

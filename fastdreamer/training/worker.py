@@ -24,9 +24,9 @@ from safetensors.torch import load as load_bytes
 from torch import Tensor
 
 from fastdreamer.acting.play import (
-    TOGETHER,
     Lanes,
     Watch,
+    at_once,
     collect,
     collect_together,
     config_env,
@@ -256,7 +256,9 @@ class Player:
         config, count = self._config, self._violations()
         returns = evaluate_together(
             self._agent,
-            more_envs(self._envs, config, min(share.evaluations, TOGETHER)),
+            more_envs(
+                self._envs, config, at_once(config, config.eval.controller, share.evaluations)
+            ),
             [episode_seed(config.seed, "evaluate", i) for i in range(share.evaluations)],
             Path(share.video) if share.video else None,
             config.eval.controller,

@@ -11,14 +11,18 @@ import numpy as np
 import pytest
 import torch
 
+from fastdreamer.acting.parts import acting_weights
+from fastdreamer.acting.policy import Policy
 from fastdreamer.analysis import abreast
 from fastdreamer.analysis.report import write_report
 from fastdreamer.analysis.viz.dreams import state_figure
 from fastdreamer.cli import main
 from fastdreamer.config import ConfigError, preset
+from fastdreamer.learning.dreamer import Dreamer
 from fastdreamer.ops.backend import last_backend, use_backend
 from fastdreamer.training.checkpoint import list_snapshots
 from fastdreamer.training.trainer import RunError, Trainer, create_run
+from fastdreamer.training.worker import Player, Share
 
 TINY = preset("tiny")
 FRAMES = [80, 120, 160]
@@ -283,6 +287,33 @@ def test_commands(run, tmp_path, capsys):
         assert re.search(rf"return \d+\.\d \(1 episode of .*{name}\)", said())
     assert main(["eval", snapshot, "--controller", "mpc", "--plan.num-elites", "9"]) == 1
     assert "plan.num_elites must be <= plan.num_samples = 8" in said()  # the run's own samples
+
+
+def test_a_plan_by_the_clock_is_one_environment_s(run, tmp_path, monkeypatch):
+    """By eval as in training: ten that share its milliseconds have a tenth of the iterations."""
+    plan, planned = Policy.plan, []
+
+    def counted(self, state, *args, **options):
+        planned.append(len(state.deter))
+        return plan(self, state, *args, **options)
+
+    monkeypatch.setattr(Policy, "plan", counted)
+    evaluate = ["eval", str(run), "--episodes", "2", "--plan.iterations", "1"]
+    assert main([*evaluate, "--controller", "mpc"]) == 0
+    assert set(planned) == {2}
+    planned.clear()
+    assert main([*evaluate, "--controller", "mpc", "--plan-ms", "9000"]) == 0
+    assert planned == [1] * 40
+    planned.clear()
+    config = dataclasses.replace(
+        TINY,
+        plan=dataclasses.replace(TINY.plan, iterations=1, budget_ms=9000.0),
+        eval=dataclasses.replace(TINY.eval, controller="planet"),
+    )
+    weights = acting_weights(Dreamer(config, {"state": (24,)}, 6))
+    share = Share(random=False, evaluations=2)
+    assert len(Player(config, tmp_path, 1, lambda: None).play(share, weights).eval_returns) == 2
+    assert planned == [1] * 40
 
 
 def test_planet_from_the_command_line(tmp_path, capsys):
