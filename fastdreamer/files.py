@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastdreamer.errors import FastdreamerError
+from fastdreamer.errors import ArgumentError, FastdreamerError
 
 _TMP = re.compile(r"\.tmp-(\d+)-.*")
 _TMP_MAX_AGE = 3600  # seconds; a write takes far less, so an older one belongs to a recycled pid
@@ -56,6 +56,21 @@ def file_in_the_way(directory: Path) -> Path | None:
     return next((p for p in (directory, *directory.parents) if p.exists() and not p.is_dir()), None)
 
 
+def make_directory(directory: Path) -> None:
+    """Make a directory and those above it, where they lack.
+
+    Raises:
+        ArgumentError: a file is in the way, or the system refuses.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = error.strerror
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            why = f"{file_in_the_way(directory)} is a file"
+        raise ArgumentError(f"{directory} cannot be a directory: {why}") from error
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path``, of its suffix, to write to; it becomes ``path`` at the end.
@@ -93,7 +108,7 @@ def write_csv(
 
     columns: their order; by default the first row's. about: JSON for a comment in the first line.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         if about is not None:
             file.write(f"# {json.dumps(about)}\n")

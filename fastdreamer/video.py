@@ -13,7 +13,23 @@ from typing import BinaryIO
 import numpy as np
 
 from fastdreamer.errors import ArgumentError, FastdreamerError, how_to_install
-from fastdreamer.files import replacing
+from fastdreamer.files import make_directory, replacing
+
+
+def check_video(path: Path) -> None:
+    """Make a video's directory; raise what ``write_video`` would of its name or its encoder.
+
+    For who has to play before there are frames.
+    """
+    try:  # not before: it brings an ffmpeg of tens of megabytes
+        import imageio_ffmpeg  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise FastdreamerError(how_to_install(error) or str(error)) from error
+    if path.suffix != ".mp4":
+        raise ArgumentError(f"write_video: the file name must end in .mp4, got {path}")
+    if path.is_dir():
+        raise ArgumentError(f"write_video: {path} is a directory")
+    make_directory(path.parent)
 
 
 class VideoError(FastdreamerError, RuntimeError):
@@ -29,14 +45,10 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: float) -> Path:
     FastdreamerError where the encoder is not installed, VideoError where it fails, DiskFullError
     where that is for want of room.
     """
-    try:  # not before: it brings an ffmpeg of tens of megabytes
-        import imageio_ffmpeg
-    except ModuleNotFoundError as error:
-        raise FastdreamerError(how_to_install(error) or str(error)) from error
     path = Path(path)
-    if path.suffix != ".mp4":
-        raise ArgumentError(f"write_video: the file name must end in .mp4, got {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_video(path)
+    import imageio_ffmpeg
+
     shape = None
     encoder = None
     with replacing(path) as temporary, tempfile.TemporaryFile() as said:

@@ -23,7 +23,7 @@ from fastdreamer.envs import make_env
 from fastdreamer.errors import ArgumentError
 from fastdreamer.machine.device import resolve_device
 from fastdreamer.ops.backend import use_backend
-from fastdreamer.video import write_video
+from fastdreamer.video import check_video, write_video
 
 Act = Callable[[dict[str, np.ndarray]], np.ndarray]
 """Chooses an action on an observation."""
@@ -291,6 +291,8 @@ def _evaluate(
     watches: Sequence[Watch],
     lanes: Lanes,
 ) -> list[float]:
+    if video is not None:  # before what may take an hour is played
+        check_video(video)
     images: list[np.ndarray] = []
     totals = [0.0] * len(seeds)
 

@@ -23,7 +23,7 @@ from fastdreamer.analysis.abreast import Cast, Key, Row
 from fastdreamer.analysis.viz.curves import plot_runs, write_curve
 from fastdreamer.analysis.viz.dreams import dream_figure, state_figure
 from fastdreamer.config import ConfigError, PlanConfig
-from fastdreamer.files import write_csv
+from fastdreamer.files import make_directory, write_csv
 from fastdreamer.learning.dreamer import Dreamer
 from fastdreamer.training.checkpoint import (
     CheckpointError,
@@ -97,7 +97,7 @@ def write_report(
     own = ("planet",) if config.agent == "planet" else ("actor", "mpc")
     controllers = list(dict.fromkeys(controllers or own))
     snapshots = _spread(_snapshots(run), points)
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     about = {
         "run": run.resolve().name,
         "task": config.env.task,

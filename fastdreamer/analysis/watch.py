@@ -25,7 +25,7 @@ from fastdreamer.acting.play import config_env, episode_seed
 from fastdreamer.analysis.viz.panels import panels
 from fastdreamer.config import ConfigError
 from fastdreamer.errors import ArgumentError, FastdreamerError
-from fastdreamer.files import file_in_the_way, replacing
+from fastdreamer.files import file_in_the_way, make_directory, replacing
 from fastdreamer.learning.dreamer import Dreamer
 from fastdreamer.training.pretrained import load, read_agent
 from fastdreamer.video import write_video
@@ -128,7 +128,7 @@ def write(show: Show, out: Path) -> Path:
     if out.suffix == ".mp4":
         return write_video(out, images, fps=1 / show.env.decision_seconds)
     first, *rest = (Image.fromarray(image) for image in images)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(out.parent)
     with replacing(out) as temporary:
         first.save(
             temporary, "GIF", save_all=True, append_images=rest, loop=0,

@@ -60,7 +60,6 @@ def run_dream(command: Dream, say: Callable[[str], None]) -> None:
     )
     imagined, real = (part["pixels"] for part in dreamed)
     out = command.out or (command.run / "videos" if command.run.is_dir() else command.run.parent)
-    out.mkdir(parents=True, exist_ok=True)
     picture = dream_figure(imagined, real, out / "dream.png")
     video = dream_video(imagined, real, out / "dream.mp4", fps=1 / env.decision_seconds)
     say(f"picture: {picture}\nvideo: {video}")

@@ -27,6 +27,7 @@ from fastdreamer.analysis.calibration import calibrate_episodes
 from fastdreamer.analysis.viz.calibration import calibration_figure, write_calibration
 from fastdreamer.cli.run import Backend, config_of
 from fastdreamer.config import ConfigError, PlanConfig, SafetyConfig
+from fastdreamer.files import make_directory
 from fastdreamer.learning.dreamer import Dreamer
 from fastdreamer.named import names_code
 from fastdreamer.training.pretrained import load
@@ -88,6 +89,7 @@ def run_eval(command: Eval, say: Callable[[str], None]) -> None:
     if command.calibration:
         if agent.explorer is None:
             raise ConfigError(f"{command.run} has no reward heads; train some with --explore ucb")
+        make_directory(command.calibration)  # before an hour of episodes that it is for
         recorders = [Recorder() for _ in range(command.episodes)]
 
     def look(i: int, *step: Any) -> None:

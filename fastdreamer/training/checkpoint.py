@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastdreamer.errors import FastdreamerError
-from fastdreamer.files import replacing
+from fastdreamer.files import make_directory, replacing
 
 FORMAT = "fastdreamer-checkpoint-1"
 _NAME = re.compile(r"checkpoint-(\d{9})\.safetensors")
@@ -67,7 +67,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str
         tensors: by name; copied to the CPU.
         meta: JSON values.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     cpu = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
     text = json.dumps(meta)
     metadata = {"format": FORMAT, "crc32": str(_crc(cpu, text)), "meta": text}

@@ -341,6 +341,26 @@ def test_planet_from_the_command_line(tmp_path, capsys):
     assert "is fixed when a run starts" in capsys.readouterr().err.replace("\n", " ")
     argv = ["train", "walker", "--preset", "tiny", "--agent", "planet", "--collect", "mpc"]
     assert main([*argv, "--run", str(tmp_path / "no")]) == 1
+def test_where_results_cannot_go_is_said_before_anything_is_played(
+    run, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(Policy, "act", lambda *_, **__: pytest.fail("an episode is played"))
+    (tmp_path / "file").write_text("mine")
+    inside = str(tmp_path / "file" / "below")
+    for argv, says in [
+        (["report", str(run), "--out", str(tmp_path / "file")], "file is a file"),
+        (["report", str(run), "--out", inside], "below cannot be a directory: "),
+        (["eval", str(run), "--video", f"{inside}/episode.mp4"], "below cannot be a directory: "),
+        (["eval", str(run), "--video", str(tmp_path)], "name must end in .mp4, got"),
+        (["plot", str(run), "--out", f"{inside}/curve.png"], "below cannot be a directory: "),
+        (["export", str(run), f"{inside}.safetensors"], "file cannot be a directory: "),
+    ]:
+        assert main(argv) == 1
+        said = re.sub(r"\s+", "", capsys.readouterr().err)
+        assert says.replace(" ", "") in said and "Traceback" not in said, said
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
     assert "collect.controller must be 'auto' for planet" in capsys.readouterr().err
 
 

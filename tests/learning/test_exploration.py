@@ -520,6 +520,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("argv", "says"),
+    monkeypatch.setattr(Dreamer, "act", None)  # before an episode is played for it
+    assert main([*argv[:-1], str(out / "calibration.csv")]) == 1
     [
         (["--shield"], "has no barrier; train one with --safety"),
         (["--calibration", "out"], "has no reward heads; train some with --explore ucb"),

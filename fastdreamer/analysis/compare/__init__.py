@@ -30,6 +30,7 @@ from fastdreamer.analysis.compare.methods import (
 from fastdreamer.analysis.compare.records import Settings, Stage, read_json, write_json
 from fastdreamer.analysis.compare.results import write_results
 from fastdreamer.config import ConfigError
+from fastdreamer.files import make_directory
 from fastdreamer.machine.device import resolve_config, resolve_device
 from fastdreamer.training.cluster import Call, Cluster
 from fastdreamer.training.logger import format_seconds
@@ -161,7 +162,7 @@ def _start(out: Path, settings: Settings) -> None:
     """Claim a directory, or check that it was started with the same settings."""
     path = out / "compare.json"
     if not path.exists():
-        out.mkdir(parents=True, exist_ok=True)
+        make_directory(out)
         write_json(path, asdict(settings))
         return
     old = read_json(path)

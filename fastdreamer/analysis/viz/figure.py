@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure  # not pyplot: a bare Figure knows no windows
 
 from fastdreamer.errors import ArgumentError
-from fastdreamer.files import replacing
+from fastdreamer.files import make_directory, replacing
 
 # Okabe and Ito's palette, told apart with every kind of colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -34,7 +34,7 @@ def save_figure(figure: Figure, out: Path) -> Path:
     """Save as .png, .svg or .pdf, the same bytes for the same figure; ValueError for others."""
     if out.suffix not in (".png", ".svg", ".pdf"):
         raise ArgumentError(f"a figure's file name must end in .png, .svg or .pdf, got {out}")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(out.parent)
     metadata = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}[out.suffix]
     with replacing(out) as temporary:
         figure.savefig(temporary, dpi=150, metadata=metadata)
