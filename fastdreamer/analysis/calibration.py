@@ -91,8 +91,12 @@ def calibrate_episodes(
         model: that filters the episodes and rolls forward the actions taken.
         rewards: M reward heads.
         episodes: arrays as in ``replay``, time first: observations, action, reward.
-        ahead: numbers of decisions, each below the length of every episode.
+        ahead: numbers of decisions.
         generator: of the latent samples.
+
+    Returns:
+        One for each of these numbers that some episode has rewards for: it has one more steps, its
+        reset included.
     """
     found: dict[int, list[tuple[Tensor, Tensor]]] = {k: [] for k in ahead}
     rssm = model.rssm.params()
@@ -105,6 +109,8 @@ def calibrate_episodes(
         state = observe(rssm, start, embed, seen["action"], first, noise).state
         states, action = State(*(part[:, 0] for part in state)), seen["action"][:, 0]
         for k, pairs in found.items():
+            if k >= T:
+                continue  # it was over before
             noise = latent(rssm, generator, k, T - k)
             samples = predict_rewards(rssm, rewards, states, action, noise)
             true = seen["reward"][k:, 0]
@@ -114,4 +120,5 @@ def calibrate_episodes(
     return [
         calibrate(k, torch.cat([s for s, _ in pairs], 1), torch.cat([t for _, t in pairs]))
         for k, pairs in found.items()
+        if pairs
     ]

@@ -146,4 +146,6 @@ def _calibrate(
             f"rewards {row.ahead} decisions ahead: error {row.rmse:.3f}, spread {row.spread:.3f}, "
             f"inside the interval {inside}"
         )
+    for missing in sorted({*ahead} - {row.ahead for row in rows}):
+        say(f"rewards {missing} decisions ahead: no episode had so many")
     say(f"table: {table}\npicture: {picture}")

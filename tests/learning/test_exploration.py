@@ -447,6 +447,10 @@ def test_episodes_are_calibrated_without_their_reset():
     rows = calibrate_episodes(agent.model, agent.explorer.rewards, episodes, [0, 1, 3], seeded())
     assert [(row.ahead, row.count) for row in rows] == [(0, 14), (1, 14), (3, 10)]
     assert all(row.coverage[0.95] < 0.5 and row.rmse > 5 for row in rows)
+    # One that ended early has no rewards so far ahead, and there may be none that has.
+    episodes.append({name: array[:2] for name, array in episodes[0].items()})
+    rows = calibrate_episodes(agent.model, agent.explorer.rewards, episodes, [0, 1, 3, 9], seeded())
+    assert [(row.ahead, row.count) for row in rows] == [(0, 15), (1, 15), (3, 10)]
 
 
 def test_explorer_counts_its_rounds_in_its_state():
