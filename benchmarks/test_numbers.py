@@ -38,10 +38,11 @@ def curve(path: Path) -> list[dict[str, str]]:
 
 
 def evaluations(name: str, folder: Path = CURVES) -> dict[int, dict[str, float]]:
-    """Mean and std of the return and the seconds of every evaluation, by env frames."""
+    """Mean and std of the return and the seconds (a report has none) of every evaluation, by env
+    frames."""
     names = {"return_mean": "mean", "return_std": "std", "seconds": "seconds"}
     return {
-        int(row["env_frames"]): {short: float(row[long]) for long, short in names.items()}
+        int(row["env_frames"]): {short: float(row[long] or "nan") for long, short in names.items()}
         for row in curve(folder / f"{name}.csv")
         if row["kind"] == "eval"
     }

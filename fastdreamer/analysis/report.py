@@ -246,7 +246,6 @@ def _draw(out: Path, about: dict[str, Any], controllers: list[str], rows: list[R
                     "kind": "eval",
                     "env_frames": frames,
                     "update": some[0]["update"],
-                    "seconds": round(sum(r["seconds"] for r in some), 3),
                     "return_mean": float(returns.mean()),
                     "return_std": float(returns.std()),
                     "episodes": len(returns),
