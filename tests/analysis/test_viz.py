@@ -141,6 +141,9 @@ def test_unfinished_lines_and_nan_do_not_stop_a_plot(tmp_path, evaluate):
     assert plot_runs([run], tmp_path / "run.png").exists()
     rows = list(csv.DictReader(export_csv(run, tmp_path / "c.csv").read_text().splitlines()[1:]))
     assert math.isnan(float(rows[-1]["return_mean"]))
+    lost = tmp_path / "lost.csv"  # whose every return is none
+    lost.write_text("env_frames,return_mean\n1000,nan\n")
+    assert plot_runs([lost], tmp_path / "lost.png").stat().st_size > 0
 
 
 def test_seeds_of_one_setting_become_a_band(tmp_path):

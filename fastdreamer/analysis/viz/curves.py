@@ -116,7 +116,7 @@ def plot_runs(
         for walker_task, dash in zip(walker, _DASHES, strict=False):
             tops.append(_draw_published(axes, walker_task, dash, end))
         axes.set_xlim(0, max(end, 1))
-        low = min(0.0, *(row["return_mean"] for c in curves for row in c.rows if _seen(row)))
+        low = min([0.0, *(row["return_mean"] for c in curves for row in c.rows if _seen(row))])
         axes.set_ylim(1.06 * low, 1.06 * max(*tops, 1 if low == 0 else 0))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda frames, _: thousands(frames)))
         axes.set_xlabel(name)
