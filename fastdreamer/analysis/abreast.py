@@ -24,7 +24,7 @@ from fastdreamer.acting.play import TOGETHER, config_env, episode_seed, evaluate
 from fastdreamer.config import Config, PlanConfig
 from fastdreamer.envs import is_foreign
 from fastdreamer.learning.dreamer import Dreamer
-from fastdreamer.training.checkpoint import CheckpointError, load_meta
+from fastdreamer.training.checkpoint import CheckpointError, checksum, load_meta
 from fastdreamer.training.logger import format_seconds
 from fastdreamer.training.pretrained import load
 
@@ -156,7 +156,7 @@ class Cast:
                 found, loaded = self._load(frames, say), frames
             if found is None:
                 continue
-            agent, update = found
+            agent, about = found
             start = time.monotonic()
             watch = _Quiet(self._title(key), env.max_decisions, say, self._stopped)
             seed = episode_seed(self._seed, "evaluate", index)
@@ -164,19 +164,20 @@ class Cast:
             yield {
                 "controller": controller,
                 "env_frames": frames,
-                "update": update,
                 "episode": index,
                 "return": value,
                 "seconds": round(time.monotonic() - start, 3),
+                **about,
             }
 
-    def _load(self, frames: int, say: Callable[[str], None]) -> tuple[Dreamer, int] | None:
-        """A snapshot's agent, and after how many updates; None where it cannot be read."""
+    def _load(self, frames: int, say: Callable[[str], None]) -> tuple[Dreamer, Row] | None:
+        """A snapshot's agent and what a row says of it; None where it cannot be read."""
         with self._turn:
             if frames not in self._lost:
                 path = self._snapshots[frames]
                 try:
-                    return load(path, plan=self._plan), load_meta(path)["cursor"]["update"]
+                    update, crc32 = load_meta(path)["cursor"]["update"], checksum(path)
+                    return load(path, plan=self._plan), {"update": update, "crc32": crc32}
                 except CheckpointError as error:
                     self._lost.add(frames)
                     say(f"skipped: {error}")

@@ -27,6 +27,7 @@ from fastdreamer.files import make_directory, write_csv
 from fastdreamer.learning.dreamer import Dreamer
 from fastdreamer.training.checkpoint import (
     CheckpointError,
+    checksum,
     list_checkpoints,
     list_snapshots,
     load_meta,
@@ -35,7 +36,7 @@ from fastdreamer.training.trainer import RunError, read_config
 
 POINTS = 6
 """Snapshots of a run that a report plays where nothing else is asked."""
-_COLUMNS = ("controller", "env_frames", "update", "episode", "return", "seconds")
+_COLUMNS = ("controller", "env_frames", "update", "episode", "return", "seconds", "crc32")
 
 
 class EpisodeOver(RunError):
@@ -107,6 +108,7 @@ def write_report(
     }
     episodes_file = out / "episodes.csv"
     done = _read_episodes(episodes_file, about)
+    _refuse_others(episodes_file, done, snapshots)
     wanted = [(c, f, i) for c in controllers for f in snapshots for i in range(episodes)]
     missing = [key for key in wanted if key not in done]
     if len(missing) < len(wanted):
@@ -188,26 +190,27 @@ def _spread(snapshots: dict[int, Path], points: int) -> dict[int, Path]:
 
 
 def _read_episodes(path: Path, about: dict[str, Any]) -> dict[Key, Row]:
-    """Rows by controller, env frames and episode; a line that a kill cut short is removed."""
+    """Rows by controller, env frames and episode; the file is made such as is written today: a line
+    that a kill cut short goes, and what it had no column for is blank."""
     if not path.exists():
         return {}
     text = path.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
     first, _, rest = whole.partition("\n")
     if not first:
         path.unlink()
         return {}
     try:
         before = json.loads(first.removeprefix("# "))
+        table = csv.DictReader(rest.splitlines())
         rows = [
             {
                 "controller": row["controller"],
                 **{name: int(row[name]) for name in ("env_frames", "update", "episode")},
                 **{name: float(row[name]) for name in ("return", "seconds")},
+                "crc32": row.get("crc32") or "",
             }
-            for row in csv.DictReader(rest.splitlines())
+            for row in table
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not a report's episodes: {error}") from error
@@ -216,7 +219,21 @@ def _read_episodes(path: Path, about: dict[str, Any]) -> dict[Key, Row]:
         raise ConfigError(
             f"{path} holds episodes with another {' and '.join(changed)}; choose another --out"
         )
+    if whole != text or (table.fieldnames or ()) != [*_COLUMNS]:
+        write_csv(path, rows, columns=_COLUMNS, about=before)
     return {(row["controller"], row["env_frames"], row["episode"]): row for row in rows}
+
+
+def _refuse_others(path: Path, done: dict[Key, Row], snapshots: dict[int, Path]) -> None:
+    """Raise ConfigError where episodes were not played by these snapshots, but by those of a run of
+    the same name, or of this one before it went on from an earlier checkpoint."""
+    for frames, snapshot in snapshots.items():
+        with contextlib.suppress(CheckpointError):  # said when it is to be loaded
+            now = checksum(snapshot)
+            if {row["crc32"] for row in done.values() if row["env_frames"] == frames} - {"", now}:
+                raise ConfigError(
+                    f"{path} holds episodes of another agent than {snapshot}; choose another --out"
+                )
 
 
 def _append(path: Path, about: dict[str, Any], row: Row) -> None:

@@ -102,6 +102,16 @@ def load_meta(path: Path) -> dict[str, Any]:
         return json.loads(metadata["meta"])
 
 
+def checksum(path: Path) -> str:
+    """Of a checkpoint's tensors and document, as the file has it: another one is another file.
+
+    Raises:
+        CheckpointError: see ``load_meta``.
+    """
+    with _opened(path) as (_, metadata):
+        return metadata["crc32"]
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
     """An open checkpoint and its metadata; what is wrong with it becomes a CheckpointError."""

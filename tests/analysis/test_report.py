@@ -120,6 +120,30 @@ def test_it_goes_on_where_it_was_stopped(run, tmp_path, monkeypatch):
         write_report(run, cut, say=str)
 
 
+def test_episodes_of_another_run_of_that_name_are_not_this_one_s(run, tmp_path):
+    """As folders of seeds hold: a seed0 each, of one task and with snapshots at the same frames."""
+    other = shutil.copytree(run, tmp_path / "other" / run.name)
+    first, second = (other / "snapshots" / f"snapshot-000000{n}.safetensors" for n in (120, 160))
+    shutil.copy(second, first)
+    some, out = {"controllers": ["actor"], "episodes": 1, "say": str}, tmp_path / "out"
+    write_report(run, out, **some)
+    before = (out / "episodes.csv").read_bytes()
+    with pytest.raises(ConfigError, match=f"holds episodes of another agent than {first}; choose"):
+        write_report(other, out, **some)
+    assert (out / "episodes.csv").read_bytes() == before
+    # Where nobody has written down whose they are, as once, they are taken and kept.
+    whole = before.decode().splitlines()
+    (out / "episodes.csv").write_text(
+        "".join(f"{line if line[0] == '#' else line.rpartition(',')[0]}\n" for line in whole)
+    )
+    write_report(run, out, **some | {"episodes": 2})
+    rows = table(out / "episodes.csv")
+    assert [bool(row["crc32"]) for row in rows] == [False] * 3 + [True] * 3
+    assert [",".join(row.values()) for row in rows[:3]] == [
+        f"{line.rpartition(',')[0]}," for line in whole[2:]
+    ]
+
+
 def test_hours_are_told_first_and_a_long_episode_says_where_it_is(run, tmp_path, monkeypatch):
     evaluate, lines = abreast.evaluate, []
 
@@ -317,6 +341,26 @@ def test_a_plan_by_the_clock_is_one_environment_s(run, tmp_path, monkeypatch):
     assert planned == [1] * 40
 
 
+def test_where_results_cannot_go_is_said_before_anything_is_played(
+    run, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(Policy, "act", lambda *_, **__: pytest.fail("an episode is played"))
+    (tmp_path / "file").write_text("mine")
+    inside = str(tmp_path / "file" / "below")
+    for argv, says in [
+        (["report", str(run), "--out", str(tmp_path / "file")], "file is a file"),
+        (["report", str(run), "--out", inside], "below cannot be a directory: "),
+        (["eval", str(run), "--video", f"{inside}/episode.mp4"], "below cannot be a directory: "),
+        (["eval", str(run), "--video", str(tmp_path)], "name must end in .mp4, got"),
+        (["plot", str(run), "--out", f"{inside}/curve.png"], "below cannot be a directory: "),
+        (["export", str(run), f"{inside}.safetensors"], "file cannot be a directory: "),
+    ]:
+        assert main(argv) == 1
+        said = re.sub(r"\s+", "", capsys.readouterr().err)
+        assert says.replace(" ", "") in said and "Traceback" not in said, said
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_planet_from_the_command_line(tmp_path, capsys):
     run_dir = tmp_path / "run"
     options = [
@@ -342,26 +386,6 @@ def test_planet_from_the_command_line(tmp_path, capsys):
     assert "is fixed when a run starts" in capsys.readouterr().err.replace("\n", " ")
     argv = ["train", "walker", "--preset", "tiny", "--agent", "planet", "--collect", "mpc"]
     assert main([*argv, "--run", str(tmp_path / "no")]) == 1
-def test_where_results_cannot_go_is_said_before_anything_is_played(
-    run, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr(Policy, "act", lambda *_, **__: pytest.fail("an episode is played"))
-    (tmp_path / "file").write_text("mine")
-    inside = str(tmp_path / "file" / "below")
-    for argv, says in [
-        (["report", str(run), "--out", str(tmp_path / "file")], "file is a file"),
-        (["report", str(run), "--out", inside], "below cannot be a directory: "),
-        (["eval", str(run), "--video", f"{inside}/episode.mp4"], "below cannot be a directory: "),
-        (["eval", str(run), "--video", str(tmp_path)], "name must end in .mp4, got"),
-        (["plot", str(run), "--out", f"{inside}/curve.png"], "below cannot be a directory: "),
-        (["export", str(run), f"{inside}.safetensors"], "file cannot be a directory: "),
-    ]:
-        assert main(argv) == 1
-        said = re.sub(r"\s+", "", capsys.readouterr().err)
-        assert says.replace(" ", "") in said and "Traceback" not in said, said
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
     assert "collect.controller must be 'auto' for planet" in capsys.readouterr().err
 
 

@@ -520,12 +520,12 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     rows = (out / "calibration.csv").read_text().splitlines()
     assert rows[0].startswith("ahead,count,rmse,spread,scale,coverage_50") and len(rows) == 5
     assert (out / "calibration.png").stat().st_size > 0
+    monkeypatch.setattr(Dreamer, "act", None)  # before an episode is played for it
+    assert main([*argv[:-1], str(out / "calibration.csv")]) == 1
 
 
 @pytest.mark.parametrize(
     ("argv", "says"),
-    monkeypatch.setattr(Dreamer, "act", None)  # before an episode is played for it
-    assert main([*argv[:-1], str(out / "calibration.csv")]) == 1
     [
         (["--shield"], "has no barrier; train one with --safety"),
         (["--calibration", "out"], "has no reward heads; train some with --explore ucb"),
