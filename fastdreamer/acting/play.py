@@ -263,7 +263,8 @@ def evaluate_together(
     """Returns of episodes like ``evaluate``'s, side by side: one decision is one batch of all.
 
     An episode is a function of its seed and the weights: its environment and its generator are its
-    own. Where the ops run native it is the same, bit by bit, beside whatever others; elsewhere the
+    own. Where the ops run native it is the same, bit by bit, beside whatever others (but for plans
+    in bfloat16 on AMX, of which a call of 16 rows rounds as one of fewer does not); elsewhere the
     libraries round a row by what is beside it, and a chaotic task makes that another episode.
 
     Args:

@@ -134,7 +134,8 @@ class Policy(nn.Module):
                 noise and the shield's candidates, in this order; None uses the agent's own, seeded
                 with ``config.seed``. A sequence has one for every row of the batch, which then is
                 an environment of its own: it draws what it would draw alone, and where the ops run
-                native its action and state are those it would have alone, bit by bit.
+                native its action and state are those it would have alone, bit by bit (but for plans
+                in bfloat16 on AMX).
 
         Returns:
             The action, float32 [A] or [B, A] in [-1, 1], and the state for the next call. Without
