@@ -255,6 +255,7 @@ class Op:
         self.eager = eager
         self._loaders = {"native": native, "triton": triton}
         self._loaded: dict[str, Callable | str] = {}  # body, or why it could not be loaded
+        self._hidden: dict[str, Callable] = {}  # bodies, from torch.compile
         self._logged: set[str] = set()
         OPS[name] = self
 
@@ -287,7 +288,7 @@ class Op:
         elif reason := self._refusal(name, given, constant, depth, lacking):
             raise BackendError(f"{self.name}: backend {name!r} cannot run: {reason}")
         setattr(_ran, self.name, name)
-        return self.eager if name == "eager" else self._loaded[name]  # type: ignore[return-value]
+        return self.eager if name == "eager" else self._untraced(name)
 
     def why_not(self, backend: str, device: torch.device | str) -> str | None:
         """Return why ``backend`` cannot run this op on ``device``, or None when it can.
@@ -390,10 +391,6 @@ class Op:
         if body is None:
             try:
                 body = self._loaders[backend]()  # type: ignore[misc]
-                # Traced, native would see parameters without the versions that tell the packed
-                # weights from old ones, and triton tensors without addresses. So a compiled body
-                # breaks the graph, and is called as it is.
-                body = torch.compiler.disable(body)
             except ImportError as error:
                 if backend == "native":
                     body = why_not_loaded(error)
@@ -403,6 +400,18 @@ class Op:
                     body = how_to_install(error) or f"not installed: {error}"
             self._loaded[backend] = body
         return body
+
+    def _untraced(self, backend: str) -> Callable:
+        """A loaded body as torch.compile is to call it: it breaks the graph.
+
+        Traced, native would see parameters without the versions that tell the packed weights from
+        old ones, and triton tensors without addresses.
+        """
+        if "torch._dynamo" not in sys.modules:  # nobody compiles, and it takes as long as torch
+            return self._loaded[backend]  # type: ignore[return-value]
+        if backend not in self._hidden:
+            self._hidden[backend] = torch.compiler.disable(self._loaded[backend])
+        return self._hidden[backend]
 
 
 def why_not_loaded(error: ImportError) -> str:

@@ -450,3 +450,26 @@ def test_compiled_code_around_the_ops(backend):
     for a, b in zip(got, torch.autograd.grad(step(noise), leaves), strict=True):
         torch.testing.assert_close(a, b)
     torch._dynamo.reset()
+
+
+COMPILED_LATER = """
+import sys, torch, warnings
+warnings.simplefilter("ignore")  # of what dynamo traces in Op.select
+inputs, leaves = company.case()
+noise = inputs["state_noise"]
+step = lambda noise: 2 * company.loss({**inputs, "state_noise": noise * 1.5})
+want = torch.autograd.grad(step(noise), leaves)
+print("torch._dynamo" in sys.modules)
+compiled = torch.compile(step, backend="eager")
+for _ in range(2):
+    got = torch.autograd.grad(compiled(noise), leaves)
+    print(all(map(torch.allclose, got, want)))
+    with torch.no_grad():
+        leaves[0].add_(0.1)
+    want = torch.autograd.grad(step(noise), leaves)
+"""
+
+
+def test_the_compiler_is_loaded_by_who_compiles_and_hidden_from_all_the_same():
+    """Importing it takes as long as torch: a worker that acts, or an evaluation, does without."""
+    assert run(COMPILED_LATER).split() == ["False", "True", "True"]
