@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 sys.path.insert(0, str(Path(__file__).parent / "ops"))
 
+import forked
 import gpu_matrix
 import test_triton
 import test_triton_vocabulary
@@ -344,13 +345,15 @@ CHECKS = {**test_triton.QUICK, **OWN, **test_triton_vocabulary.QUICK}
 # --- the tests ----------------------------------------------------------------------------------
 
 
-def run_self(name: str, device: str, timeout: int = 600) -> subprocess.CompletedProcess:
+def run_self(
+    name: str, device: str, timeout: int = 600
+) -> subprocess.CompletedProcess | forked.Done:
+    if device == "cpu":
+        return forked.run(__file__, name, device, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     hidden = ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
     environment = {k: v for k, v in os.environ.items() if k not in hidden}
     visible = os.environ["FASTDREAMER_TEST_GPUS"]  # of conftest.py
-    if device == "cpu":
-        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    elif visible != "all":
+    if visible != "all":
         environment["CUDA_VISIBLE_DEVICES"] = visible
     return subprocess.run(
         [sys.executable, __file__, name, device],

@@ -1,12 +1,10 @@
 """A small float64 RSSM, and gradcheck over everything that an op can differentiate."""
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import forked
 import pytest
 import torch
 from torch import Tensor
@@ -127,13 +125,7 @@ def run_on_isa(request: pytest.FixtureRequest) -> Callable[[str], None]:
 
         if reason := _native.isa_reasons()[isa]:
             pytest.skip(f"no {isa} here ({reason}); {file} runs there by itself")
-        done = subprocess.run(
-            [sys.executable, file],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "FASTDREAMER_ISA": isa},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        done = forked.run(file, keep=True, FASTDREAMER_ISA=isa)
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.strip() == isa
 

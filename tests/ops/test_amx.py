@@ -10,12 +10,12 @@ import gc
 import itertools
 import math
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -125,14 +125,8 @@ def test_this_machine_s_facts_and_reasons_agree():
             assert reasons["amx"]
 
 
-def run_self(isa: str, *checks: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, __file__, *checks],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "FASTDREAMER_ISA": isa},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def run_self(isa: str, *checks: str) -> forked.Done:
+    return forked.run(__file__, *checks, keep=True, FASTDREAMER_ISA=isa)
 
 
 def test_asked_for_in_vain_it_says_why():

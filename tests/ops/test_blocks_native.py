@@ -1,8 +1,8 @@
 """The block-diagonal GRU, layers of stoch and action apart, GELU, Mish and Gumbel-softmax samples.
 
 In the native ops, against eager: outputs and all gradients, fp32 and bf16, on every ISA of the
-host and for several numbers of threads. Instruction sets are chosen by the environment before
-anything is imported, so those run this file as a script.
+host and for several numbers of threads. The environment chooses the instruction set, once a
+process, so those run this file as a script.
 """
 
 import itertools

@@ -2,8 +2,8 @@
 
 Outputs and all gradients, fp32 and bf16, one and many categoricals of 1 to 33 classes and more, on
 every ISA of the host and for several numbers of threads. Noise is kept away from the borders of
-the classes (``testing.away_from_borders``), where roundings decide. Instruction sets are chosen by
-the environment before anything is imported, so those run this file as a script.
+the classes (``testing.away_from_borders``), where roundings decide. The environment chooses the
+instruction set, once a process, so those run this file as a script.
 """
 
 import itertools

@@ -6,12 +6,10 @@ set is chosen by the environment, so those checks run this file as a script.
 """
 
 import math
-import os
-import subprocess
-import sys
 from contextlib import contextmanager
 from unittest import mock
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -269,13 +267,7 @@ def check_nan() -> None:
 
 
 def run_self(**environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = forked.run(__file__, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()
 

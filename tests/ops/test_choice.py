@@ -1,9 +1,9 @@
 """The choice of kernels: a rule on measured rates, the environment's word, another process's."""
 
 import os
-import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 
@@ -113,14 +113,9 @@ def test_the_host_is_measured_once():
 
 
 def run(code: str, **environment: str) -> str:
-    own = {k: v for k, v in os.environ.items() if k not in ("FASTDREAMER_ISA", ARITHMETIC)}
-    done = subprocess.run(
-        [sys.executable, "-c", f"import torch; from fastdreamer import _native as n\n{code}"],
-        env={**own, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    unset = dict.fromkeys(("FASTDREAMER_ISA", ARITHMETIC), "")
+    code = f"import torch; from fastdreamer import _native as n\n{code}"
+    done = forked.run("-c", code, **unset | environment)
     return done.stdout.strip() or done.stderr.strip().splitlines()[-1]
 
 

@@ -1,14 +1,12 @@
 """The C++ core's elementary functions: the errors that csrc/cpu/functions.h states, on every ISA.
 
-An instruction set is chosen before anything is imported, so each runs in a process of its own.
+The instruction set is chosen once a process, so each runs in one of its own.
 """
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 
@@ -84,10 +82,7 @@ def test_errors_are_as_stated(isa):
 
     if reason := _native.isa_reasons()[isa]:
         pytest.skip(reason)
-    environment = {**os.environ, "FASTDREAMER_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = forked.run(__file__, FASTDREAMER_ISA=isa)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,13 +1,12 @@
 """lambda_return: every backend, ISA and thread count against eager float64.
 
-Instruction sets and Triton's interpreter are chosen by the environment before anything is
-imported, so those checks run this file as a script in a process of their own.
+The environment chooses the instruction set and Triton's interpreter, once a process, so those
+checks run this file as a script in a process of their own.
 """
 
-import os
-import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 
@@ -70,13 +69,7 @@ def check_native_buffers() -> None:
 
 
 def run_self(*arguments: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, __file__, *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = forked.run(__file__, *arguments, keep=True, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()
 

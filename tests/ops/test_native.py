@@ -1,8 +1,8 @@
 """The native recurrent ops (imagine, observe, open_loop, rssm_step) against eager float64.
 
 Outputs and all gradients, fp32 and bf16, at Walker's sizes and at remainders around every tile, on
-every ISA of the host and for several numbers of threads. Instruction sets are chosen by the
-environment before anything is imported, so those run this file as a script.
+every ISA of the host and for several numbers of threads. The environment chooses the instruction
+set, once a process, so those run this file as a script.
 """
 
 import functools

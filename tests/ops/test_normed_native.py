@@ -1,8 +1,8 @@
 """Normalised layers, layers without bias and the late-reset GRU in the native ops, against eager.
 
 Outputs and all gradients, fp32 and bf16, alone and together with categorical latents, as DreamerV2
-and V3 have them, on every ISA of the host and for several numbers of threads. Instruction sets are
-chosen by the environment before anything is imported, so those run this file as a script.
+and V3 have them, on every ISA of the host and for several numbers of threads. The environment
+chooses the instruction set, once a process, so those run this file as a script.
 """
 
 import itertools

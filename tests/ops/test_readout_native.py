@@ -2,8 +2,8 @@
 
 Two-hot heads over bins, symexp'd and wider heads, continuation by its mode; policies squashed
 otherwise than by a tanh, one-hot actions, bounded actions of the model's own. Outputs and all
-gradients, fp32 and bf16, on every ISA of the host and for several numbers of threads. Instruction
-sets are chosen by the environment before anything is imported, so those run this file as a script.
+gradients, fp32 and bf16, on every ISA of the host and for several numbers of threads. The
+environment chooses the instruction set, once a process, so those run this file as a script.
 """
 
 import itertools

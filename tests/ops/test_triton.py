@@ -9,9 +9,9 @@ that takes less than minutes.
 import itertools
 import math
 import os
-import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 from torch.utils._pytree import tree_map_only
@@ -296,13 +296,7 @@ def check_all() -> None:
 
 def run_self(name: str, file: str = __file__) -> str:
     """Run a check of a file in a process whose triton is interpreted; return its last word."""
-    done = subprocess.run(
-        [sys.executable, file, name],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = forked.run(file, name, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.split()[-1]
 

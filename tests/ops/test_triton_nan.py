@@ -3,10 +3,9 @@ eager: under Triton's interpreter, in a process of its own.
 """
 
 import math
-import os
-import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 from test_blocks_native import Style
@@ -125,12 +124,7 @@ def check_cem(activation: str) -> None:
 
 @pytest.mark.parametrize("activation", ["elu", "relu", "silu", "tanh", "stages"])
 def test_nan(activation):
-    done = subprocess.run(
-        [sys.executable, __file__, activation],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = forked.run(__file__, activation, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -3,10 +3,9 @@
 The interpreter runs in a process of its own: it is chosen before triton is imported.
 """
 
-import os
-import subprocess
 import sys
 
+import forked
 import torch
 
 WIDTH, ROWS = 1 << 26, 33  # row 32 begins at element 2³¹
@@ -32,12 +31,7 @@ def check_many_elements(path: str) -> None:
 
 
 def test_more_elements_than_32_bits_count(tmp_path):
-    done = subprocess.run(
-        [sys.executable, __file__, tmp_path / "grads"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = forked.run(__file__, tmp_path / "grads", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
