@@ -1,10 +1,13 @@
 """Settings for every test."""
 
 import contextlib
+import multiprocessing
 import os
+from unittest import mock
 
 import pytest
 import torch
+import workers
 
 # The tests' tensors are tiny: waking a second thread takes many times longer than their sums, the
 # more so when the machine is busy. Tests about threads set their own number.
@@ -17,6 +20,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def workers_forked():
+    """Workers of runs in this process don't each import torch anew; a file that is about how they
+    start has a fixture of this name that does nothing."""
+    with mock.patch.object(multiprocessing, "get_context", workers.forked):
+        yield
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -45,6 +45,11 @@ def job(episode, *, random=False, evaluations=0, video=None):
     return Job(0, [] if episode is None else [episode], random, evaluations, video)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def workers_forked():
+    """Here they are started as by a user."""
+
+
 @pytest.fixture(scope="module")
 def agent():
     return Dreamer(CONFIG, {"state": (24,)}, 6)

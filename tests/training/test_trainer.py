@@ -1,9 +1,10 @@
 """A run survives what happens to it: resumed after anything, it equals the undisturbed run.
 
-Runs are children of a launcher, a process that has imported everything and forks: only the
-collector then costs the seconds of a start.
+Runs are children of a launcher, a process that has imported everything and forks; and so are their
+workers, but where starting one is what is tested.
 """
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -78,20 +79,71 @@ FEW_KILLS = ["seconds"] + ["updates"] * 2 + ["call"]  # from pixels a start take
 TIMEOUT = 240  # seconds; a run takes a few, but ten times that on a machine that others load
 
 LAUNCHER = """
-import json, os, sys, traceback
+import fcntl, json, os, signal, socket, sys, traceback
+from multiprocessing import util
 from pathlib import Path
 import torch._dynamo, torch.utils.tensorboard  # what training would import later
 from fastdreamer.training import trainer
 
+spares, spawn = [], util.spawnv_passfds
+
+def start(path, args, fds):
+    if not spares or "--multiprocessing-fork" not in args:  # a helper of multiprocessing's
+        return spawn(path, args, fds)
+    pid, channel = spares.pop()
+    job = {"code": args[args.index("-c") + 1], "fds": fds, "environment": dict(os.environ)}
+    socket.send_fds(channel, [json.dumps(job).encode()], fds)
+    channel.close()
+    return pid
+
+def add_spare():
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        for channel in (ours, *(other for _, other in spares)):
+            channel.close()
+        job, fds, _, _ = socket.recv_fds(theirs, 1 << 20, 16)
+        if not job:
+            os._exit(0)  # the run is over
+        theirs.close()
+        become(**json.loads(job), received=fds)
+    theirs.close()
+    spares.append((pid, ours))
+
+def become(code, fds, environment, received):
+    os.environ.clear()
+    os.environ.update(environment)
+    aside = [fcntl.fcntl(fd, fcntl.F_DUPFD, 500) for fd in received]
+    for fd in received:
+        os.close(fd)
+    for fd, number in zip(aside, fds):
+        os.dup2(fd, number)
+        os.close(fd)
+    sys.argv = ["-c", "--multiprocessing-fork"]
+    status = 1
+    try:
+        exec(code, {})
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+util.spawnv_passfds = start
 print(os.getpid(), flush=True)
 for line in sys.stdin:
-    run_dir, hook = json.loads(line)
+    run_dir, hook, count = json.loads(line)
     pid = os.fork()
     if pid == 0:
         os.setsid()  # the trainer and its children: a session that one can look for
         log = os.open(run_dir + "/log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        for _ in range(count):
+            add_spare()
         code = 1
         try:
             exec(hook, {"trainer": trainer})
@@ -260,7 +312,12 @@ trainer.Collector.submit = endless
 
 
 class Launcher:
-    """Starts runs quickly, one at a time."""
+    """Starts runs quickly, one at a time.
+
+    A run has spares, forks that wait to be its workers: as long as there are, a worker is not
+    started but what would be its command is done by one. So little is new to its trainer: the
+    spare is its child, in its session, and has of its files what a worker is given.
+    """
 
     def __init__(self):
         self._process = subprocess.Popen(
@@ -271,8 +328,8 @@ class Launcher:
         """Wait until everything is imported; call it once."""
         self._answer(TIMEOUT)
 
-    def start(self, run_dir, hook=""):
-        self._process.stdin.write(json.dumps([str(run_dir), hook]).encode() + b"\n")
+    def start(self, run_dir, hook="", spares=4):
+        self._process.stdin.write(json.dumps([str(run_dir), hook, spares]).encode() + b"\n")
         self._process.stdin.flush()
         return self._answer(TIMEOUT)
 
@@ -373,18 +430,17 @@ def new_run(path, config=CONFIG):
 
 
 @pytest.fixture(scope="module")
-def launchers():
-    made = [Launcher(), Launcher()]
-    for launcher in made:
-        launcher.prepare()
-    yield made
-    for launcher in made:
-        launcher.close()
+def launcher():
+    with contextlib.closing(Launcher()) as made:
+        made.prepare()
+        yield made
 
 
 @pytest.fixture(scope="module")
-def launcher(launchers):
-    return launchers[0]
+def launchers(launcher):
+    with contextlib.closing(Launcher()) as second:
+        second.prepare()
+        yield [launcher, second]
 
 
 @pytest.fixture(scope="module")
@@ -400,7 +456,7 @@ def undisturbed(tmp_path_factory, launcher):
                 pytest.skip(str(error))
         run_dir = new_run(tmp_path_factory.mktemp("reference") / "run", seeing(kind))
         start = time.monotonic()
-        launcher.start(run_dir, STARTED + ARCHIVE)
+        launcher.start(run_dir, STARTED + ARCHIVE, spares=0)
         assert eventually((run_dir / "started").exists, TIMEOUT)
         seconds = time.monotonic() - start
         assert launcher.wait() == 0
@@ -594,7 +650,7 @@ def kill_over_and_over(launcher, run_dir, kinds, seed, start):
         if not left:
             break
         seconds, hook = moment(rng, left[0], start, UPDATES - update, left.count("updates"))
-        pid = launcher.start(run_dir, hook)
+        pid = launcher.start(run_dir, hook, spares=0 if seconds else 4)
         if seconds is not None and not launcher.ended(seconds):
             os.kill(pid, signal.SIGKILL)
         code = launcher.wait()
@@ -681,7 +737,7 @@ def test_signals_stop_cleanly_wherever_they_arrive(kind, tmp_path, undisturbed, 
     want, _ = undisturbed(kind)
     run_dir = new_run(tmp_path / "run", seeing(kind))
     # Ctrl-C while the collector starts; the collector is in the terminal's group too.
-    pid = launcher.start(run_dir)
+    pid = launcher.start(run_dir, spares=0)
     assert eventually(lambda: len(session(pid)) > 1, TIMEOUT)
     os.killpg(pid, signal.SIGINT)
     assert launcher.wait() == STOPPED
@@ -709,7 +765,7 @@ def test_signals_stop_cleanly_wherever_they_arrive(kind, tmp_path, undisturbed, 
 
 def test_ctrl_c_ends_a_run_whose_collector_is_stopped(tmp_path, reference, launcher):
     run_dir = new_run(tmp_path / "run")
-    pid = launcher.start(run_dir, STOP_WORKER.format(job=0))  # while it starts
+    pid = launcher.start(run_dir, STOP_WORKER.format(job=0), spares=0)  # while it starts
     assert eventually(lambda: len(session(pid)) > 1, TIMEOUT)
     os.killpg(pid, signal.SIGINT)
     assert launcher.ended(20) and launcher.wait() == STOPPED
@@ -789,7 +845,7 @@ def test_a_killed_collector_changes_nothing(tmp_path, reference, launcher):
 
 def test_the_collector_leaves_with_a_killed_trainer_in_the_middle_of_a_job(tmp_path, launcher):
     run_dir = new_run(tmp_path / "run")
-    pid = launcher.start(run_dir, STARTED + ENDLESS_JOB)
+    pid = launcher.start(run_dir, STARTED + ENDLESS_JOB, spares=0)
     assert eventually((run_dir / "started").exists, TIMEOUT)
     assert not launcher.ended(0.5) and len(session(pid)) > 1
     os.kill(pid, signal.SIGKILL)
