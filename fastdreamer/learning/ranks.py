@@ -8,6 +8,7 @@ they learn what one process would, up to the rounding of sums.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -18,14 +19,22 @@ from fastdreamer.errors import FastdreamerError
 
 
 class RankError(FastdreamerError, RuntimeError):
-    """Another rank is gone."""
+    """An exchange with the other ranks failed; most often one of them is gone."""
+
+
+_GONE = re.compile(
+    r"connection|by peer|remote (peer|process|server)|socket|broken pipe|timed out|timeout|"
+    r"ncclRemoteError|ncclSystemError",
+    re.IGNORECASE,
+)
+"""What torch.distributed says of a process that it hears no more from: it has no type for it."""
 
 
 class Ranks:
     """One of ``size`` processes of torch.distributed's default group.
 
     Every method is called by all of them, in the same order; of one alone it is what its name says
-    of a tensor. Raises RankError where another rank is gone.
+    of a tensor. Raises RankError where an exchange fails.
 
     Args:
         rank: 0..size − 1; 0 has replay, collector, logs and checkpoints.
@@ -99,11 +108,20 @@ ALONE = Ranks()
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Around an exchange: what torch.distributed says of a lost peer becomes a RankError."""
+    """Around an exchange: what torch.distributed says of it becomes a RankError.
+
+    Gloo raises RuntimeError itself, the rest a DistError. What else is one, memory that does not
+    suffice among it, is this process's own and passes.
+    """
     try:
         yield
     except RuntimeError as error:
-        raise RankError(f"another process of the learner is gone ({error})") from error
+        if type(error) is not RuntimeError and not isinstance(error, dist.DistError):
+            raise
+        what = "an exchange with the other processes of the learner failed"
+        if _GONE.search(str(error)):
+            what = "another process of the learner is gone"
+        raise RankError(f"{what} ({error})") from error
 
 
 def _is_dense(x: Tensor) -> bool:

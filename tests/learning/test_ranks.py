@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+import torch.distributed as dist
 import two_ranks
 
-from fastdreamer.learning.ranks import ALONE, Ranks
+from fastdreamer.learning.ranks import ALONE, RankError, Ranks, together
 
 
 def learn_together(folder):
@@ -53,3 +55,28 @@ def test_a_rank_s_own_rows():
     own = Ranks(2, 3).own(posterior, 2)
     assert own[..., 0].tolist() == [[4, 5], [10, 11]] and own.is_contiguous()
     assert ALONE.own(noise, 2) is noise
+
+
+GONE = "another process of the learner is gone"
+FAILED = "an exchange with the other processes of the learner failed"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("[tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:20133"), GONE),
+        (RuntimeError("[tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv"), GONE),
+        (dist.DistNetworkError("The client socket has failed to connect to any address"), GONE),
+        (dist.DistBackendError("ncclRemoteError: A call failed possibly due to a network"), GONE),
+        (dist.DistBackendError("ncclInvalidUsage: Duplicate GPU detected"), FAILED),
+        (RuntimeError("ProcessGroupGloo::allreduce: invalid tensor type"), FAILED),
+        (torch.OutOfMemoryError("CUDA out of memory"), None),
+        (NotImplementedError("c10d::allreduce_ for the meta backend"), None),
+        (RecursionError("maximum recursion depth exceeded"), None),
+    ],
+)
+def test_who_is_gone_and_what_failed_are_told_apart(error, told):
+    with pytest.raises(RankError if told else type(error)) as raised, together():
+        raise error
+    assert str(raised.value).startswith(told or str(error)) and str(error) in str(raised.value)
+    assert told is None or raised.value.__cause__ is error
