@@ -103,14 +103,21 @@ def linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
 def normalise(norm: Norm | None, x: Tensor) -> Tensor:
     """See :class:`Norm`; [..., n] -> the same.
 
-    In float32 at least: of the bfloat16 that autocast makes, means would be too coarse.
+    In float32 at least: of the bfloat16 that autocast makes, means would be too coarse. Without
+    autocast the model itself is in bfloat16, and so is the result.
     """
     if norm is None:
         return x
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    given, kind = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    weight, bias = (None if p is None else p.to(kind) for p in norm[1:3])
+    x = x.to(kind)
     if norm.kind == "rms":
-        return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
-    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+        x = F.rms_norm(x, x.shape[-1:], weight, norm.eps)
+    else:
+        x = F.layer_norm(x, x.shape[-1:], weight, bias, norm.eps)
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return x if kind == given or autocast else x.to(given)
 
 
 def symlog(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from fastdreamer.ops.cells import (
 from fastdreamer.ops.cem import cem
 from fastdreamer.ops.decide import decide
 from fastdreamer.ops.imagine import imagine
-from fastdreamer.ops.layers import ACTIVATIONS, MLPParams, Norm, mlp, mlp_act
+from fastdreamer.ops.layers import ACTIVATIONS, MLPParams, Norm, mlp, mlp_act, normalise
 from fastdreamer.ops.observe import observe
 from fastdreamer.ops.open_loop import open_loop
 from fastdreamer.ops.params import (
@@ -482,6 +482,25 @@ def test_norms_are_float32_under_autocast(kind):
     with torch.autocast("cpu", torch.bfloat16):
         errors = [(f(feat).double() - want).norm() for f in (lambda f: mlp_act(ours, f), layer)]
     assert errors[0] <= 1.2 * errors[1]
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
+def test_norms_of_a_model_in_bfloat16_give_bfloat16(kind, affine):
+    """Computed in float32, so no worse than the module itself."""
+    torch.manual_seed(0)
+    module = kind(H, eps=1e-3, elementwise_affine=affine)
+    for p in module.parameters():
+        nn.init.normal_(p)
+    module.bfloat16()
+    x = (3 * torch.randn(64, H) + 1).bfloat16()
+    name = "rms" if kind is nn.RMSNorm else "layer"
+    norm = Norm(name, module.weight, getattr(module, "bias", None), 1e-3)
+    found = normalise(norm, x), module(x)
+    assert found[0].dtype == torch.bfloat16
+    want = module.double()(x.double())
+    errors = [(y.double() - want).norm() / want.norm() for y in found]
+    assert errors[0] <= 1.1 * errors[1] and errors[0] < 0.01
 
 
 # ---------------------------------------------------------------- policies and heads
