@@ -85,6 +85,20 @@ def test_every_way_to_change_a_weight(model):
     assert_fresh(model, before)
 
 
+def test_steps_by_hand_follow_a_backward_pass(model):
+    """No optimiser of torch's counts them, and no version."""
+    for _ in range(2):
+        before = run(model, "native")
+        before.square().mean().backward()
+        versions = [p._version for p in model.parameters()]
+        for p in model.parameters():
+            if p.grad is not None:
+                p.data -= 5 * p.grad
+        assert versions == [p._version for p in model.parameters()]
+        assert_fresh(model, before)
+        model.zero_grad()
+
+
 def test_behind_autograd_s_back_needs_forget(model):
     before = run(model, "native")
     for p in model.parameters():

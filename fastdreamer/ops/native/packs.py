@@ -1,11 +1,12 @@
 """Weights packed for the C++ core, kept until the parameters change.
 
 A pack is immutable. It is used again while every parameter it was made from is the same memory with
-the same version counter, and no optimiser has stepped since: fused optimisers change parameters
-without counting a version, hence the hook. What neither sees is a change behind autograd's back
-(``p.data.copy_(…)`` or a write through ``p.detach().numpy()``): call :func:`forget` after such, and
-pass ``p`` or ``p.detach()``, never ``p.data``, whose versions are its own. Parameters in shared
-memory, which another process may change, are packed for every call.
+the same version counter, and neither has an optimiser stepped since nor a backward pass come
+through an op: fused optimisers change parameters without counting a version, hence the hook, and
+steps written by hand go by ``p.data -= lr * p.grad``. What none of them sees is another change
+behind autograd's back (``p.data.copy_(…)`` or a write through ``p.detach().numpy()``): call
+:func:`forget` after such, and pass ``p`` or ``p.detach()``, never ``p.data``, whose versions are
+its own. Parameters in shared memory, which another process may change, are packed for every call.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ LIMIT = 512
 
 class _Entry(NamedTuple):
     pack: Any
-    stamp: list  # versions of the parameters, and the optimisers' steps, when it was made
+    stamp: list  # versions of the parameters, and the count of steps, when it was made
     storages: list[StorageWeakRef]  # so that an address used again is not taken for the same
 
 
@@ -54,6 +55,7 @@ _counts = {"packed": 0, "reused": 0}
 
 
 def _stepped(*_: Any) -> None:
+    """An optimiser has stepped, or somebody got gradients to step by."""
     global _steps
     _steps = next(_step_counter)  # in one step: two threads' optimisers may step at once
 
@@ -91,12 +93,14 @@ def arrays(*tensors: Tensor | None) -> list:
 
 
 def first_order(backward: Callable) -> Callable:
-    """Decorate a node's backward pass, which autograd cannot differentiate again."""
+    """Decorate a node's backward pass, which autograd cannot differentiate again; packs made before
+    it are not used again."""
 
     @functools.wraps(backward)
     def checked(ctx: Any, *grads: Tensor | None) -> Any:
         if torch.is_grad_enabled():  # only where gradients are to have gradients
             raise RuntimeError("native gradients have none of their own: choose backend='eager'")
+        _stepped()
         return backward(ctx, *grads)
 
     return checked
