@@ -55,6 +55,8 @@ NARROW = {
     "ops/params": {"ops/cells", "ops/layers"},
     "ops/private": set(),
     "ops/triton/program": set(),
+    "rollout/ask": {"rollout/draws"},
+    "rollout/draws": set(),
     "training/checkpoint": {"config", "_version", "errors", "files"},
     "training/episodes": {"errors", "files"},
     "training/logger": {"config", "_version", "errors", "files"},

@@ -24,6 +24,7 @@ from fastdreamer.ops.cells import (
 from fastdreamer.ops.layers import MLPParams, mlp_act
 from fastdreamer.ops.params import Branches, bounded
 from fastdreamer.rollout.layers import (
+    AVERAGED,
     Layer,
     Net,
     Reader,
@@ -32,6 +33,7 @@ from fastdreamer.rollout.layers import (
     children_with_parameters,
     describe,
     is_linear,
+    is_parallel,
     kind_of,
     near,
     norm_of,
@@ -159,18 +161,20 @@ def read_cell(reader: Reader, name: str, given: nn.Module) -> Gru | LateGru | Bl
     if isinstance(module, nn.Module):
         parts = [(f"{name}.{path}".rstrip("."), part) for path, part in module.named_modules()]
         made: Any = None
+        as_read: Any = None
         if block_parts(module) is not None:
-            made = BlockGru(module)
-            agrees = asked(module, partial(_as_block, made))
+            made, as_read = BlockGru(module), _as_block
+            agrees = asked(module, partial(as_read, made))
         elif late_parts(module) is not None:
-            made, agrees = LateGru(module), False
+            made, as_read, agrees = LateGru(module), _as_late, False
             for order in _orders(module):
                 made.order = order
-                if asked(module, partial(_as_late, made)):
+                if asked(module, partial(as_read, made)):
                     agrees = True
                     break
         if made is not None and agrees:
             reader.watched += parts
+            reader.asked.append((name, module, partial(asked, module, partial(as_read, made))))
             return made
         if made is not None:
             reader.misfits.append(
@@ -178,7 +182,11 @@ def read_cell(reader: Reader, name: str, given: nn.Module) -> Gru | LateGru | Bl
                 f"candidate, but computes something else; {FIT}"
             )
             return None
-    reader.misfits.append(f"{name}: {describe_cell(module)} is no GRU that is known here; {FIT}")
+    why = "is no GRU that is known here"
+    if isinstance(module, nn.GRUCell | nn.GRU):
+        why = "has a forward() of its own"
+    why = AVERAGED if is_parallel(module) else why
+    reader.misfits.append(f"{name}: {describe_cell(module)} {why}; {FIT}")
     return None
 
 
@@ -254,12 +262,14 @@ def _orders(module: nn.Module) -> list[tuple[bool, str, float]]:
     return list(itertools.product((False, True), dict.fromkeys(gates), dict.fromkeys(numbers)))
 
 
-def _as_late(cell: LateGru, draw: Callable[..., Tensor]) -> bool:
+def _as_late(cell: LateGru, module: nn.Module, draw: Callable[..., Tensor]) -> bool:
+    cell = cell if module is cell.module else cell.again(module)
     x, h = draw(3, cell.inputs), draw(3, cell.deter).tanh()
     return near(_new(cell.module, x, h), late_gru_cell(cell.params(), x, h))
 
 
-def _as_block(cell: BlockGru, draw: Callable[..., Tensor]) -> bool:
+def _as_block(cell: BlockGru, module: nn.Module, draw: Callable[..., Tensor]) -> bool:
+    cell = cell if module is cell.module else cell.again(module)
     h = draw(3, cell.deter).tanh()
     if cell.front is not None:
         x = draw(3, cell.inputs)

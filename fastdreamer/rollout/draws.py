@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +19,18 @@ _EXPONENTIAL = {_aten.exponential_, _aten.exponential}
 
 Result = TypeVar("Result")
 Kind = tuple[str, int]
+
+_depth: ContextVar[int] = ContextVar("depth", default=0)
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Within, what is drawn is no part of the function that :func:`with_noise` is calling."""
+    told = _depth.set(_depth.get() + 1)
+    try:
+        yield
+    finally:
+        _depth.reset(told)
 
 
 def with_noise(
@@ -82,6 +96,7 @@ class _Draws(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.noises, self.total, self.made = noises, total, {}
+        self.depth = _depth.get()
         for kind, count in (total or {}).items():
             name, n = kind
             wanted = sum(map(len, self.noises[kind]))
@@ -94,6 +109,8 @@ class _Draws(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         drawn = op(*args, **kwargs)
+        if _depth.get() > self.depth:
+            return drawn
         if torch.Tag.nondeterministic_seeded not in op.tags:
             return drawn
         packet, served = op.overloadpacket, {name for name, _ in self.noises}

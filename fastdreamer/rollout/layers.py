@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from fastdreamer.errors import ArgumentError
 from fastdreamer.ops.layers import ACTIVATIONS, MLPParams, Norm, normalise
+from fastdreamer.rollout.ask import asking, is_coarse, normals, parts_of
 from fastdreamer.rollout.draws import relative_difference, tolerance
 
 _ACTIVATIONS = {nn.ELU: "elu", nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh"}
@@ -28,8 +31,15 @@ _FIT = (
 _KINDS = (nn.Linear, nn.GRUCell, nn.GRU, nn.Sequential, nn.Identity, *_ACTIVATIONS, *_NORMS)
 _SCRIPTED = {f"__torch__.{kind.__module__}.{kind.__name__}": kind for kind in _KINDS}
 
-_OWN_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _OWN_HOOKS)
+_PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
+AVERAGED = (
+    "would be bypassed and its gradients never be averaged: give what it wraps, and wrap what "
+    "calls the loop"
+)
+SHARDED = (
+    "is sharded: read the model before fully_shard, and call the loop in the forward() of a module "
+    "that fully_shard was given, where its weights are whole"
+)
 
 
 class MisfitError(ArgumentError):
@@ -147,12 +157,13 @@ class Reader:
     """Reads the parts of a model one after another; what does not fit is told at once.
 
     ``misfits`` collects the reasons, ``watched`` every module that is not called any more, by a
-    name for messages.
+    name for messages, and ``asked`` those that were asked what they compute, and how.
     """
 
     def __init__(self) -> None:
         self.misfits: list[str] = []
         self.watched: list[tuple[str, nn.Module]] = []
+        self.asked: list[tuple[str, nn.Module, Callable[[], object]]] = []
 
     def net(
         self,
@@ -186,12 +197,17 @@ class Reader:
                 self.misfits += reasons
                 layers += [] if reasons else [Layer(module)]
                 pattern += "L"
+                for part in module if isinstance(module, Joined) else [module]:
+                    if kind_of(part) is not nn.Linear:
+                        self.asked.append((path, part, partial(is_linear, part)))
             elif kind in _ACTIVATIONS and getattr(module, "alpha", 1.0) == 1.0:
                 tanh = getattr(module, "approximate", "none") == "tanh"
                 found.add("gelu_tanh" if tanh else _ACTIVATIONS[kind])
                 pattern += "a"
             elif (norm := norm_of(module)) is not None:
                 pattern += "n"
+                if kind not in _NORMS:
+                    self.asked.append((path, module, partial(norm_of, module)))
                 if layers:
                     layers[-1].norm = norm
                 if layers and norm.size not in (None, layers[-1].out):
@@ -202,6 +218,7 @@ class Reader:
             elif kind is not nn.Identity:
                 own = isinstance(module, nn.Linear | nn.Sequential)
                 why = "has a forward() of its own" if own else "has no fast loop"
+                why = AVERAGED if is_parallel(module) else why
                 self.misfits.append(f"{path}: {describe(module)} {why}; {_FIT}")
         if len(self.misfits) > before:
             return None
@@ -240,7 +257,11 @@ class Reader:
             )
             return None
         owner, attribute = as_given(given[0]), given[1]
-        if isinstance(getattr(owner, attribute, None), Tensor):
+        held = getattr(owner, attribute, None)
+        if is_sharded(held):
+            self.misfits.append(f"{name}: {SHARDED}")
+            return None
+        if isinstance(held, Tensor):
             return Held(owner, attribute)
         self.misfits.append(f"{name}: {describe(owner)} has no tensor {attribute!r}")
         return None
@@ -288,6 +309,8 @@ def kind_of(module: object) -> type[nn.Module] | None:
     if isinstance(module, torch.jit.ScriptModule):
         name = module._c._type().qualified_name()
         return _SCRIPTED.get(re.sub(r"___torch_mangle_\d+\.", "", name))
+    if "forward" in getattr(module, "__dict__", ()):  # put there by somebody, as accelerate does
+        return None
     for kind in _KINDS:
         if isinstance(module, kind) and type(module).forward is kind.forward:
             return kind
@@ -297,6 +320,16 @@ def kind_of(module: object) -> type[nn.Module] | None:
 def is_compiled(module: object) -> bool:
     """Whether it is what ``torch.compile`` returns of a module."""
     return type(module).__name__ == "OptimizedModule" and hasattr(module, "_orig_mod")
+
+
+def is_parallel(module: object) -> bool:
+    """Whether it wraps a module for data-parallel training."""
+    return type(module).__name__ in _PARALLEL
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether it is one of ``torch.distributed.tensor``, as those of FSDP are between calls."""
+    return type(tensor).__name__ == "DTensor"
 
 
 def as_given(module: object) -> object:
@@ -350,28 +383,6 @@ class Held:
         return Held(given)
 
 
-def refuse_hooks(watched: Sequence[tuple[str, nn.Module]]) -> None:
-    """Raise where a hook would not run: the loops call no module.
-
-    Raises:
-        MisfitError: names the module and the kind of hook.
-    """
-    for name in _GLOBAL_HOOKS:
-        if getattr(torch_module, name):
-            raise MisfitError(f"torch.nn.modules.module has {_spoken(name)}, which would not run")
-    for path, module in watched:
-        for name in _OWN_HOOKS:
-            if getattr(module, name):
-                raise MisfitError(
-                    f"{path}: {describe(module)} has {_spoken(name)}, which would not run"
-                )
-
-
-def _spoken(attribute: str) -> str:
-    """``_forward_pre_hooks`` as "forward pre-hooks"."""
-    return attribute.strip("_").replace("_pre_", " pre-").replace("_", " ")
-
-
 def _why_no_layer(module: nn.Module | Joined, before: list[Layer]) -> Iterator[str]:
     parts = list(module) if isinstance(module, Joined) else [module]
     if not all(is_linear(part) for part in parts):
@@ -379,6 +390,9 @@ def _why_no_layer(module: nn.Module | Joined, before: list[Layer]) -> Iterator[s
         return
     if any(is_lazy(part.weight) for part in parts):
         yield "LazyLinear has no weights yet; run one batch first"
+        return
+    if any(is_sharded(part.weight) for part in parts):
+        yield SHARDED
         return
     if len({part.weight.shape[1] for part in parts}) > 1:
         yield "the layers joined take other numbers of inputs"
@@ -395,12 +409,12 @@ def is_linear(module: object) -> bool:
         return True
     if not isinstance(module, nn.Linear) or is_lazy(module.weight):
         return False
+    return asked(module, _as_linear)
 
-    def same(draw: Callable[..., Tensor]) -> bool:
-        x = draw(3, module.weight.shape[1])
-        return near(module(x), F.linear(x, module.weight, module.bias))
 
-    return asked(module, same)
+def _as_linear(module: nn.Linear, draw: Callable[..., Tensor]) -> bool:
+    x = draw(3, module.weight.shape[1])
+    return near(module(x), F.linear(x, module.weight, module.bias))
 
 
 def norm_of(module: object) -> NormOf | None:
@@ -415,14 +429,15 @@ def norm_of(module: object) -> NormOf | None:
         norm = NormOf(module, kind)
         if norm.size is None or not names <= {norm.scale, norm.shift}:
             continue
-
-        def same(draw: Callable[..., Tensor], norm: NormOf = norm) -> bool:
-            x = draw(3, norm.size) + 0.5
-            return near(module(x), normalise(norm.params(x.dtype), x))
-
-        if asked(module, same):
+        if asked(module, partial(_as_norm, kind)):
             return norm
     return None
+
+
+def _as_norm(kind: str, module: nn.Module, draw: Callable[..., Tensor]) -> bool:
+    norm = NormOf(module, kind)
+    x = draw(3, norm.size) + 0.5
+    return near(module(x), normalise(norm.params(x.dtype), x))
 
 
 def _tensor_among(module: nn.Module, *names: str) -> str | None:
@@ -431,31 +446,42 @@ def _tensor_among(module: nn.Module, *names: str) -> str | None:
 
 
 def children_with_parameters(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules within that own parameters."""
-    for part in module.modules():
-        if any(True for _ in part.parameters(recurse=False)):
+    """The modules within that own parameters, parametrized or not."""
+    for part in parts_of(module):
+        if is_parametrized(part) or any(True for _ in part.parameters(recurse=False)):
             yield part
 
 
-def asked(module: nn.Module, agrees: Callable[[Callable[..., Tensor]], bool]) -> bool:
+def asked(module: nn.Module, agrees: Callable[[nn.Module, Callable[..., Tensor]], bool]) -> bool:
     """Whether a module, called on a few numbers, agrees; one that cannot be called does not.
 
     Args:
-        module: whose dtype and device the numbers have.
-        agrees: gets what draws standard normals of given sizes.
+        module: whose dtype and device the numbers have. Of one in bfloat16 or float16 a copy in
+            float32 is asked.
+        agrees: gets the module, and what draws standard normals of given sizes.
+
+    Raises:
+        MisfitError: it has no numbers yet.
     """
-    like = next(module.parameters())
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=generator).to(like)
-
-    alone = torch.random.fork_rng([like.device] if like.is_cuda else [])
-    with alone, torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+    like = _first_of(module)
+    if like is None:
+        return False
+    if like.is_meta:
+        raise MisfitError(
+            f"{describe(module)} is on the meta device, where it cannot be asked what it computes; "
+            "give it numbers first"
+        )
+    with asking(like, module):
         try:
-            return agrees(draw)
+            if is_coarse(like):
+                module = copy.deepcopy(module).float()
+            return agrees(module, normals(_first_of(module)))
         except Exception:  # whatever somebody's code raises
             return False
+
+
+def _first_of(module: nn.Module) -> Tensor | None:
+    return next(itertools.chain(module.parameters(), module.buffers()), None)
 
 
 def near(got: Tensor, want: Tensor) -> bool:

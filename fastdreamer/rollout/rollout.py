@@ -41,8 +41,9 @@ from fastdreamer.ops.params import (
 from fastdreamer.ops.rssm_step import rssm_step
 from fastdreamer.rollout.cells import read_cell
 from fastdreamer.rollout.draws import with_noise
-from fastdreamer.rollout.layers import Joined, MisfitError, Net, Reader, refuse_hooks
+from fastdreamer.rollout.layers import SHARDED, Joined, MisfitError, Net, Reader, is_sharded
 from fastdreamer.rollout.verify import Verification, verify
+from fastdreamer.rollout.watch import Answer, Watch, look, refuse_hooks
 
 Layers = nn.Module | Sequence[nn.Module | Joined]
 HEADS = ("reward", "critic", "target", "discount")
@@ -82,15 +83,15 @@ class Rollout:
         nets: dict[str, Any],
         options: _Options,
         dims: dict[str, int],
-        watched: list[tuple[str, nn.Module]],
         **call: Any,
     ) -> None:
-        self.nets, self.options, self.dims, self.watched = nets, options, dims, watched
+        self.nets, self.options, self.dims = nets, options, dims
+        self.watched: list[Watch] = []
+        self.answers: list[Answer] = []
         self.batch_first: bool = call["batch_first"]
         self.reset: str = call["reset"]
         self.backend: str | None = call["backend"]
         self._bins: dict[str, tuple[Tensor, Tensor]] = {}  # as given, and where the heads are
-        refuse_hooks(watched)
 
     @classmethod
     def from_modules(
@@ -217,7 +218,11 @@ class Rollout:
         flags += (bound_action, begin_through, reward_as, value_as, hard_discount)
         options = _Options(latent or std, action_std, mean_scale, squash, gamma, lam, *flags)
         call = {"batch_first": batch_first, "reset": reset, "backend": backend}
-        return cls(nets, options, dims, reader.watched, **call)
+        rollout = cls(nets, options, dims, **call)
+        rollout.watch(reader.watched)
+        rollout.answers = [Answer(*asked) for asked in reader.asked]
+        look(rollout.watched, rollout.answers)  # here first: torch.compile may trace the next
+        return rollout
 
     # ---------------------------------------------------------------- parameters
 
@@ -226,13 +231,16 @@ class Rollout:
         """The dynamics as the ops take them; tensors in place.
 
         Raises:
-            MisfitError: a module has got a hook since, which would not run; or the model has moved
-                without the tensor ``begin``.
+            MisfitError: a module has got a hook since, or another forward() or module, which would
+                not run, or computes something else in this mode; or the model has been sharded, or
+                moved without the tensor ``begin``.
         """
-        refuse_hooks(self.watched)
+        look(self.watched, self.answers)
         nets, o = self.nets, self.options
         post = nets["post"].params() if "post" in nets else None
         parts = self._inputs(), nets["gru"].params(), nets["prior"].params(), post
+        if is_sharded(parts[2].weights[0]):
+            raise MisfitError(f"prior: {SHARDED}")
         flags = o.action_first, o.embed_first, o.bound_action, self._begin(parts[2].weights[0])
         return RSSMParams(*parts, o.latent, *flags)
 
@@ -553,6 +561,15 @@ class Rollout:
         return with_noise(function, *kinds.pop("normal"), **kinds)
 
     # ---------------------------------------------------------------- inside
+
+    def watch(self, modules: Sequence[tuple[str, nn.Module]]) -> None:
+        """Look at these in every call: they are not called any more. By a name for messages.
+
+        Raises:
+            MisfitError: one has a hook, which would not run.
+        """
+        refuse_hooks(modules)
+        self.watched += [Watch(*named) for named in modules]
 
     def _need(self, name: str, what: str) -> Net:
         if name not in self.nets:

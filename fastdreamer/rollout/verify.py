@@ -29,6 +29,7 @@ from fastdreamer.ops.params import (
     read_out,
     stack,
 )
+from fastdreamer.rollout.ask import still
 
 _TOLERANCE = 32  # eps, beside twice the loop's own error: sums in another order
 
@@ -77,10 +78,23 @@ def verify(
     repeats: int,
 ) -> Verification:
     """See :meth:`fastdreamer.rollout.Rollout.verify`."""
+    parts = [part for net in rollout.nets.values() for part in net.modules]
+    with still(*parts):
+        return _verify(rollout, batch, own, own_dream, seed, repeats)
+
+
+def _verify(
+    rollout: Any,
+    batch: Mapping[str, Tensor] | None,
+    own: Callable | None,
+    own_dream: Callable | None,
+    seed: int,
+    repeats: int,
+) -> Verification:
     time_major = copy.copy(rollout)
     time_major.batch_first = False
     wide = copy.copy(rollout)
-    wide.nets, wide.watched = _double(rollout.nets), []
+    wide.nets, wide.watched, wide.answers = _double(rollout.nets), [], []
     given = _inputs(rollout, dict(batch or {}), seed)
     cases: dict[str, tuple[Callable, Callable]] = {}
     if "post" in rollout.nets:
@@ -164,18 +178,18 @@ def _inputs(rollout: Any, batch: dict[str, Tensor], seed: int) -> dict[str, Any]
     T, B = given["action"].shape[:2] if "action" in given else (20, 8)
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(like)
+        return torch.randn(*shape, generator=generator, device="cpu").to(like)
 
     given.setdefault("action", randn(T, B, dims["A"]).tanh())
     if "E" in dims:
         given.setdefault("embed", randn(T, B, dims["E"]))
     if "is_first" not in given:
-        first = torch.rand(T, B, generator=generator) < 0.1
+        first = torch.rand(T, B, generator=generator, device="cpu") < 0.1
         given["is_first"] = first.to(like.device)
 
     def drawn(of: StdTransform | Categorical, size: int, *lead: int) -> Tensor:
         _, draw = noise_of(of)
-        return draw((*lead, noise_size(of, size)), generator=generator).to(like)
+        return draw((*lead, noise_size(of, size)), generator=generator, device="cpu").to(like)
 
     given |= {"noise": drawn(options.latent, dims["S"], T, B), "deter": randn(B, dims["D"]).tanh()}
     given |= {"stoch": randn(B, dims["S"])}
@@ -192,7 +206,7 @@ def _results(
     outputs = {name: outputs[name] for name in chosen or outputs}
     generator = torch.Generator().manual_seed(1)
     loss = sum(
-        (torch.randn(out.shape, generator=generator).to(out) * out).sum()
+        (torch.randn(out.shape, generator=generator, device="cpu").to(out) * out).sum()
         for out in outputs.values()
     )
     tensors = {

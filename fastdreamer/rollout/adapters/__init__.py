@@ -23,7 +23,14 @@ from fastdreamer.rollout.adapters.sheeprl import CategoricalLoop, DynamicLoop
 from fastdreamer.rollout.adapters.simple import SimpleLoop
 from fastdreamer.rollout.adapters.stats import StatsLoop
 from fastdreamer.rollout.adapters.transition import TransitionLoop
-from fastdreamer.rollout.layers import MisfitError, as_given, is_compiled, refuse_hooks
+from fastdreamer.rollout.layers import (
+    AVERAGED,
+    MisfitError,
+    as_given,
+    is_compiled,
+    is_parallel,
+)
+from fastdreamer.rollout.watch import refuse_hooks
 
 __all__ = ["adapt"]
 
@@ -54,6 +61,8 @@ def adapt(model: nn.Module, **options: Any) -> nn.Module:
     if is_compiled(model):
         refuse_hooks([(type(model).__name__, model)])
         model = as_given(model)
+    if is_parallel(model):
+        raise MisfitError(f"adapt: {type(model).__name__} {AVERAGED}")
     for fits, loop in _PEERS:
         if fits(model):
             try:

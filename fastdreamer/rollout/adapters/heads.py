@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,22 +25,24 @@ from fastdreamer.ops.params import (
     read_out,
     two_hot,
 )
+from fastdreamer.rollout.ask import asking, is_coarse, normals
 from fastdreamer.rollout.draws import relative_difference, tolerance, with_noise
 from fastdreamer.rollout.layers import (
+    AVERAGED,
     Joined,
     MisfitError,
     describe,
     is_compiled,
+    is_parallel,
     kind_of,
-    refuse_hooks,
 )
 from fastdreamer.rollout.rollout import HEADS, Rollout
+from fastdreamer.rollout.watch import Answer
 
 _FUNCTIONS = {F.elu: nn.ELU, F.relu: nn.ReLU, F.silu: nn.SiLU, F.tanh: nn.Tanh}
 _FUNCTIONS |= {torch.relu: nn.ReLU, torch.tanh: nn.Tanh, F.gelu: nn.GELU, F.mish: nn.Mish}
 _HOLDERS = ("_model", "model", "network", "feedforward_model", "action_model", "_mean_layers")
 _LAST = ("mean_layer", "last", "linear_proj")
-_PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 
 Watched = list[tuple[str, nn.Module]]
 
@@ -86,8 +90,9 @@ def read_with_heads(options: dict[str, Any]) -> Rollout:
             f"{name}: {type(asked[name]).__name__} gives something else than its layers{said}; "
             "give the layers themselves and what belongs to them"
         )
-    refuse_hooks(bypassed)
-    rollout.watched += bypassed
+    rollout.watch(bypassed)
+    for name, module in asked.items():
+        rollout.answers.append(Answer(name, module, partial(_as_asked, rollout, name, module)))
     return rollout
 
 
@@ -99,11 +104,8 @@ def bare(name: str, module: Any, bypassed: Watched) -> Any:
     """
     while isinstance(module, nn.Module):
         for wrapper in (module, getattr(module, "_forward_module", None)):
-            if type(wrapper).__name__ in _PARALLEL:
-                raise MisfitError(
-                    f"{name}: {type(wrapper).__name__} would be bypassed and its gradients never "
-                    "be averaged"
-                )
+            if is_parallel(wrapper):
+                raise MisfitError(f"{name}: {type(wrapper).__name__} {AVERAGED}")
         inner = getattr(module, "_orig_mod" if is_compiled(module) else "module", None)
         if isinstance(inner, nn.ModuleList) and len(inner):
             inner = inner[0]  # of a TensorDictSequential, what is sampled from comes behind
@@ -346,17 +348,22 @@ def _as_asked(rollout: Rollout, name: str, module: nn.Module) -> bool:
     Raises:
         MisfitError: it takes none of (deter, stoch), (stoch, deter) and the two joined.
     """
+    if is_coarse(rollout.like):
+        rollout, module = copy.deepcopy((rollout, module))
+        for part in (module, *(part for net in rollout.nets.values() for part in net.modules)):
+            part.float()
     return all(_gives(rollout, name, module, scale) for scale in (10.0, 0.1))
 
 
 def _gives(rollout: Rollout, name: str, module: nn.Module, scale: float) -> bool:
-    generator = torch.Generator().manual_seed(0)
     like, dims, o = rollout.like, rollout.dims, rollout.options
-    deter, stoch, noise = (torch.randn(2, dims[n], generator=generator).to(like) for n in "DSA")
-    state, noise = State(scale * deter, scale * stoch), 0.3 * noise
     drawn: dict[str, tuple[Tensor, ...]] = {}  # of one-hot actions
-    feat, reasons = state.concat(o.stoch_first), []
-    with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+    reasons: list[str] = []
+    with asking(like, module):
+        draw = normals(like)
+        deter, stoch, noise = (draw(2, dims[n]) for n in "DSA")
+        state, noise = State(scale * deter, scale * stoch), 0.3 * noise
+        feat = state.concat(o.stoch_first)
         raw = rollout.nets[name](feat)
         wanted = [[raw]]
         if name == "actor":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +14,11 @@ from torch.distributions.utils import probs_to_logits
 from fastdreamer.ops.observe import Observation
 from fastdreamer.ops.params import Categorical, OneHot
 from fastdreamer.rollout.adapters.heads import read_with_heads
+from fastdreamer.rollout.ask import asking, is_coarse, normals
 from fastdreamer.rollout.draws import relative_difference, tolerance
-from fastdreamer.rollout.layers import MisfitError, refuse_hooks
+from fastdreamer.rollout.layers import MisfitError
 from fastdreamer.rollout.rollout import Rollout
+from fastdreamer.rollout.watch import Answer, Watch
 
 
 def make_rollout(
@@ -28,12 +32,20 @@ def make_rollout(
         bypassed: modules around those layers that are not called any more, by name.
     """
     rollout = read_with_heads(given | options)
-    rollout.watched += bypassed
-    refuse_hooks(bypassed)
+    rollout.watch(bypassed)
     return rollout
 
 
-class Loop(nn.Module):
+class InItsMode:
+    """A module whose peer, ``model``, is no child of it, and yet trains when it does."""
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        self.model.training = mode
+        return self
+
+
+class Loop(InItsMode, nn.Module):
     """In a peer's place: its parts under their names, its attributes, and the fast ``rollout``.
 
     ``state_dict``, ``parameters`` and ``buffers`` are the peer's, also after either is moved or
@@ -112,7 +124,8 @@ def mixed_logits(dist: OneHot) -> Tensor:
 
 
 def check_loop(loop: Any) -> None:
-    """Run the peer itself and its loop on a small example, with the same noise.
+    """Run the peer itself and its loop on a small example, with the same noise; and again where it
+    is called in another mode.
 
     Raises:
         MisfitError: they differ (the peer computes something else than its layers say), or the
@@ -126,6 +139,9 @@ def check_loop(loop: Any) -> None:
             "what differs as an option, or the layers to Rollout.from_modules(), and see "
             "Rollout.verify(own=)"
         )
+    kind = type(loop.model).__name__
+    loop.rollout.watched.append(Watch(kind, loop, called=True))
+    loop.rollout.answers.append(Answer(kind, loop.model, partial(agrees, loop)))
 
 
 def agrees(loop: Any) -> bool:
@@ -134,16 +150,26 @@ def agrees(loop: Any) -> bool:
 
 
 def largest_difference(loop: Any) -> tuple[float, str]:
-    """The largest relative difference, and of what."""
-    rollout, generator = loop.rollout, torch.Generator().manual_seed(0)
-    like = rollout.like
+    """The largest relative difference, and of what; of a copy in float32 where the peer is in less.
+
+    Raises:
+        MisfitError: it has no numbers yet, or cannot be called so.
+    """
+    if loop.rollout.like.is_meta:
+        raise MisfitError(
+            f"adapt: {type(loop.model).__name__} is on the meta device, where it cannot be asked "
+            "what it computes; give it numbers first"
+        )
+    if is_coarse(loop.rollout.like):
+        loop = copy.deepcopy(loop).float()
+    rollout = loop.rollout
+    numbers = normals(rollout.like)
 
     def draw(*sizes: int | str) -> Tensor:
-        shape = [rollout.dims[n] if isinstance(n, str) else n for n in sizes]
-        return torch.randn(shape, generator=generator).to(like)
+        return numbers(*[rollout.dims[n] if isinstance(n, str) else n for n in sizes])
 
-    inputs, noise = loop.example(draw)
-    with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+    with asking(rollout.like, loop.model):
+        inputs, noise = loop.example(draw)
         try:
             want = dict(_tensors(rollout.serve(lambda: loop.own(*inputs), noise)))
         except Exception as error:  # whatever somebody's code raises
@@ -161,7 +187,8 @@ def largest_difference(loop: Any) -> tuple[float, str]:
 
 
 def _tolerance(loop: Any) -> float:
-    return tolerance(loop.rollout.like)
+    like = loop.rollout.like
+    return tolerance(like.float() if is_coarse(like) else like)
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> str:

@@ -20,7 +20,7 @@ class _SteppedLoop(Loop):
     def __init__(self, model: nn.Module, latent: dict[str, Any], options: dict[str, Any]) -> None:
         given, bypassed = _layers(model)
         super().__init__(model, given | latent, options, "recurrent_model")
-        self.rollout.watched += bypassed
+        self.rollout.watch(bypassed)
 
     def steps(self, posterior: Tensor, recurrent_state: Tensor, *sequences: Tensor) -> list[Any]:
         """What the peer itself returns of one step after the other."""

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from fastdreamer.ops.params import State
 from fastdreamer.rollout.adapters.heads import split_extractor
-from fastdreamer.rollout.adapters.loop import make_rollout
+from fastdreamer.rollout.adapters.loop import InItsMode, make_rollout
 from fastdreamer.rollout.layers import MisfitError
 
 
-class TorchrlRollout(TensorDictModuleBase):
+class TorchrlRollout(InItsMode, TensorDictModuleBase):
     """In the place of torchrl's ``RSSMRollout``: TensorDict [*batch, T] in and out.
 
     The same keys as the original's. A posterior with a third in_key reads its noise there; else it

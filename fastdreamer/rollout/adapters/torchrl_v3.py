@@ -11,11 +11,11 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from fastdreamer.ops.params import Categorical, State
-from fastdreamer.rollout.adapters.loop import Loop, make_rollout
+from fastdreamer.rollout.adapters.loop import InItsMode, Loop, make_rollout
 from fastdreamer.rollout.layers import MisfitError
 
 
-class TorchrlRolloutV3(TensorDictModuleBase):
+class TorchrlRolloutV3(InItsMode, TensorDictModuleBase):
     """In the place of torchrl's ``RSSMRolloutV3``, over either recurrent model.
 
     TensorDict [*batch, T] in and out.
