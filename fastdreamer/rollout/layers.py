@@ -97,13 +97,13 @@ class Layer:
 
     def tensors(self) -> tuple[Tensor, Tensor | None, Norm | None]:
         """Weight, bias and norm as they are now; of one layer in place."""
-        weight, bias = (tensor_of(self.linears[0], name) for name in ("weight", "bias"))
+        weights, biases = (
+            [tensor_of(part, name) for part in self.linears] for name in ("weight", "bias")
+        )
+        weight, bias = weights[0], biases[0]
         norm = None if self.norm is None else self.norm.params(weight.dtype)
         if len(self.linears) > 1:
-            weight, bias = (
-                torch.cat([tensor_of(part, name) for part in self.linears])
-                for name in ("weight", "bias")
-            )
+            weight, bias = torch.cat(weights), None if bias is None else torch.cat(biases)
         if weight.ndim == 3 and hasattr(self.linears[0], "blocks"):
             weight = weight.permute(2, 1, 0)  # r2dreamer's [out / G, in / G, G]
         return weight, bias, norm

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fastdreamer.rollout import Categorical, MisfitError, Rollout, StdTransform, adapt
+from fastdreamer.rollout import Categorical, Joined, MisfitError, Rollout, StdTransform, adapt
 from fastdreamer.rollout.adapters.loop import agrees
 
 A, D, C, K, E, H, _ = SMALL
@@ -384,6 +384,20 @@ def test_sharded_weights_are_refused():
         made(model, begin=(model.prior[0], "weight"))
     told = [line.split(": read")[0] for line in str(raised.value).split("\n")]
     assert told == ["prior[0]: is sharded", "post[0]: is sharded", "begin: is sharded"]
+
+
+def test_joined_layers_without_bias():
+    model = Model(nn.GRUCell(H, D))
+    halves = [nn.Linear(H, Z // 2, bias=False) for _ in range(2)]
+    parts = dict(model.named_children())
+    parts["prior"] = [*list(model.prior)[:-1], Joined(*halves)]
+    rollout = Rollout.from_modules(**parts, latent=Categorical(K))
+    found = rollout.verify(repeats=1)
+    assert found.ok, str(found)
+    assert rollout.rssm.prior.biases[-1] is None
+    with pytest.raises(MisfitError, match="one has a bias"):
+        parts["prior"][-1] = Joined(halves[0], nn.Linear(H, Z // 2))
+        Rollout.from_modules(**parts, latent=Categorical(K))
 
 
 # ---------------------------------------------------------------- gradients
