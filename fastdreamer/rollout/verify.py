@@ -79,7 +79,8 @@ def verify(
 ) -> Verification:
     """See :meth:`fastdreamer.rollout.Rollout.verify`."""
     parts = [part for net in rollout.nets.values() for part in net.modules]
-    with still(*parts):
+    # gradients are compared, whatever the caller's block says
+    with torch.inference_mode(False), torch.enable_grad(), still(*parts):
         return _verify(rollout, batch, own, own_dream, seed, repeats)
 
 
@@ -174,7 +175,9 @@ def _inputs(rollout: Any, batch: dict[str, Tensor], seed: int) -> dict[str, Any]
     if unknown:
         raise ValueError(f"verify: batch has {', '.join(sorted(unknown))}; embed, action and "
                          "is_first are read")  # fmt: skip
-    given = {name: rollout._inward(x) for name, x in batch.items()}
+    # a backward pass takes no inference tensor
+    own = {name: x.clone() if x.is_inference() else x for name, x in batch.items()}
+    given = {name: rollout._inward(x) for name, x in own.items()}
     T, B = given["action"].shape[:2] if "action" in given else (20, 8)
 
     def randn(*shape: int) -> Tensor:
@@ -311,9 +314,11 @@ def _imagine_loop(r: Any, x: dict[str, Any]) -> dict[str, Tensor]:
     frozen = [p for m in bootstrap.modules for p in m.parameters() if p.requires_grad]
     for p in frozen:  # its parameters get no gradient from the returns
         p.requires_grad_(False)
-    following = read_out(r.readout("target"), bootstrap(feat))
-    for p in frozen:
-        p.requires_grad_(True)
+    try:
+        following = read_out(r.readout("target"), bootstrap(feat))
+    finally:
+        for p in frozen:
+            p.requires_grad_(True)
     discount = torch.full_like(reward, o.gamma)
     if "discount" in r.nets:
         logit = r.nets["discount"](feat)[..., 0]
@@ -361,6 +366,7 @@ def _race(fast: Callable, loop: Callable, repeats: int) -> tuple[float, float]:
             if packs := sys.modules.get("fastdreamer.ops.native.packs"):
                 packs.forget()  # as behind an optimiser's step: weights are packed for every call
             begin = time.perf_counter()
-            run()
+            *_, last = run().values()
+            last.flatten()[:1].tolist()  # a GPU is through when it can be read
             seconds.append(time.perf_counter() - begin)
     return statistics.median(times[fast]), statistics.median(times[loop])

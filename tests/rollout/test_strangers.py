@@ -400,6 +400,34 @@ def test_joined_layers_without_bias():
         Rollout.from_modules(**parts, latent=Categorical(K))
 
 
+@pytest.mark.parametrize("block", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_verified_in_any_block(block):
+    model = Model(nn.GRUCell(H, D))
+    with block():
+        batch = {"embed": torch.randn(T, B, E), "action": torch.randn(T, B, A)}
+        found = made(model).verify(batch, repeats=1)
+    assert found.ok, str(found)
+    assert any(line.error > 0 for line in found.lines if "gradient of gru" in line.name)
+
+
+def test_verify_leaves_parameters_trainable_where_a_head_fails():
+    class Fails(nn.Linear):
+        def forward(self, x):
+            if Fails.fails and x.ndim > 2 and x.dtype == torch.float32:  # no copy
+                raise ValueError("not today")
+            return super().forward(x)
+
+    Fails.fails = False
+    model = Model(nn.GRUCell(H, D))
+    model.actor, model.reward = nn.Linear(D + Z, 2 * A), nn.Linear(D + Z, 1)
+    model.critic, model.target = nn.Linear(D + Z, 1), Fails(D + Z, 1)
+    rollout = made(model)
+    Fails.fails = True
+    with pytest.raises(ValueError, match="not today"):
+        rollout.verify(repeats=1)
+    assert all(p.requires_grad for p in model.parameters())
+
+
 # ---------------------------------------------------------------- gradients
 
 
