@@ -14,7 +14,9 @@ from modern import SMALL
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 
+from fastdreamer.ops.backend import last_backend
 from fastdreamer.rollout import Categorical, Joined, MisfitError, Rollout, StdTransform, adapt
 from fastdreamer.rollout.adapters.loop import agrees
 
@@ -429,6 +431,25 @@ def test_verify_leaves_parameters_trainable_where_a_head_fails():
 
 
 # ---------------------------------------------------------------- gradients
+
+
+def test_checkpointed_and_offloaded_gradients():
+    """What the node saved may be computed again, or lie elsewhere, when it is wanted."""
+    model, given = Model(modern.LateCell(H, D)), sequence()
+    rollout = made(model)
+    want = grads_of(loss_of(rollout, given), model)
+    assert last_backend("observe") == "native"
+    embed = given[0].requires_grad_()
+    for reentrant in (False, True):
+        model.zero_grad()
+        loss = checkpoint(
+            lambda embed: loss_of(rollout, (embed, *given[1:])), embed, use_reentrant=reentrant
+        )
+        loss.backward()
+        alike([p.grad for p in model.parameters()], want)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x):
+        loss = loss_of(rollout, given)
+    alike(grads_of(loss, model), want)
 
 
 def test_gradients_twice_and_of_gradients():

@@ -100,7 +100,8 @@ class _Observe(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, *grads):
-        inputs, parameters = ctx.saved_tensors[:6], ctx.saved_tensors[14:]
+        saved = ctx.saved_tensors  # once: a checkpoint unpacks each but one time
+        inputs, parameters = saved[:6], saved[14:]
         needs = ctx.needs_input_grad[4:]
         starts = [
             t.new_empty(t.shape, dtype=torch.float32) if need else None
