@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -106,6 +107,9 @@ def look(watched: Sequence[Watch], answers: Sequence[Answer]) -> None:
     Raises:
         MisfitError: the first that is not as it was read.
     """
+    if "torch._dynamo" not in sys.modules:  # nobody compiles, and it takes as long as torch
+        _look_eagerly(watched, answers)
+        return
     if not _look:
         _look.append(torch.compiler.disable(_look_eagerly))
     _look[0](watched, answers)
@@ -119,7 +123,7 @@ def _look_eagerly(watched: Sequence[Watch], answers: Sequence[Answer]) -> None:
         answer.check()
 
 
-_look: list[Callable[..., None]] = []  # made when first wanted: torch.compiler takes long to import
+_look: list[Callable[..., None]] = []  # made when first wanted
 
 
 def refuse_hooks(modules: Sequence[tuple[str, nn.Module]]) -> None:
