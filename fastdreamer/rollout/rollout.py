@@ -42,7 +42,7 @@ from fastdreamer.ops.rssm_step import rssm_step
 from fastdreamer.rollout.cells import read_cell
 from fastdreamer.rollout.draws import with_noise
 from fastdreamer.rollout.layers import SHARDED, Joined, MisfitError, Net, Reader, is_sharded
-from fastdreamer.rollout.verify import Verification, verify
+from fastdreamer.rollout.verify import Verification, comparable, verify
 from fastdreamer.rollout.watch import Answer, Watch, look, refuse_hooks
 
 Layers = nn.Module | Sequence[nn.Module | Joined]
@@ -537,7 +537,8 @@ class Rollout:
             A Verification: ``print`` it; ``.ok`` says whether every error is in the order of the
             loop's own, and the caller's functions agree.
         """
-        return verify(self, batch, own, own_dream, seed, repeats)
+        with comparable(self):
+            return verify(self, batch, own, own_dream, seed, repeats)
 
     def serve(
         self, function: Callable[[], Any], noise: Tensor, action_noise: Tensor | None = None

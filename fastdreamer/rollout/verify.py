@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -69,6 +70,14 @@ class Verification(NamedTuple):
         return "\n".join(rows)
 
 
+@contextlib.contextmanager
+def comparable(rollout: Any) -> Iterator[None]:
+    """With gradients, whatever the caller's block says, and parametrizations held still."""
+    parts = [part for net in rollout.nets.values() for part in net.modules]
+    with torch.inference_mode(False), torch.enable_grad(), still(*parts):
+        yield
+
+
 def verify(
     rollout: Any,
     batch: Mapping[str, Tensor] | None,
@@ -77,21 +86,7 @@ def verify(
     seed: int,
     repeats: int,
 ) -> Verification:
-    """See :meth:`fastdreamer.rollout.Rollout.verify`."""
-    parts = [part for net in rollout.nets.values() for part in net.modules]
-    # gradients are compared, whatever the caller's block says
-    with torch.inference_mode(False), torch.enable_grad(), still(*parts):
-        return _verify(rollout, batch, own, own_dream, seed, repeats)
-
-
-def _verify(
-    rollout: Any,
-    batch: Mapping[str, Tensor] | None,
-    own: Callable | None,
-    own_dream: Callable | None,
-    seed: int,
-    repeats: int,
-) -> Verification:
+    """See :meth:`fastdreamer.rollout.Rollout.verify`, within :func:`comparable`."""
     time_major = copy.copy(rollout)
     time_major.batch_first = False
     wide = copy.copy(rollout)
