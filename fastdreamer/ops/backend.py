@@ -255,7 +255,6 @@ class Op:
         self.eager = eager
         self._loaders = {"native": native, "triton": triton}
         self._loaded: dict[str, Callable | str] = {}  # body, or why it could not be loaded
-        self._hidden: dict[str, Callable] = {}  # bodies, from torch.compile
         self._logged: set[str] = set()
         OPS[name] = self
 
@@ -288,7 +287,9 @@ class Op:
         elif reason := self._refusal(name, given, constant, depth, lacking):
             raise BackendError(f"{self.name}: backend {name!r} cannot run: {reason}")
         setattr(_ran, self.name, name)
-        return self.eager if name == "eager" else self._untraced(name)
+        # Traced, native would see parameters without the versions that tell the packed weights
+        # from old ones, and triton tensors without addresses.
+        return self.eager if name == "eager" else untraced(self._loaded[name])
 
     def why_not(self, backend: str, device: torch.device | str) -> str | None:
         """Return why ``backend`` cannot run this op on ``device``, or None when it can.
@@ -401,17 +402,17 @@ class Op:
             self._loaded[backend] = body
         return body
 
-    def _untraced(self, backend: str) -> Callable:
-        """A loaded body as torch.compile is to call it: it breaks the graph.
 
-        Traced, native would see parameters without the versions that tell the packed weights from
-        old ones, and triton tensors without addresses.
-        """
-        if "torch._dynamo" not in sys.modules:  # nobody compiles, and it takes as long as torch
-            return self._loaded[backend]  # type: ignore[return-value]
-        if backend not in self._hidden:
-            self._hidden[backend] = torch.compiler.disable(self._loaded[backend])
-        return self._hidden[backend]
+_hidden: dict[Callable, Callable] = {}  # functions, from torch.compile
+
+
+def untraced(function: Callable) -> Callable:
+    """A function as torch.compile is to call it: it breaks the graph."""
+    if "torch._dynamo" not in sys.modules:  # nobody compiles, and it takes as long as torch
+        return function
+    if function not in _hidden:
+        _hidden[function] = torch.compiler.disable(function)
+    return _hidden[function]
 
 
 def why_not_loaded(error: ImportError) -> str:

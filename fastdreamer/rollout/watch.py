@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import operator
-import sys
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from fastdreamer.ops.backend import untraced
 from fastdreamer.rollout.ask import parts_of
 from fastdreamer.rollout.layers import MisfitError, describe, is_compiled
 
@@ -107,23 +107,15 @@ def look(watched: Sequence[Watch], answers: Sequence[Answer]) -> None:
     Raises:
         MisfitError: the first that is not as it was read.
     """
-    if "torch._dynamo" not in sys.modules:  # nobody compiles, and it takes as long as torch
-        _look_eagerly(watched, answers)
-        return
-    if not _look:
-        _look.append(torch.compiler.disable(_look_eagerly))
-    _look[0](watched, answers)
+    untraced(_look)(watched, answers)
 
 
-def _look_eagerly(watched: Sequence[Watch], answers: Sequence[Answer]) -> None:
+def _look(watched: Sequence[Watch], answers: Sequence[Answer]) -> None:
     refuse_global_hooks()
     for watch in watched:
         watch.check()
     for answer in answers:
         answer.check()
-
-
-_look: list[Callable[..., None]] = []  # made when first wanted
 
 
 def refuse_hooks(modules: Sequence[tuple[str, nn.Module]]) -> None:
