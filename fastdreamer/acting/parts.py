@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastdreamer.acting.planning import PLANNERS
 from fastdreamer.config import Config
 
 
@@ -24,7 +25,7 @@ def acting_parts(config: Config) -> tuple[str, ...]:
     acts = greedy if explore.at == "actor" else greedy | optimist
     if acts & {"actor", "mpc"}:
         parts.append("actor")
-    if greedy & {"mpc", "planet"}:
+    if greedy & PLANNERS:
         parts.append("model.reward")
     if "mpc" in (greedy if explore.critics else greedy | optimist):
         parts.append(f"{last}critic")
@@ -32,7 +33,7 @@ def acting_parts(config: Config) -> tuple[str, ...]:
         parts.append("model.discount")
     if optimist:
         parts.append("explorer.actor")
-    if optimist & {"mpc", "planet"}:
+    if optimist & PLANNERS:
         parts += ["explorer.rewards", "explorer.rounds"]
     if "mpc" in optimist:
         parts.append(f"explorer.{last}critics")

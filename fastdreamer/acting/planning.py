@@ -24,6 +24,9 @@ from fastdreamer.ops.imagine import imagine
 from fastdreamer.ops.params import ActorParams, ReturnParams, RSSMParams, State, actor_dist
 from fastdreamer.ops.rssm_step import rssm_step
 
+PLANNERS = frozenset({"mpc", "planet"})
+"""The controllers that plan."""
+
 
 class PlanningError(FastdreamerError, RuntimeError):
     """No candidate of some environment has a score: the world model's predictions are NaN."""

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from fastdreamer.acting.planning import PLANNERS
 from fastdreamer.acting.policy import Policy, PolicyState
 from fastdreamer.acting.shield import Shield, Shields
 from fastdreamer.config import Config
@@ -60,7 +61,7 @@ def more_envs(envs: list[Any], config: Config, count: int) -> list[Any]:
 def at_once(config: Config, controller: str | None, episodes: int) -> int:
     """How many episodes are evaluated side by side: of a plan by the clock, whose time is meant for
     one environment, one after the other."""
-    plans = config.agent == "planet" or controller in ("mpc", "planet")
+    plans = config.agent == "planet" or controller in PLANNERS
     return 1 if plans and config.plan.budget_ms is not None else min(episodes, TOGETHER)
 
 
