@@ -113,6 +113,9 @@ def _minutes(name: str) -> tuple[dict[int, float], float]:
     return aims, seen[-1]["seconds"] / 60
 
 
+_FIRST = (20_000, 40_000, 60_000)
+
+
 def of_runs() -> Iterator[tuple[Path, str]]:
     native, eager, old = (run["updates_per_s"] for run in result("run")["runs"].values())
     yield (
@@ -135,6 +138,14 @@ def of_runs() -> Iterator[tuple[Path, str]]:
     other, all_of_it = _minutes("walker-walk-pixels-v3-seed1")
     told = f"{other[500]:.0f} minutes to 500, {other[900]:.0f} to 900, {all_of_it:.0f} in all"
     yield ROOT / "docs" / "recipe.md", told
+    v3 = [evaluations(f"walker-walk-pixels-v3-seed{seed}") for seed in (0, 1, 2)]
+    bare = [evaluations(f"walker-walk-pixels-v3-no-sample-seed{seed}") for seed in (0, 1)]
+    told = [" and ".join(f"{x[frames]['mean']:.0f}" for x in bare) for frames in _FIRST]
+    beside = [", ".join(f"{x[frames]['mean']:.0f}" for x in v3) for frames in _FIRST]
+    yield (
+        ROOT / "docs" / "recipe.md",
+        f"{', '.join(told)} at 20, 40, 60 000 (with samples, three seeds: {'; '.join(beside)})",
+    )
     yield (
         TOP_README,
         f"500 is passed after {minutes[500]:.0f} minutes, 900 after {minutes[900]:.0f}",
