@@ -49,6 +49,7 @@ NARROW = {
     "acting/noise": {"ops/params"},
     "analysis/viz": {"analysis/viz", "errors", "files", "training/logger", "video"},  # reads files
     "machine/cores": set(),  # runs before torch is loaded
+    "machine/container": set(),
     "machine/nvtx": set(),
     "ops/cells": {"ops/layers"},
     "ops/layers": set(),

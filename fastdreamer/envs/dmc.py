@@ -95,6 +95,16 @@ def _load_gl() -> GL:
     return gl
 
 
+def _load_terrain_gl(task: str) -> GL:
+    """Of a task that needs it without being drawn."""
+    try:
+        return _load_gl()
+    except GLError as error:
+        raise GLError(
+            f"{error}, but {task} does: it hands its terrain to OpenGL at every reset"
+        ) from error
+
+
 def _failed_after_all(gl: GL, error: Exception) -> GLError:
     forget(gl)
     return GLError(
@@ -199,7 +209,7 @@ class SuiteTask:
         check_drawing(render, render_quality)
         if render == "rays" and self.name in _NEEDS_GL:
             raise ArgumentError(_no_rays(self.name, "it hands its terrain to OpenGL"))
-        self._gl = _load_gl() if self.name in _NEEDS_GL else None
+        self._gl = _load_terrain_gl(self.name) if self.name in _NEEDS_GL else None
         domain, task = _tasks()[self.name]
         # The model itself may be drawn at random (lqr): always from the same generator, so that
         # an episode depends on nothing but the seed given to reset and the actions.

@@ -6,7 +6,6 @@ its library. The measurements behind the two choices are in docs/training.md.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import platform
@@ -31,38 +30,6 @@ def cpu_model() -> str:
     if "cpu family" not in told:
         return name
     return f"{name} (family {told['cpu family']}, model {told['model']})"
-
-
-def cpu_quota(root: Path = Path("/")) -> float | None:
-    """How many cores' worth of time a container, or whatever control group this process is in, may
-    take, as `docker --cpus` and Kubernetes bound it; None where nothing does.
-
-    No count of cores knows of it: threads beyond it are stopped for a part of every tenth of a
-    second.
-
-    Args:
-        root: of the file system.
-    """
-    shares = []
-    try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:  # no Linux
-        return None
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
-        top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
-        parts = Path(path).parts[1:]
-        # Its own and its parents'; a container may see its own in the place of the topmost.
-        for group in (top.joinpath(*parts[:depth]) for depth in range(len(parts) + 1)):
-            with contextlib.suppress(OSError, ValueError):  # no such file; "max"
-                told = " ".join((group / file).read_text(encoding="utf-8") for file in files)
-                quota, period = map(int, told.split())
-                if quota > 0:  # -1 is none
-                    shares.append(quota / period)
-    return min(shares, default=None)
 
 
 def within_quota(threads: int, quota: float | None) -> int:

@@ -8,7 +8,8 @@ import dataclasses
 import torch
 
 from fastdreamer.config import Config, ConfigError
-from fastdreamer.machine.cores import cpu_quota, learner_threads, within_quota
+from fastdreamer.machine.container import cpu_quota
+from fastdreamer.machine.cores import learner_threads, within_quota
 from fastdreamer.ops.backend import (
     check_backend,
     chosen_backend,

@@ -21,7 +21,8 @@ from fastdreamer._version import __version__
 from fastdreamer.envs import EnvError, make_env
 from fastdreamer.envs.gl import GL, GLError, forget, probe_all, select_gl
 from fastdreamer.errors import ArgumentError, how_to_install
-from fastdreamer.machine.cores import cpu_model, cpu_quota, within_quota
+from fastdreamer.machine.container import cpu_quota, memory
+from fastdreamer.machine.cores import cpu_model, within_quota
 from fastdreamer.machine.device import TORCH_CORES, resolve_device, resolve_precision
 from fastdreamer.ops.backend import (
     BACKENDS,
@@ -51,6 +52,8 @@ def _machine() -> Iterator[tuple[str, str]]:
     yield "system", f"{platform.platform()}, Python {platform.python_version()}"
     quota = cpu_quota()
     yield "CPU", f"{cpu_model()}, {_cores(quota)}"
+    most, whose = memory()
+    yield "memory", f"{most / 2**30:.3g} GiB, of {whose}"
     yield "torch's CPU capability", torch.backends.cpu.get_cpu_capability()
     yield "threads", _threads(TORCH_CORES, quota, os.environ.get("OMP_NUM_THREADS"))
     yield from _core()

@@ -14,6 +14,7 @@ from fastdreamer.config import Config, ConfigError
 from fastdreamer.envs import is_foreign
 from fastdreamer.envs.gl import select_gl
 from fastdreamer.files import DiskFullError, file_in_the_way
+from fastdreamer.machine.container import memory
 from fastdreamer.machine.device import resolve_device
 from fastdreamer.nn import Actor, ScalarHead, WorldModel
 from fastdreamer.training.ranks import check_ranks
@@ -108,7 +109,7 @@ def _check_memory(
     }
     device = resolve_device(config.device, config.backend)
     if device == "cpu":
-        there, whose = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
+        there, whose = memory()
     else:
         there, whose = torch.cuda.get_device_properties(device).total_memory, device
     if sum(takes.values()) > there:

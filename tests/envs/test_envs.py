@@ -129,6 +129,15 @@ def test_actions_are_mapped_to_the_range_of_each_actuator():
         np.testing.assert_array_equal(task.controls[-1], expected)
 
 
+def test_a_task_that_needs_opengl_from_state_says_so(monkeypatch):
+    def nothing_draws():
+        raise GLError("no GL; from state none is needed")
+
+    monkeypatch.setattr(dmc, "select_gl", nothing_draws)
+    with pytest.raises(GLError, match=r"none is needed, but quadruped-escape does: it hands"):
+        make_env("quadruped-escape", obs="state")
+
+
 def test_quadruped_reaches_the_real_limits():
     env = make_env("quadruped-walk", obs="state")
     spec = env._task._env.action_spec()

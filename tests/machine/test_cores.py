@@ -13,10 +13,10 @@ from fastdreamer import cli
 from fastdreamer.config import preset
 from fastdreamer.errors import ArgumentError
 from fastdreamer.machine import device
+from fastdreamer.machine.container import cpu_quota
 from fastdreamer.machine.cores import (
     SPINS,
     bound_spinning,
-    cpu_quota,
     learner_threads,
     within_quota,
 )
@@ -30,49 +30,6 @@ from fastdreamer.training.trainer import Trainer, create_run, read_config
 )
 def test_the_rule(cores, convolutions, threads):
     assert learner_threads(cores, convolutions) == threads
-
-
-V1 = "4:memory:/job\n3:cpu,cpuacct:/docker/a:b\n0::/job\n"
-
-
-@pytest.mark.parametrize(
-    ("groups", "files", "quota"),
-    [
-        ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),  # a container of its own
-        ("0::/\n", {"cpu.max": "max 100000\n"}, None),
-        ("0::/\n", {}, None),  # the root of a machine
-        (
-            "0::/pods/one/main\n",  # the least of it and its parents
-            {
-                "pods/one/main/cpu.max": "max 100000",
-                "pods/one/cpu.max": "200000 100000",
-                "pods/cpu.max": "800000 100000",
-            },
-            2.0,
-        ),
-        (V1, {"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 0.5),
-        (
-            V1,
-            {
-                "cpu/docker/a:b/cpu.cfs_quota_us": "300000",
-                "cpu/docker/a:b/cpu.cfs_period_us": "100000",
-                "cpu/cpu.cfs_quota_us": "-1",
-                "cpu/cpu.cfs_period_us": "100000",
-            },
-            3.0,
-        ),
-        ("5:memory:/\n", {"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "9"}, None),
-        (None, {"cpu.max": "150000 100000\n"}, None),
-    ],
-)
-def test_the_quota_of_a_container(groups, files, quota, tmp_path):
-    told = {"sys/fs/cgroup/" + name: text for name, text in files.items()}
-    if groups is not None:
-        told["proc/self/cgroup"] = groups
-    for name, text in told.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert cpu_quota(tmp_path) == quota
 
 
 def test_no_more_threads_than_a_quota_lets_run():
