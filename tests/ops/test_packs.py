@@ -158,6 +158,19 @@ def test_unchanged_weights_are_packed_once(model):
     assert packed() == n + 12
 
 
+def test_weights_that_change_under_autocast_are_seen(model):
+    """torch's own modules go on with the first call's, until the outermost context ends."""
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            before = run(model, "native")
+            for p in model.parameters():
+                p.mul_(0.5)
+            within = run(model, "native")
+        with torch.autocast("cpu", torch.bfloat16):
+            after = run(model, "native")
+    assert torch.equal(within, after) and not torch.equal(within, before)
+
+
 def test_the_oldest_pack_goes_first(model, monkeypatch):
     monkeypatch.setattr(packs, "LIMIT", 4)
     for _ in range(3):
