@@ -19,6 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import fastdreamer
+
 TIMEOUT = 300  # seconds
 
 
@@ -106,6 +108,9 @@ def _become(job: dict, folder: Path, kept: Path) -> None:
     os.environ.update(job["environment"])
     sys.argv = job["argv"]
     sys.path[0] = os.path.dirname(sys.argv[0])
+    # what is forked has computed nothing: no thread is missing here, and programs have their own
+    assert "fastdreamer._native" not in sys.modules
+    fastdreamer._forked = False
     if job["keep"]:
         from kept import keep_eager
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import forked
 import pytest
 import torch
 from torch import Tensor
@@ -258,6 +259,22 @@ print("done")
 def test_a_forked_child_that_is_the_first_to_load_the_core():
     """After torch ran on several threads of the pool that both use."""
     assert run_alone(FORK_BEFORE_THE_CORE) == "done"
+
+
+HOW_MANY_THREADS = """
+import os
+from fastdreamer import _native
+before = os.listdir("/proc/self/task")
+_native.peak(False, 3, 1e-3)
+print(len(os.listdir("/proc/self/task")) - len(before))
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="nobody counts threads here")
+def test_forked_programs_of_tests_have_threads():
+    """What they find equal for every number of threads was not computed on one each time."""
+    done = forked.run("-c", HOW_MANY_THREADS)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "2\n", "")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
