@@ -2,14 +2,15 @@
 
 What is captured must not read from the device, copy from the host or draw from a generator that
 the graph does not know; torch raises where it does. Tensors made outside are read and written at
-the addresses that they had, so new input is copied into them before a replay.
+the addresses that they had, so new input is copied into them before a replay, and they have to stay
+as long as there are replays: a graph of torch's keeps none of them.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -21,18 +22,27 @@ class CaptureError(RuntimeError):
     """torch refused to capture; the message is its reason."""
 
 
-def capture(
-    work: Callable[[], T], *, generator: torch.Generator | None = None
-) -> tuple[Callable[[], None], T]:
+class Replay(NamedTuple):
+    """What runs a graph again, and keeps what its addresses belong to."""
+
+    graph: torch.cuda.CUDAGraph
+    work: Callable[[], object]  # with the tensors made outside that it reads and writes
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def capture(work: Callable[[], T], *, generator: torch.Generator | None = None) -> tuple[Replay, T]:
     """Run work a few times, then capture it.
 
     Args:
-        work: returns tensors without an autograd graph.
+        work: returns tensors without an autograd graph. The tensors made outside that it uses are
+            to be its own, as a closure's are: it is kept, and nothing else is.
         generator: of the GPU, if it draws from one besides torch's own.
 
     Returns:
-        A function that replays the graph on the current stream, and what ``work`` returned: its
-        tensors are filled by every replay, and hold nothing before the first.
+        What replays the graph on the current stream, and what ``work`` returned: its tensors are
+        filled by every replay, and hold nothing before the first.
 
     Raises:
         CaptureError: something in the work cannot be captured.
@@ -56,4 +66,4 @@ def capture(
         except RuntimeError as error:  # raised again when the capture ends: the first has the cause
             raise CaptureError(f"cannot be captured: {error.__context__ or error}") from error
     torch.cuda.current_stream().wait_stream(stream)
-    return graph.replay, out
+    return Replay(graph, work), out

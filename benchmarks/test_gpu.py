@@ -11,6 +11,7 @@ import ast
 import contextlib
 import dataclasses
 import functools
+import gc
 import importlib.util
 import inspect
 import json
@@ -19,6 +20,7 @@ import re
 import subprocess
 import sys
 import time
+import weakref
 import zipfile
 from importlib.metadata import distribution
 from pathlib import Path
@@ -433,7 +435,7 @@ def test_a_captured_update_learns_as_an_uncaptured_one(standins, replay, precisi
         expected = plain.step()
         for name, learner in graphs.items():
             assert learner.step() == expected, name  # bit for bit: the same operations
-            assert learner.agent.update._replay.__self__.replays == step
+            assert learner.agent.update._replay.graph.replays == step
     for learner in graphs.values():
         for name, tensor in plain.agent.state_dict().items():
             assert torch.equal(learner.agent.state_dict()[name], tensor), name
@@ -522,6 +524,22 @@ def test_work_that_depends_on_the_host_is_left_out(standins, monkeypatch):
     assert entries.left_out[f"{GRAPH} fp32"].startswith("cannot be captured: not permitted")
     entries = dataclasses.replace(case, call=other).entries(variants)
     assert "error of out0" in entries.left_out[f"{GRAPH} fp32"]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_captured_work_keeps_what_it_reads(standins, monkeypatch, backward):
+    """torch's graph does not: what is at its addresses would be freed, and read all the same."""
+    case = small(monkeypatch, "rssm_step")._case("rssm_step", 2, backward=backward)
+    prepared = case._prepared(torch.float32)
+    held = [weakref.ref(x) for x in pytree.tree_leaves(prepared) if isinstance(x, Tensor)]
+    timed = case._timed(gpu_variants("cpu")[f"{GRAPH} fp32"], *prepared)
+    del prepared
+    gc.collect()
+    assert held and all(there() is not None for there in held)
+    timed()
+    del timed
+    gc.collect()
+    assert all(there() is None for there in held)
 
 
 def test_without_cuda_nothing_is_captured():
