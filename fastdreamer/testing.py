@@ -505,7 +505,16 @@ class Roundings(TorchDispatchMode):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        self._generator = torch.Generator().manual_seed(seed)
+        self._seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def _normals(self, like: Tensor) -> Tensor:
+        """Drawn where they are wanted: a GPU would wait for a CPU's longer than for all else."""
+        device = like.device
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        given = {"generator": self._generators[device], "device": device}
+        return torch.randn(like.shape, **given, dtype=torch.float64).to(like)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -528,8 +537,7 @@ class Roundings(TorchDispatchMode):
                 size = x * _FUNCTIONS.get(func.overloadpacket, 1)
                 if square is not None:
                     size = (terms(*args) * square).sqrt()
-                noise = torch.randn(x.shape, generator=self._generator, dtype=torch.float64)
-                x.add_(U * size * noise.to(x))
+                x.add_(U * size * self._normals(x))
         return out
 
 

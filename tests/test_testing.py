@@ -80,6 +80,16 @@ def test_roundings_grow_with_the_root_of_a_sums_length():
     assert spread["copy"] == 0 and (ones == 1).all()
 
 
+def test_roundings_are_drawn_where_they_are_wanted(monkeypatch):
+    """On a GPU not on the host."""
+    ones, randn, drawn = torch.ones(20, dtype=torch.float64), torch.randn, []
+    told = lambda *size, **given: drawn.append(given["device"]) or randn(*size, **given)  # noqa: E731
+    monkeypatch.setattr(torch, "randn", told)
+    with testing.Roundings(0):
+        rounded = ones * 3
+    assert drawn == [ones.device] and (rounded != 3).any()
+
+
 def test_roundings_reach_the_backward_pass():
     """1 − y² behind y = tanh(x) is off by 2·y·dy, though the gradient's own relative error is u."""
     inputs = {"x": torch.full((2000,), 8.0, dtype=torch.float64)}
