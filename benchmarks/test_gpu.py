@@ -318,10 +318,18 @@ def test_the_first_day_goes_from_what_is_there_to_what_is_fast(day, tmp_path):
     assert summary[1:] == [*(f"{step}: done" for step in steps), f"results: {tmp_path / 'out'}"]
     assert "says" in (tmp_path / "out" / "doctor.txt").read_text()
     tests, ops, compiled = asked[-3:]
-    assert tests == ("-m pytest -v -p no:cacheprovider tests/test_gpu.py -k under_the_interpreter")
+    asks = "-m pytest -v -n 4 -p no:cacheprovider tests/test_gpu.py"
+    assert tests == f"{asks} -k under_the_interpreter"
     own = f"-m benchmarks.gpu --device cpu --out {tmp_path / 'out'}"
     assert re.fullmatch(rf"{own}/ops --minutes 1\.[89]\d* --without reduce-overhead", ops)
     assert re.fullmatch(rf"{own}/compiled --minutes 1\.[89]\d*", compiled)
+
+
+def test_the_first_day_needs_no_xdist(day):
+    status, _, asked = day('case "$*" in *xdist*) exit 1;; *importlib*) echo;; esac')
+    tests = asked[-3]
+    assert status == 0
+    assert tests == "-m pytest -v -p no:cacheprovider tests/test_gpu.py -k on_the_gpu"
 
 
 def test_the_first_day_fails_where_a_step_does_and_goes_on(day):
