@@ -104,16 +104,19 @@ METADATA = {"name": "f", "num_ctas": 1, "launch_cooperative_grid": False, "launc
             "shared": 64}  # fmt: skip
 
 
-def check(ptx=PTX, **metadata):
-    pytest.importorskip("triton")
-    from fastdreamer.ops.triton.aot import checked
-
+def spec_of_f():
     names = ["x", "n", "scale", "big", "flag"]
     fn = SimpleNamespace(arg_names=names, __name__="f")
     slot = Slot("x", (4,), torch.float32)
     args = {"x": slot, "n": 3, "scale": 1.0, "big": 2**40, "flag": True}
-    spec = Launch(Kernel(fn), (1,), args).spec({})
-    return checked(spec, SimpleNamespace(**METADATA | metadata), ptx, b"cubin")
+    return Launch(Kernel(fn), (1,), args).spec({})
+
+
+def check(ptx=PTX, **metadata):
+    pytest.importorskip("triton")
+    from fastdreamer.ops.triton.aot import checked
+
+    return checked(spec_of_f(), SimpleNamespace(**METADATA | metadata), ptx, b"cubin")
 
 
 def test_the_layout_is_derived_from_the_signature():
@@ -155,3 +158,15 @@ def test_what_the_loop_does_not_give_is_refused(name, value):
 
     with pytest.raises(LayoutError, match=f"f: {name} is {value}, the loop can run it with"):
         check(**{name: value})
+
+
+def test_a_kernel_without_its_ptx_is_refused(monkeypatch):
+    """Triton keeps the cubin alone where it is told to."""
+    pytest.importorskip("triton")
+    from fastdreamer.ops.triton import aot
+
+    made = SimpleNamespace(metadata=SimpleNamespace(**METADATA), asm={"cubin": b"cubin"})
+    monkeypatch.setattr(aot, "source", lambda spec: None)
+    monkeypatch.setattr(aot.triton, "compile", lambda *_, **__: made)
+    with pytest.raises(aot.LayoutError, match="f: Triton kept no PTX .* TRITON_STORE_BINARY_ONLY"):
+        aot.compile_kernel.__wrapped__(spec_of_f(), 90)

@@ -54,6 +54,12 @@ def compile_kernel(spec: Spec, capability: int) -> Compiled:
         target=GPUTarget("cuda", capability, 32),
         options=dict(spec.options),
     )
+    if "ptx" not in made.asm:
+        raise LayoutError(
+            f"{made.metadata.name}: Triton kept no PTX to compare its parameters with, as "
+            "TRITON_STORE_BINARY_ONLY has it: unset that, and where it was set before empty "
+            f"{triton.knobs.cache.dir}"
+        )
     return checked(spec, made.metadata, made.asm["ptx"], made.asm["cubin"])
 
 
