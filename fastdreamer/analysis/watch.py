@@ -23,7 +23,7 @@ from PIL import Image
 
 from fastdreamer.acting.play import config_env, episode_seed
 from fastdreamer.analysis.viz.panels import panels
-from fastdreamer.config import ConfigError
+from fastdreamer.config import Config, ConfigError
 from fastdreamer.errors import ArgumentError, FastdreamerError
 from fastdreamer.files import file_in_the_way, make_directory, replacing
 from fastdreamer.learning.dreamer import Dreamer
@@ -80,15 +80,20 @@ class Show:
 
     Args:
         run: see ``load``. seed: of the episodes.
+        allow: called with the agent's settings before its environment is made; raises where it may
+            not be.
 
     Raises:
         CheckpointError: there is none. ConfigError: the agent sees no pixels.
     """
 
-    def __init__(self, run: Path, seed: int) -> None:
+    def __init__(
+        self, run: Path, seed: int, *, allow: Callable[[Config], None] = lambda config: None
+    ) -> None:
         self._run, self._seed = run, seed
         self._loaded: Path | None = None
         self._refresh()
+        allow(self.agent.config)
         if "pixels" not in self.agent.obs_shapes:
             raise ConfigError(f"{run} was trained from state: it imagines no images to watch")
         self.env = config_env(self.agent.config)

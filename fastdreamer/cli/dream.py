@@ -13,7 +13,7 @@ from tyro.conf import Positional
 from fastdreamer.acting.play import config_env
 from fastdreamer.analysis.report import dream_and_live
 from fastdreamer.analysis.viz.dreams import dream_figure, dream_video
-from fastdreamer.cli.run import Backend
+from fastdreamer.cli.run import Backend, allow_task
 from fastdreamer.config import ConfigError
 from fastdreamer.training.pretrained import load
 
@@ -46,6 +46,7 @@ class Dream:
 
 def run_dream(command: Dream, say: Callable[[str], None]) -> None:
     agent = load(command.run)
+    allow_task(agent.config, command.run, command.task)
     if "pixels" not in agent.obs_shapes:
         raise ConfigError(f"{command.run} was trained from state: it imagines no images to draw")
     env = config_env(agent.config)

@@ -25,7 +25,7 @@ from fastdreamer.acting.shield import safety_rates
 from fastdreamer.acting.signals import Violations, load_signal
 from fastdreamer.analysis.calibration import calibrate_episodes
 from fastdreamer.analysis.viz.calibration import calibration_figure, write_calibration
-from fastdreamer.cli.run import Backend, config_of
+from fastdreamer.cli.run import Backend, allow_task, config_of
 from fastdreamer.config import ConfigError, PlanConfig, SafetyConfig
 from fastdreamer.files import make_directory
 from fastdreamer.learning.dreamer import Dreamer
@@ -75,6 +75,7 @@ def run_eval(command: Eval, say: Callable[[str], None]) -> None:
     if command.episodes < 1:
         raise ConfigError(f"--episodes must be at least 1, got {command.episodes}")
     agent = load(command.run, plan=command.plan, safety=command.safety)
+    allow_task(agent.config, command.run, command.task)
     controller = agent.controller(command.controller)
     shield = agent.make_shield() if command.shield else None
     violations, recorders = None, []

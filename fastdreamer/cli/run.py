@@ -35,6 +35,9 @@ def config_of(path: Path) -> Config:
 def allow_task(config: Config, run: Path, given: str) -> None:
     """Refuse to import code because a file names it: of such a task the user names it as well.
 
+    A run's ``config.json`` and its checkpoints need not name the same: who makes an environment of
+    what a checkpoint says asks again with that.
+
     Raises:
         ConfigError: the task is a function, and what was given is not its name.
     """

@@ -12,7 +12,7 @@ import tyro
 from tyro.conf import Positional
 
 from fastdreamer.analysis.watch import Show, serve, write
-from fastdreamer.cli.run import Backend
+from fastdreamer.cli.run import Backend, allow_task
 
 
 @dataclass
@@ -40,7 +40,11 @@ class Watch:
 
 def run_watch(command: Watch, say: Callable[[str], None]) -> None:
     torch.set_num_threads(1)  # beside a run that learns
-    show = Show(command.run, command.seed)
+    show = Show(
+        command.run,
+        command.seed,
+        allow=lambda config: allow_task(config, command.run, command.task),
+    )
     if command.out:
         say(f"wrote {write(show, command.out)}")
     else:

@@ -175,7 +175,9 @@ class Config:
         if safety.signal == "none":
             require(not safety.shield, "safety.shield", "false without safety.signal", True)
             return
-        ok = safety.signal == "walker" or re.fullmatch(r"[\w.]+:\w+", safety.signal) is not None
+        # gym:… is taken for an environment, and so not for code that is imported where it is asked
+        own = re.fullmatch(r"(?!gym:)[\w.]+:\w+", safety.signal) is not None
+        ok = safety.signal == "walker" or own
         require(ok, "safety.signal", "none, walker or module:function", safety.signal)
         require(self.agent == "dreamer", "agent", "'dreamer' with safety", self.agent)
         ok = self.env.obs != "pixels"

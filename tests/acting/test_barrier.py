@@ -170,6 +170,7 @@ def test_nothing_that_a_file_names_is_imported_unasked(tmp_path, monkeypatch, ca
     ("safety", "other", "says"),
     [
         ({"signal": "height"}, {}, "safety.signal must be none, walker or module:function"),
+        ({"signal": "gym:make"}, {}, "safety.signal must be none, walker or module:function"),
         ({"alpha": 0.0}, {}, "safety.alpha must be > 0 and <= 1"),
         ({"alpha": 1.5}, {}, "safety.alpha must be > 0 and <= 1"),
         ({"hinge": 0.0}, {}, "safety.hinge must be > 0"),

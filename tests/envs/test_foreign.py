@@ -17,9 +17,9 @@ from fastdreamer.config import ConfigError, preset, to_dict
 from fastdreamer.envs import canonical_task, make_env
 from fastdreamer.learning import losses
 from fastdreamer.learning.dreamer import Dreamer
-from fastdreamer.training.checkpoint import save_checkpoint
+from fastdreamer.training.checkpoint import checkpoint_path, save_checkpoint
 from fastdreamer.training.episodes import episode_path, read_episode
-from fastdreamer.training.trainer import Trainer
+from fastdreamer.training.trainer import Trainer, write_config
 from fastdreamer.training.worker import Player, Share
 
 pytest.importorskip("gymnasium")
@@ -373,6 +373,27 @@ def test_a_function_s_task_from_the_shell(module, capsys):
     assert main(["train", "line_of_mine:line", *more]) == 0
     tiny = preset("tiny", {"env": {"task": "line_of_mine:line", "time_limit": 2.0}})
     Trainer("run", tiny).train(until=160)  # it is there already: nothing is refused
+    assert main(["eval", "run", "--episodes", "1", "--task", "line_of_mine:line"]) == 0
+    assert "line_of_mine:line: return" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.parametrize("told", [None, "walker-walk"])
+def test_a_checkpoint_s_task_is_not_imported_for_what_config_json_says(module, capsys, told):
+    """Without one, or beside one of a task that may be imported."""
+    config = preset("tiny", {"env": {"task": "line_of_mine:line", "time_limit": 2.0}})
+    agent = Dreamer(config, {"state": (1,)}, 1)
+    about = {"config": to_dict(config), "obs_shapes": agent.obs_shapes, "action_dim": 1}
+    about["cursor"] = {"update": 1, "env_frames": 2}
+    weights = {f"agent/{name}": value for name, value in agent.state_dict().items()}
+    save_checkpoint(checkpoint_path(module / "run" / "checkpoints", 1), weights, about)
+    if told:
+        write_config(module / "run", preset("tiny", {"env": {"task": told}}))
+    for command in (["eval", "run", "--episodes", "1"], ["dream", "run"], ["watch", "run"]):
+        capsys.readouterr()
+        assert main(command) == 1
+        text = " ".join(capsys.readouterr().err.split())
+        assert "not imported unasked" in text and "name it as well: line_of_mine:line" in text
+        assert "line_of_mine" not in sys.modules
     assert main(["eval", "run", "--episodes", "1", "--task", "line_of_mine:line"]) == 0
     assert "line_of_mine:line: return" in capsys.readouterr().out.replace("\n", " ")
 
