@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -44,21 +45,25 @@ def load_signal(config: Config, state_size: int) -> Signal:
     """The safety signal that a configuration names.
 
     Args:
-        config: ``safety.signal`` is "walker" or "module:function"; the module is looked up on
-            Python's path and in the current directory.
+        config: ``safety.signal`` is "walker", of the suite's Walker alone, or "module:function";
+            the module is looked up on Python's path and in the current directory.
         state_size: n of the state observations.
 
     Raises:
-        ConfigError: there is no such function, or it does not map [..., n] to finite [...].
+        ConfigError: there is no such function, or it does not map [..., n] to finite [...]; or
+            the task is not Walker's.
     """
     safety = config.safety
     if safety.signal == "none":
         raise ConfigError("there is no safety.signal; name one, walker or module:function")
     if safety.signal == "walker":
-        if state_size != _WALKER_STATE:
+        # fish-swim has as many, and so has gymnasium's BipedalWalker
+        walks = re.split("[-_]", config.env.task)[0] == "walker"
+        if state_size != _WALKER_STATE or not walks:
+            theirs = "others" if state_size == _WALKER_STATE else state_size
             raise ConfigError(
                 f"safety.signal 'walker' reads Walker's {_WALKER_STATE} numbers of state, "
-                f"{config.env.task} has {state_size}; name your own as module:function"
+                f"{config.env.task} has {theirs}; name your own as module:function"
             )
         return walker_signal(safety.min_height, safety.max_joint_speed)
     try:

@@ -120,6 +120,14 @@ def test_a_signal_of_one_s_own(tmp_path, monkeypatch):
             load_signal(named(name), 4)
 
 
+@pytest.mark.parametrize("task", ["fish-swim", "gym:BipedalWalker-v3"])
+def test_walker_s_signal_is_of_walker_alone(task):
+    """Others have 24 numbers, too."""
+    assert load_signal(configure(), STATE) and load_signal(configure("walker_run"), STATE)
+    with pytest.raises(ConfigError, match=f"reads Walker's 24 .*, {task} has others; name your"):
+        load_signal(configure(task), STATE)
+
+
 def test_nothing_that_a_file_names_is_imported_unasked(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     module = tmp_path / "margins_that_tell.py"
