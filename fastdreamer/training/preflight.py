@@ -1,4 +1,4 @@
-"""What is looked at before a run: its task, the renderer, its schedule, memory and disk."""
+"""What is looked at before a run: its task and signal, the renderer, its schedule, memory, disk."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fastdreamer.acting.play import config_env
+from fastdreamer.acting.signals import load_signal
 from fastdreamer.config import Config, ConfigError
 from fastdreamer.envs import is_foreign
 from fastdreamer.envs.gl import select_gl
@@ -36,8 +37,8 @@ def check(config: Config, run_dir: Path, say: Callable[[str], None]) -> None:
     Raises:
         EnvError: the suite's tasks do not load. GLError: it is to see pixels and nothing draws.
         ConfigError: ranks that cannot learn it together, a file is where the run goes or nothing
-            can be written there, random episodes fill all of it, or it takes more memory or
-            threads than there are.
+            can be written there, its safety signal cannot be had, random episodes fill all of it,
+            or it takes more memory or threads than there are.
         DiskFullError: there is no room for its checkpoints.
     """
     check_ranks(config)
@@ -50,6 +51,8 @@ def check(config: Config, run_dir: Path, say: Callable[[str], None]) -> None:
     seen = env.obs_shapes
     if "pixels" in seen and config.env.render == "opengl" and not is_foreign(env.task):
         select_gl()
+    if config.safety.signal != "none":
+        load_signal(config, seen["state"][0])
     frames = env.max_decisions * env.action_repeat
     prefill = config.collect.prefill * frames
     goes_on = (run_dir / "config.json").exists()

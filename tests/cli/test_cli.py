@@ -288,6 +288,7 @@ def test_resume_a_finished_run_and_extend_it(run, capsys):
             [*STATE, "--collect.envs", "3", "--collect.round", "2"],
             "collect.round must be 0 or >= collect.envs = 3, got 2",
         ),
+        ([*STATE, "--safety", "nowhere:f"], "safety.signal 'nowhere:f' cannot be loaded"),
         (["train", "--resume", "nowhere"], "nowhere is not a run directory"),
         (["eval", "nowhere"], "nowhere: no such run or checkpoint"),
         (["eval", ".", "--episodes", "2"], "holds no checkpoint yet"),
