@@ -83,12 +83,14 @@ def barrier_losses(
     loss = sign + config.step_scale * step
     frozen = mlp(guard.barrier.params().detach(), imagined).squeeze(-1).float()
     missing = shortfall(frozen, config.alpha).mean()
-    price = guard.multiplier.clone() * missing
+    # Without a step there is no price either, whatever it had come to when the run was told so.
+    multiplier = guard.multiplier.clone() if config.multiplier_lr else missing.new_zeros(())
+    price = multiplier * missing
     metrics = {
         "barrier_loss": loss,
         "barrier_sign_loss": sign,
         "safety_shortfall": missing,
-        "safety_multiplier": guard.multiplier.clone(),
+        "safety_multiplier": multiplier,
         "unsafe_share": (margin <= 0).float().mean(),
     }
     return Losses({"actor": price, "barrier": loss}, metrics)

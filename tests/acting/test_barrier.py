@@ -266,9 +266,12 @@ def test_the_multiplier_climbs_while_too_much_is_missing():
     assert guard.multiplier == 0
 
 
-def test_without_a_multiplier_all_but_the_barrier_learns_as_ever():
-    """Model, actor and critic of an agent whose multiplier is 0 are those of one without."""
+@pytest.mark.parametrize("before", [0.0, 27.0])
+def test_without_a_multiplier_all_but_the_barrier_learns_as_ever(before):
+    """Model, actor and critic of an agent whose multiplier is 0 are those of one without; also
+    where the run had one before."""
     agent = make_agent(multiplier_lr=0.0)
+    agent.guard.multiplier.fill_(before)
     plain_config = dataclasses.replace(agent.config, safety=SafetyConfig())
     plain = Dreamer(plain_config, {"state": (STATE,)}, A)
     assert set(plain.make_optimizers()) == {"model", "actor", "critic"}
