@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdreamer.config import PlanConfig, SafetyConfig, architecture, differences, from_dict
+from fastdreamer.config import (
+    Config,
+    PlanConfig,
+    SafetyConfig,
+    architecture,
+    differences,
+    from_dict,
+)
 from fastdreamer.learning.dreamer import Dreamer
 from fastdreamer.machine.device import resolve_device
 from fastdreamer.ops.backend import check_backend
@@ -116,7 +123,9 @@ def load(
         weights.setdefault(name.removeprefix("target_"), weights[name])
     agent.load_state_dict(weights)
     if safety is not None:
-        agent.config = dataclasses.replace(config, safety=safety).validate()
+        # Beside what is seen alone: violations are anybody's, also of who learns no barrier.
+        Config(env=config.env, safety=safety).validate()
+        agent.config = dataclasses.replace(config, safety=safety)
     if agent.guard is not None:
         agent.guard.signal_of(agent.config, asked=safety is not None)
     return agent.eval()

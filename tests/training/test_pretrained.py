@@ -10,7 +10,15 @@ import torch
 
 import fastdreamer
 from fastdreamer.cli import main
-from fastdreamer.config import EnvConfig, ExploreConfig, preset, to_dict
+from fastdreamer.config import (
+    ConfigError,
+    EnvConfig,
+    ExploreConfig,
+    SafetyConfig,
+    from_dict,
+    preset,
+    to_dict,
+)
 from fastdreamer.learning.dreamer import Dreamer
 from fastdreamer.training import pretrained
 from fastdreamer.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -97,6 +105,32 @@ def test_half_an_agent_has_counted_as_far_as_the_whole(tmp_path, rounds):
     kinds = {str(value.dtype): name for name, value in stored.items()}
     assert kinds.keys() == {"torch.float16", "torch.int64"}
     assert kinds["torch.int64"] == "agent/explorer.rounds"
+
+
+def test_violations_of_who_learns_no_barrier_are_counted_where_the_state_is_seen(tmp_path, capsys):
+    """PlaNet's, which a run with a signal would be refused for."""
+    planet = preset("tiny", {"agent": "planet", "env": {"time_limit": 0.2}})
+    agent = Dreamer(planet, {"state": (24,)}, 6)
+    about = {"config": to_dict(planet), "obs_shapes": agent.obs_shapes, "action_dim": 6}
+    about["cursor"] = {"update": 0, "env_frames": 0}
+    weights = {f"agent/{name}": value for name, value in agent.state_dict().items()}
+    path = tmp_path / "planet.safetensors"
+    save_checkpoint(path, weights, about)
+    assert main(["eval", str(path), "--episodes", "1", "--safety", "walker"]) == 0
+    assert "violations: " in capsys.readouterr().out
+    for safety, says in (
+        (SafetyConfig("walker", alpha=2.0), "safety.alpha must be"),
+        (SafetyConfig("height"), "safety.signal must be none, walker or"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            fastdreamer.load(path, safety=safety)
+    about["config"]["env"]["obs"] = "pixels"
+    sees = Dreamer(from_dict(about["config"]), {"pixels": (64, 64, 3)}, 6)
+    about["obs_shapes"] = sees.obs_shapes
+    weights = {f"agent/{name}": value for name, value in sees.state_dict().items()}
+    save_checkpoint(path, weights, about)
+    with pytest.raises(ConfigError, match="env.obs must be state or both with safety"):
+        fastdreamer.load(path, safety=SafetyConfig("walker"))
 
 
 def test_what_float16_cannot_hold_is_refused(run, tmp_path, monkeypatch):
