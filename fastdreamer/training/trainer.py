@@ -60,7 +60,7 @@ from fastdreamer.training.logger import METRICS_FILE, Logger, Progress, read_met
 from fastdreamer.training.processes import Processes
 from fastdreamer.training.ranks import Lead, check_ranks, current
 from fastdreamer.training.replay import Replay
-from fastdreamer.training.worker import Result
+from fastdreamer.training.worker import Result, by_optimism
 
 _log = logging.getLogger("fastdreamer")
 
@@ -645,7 +645,7 @@ class Trainer:
             self.newest_decisions += info.length - 1
             value = played.episode_return
             self.best_return = max(self.best_return, value)
-            if self.agent.explorer is not None and not job.random:
+            if not job.random and by_optimism(self.config, played.episode):
                 self.agent.explorer.rounds += 1
             values = {"return": value, "episode": played.episode, "random": int(job.random)}
             self._log("episode", **values, **told, **played.safety)

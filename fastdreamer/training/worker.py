@@ -95,6 +95,14 @@ def collecting_controller(config: Config, episode: int) -> str:
     return ("actor", "mpc")[episode % 2] if chosen == "mixed" else chosen
 
 
+def by_optimism(config: Config, episode: int) -> bool:
+    """Whether an optimist collects that episode; where the planner is one, those that it plays."""
+    explore = config.explore
+    if explore.method == "none":
+        return False
+    return explore.at == "actor" or collecting_controller(config, episode) != "actor"
+
+
 def batches(config: Config, episodes: Sequence[int]) -> list[list[int]]:
     """The episodes of a round by who is played side by side: up to ``collect.envs`` of those that
     the same controller plays.
@@ -226,7 +234,7 @@ class Player:
             controller=collecting_controller(config, batch[0]),
             sample=config.collect.sample,
             noise=config.collect.noise,
-            explore=config.explore.method != "none",
+            explore=by_optimism(config, batch[0]),
             shields=shields,
             watches=[self._watching(count) for count in counts],
             lanes=self._lanes,

@@ -466,6 +466,23 @@ def test_explorer_counts_its_rounds_in_its_state():
 # ---------------------------------------------------------------- a run
 
 
+@pytest.mark.parametrize(
+    ("agent", "controller", "at", "optimists"),
+    [
+        ("dreamer", "mixed", "plan", 1),  # of the episodes 2, 3 and 4 the planner plays one
+        ("dreamer", "mixed", "actor", 3),
+        ("planet", "auto", "plan", 3),
+    ],
+)
+def test_rounds_are_the_optimist_s_episodes(tmp_path, agent, controller, at, optimists):
+    few = {"frames": 40, "replay_ratio": 2.0}
+    changes = {"agent": agent, "collect": {"controller": controller}, "env": {"time_limit": 0.2}}
+    changes |= {"explore": {"method": "ucb", "at": at}, "eval": {"every": 0}, "train": few}
+    create_run(tmp_path / "run", preset("tiny", changes))
+    Trainer(tmp_path / "run").train()
+    assert load(tmp_path / "run").explorer.rounds == optimists
+
+
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     """With explorer, guard and a collecting shield, weights and metrics are the same."""
     tiny = preset("tiny")
