@@ -67,7 +67,7 @@ class Place(Protocol):
 
     Attributes:
         cores: that there are. patience: how many workers may be lost by their own doing at one
-            share, before it is taken for the share's.
+            share, before it is taken for the share's; and how many before they say where they are.
     """
 
     cores: int
@@ -326,9 +326,12 @@ class _Worker:
         lost.end()
         self._lost.append(lost)
         blamed = sum(one.is_to_blame() for one in self._lost)
+        unseen = sum(one.where is None for one in self._lost)  # whose machine nobody knows
         starting = self.share is None
-        if blamed > (0 if starting and what == "died" else self._place.patience):
-            often = "twice" if blamed == 2 else f"{blamed} times"
+        bound = 0 if starting and what == "died" else self._place.patience
+        if blamed > bound or unseen > self._place.patience:
+            count = max(blamed, unseen)
+            often = "twice" if count == 2 else f"{count} times"
             when = "while it started" if starting else f"{often} at the same job"
             raise CollectorError(f"the {self._name} {what} {when} ({how})")
         _log.warning("the %s %s (%s); starting it again", self._name, what, how)

@@ -35,7 +35,7 @@ from fastdreamer.training.collector import (
     share_out,
 )
 from fastdreamer.training.episodes import episode_path, read_episode
-from fastdreamer.training.worker import Result, Share, batches
+from fastdreamer.training.worker import Lost, Result, Share, batches
 
 CONFIG = preset("tiny")
 DECISIONS, FRAMES = 20, 40
@@ -252,6 +252,52 @@ def test_a_worker_that_cannot_start_is_an_error(tmp_path, collector):
             Collector(CONFIG, tmp_path)
     finally:
         multiprocessing.set_executable(executable)
+
+
+class Nowhere:
+    """A place whose workers are lost before they say where they are, nobody knows by whose doing;
+    from some number of them on they live."""
+
+    cores, patience = 1, 2
+
+    def __init__(self, lost):
+        self._lost, self.started = lost, 0
+
+    def start(self, name, config, episodes, lanes, *, instead):
+        self.started += 1
+        assert self.started < 9
+        return Unseen(lives=self.started > self._lost)
+
+    def wait(self, carriers, timeout):
+        return list(carriers)
+
+
+class Unseen:
+    where = None
+
+    def __init__(self, lives):
+        self._lives = lives
+
+    def hear(self):
+        if not self._lives:
+            raise Lost("no word of it")
+        self.where = "there"
+        return {"obs_shapes": {"state": [24]}, "action_dim": 6}
+
+    def is_to_blame(self):
+        return False
+
+    def kill(self):
+        """It is gone already, or nothing of a process."""
+
+    end = kill
+
+
+def test_workers_lost_before_they_say_where_they_are_are_not_replaced_for_ever(tmp_path):
+    place = Nowhere(lost=2)
+    assert Collector(CONFIG, tmp_path, place=place).action_dim == 6 and place.started == 3
+    with pytest.raises(CollectorError, match=r"died while it started \(no word of it\)"):
+        Collector(CONFIG, tmp_path, place=Nowhere(lost=3))
 
 
 def test_a_job_that_kills_the_worker_twice_is_an_error(tmp_path, agent, monkeypatch):
