@@ -13,6 +13,22 @@ Source = torch.Generator | Sequence[torch.Generator]
 """One generator for a whole batch, or one a row, which then draws what it would draw alone."""
 
 
+def one_by_one(source: Source, rows: int) -> list[Source]:
+    """The sources of single rows, where the rows have one each; none where they share one.
+
+    Such rows are environments of their own, and libraries round a row by what is beside it: what is
+    not an op is computed row by row there.
+
+    Raises:
+        ValueError: another number of generators than of rows.
+    """
+    if isinstance(source, torch.Generator):
+        return []
+    if len(source) != rows:
+        raise ValueError(f"{len(source)} generators for a batch of {rows}")
+    return [[generator] for generator in source]
+
+
 def normal(source: Source, *shape: int, dim: int = 0) -> Tensor:
     """Standard normal numbers on the generator's device, float32.
 
@@ -34,9 +50,8 @@ def latent(params: RSSMParams, source: Source, *lead: int, dim: int = 0) -> Tens
 
 
 def _draw(draw: Callable[..., Tensor], source: Source, shape: tuple[int, ...], dim: int) -> Tensor:
-    if isinstance(source, torch.Generator):
+    each = one_by_one(source, shape[dim])
+    if not each:
         return draw(shape, generator=source, device=source.device)
-    if len(source) != shape[dim]:
-        raise ValueError(f"{len(source)} generators for a batch of {shape[dim]}")
     row = (*shape[:dim], 1, *shape[dim + 1 :])
-    return torch.cat([_draw(draw, generator, row, dim) for generator in source], dim)
+    return torch.cat([_draw(draw, generator, row, dim) for (generator,) in each], dim)

@@ -9,12 +9,13 @@ and refits included, is :mod:`fastdreamer.ops.cem`.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastdreamer.acting.noise import Source, latent, normal
+from fastdreamer.acting.noise import Source, latent, normal, one_by_one
 from fastdreamer.config import PlanConfig
 from fastdreamer.config.sections import Greedy
 from fastdreamer.errors import FastdreamerError
@@ -44,6 +45,12 @@ class PlanInfo(NamedTuple):
     def iterations(self) -> int:
         """Iterations made: all that were asked for, or as many as fitted in the time."""
         return len(self.scores)
+
+    @classmethod
+    def beside(cls, each: Sequence[PlanInfo]) -> PlanInfo:
+        """Of several batches, planned one after the other, as of one."""
+        *parts, seconds = zip(*each, strict=True)
+        return cls(*(torch.cat(part, 1) for part in parts), sum(seconds))
 
 
 @torch.no_grad()
@@ -116,7 +123,8 @@ def plan(
     leads = actor is not None and not warm
     if leads and greedy != "median":
         noise = draw_latent(horizon, batch)
-        mean = _follow(params, actor, state, noise, greedy, backend)
+        alone = bool(one_by_one(source, batch))
+        mean = _follow(params, actor, state, noise, greedy, backend, alone=alone)
     # The actor's rollouts, in one call: first the start, where it is one, then the proposals. The
     # median is the action of no noise.
     first = int(leads and greedy == "median")
@@ -183,6 +191,14 @@ def plan(
     return action, PlanInfo(mean, std, scores, time.perf_counter() - begin)
 
 
+def greedy_actions(actor: ActorParams, state: State, rule: Greedy, *, alone: bool) -> Tensor:
+    """The actor's actions without noise in states [B, ...], [B, A]; ``alone``: computed one by one,
+    see :func:`fastdreamer.acting.noise.one_by_one`."""
+    feat = state.concat(actor.stoch_first)
+    rows = feat.split(1) if alone else [feat]
+    return torch.cat([greedy_action(actor_dist(actor, row), rule) for row in rows])
+
+
 def _follow(
     params: RSSMParams,
     actor: ActorParams,
@@ -190,11 +206,12 @@ def _follow(
     state_noise: Tensor,
     greedy: Greedy,
     backend: str | None,
+    *,
+    alone: bool,
 ) -> Tensor:
     """The actor's actions without noise along an imagined trajectory, [H, B, A]."""
     actions = []
     for noise in state_noise:
-        dist = actor_dist(actor, state.concat(actor.stoch_first))
-        actions.append(greedy_action(dist, greedy))
+        actions.append(greedy_actions(actor, state, greedy, alone=alone))
         state, _ = rssm_step(params, state, actions[-1], noise, backend=backend)
     return torch.stack(actions)

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from fastdreamer.acting.exploration import Explorer
-from fastdreamer.acting.noise import Source, latent, normal
+from fastdreamer.acting.noise import Source, latent, normal, one_by_one
 from fastdreamer.acting.parts import acting_parts, keep_only
-from fastdreamer.acting.planning import PlanInfo, plan
+from fastdreamer.acting.planning import PlanInfo, greedy_actions, plan
 from fastdreamer.acting.shield import Guard, Shield, Shields
 from fastdreamer.config import Config, ConfigError
 from fastdreamer.machine.device import resolve_device, resolve_precision
 from fastdreamer.nn import Actor, ScalarHead, WorldModel
-from fastdreamer.nn.dists import greedy_action
 from fastdreamer.ops.decide import decide
 from fastdreamer.ops.layers import MLPParams
 from fastdreamer.ops.params import Readout, ReturnParams, State
@@ -152,6 +151,7 @@ class Policy(nn.Module):
         if len(state.deter) != batch:
             raise ValueError(f"act: a batch of {batch} observations, {len(state.deter)} states")
         generator = generator or self._act_generator
+        alone = bool(one_by_one(generator, batch))
         draw = lambda: normal(generator, batch, self.action_dim).to(self.device)  # noqa: E731
         controller = self.controller(controller)
         if explore and self.explorer is None:
@@ -167,7 +167,7 @@ class Policy(nn.Module):
             actor.params() if inside else None,
             State(state.deter, state.stoch),
             state.action,
-            self._embed(tensors.get("pixels"), alone=not isinstance(generator, torch.Generator)),
+            self._embed(tensors.get("pixels"), alone=alone),
             latent(rssm, generator, batch).to(self.device),
             draw() if sample and inside else None,
             encoder=encoder.state and encoder.state.params(),
@@ -175,7 +175,7 @@ class Policy(nn.Module):
         )
         chosen = None
         if actor is not None and not inside:
-            action = greedy_action(actor(now.feat), greedy)
+            action = greedy_actions(actor.params(), now, greedy, alone=alone)
         elif action is None:
             action, info = self.plan(
                 now, controller, explore=explore, last=state.plan, generator=generator
@@ -189,7 +189,7 @@ class Policy(nn.Module):
         return (out if batched else out[0]), PolicyState(*now, action, chosen)
 
     def _embed(self, pixels: Tensor | None, *, alone: bool) -> Tensor | None:
-        """Embed images; ``alone``: one by one, as libraries round each by what is beside it."""
+        """Embed images; ``alone``: one by one, see :func:`fastdreamer.acting.noise.one_by_one`."""
         if pixels is None:
             return None
         embed = self.model.encoder.embed_pixels
@@ -234,6 +234,21 @@ class Policy(nn.Module):
         Returns:
             The actions [B, A] and how they were found; see :mod:`fastdreamer.acting.planning`.
         """
+        source, on_time = generator or self._act_generator, self.config.plan.budget_ms is not None
+        each = one_by_one(source, len(state.deter))
+        if explore and len(each) > 1 and not on_time:  # the bound is no op; the time is one for all
+            found = [
+                self.plan(
+                    State(state.deter[i : i + 1], state.stoch[i : i + 1]),
+                    controller,
+                    explore=True,
+                    last=None if last is None else last[:, i : i + 1],
+                    generator=own,
+                )
+                for i, own in enumerate(each)
+            ]
+            actions, infos = zip(*found, strict=True)
+            return torch.cat(actions), PlanInfo.beside(infos)
         mpc = self.controller(controller) == "mpc"
         actor, score = self.actor, "lambda_return" if mpc else "reward"
         if explore:
@@ -250,7 +265,7 @@ class Policy(nn.Module):
                 greedy=self.config.behavior.greedy,
                 score=score,
                 last=last,
-                generator=generator or self._act_generator,
+                generator=source,
             )
 
     def make_shield(self) -> Shield:

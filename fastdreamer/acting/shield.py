@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdreamer.acting.noise import Source, normal
+from fastdreamer.acting.noise import Source, normal, one_by_one
 from fastdreamer.acting.signals import Signal, Violations, load_signal, refuse_signal
 from fastdreamer.config import Config, SafetyConfig
 from fastdreamer.named import names_code
@@ -187,6 +187,13 @@ class Shield:
     def filter(self, state: State, action: Tensor, generator: Source) -> Filtered:
         """The same, uncounted, and what became of every row."""
         config, (batch, size) = self.config, action.shape
+        each = one_by_one(generator, batch)
+        if len(each) > 1:
+            rows = [
+                self.filter(State(*(part[i : i + 1] for part in state)), action[i : i + 1], own)
+                for i, own in enumerate(each)
+            ]
+            return Filtered(*map(torch.cat, zip(*rows, strict=True)))
         shape = (config.shield_iterations, batch, config.shield_samples, size)
         return filter_actions(
             self.rssm.params(),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastdreamer.acting.policy import PolicyState, resolve_precision
-from fastdreamer.config import preset
+from fastdreamer.config import ExploreConfig, SafetyConfig, preset
 from fastdreamer.learning.dreamer import Dreamer
 from fastdreamer.nn.dists import greedy_action
 from fastdreamer.ops.backend import last_backend, use_backend
@@ -108,6 +108,37 @@ def test_a_row_with_its_own_generator_is_alone(kinds, controller):
                     assert a is b is None or torch.equal(a, b)
     with pytest.raises(ValueError, match="2 generators for a batch of 3"):
         agent.act(obs, together, generator=generators[:2])
+
+
+@pytest.mark.parametrize("part", ["mode", "plan from modes", "plan by the bound", "shield"])
+def test_what_libraries_compute_of_a_row_with_its_own_generator_is_of_it_alone(part):
+    """In layers so wide that they round a row of a batch otherwise."""
+    pytest.importorskip("fastdreamer._native")
+    tiny = preset("tiny")
+    agent = make_agent(
+        model=dataclasses.replace(tiny.model, deter=64, hidden=64, units=64),
+        behavior=dataclasses.replace(tiny.behavior, greedy="mode"),
+        collect=dataclasses.replace(tiny.collect, controller="mpc"),
+        explore=ExploreConfig("ucb", at="plan"),
+        safety=SafetyConfig("walker"),
+    )
+    with torch.no_grad():
+        agent.actor.mlp.layers[-1].bias[A:] = -8  # narrow: its modes are not ±1
+    state = torch.randn(3, 64, generator=seeded(1)), torch.randn(3, 4, generator=seeded(2))
+    proposed, obs = torch.rand(3, A, generator=seeded(3)), make_obs(("state",), 3)["state"]
+
+    def found(rows):
+        own, now = [seeded(i) for i in rows], State(*(x[rows] for x in state))
+        if part == "mode":
+            return agent.act(obs[rows], generator=own)[1].action
+        if part == "shield":
+            return agent.make_shield().filter(now, proposed[rows], own).margin
+        _, info = agent.plan(now, "mpc", explore=part == "plan by the bound", generator=own)
+        return torch.cat([x.transpose(0, 1).flatten(1) for x in info[:3]], 1)
+
+    with use_backend("native"):
+        together = found([0, 1, 2])
+        assert all(torch.equal(together[i], found([i])[0]) for i in range(3))
 
 
 @pytest.mark.parametrize("kinds", KINDS)
