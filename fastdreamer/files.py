@@ -125,17 +125,26 @@ def remove_stale(directory: Path) -> None:
         if not match:
             continue
         with contextlib.suppress(FileNotFoundError):  # its writer renamed it meanwhile
-            stale = time.time() - path.stat().st_mtime > _TMP_MAX_AGE
-            try:
-                os.kill(int(match[1]), 0)
-                # Killed, but not yet reaped: it answers signals and writes no more.
-                stale = stale or _is_zombie(match[1])
-            except (ProcessLookupError, OverflowError):
-                stale = True
-            except PermissionError:
-                pass  # it lives, under another user
-            if stale:
+            if is_stale(path, match[1]):
                 path.unlink()
+
+
+def is_stale(path: Path, pid: str) -> bool:
+    """Whether what that process writes for a moment has been left there by it.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    if time.time() - path.stat().st_mtime > _TMP_MAX_AGE:
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        return False  # it lives, under another user
+    # Killed, but not yet reaped: it answers signals and writes no more.
+    return _is_zombie(pid)
 
 
 def _is_zombie(pid: str) -> bool:

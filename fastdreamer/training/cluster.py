@@ -11,6 +11,8 @@ import logging
 import os
 import platform
 import queue
+import re
+import shutil
 import signal
 import socket
 import tempfile
@@ -25,7 +27,7 @@ from typing import Any, NamedTuple
 from fastdreamer._version import __version__
 from fastdreamer.config import Config, to_dict
 from fastdreamer.errors import FastdreamerError, how_to_install
-from fastdreamer.files import replacing
+from fastdreamer.files import is_stale, replacing
 from fastdreamer.machine.device import CORES
 from fastdreamer.ops.backend import kernel_choice
 from fastdreamer.training.worker import Lost, Share, converse
@@ -36,6 +38,7 @@ _PATIENCE = 5.0  # seconds that a cluster may take to answer at its address
 _SAVING = 60.0  # seconds that runs may take to finish an update and save
 _FORWARDED = ("FASTDREAMER_BACKEND", "FASTDREAMER_ISA", "FASTDREAMER_ARITHMETIC")
 """Variables that a worker computes by, wherever it is. What draws is each machine's own affair."""
+_FOLDER = re.compile(r"fastdreamer-(\d+)-[0-9a-f]{32}")
 
 
 class ClusterError(FastdreamerError, RuntimeError):
@@ -301,6 +304,17 @@ class Actor:
     end = kill
 
 
+def _own_folder() -> Path:
+    """Where an actor's files are until they are said. What others were killed over is removed."""
+    place = Path(tempfile.gettempdir())
+    for path in place.glob("fastdreamer-*"):
+        if match := _FOLDER.fullmatch(path.name):
+            with contextlib.suppress(FileNotFoundError):
+                if is_stale(path, match[1]):
+                    shutil.rmtree(path, ignore_errors=True)  # as another user's
+    return place / f"fastdreamer-{os.getpid()}-{uuid.uuid4().hex}"
+
+
 class _Worker:
     """The actor: a worker that talks through two queues, in a thread of its own."""
 
@@ -308,8 +322,7 @@ class _Worker:
         os.environ.update(environ)
         self._taken: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._said: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        # Made by the first file in it.
-        self._folder = Path(tempfile.gettempdir()) / f"fastdreamer-{uuid.uuid4().hex}"
+        self._folder = _own_folder()  # made by the first file in it
         threading.Thread(target=self._work, args=settings, daemon=True).start()
 
     def _work(self, config_json: str, kernels: dict[str, str] | None, lanes: int) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from logged import learned
 
+from fastdreamer import files
 from fastdreamer.acting.parts import acting_weights
 from fastdreamer.acting.policy import Policy
 from fastdreamer.cli import main
@@ -128,6 +129,25 @@ def test_actors_give_the_bytes_of_processes_also_where_one_dies_or_hangs(
         assert took(pool, directory) == want
     wait(lambda: not os.path.exists(f"/proc/{stopped}"))
     assert not list(Path(tempfile.gettempdir()).glob("fastdreamer-*/episode-*"))
+
+
+def test_what_an_actor_was_killed_over_goes_with_the_next(tmp_path, monkeypatch):
+    """Between writing an episode and saying it: nobody else knows of the file."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(cluster_module, "converse", lambda *given: None)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    names = [f"fastdreamer-{pid}-{32 * '0'}" for pid in (ended.pid, os.getpid())]
+    left, living, others = (tmp_path / name for name in (*names, "fastdreamer-of-mine"))
+    for folder in (left, living, others):
+        folder.mkdir()
+        (folder / "episode-000000.safetensors").touch()
+    worker = cluster_module._Worker({}, "{}", None, 1)
+    assert sorted(tmp_path.iterdir()) == sorted([living, others])
+    worker._folder.mkdir()  # as its first file makes it: of whoever is killed the next one knows
+    monkeypatch.setattr(files, "_TMP_MAX_AGE", -1)
+    cluster_module._Worker({}, "{}", None, 1)
+    assert list(tmp_path.iterdir()) == [others]
 
 
 @with_ray
