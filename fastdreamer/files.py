@@ -25,21 +25,25 @@ class DiskFullError(FastdreamerError, OSError):
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR)
 _NO_SUCH_CALL = (errno.EINVAL, errno.EBADF, errno.ENOTSUP)
 """What file systems answer that cannot sync a directory, as some that machines share."""
 
 
 @contextlib.contextmanager
 def room_for(path: Path) -> Iterator[None]:
-    """Raise DiskFullError, naming file and free space, where the body finds the disk full.
+    """Raise DiskFullError, naming file and free space, where the body finds the disk full, and
+    ArgumentError where the system refuses to write the file.
 
-    Also where a library words the system's answer in an exception of its own.
+    A full disk also where a library words the system's answer in an exception of its own.
     """
     try:
         yield
     except DiskFullError:
         raise
     except Exception as error:
+        if _is_refusal(error, path):
+            raise ArgumentError(f"{path} cannot be written: {error.strerror}") from error
         full = isinstance(error, OSError) and error.errno in _FULL
         words = [text for n in _FULL for text in (f"(os error {n})", os.strerror(n))]
         if not full and not any(text in str(error) for text in words):
@@ -51,16 +55,23 @@ def room_for(path: Path) -> Iterator[None]:
         ) from error
 
 
+def _is_refusal(error: Exception, path: Path) -> bool:
+    """Whether the system lets nobody write that file, or its temporary beside it."""
+    if not isinstance(error, OSError) or error.errno not in _REFUSED:
+        return False
+    return error.filename is None or Path(str(error.filename)).parent == path.parent
+
+
 def file_in_the_way(directory: Path) -> Path | None:
     """The file for which that directory can't be made: in its place, or in one above."""
     return next((p for p in (directory, *directory.parents) if p.exists() and not p.is_dir()), None)
 
 
 def make_directory(directory: Path) -> None:
-    """Make a directory and those above it, where they lack.
+    """Make a directory to write to, and those above it, where they lack.
 
     Raises:
-        ArgumentError: a file is in the way, or the system refuses.
+        ArgumentError: a file is in the way, or the system refuses to make it or what is in it.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -69,6 +80,8 @@ def make_directory(directory: Path) -> None:
         if isinstance(error, FileExistsError | NotADirectoryError):
             why = f"{file_in_the_way(directory)} is a file"
         raise ArgumentError(f"{directory} cannot be a directory: {why}") from error
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise ArgumentError(f"{directory.absolute()} cannot be written to: choose another place")
 
 
 @contextlib.contextmanager
@@ -80,7 +93,7 @@ def replacing(path: Path) -> Iterator[Path]:
     process leaves ``.tmp-PID-NAME``.
 
     Raises:
-        DiskFullError: there is no room for it.
+        DiskFullError: there is no room for it. ArgumentError: the system refuses to write it.
     """
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     with room_for(path):

@@ -23,7 +23,7 @@ from fastdreamer.analysis.abreast import Cast, Key, Row
 from fastdreamer.analysis.viz.curves import plot_runs, write_curve
 from fastdreamer.analysis.viz.dreams import dream_figure, state_figure
 from fastdreamer.config import ConfigError, PlanConfig
-from fastdreamer.files import make_directory, write_csv
+from fastdreamer.files import make_directory, room_for, write_csv
 from fastdreamer.learning.dreamer import Dreamer
 from fastdreamer.training.checkpoint import (
     CheckpointError,
@@ -238,7 +238,7 @@ def _refuse_others(path: Path, done: dict[Key, Row], snapshots: dict[int, Path])
 
 def _append(path: Path, about: dict[str, Any], row: Row) -> None:
     new = not path.exists()
-    with path.open("a", encoding="utf-8", newline="") as file:
+    with room_for(path), path.open("a", encoding="utf-8", newline="") as file:
         if new:
             file.write(f"# {json.dumps(about)}\n")
         writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")

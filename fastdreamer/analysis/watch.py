@@ -129,11 +129,11 @@ def write(show: Show, out: Path) -> Path:
         raise ArgumentError(f"--out must end in .gif or .mp4, got {out}")
     if out.is_dir() or file_in_the_way(out.parent):
         raise ArgumentError(f"--out {out}: it is a directory, or a file is where its own should be")
+    make_directory(out.parent)  # before an episode that would be played for nothing
     images = (frame.image for frame in show.frames(1))
     if out.suffix == ".mp4":
         return write_video(out, images, fps=1 / show.env.decision_seconds)
     first, *rest = (Image.fromarray(image) for image in images)
-    make_directory(out.parent)
     with replacing(out) as temporary:
         first.save(
             temporary, "GIF", save_all=True, append_images=rest, loop=0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import errno
 import json
 import os
 import re
@@ -373,6 +374,44 @@ def test_where_nothing_can_be_written_no_run_is_begun(capsys, monkeypatch, tmp_p
         assert main([*STATE, *where]) == 1
         assert f"{tmp_path} cannot be written to" in output(capsys)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["plot", "RUN"],
+        ["report", "RUN", "--out", "."],
+        ["eval", "RUN", "--video", "episode.mp4"],
+        ["watch", "RUN", "--out", "film.gif"],
+        ["export", "RUN", "agent.safetensors"],
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_where_nothing_can_be_written_one_line_says_so(argv, run, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    able = os.access
+    closed = lambda path, mode: able(path, mode) and Path(path).absolute() != tmp_path  # noqa: E731
+    monkeypatch.setattr(os, "access", closed)
+    monkeypatch.setattr(fastdreamer.Dreamer, "act", lambda *args, **kwargs: pytest.fail("played"))
+    assert main([str(run) if word == "RUN" else word for word in argv]) == 1
+    assert f"fastdreamer: {tmp_path} cannot be written to" in output(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_replaced_is_named(run, capsys, monkeypatch, tmp_path):
+    """As one of somebody else's in a directory for all, or what is a directory itself."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "curves.png").mkdir()
+    assert main(["plot", str(run)]) == 1
+    assert "fastdreamer: curves.png cannot be written: Is a directory" in output(capsys)
+
+    def refuse(source, target):
+        raise PermissionError(errno.EPERM, "Operation not permitted", source, None, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    assert main(["plot", str(run), "--out", "c.svg"]) == 1
+    assert "fastdreamer: c.svg cannot be written: Operation not permitted" in output(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
 
 
 def test_fewer_frames_than_there_are_leave_nothing_to_do(run, capsys):

@@ -180,7 +180,7 @@ def _run(
     """Bring one method under one seed to its last evaluation."""
     training = METHODS[method].training
     directory = out / f"{training}-seed{seed}"
-    directory.mkdir(exist_ok=True)
+    make_directory(directory)
     learner_type = ModelFreeRun if training in MODEL_FREE else WorldModelRun
     learner = learner_type(directory, training, settings.config(seed), stop)
     with lock_run(directory):
