@@ -15,7 +15,14 @@ from fastdreamer.errors import how_to_install
 if TYPE_CHECKING:
     from fastdreamer.acting.planning import PlanningError
     from fastdreamer.acting.policy import PolicyState
-    from fastdreamer.config import PRESETS, Config, ConfigError, PlanConfig, preset
+    from fastdreamer.config import (
+        PRESETS,
+        Config,
+        ConfigError,
+        PlanConfig,
+        SafetyConfig,
+        preset,
+    )
     from fastdreamer.envs import canonical_task, list_tasks, make_env
     from fastdreamer.learning.dreamer import Dreamer, NonFiniteLoss
     from fastdreamer.ops.backend import BackendError, use_backend
@@ -28,7 +35,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "acting.planning": ("PlanningError",),
     "acting.policy": ("PolicyState",),
-    "config": ("PRESETS", "Config", "ConfigError", "PlanConfig", "preset"),
+    "config": ("PRESETS", "Config", "ConfigError", "PlanConfig", "SafetyConfig", "preset"),
     "envs": ("canonical_task", "list_tasks", "make_env"),
     "learning.dreamer": ("Dreamer", "NonFiniteLoss"),
     "ops.backend": ("BackendError", "use_backend"),
@@ -52,6 +59,7 @@ __all__ = [
     "PolicyState",
     "Replay",
     "RunError",
+    "SafetyConfig",
     "Stopped",
     "Trainer",
     "__version__",

@@ -139,7 +139,7 @@ PRESETS = {
     "state": _state(),
     "tiny": _tiny(),
 }
-"""Named starting points; the ``walker`` preset is the default of ``fastdreamer train``."""
+"""Named starting points; ``fastdreamer train`` starts from ``walker-v3`` where none is named."""
 
 
 def preset(name: str, changes: dict[str, Any] | None = None) -> Config:

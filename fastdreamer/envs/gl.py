@@ -50,7 +50,7 @@ _KEY_VARIABLES = (
 _INSTALL = (
     "install one of them, on Debian or Ubuntu: "
     "`apt install libegl1 libopengl0 libgl1-mesa-dri` (EGL) or `apt install libosmesa6` (OSMesa); "
-    "drawing by rays (`--render rays`) and training from state (`--obs state`) need none"
+    "training with pictures by rays (`--render rays`) or from state (`--obs state`) needs none"
 )
 
 # Draws the way the environments do, through dm_control, and prints one line of JSON.
@@ -162,7 +162,8 @@ def requested_backend() -> str | None:
     if value not in BACKENDS:
         raise GLError(
             f"MUJOCO_GL={os.environ['MUJOCO_GL']!r} names no offscreen GL backend; unset it to "
-            f"let one be chosen, or set one of: {', '.join(BACKENDS)}; --render rays needs none"
+            f"let one be chosen, or set one of: {', '.join(BACKENDS)}; "
+            "training with --render rays needs none"
         )
     return value
 

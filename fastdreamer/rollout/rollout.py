@@ -336,10 +336,22 @@ class Rollout:
         *,
         generator: torch.Generator | None = None,
     ) -> tuple[State, Latent]:
-        """One step without an observation: the next State and its prior; see ``ops.rssm_step``.
+        """One step without an observation; see ``ops.rssm_step``.
 
-        state is deter [B, D] and stoch [B, S], action [B, A], noise [B, S] standard normal (of
-        categorical latents [B, C], as :meth:`imagine` takes it), drawn if not given.
+        Args:
+            state: deter [B, D] and stoch [B, S].
+            action: [B, A].
+            noise: [B, S] standard normal (of categorical latents as :meth:`imagine` takes it,
+                without H), drawn if not given.
+            generator: where from.
+
+        Returns:
+            The next State, deter [B, D] and stoch [B, S], and its prior: ``mean`` and ``std``
+            [B, S], or ``logits`` [B, C, K].
+
+        Raises:
+            ValueError: a shape or dtype does not fit. BackendError: a backend that was named
+            outright cannot run.
         """
         noise = self._state_noise(noise, (len(action),), generator)
         return rssm_step(self.rssm, State(*state), action, noise, backend=self.backend)
@@ -352,10 +364,21 @@ class Rollout:
         *,
         generator: torch.Generator | None = None,
     ) -> State:
-        """States 1..H under given actions [H, B, A]; see ``ops.open_loop``.
+        """States under given actions; see ``ops.open_loop``.
 
-        start is deter [B, D] and stoch [B, S], noise [H, B, S] (of categorical latents [H, B, C]),
-        drawn if not given.
+        Args:
+            start: state 0, deter [B, D] and stoch [B, S].
+            action: [H, B, A], of which ``action[t]`` leads from state t to state t + 1.
+            noise: [H, B, S] standard normal (of categorical latents as :meth:`imagine` takes it),
+                drawn if not given.
+            generator: where from.
+
+        Returns:
+            States 1..H: deter [H, B, D] and stoch [H, B, S].
+
+        Raises:
+            ValueError: a shape or dtype does not fit. BackendError: a backend that was named
+            outright cannot run.
         """
         action = self._inward(action)
         noise = self._state_noise(noise, tuple(action.shape[:2]), generator)
@@ -373,11 +396,24 @@ class Rollout:
         *,
         generator: torch.Generator | None = None,
     ) -> Observation:
-        """Filter a sequence: embed [T, B, E], action [T, B, A] that led to each, is_first [T, B]
-        (bool), noise [T, B, S] (of categorical latents [T, B, C]), drawn if not given.
+        """Filter a sequence; see ``ops.observe``.
 
-        Without ``is_first`` nothing is reset, without ``start`` the sequence starts from
-        :meth:`initial`; see ``ops.observe``.
+        Args:
+            embed: [T, B, E] of the observations, in any floating dtype.
+            action: [T, B, A], that led to each.
+            is_first: [T, B], bool: where an episode begins; None: nowhere.
+            start: the state before, deter [B, D] and stoch [B, S]; None: :meth:`initial`.
+            noise: [T, B, S] standard normal (of categorical latents as :meth:`imagine` takes it),
+                drawn if not given.
+            generator: where from.
+
+        Returns:
+            ``.state``, deter [T, B, D] and stoch [T, B, S] drawn from the posterior; ``.post`` and
+            ``.prior``, each ``mean`` and ``std`` [T, B, S], or ``logits`` [T, B, C, K].
+
+        Raises:
+            ValueError: a shape or dtype does not fit. MisfitError: the Rollout was made without
+            ``post``. BackendError: a backend that was named outright cannot run.
         """
         self._need("post", "observe")
         embed, action = self._inward(embed), self._inward(action)
@@ -413,6 +449,12 @@ class Rollout:
             generator: where from.
             returns: whether to add rewards, values and λ-returns; by default if the Rollout has
                 a reward head and a critic.
+
+        Returns:
+            ``.deter`` [H, B, D] and ``.stoch`` [H, B, S] of states 1..H (the start is state 0), and
+            ``.action`` [H, B, A], of which ``action[t]`` led from state t to state t + 1. With
+            returns ``.reward``, ``.value``, ``.returns`` and, of a discount head, ``.discount``,
+            [H, B] each, as :class:`fastdreamer.ops.imagine.Imagination` says; else they are None.
 
         Raises:
             ValueError: neither horizon nor noise is given, or a shape or dtype does not fit.
@@ -462,6 +504,10 @@ class Rollout:
             clip: bound on the candidates' |a|; the original PlaNet's is the environment's, 1.
             score: ``"reward"`` or, by default where there is a critic, ``"lambda_return"``.
             generator: where the noise comes from.
+
+        Returns:
+            ``.mean`` and ``.std`` [H, B, A] of the last fit, and ``.scores`` [I, B, N] of every
+            candidate, iteration by iteration.
 
         Raises:
             ValueError: neither horizon nor mean is given, they differ, or a shape does not fit.

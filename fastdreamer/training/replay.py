@@ -220,6 +220,9 @@ class Replay:
     def _starts(self, length: int) -> tuple[list[int], np.ndarray]:
         """Return the episodes' numbers and [0, starts in the first, in the first two, ...]."""
         if not self._episodes:
-            raise EpisodeError(f"{self.directory}: replay holds no episode to sample from")
+            raise EpisodeError(
+                f"{self.directory}: replay holds no episode to sample from; load() enters those of "
+                "its directory, RUN/episodes"
+            )
         counts = [max(1, e.length - length + 1) for e in self._episodes.values()]
         return self.indices, np.cumsum([0, *counts])
