@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastdreamer.analysis.viz.curves import SEEDS_FILE, plot_runs
+from fastdreamer.analysis.viz.curves import plot_runs
 from fastdreamer.config import Config, ConfigError, from_dict, to_dict
 from fastdreamer.config.schema import build
 from fastdreamer.files import replacing
 from fastdreamer.training.checkpoint import CheckpointError, list_checkpoints, load_meta
 from fastdreamer.training.cluster import Call, Cluster
-from fastdreamer.training.logger import METRICS_FILE, read_metrics
+from fastdreamer.training.logger import METRICS_FILE, SEEDS_FILE, read_metrics
 from fastdreamer.training.tasks import carry_out, run_tasks
 from fastdreamer.training.trainer import RunError, Trainer, stop_signals
 

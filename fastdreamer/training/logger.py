@@ -22,6 +22,9 @@ from fastdreamer.errors import ArgumentError
 from fastdreamer.files import replacing, room_for
 
 METRICS_FILE = "metrics.jsonl"
+SEEDS_FILE = "seeds.json"
+"""What a folder of runs that differ in their seed alone has beside them: their seeds, in the order
+of training."""
 KINDS = ("train", "episode", "eval")
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 

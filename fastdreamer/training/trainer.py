@@ -56,7 +56,13 @@ from fastdreamer.training import checkpoint
 from fastdreamer.training.cluster import connected
 from fastdreamer.training.collector import Collector, Job, pool_size, read_job, round_size
 from fastdreamer.training.episodes import episode_fields
-from fastdreamer.training.logger import METRICS_FILE, Logger, Progress, read_metrics
+from fastdreamer.training.logger import (
+    METRICS_FILE,
+    SEEDS_FILE,
+    Logger,
+    Progress,
+    read_metrics,
+)
 from fastdreamer.training.processes import Processes
 from fastdreamer.training.ranks import Lead, check_ranks, current
 from fastdreamer.training.replay import Replay
@@ -127,8 +133,8 @@ def create_run(run_dir: Path, config: Config) -> None:
     """Make a run directory with its ``config.json``.
 
     Raises:
-        RunError: there is a run already, or a file. BackendError: the backend or device cannot run
-            here. ConfigError: they contradict each other.
+        RunError: there is a run already, or several, or a file. BackendError: the backend or device
+            cannot run here. ConfigError: they contradict each other.
     """
     config = resolve_config(config)  # a resumed run computes where this one does
     _refuse_used(run_dir)
@@ -145,6 +151,11 @@ def _refuse_used(run_dir: Path) -> None:
         raise RunError(
             f"{run_dir} holds a run already; resume it with `fastdreamer train --resume {run_dir}`,"
             " or choose another --run"
+        )
+    if (run_dir / SEEDS_FILE).exists():
+        raise RunError(
+            f"{run_dir} is a folder of runs; `fastdreamer train --resume {run_dir}` goes on with "
+            "them, another --run makes a new one"
         )
 
 

@@ -123,6 +123,13 @@ def test_a_run_of_the_folder_that_is_gone_is_missed(folder, capsys):
         (folder / "elsewhere").rename(three)
 
 
+def test_a_folder_of_runs_is_no_place_for_a_run(folder, capsys):
+    before = sorted(folder.iterdir())
+    assert main(["train", "walker", *TINY, "--run", str(folder)]) == 1
+    assert f"{folder} is a folder of runs; `fastdreamer train --resume {folder}`" in output(capsys)
+    assert sorted(folder.iterdir()) == before
+
+
 def test_a_finished_folder_takes_no_settings_that_do_not_fit(folder, capsys):
     for wrong in (["--env.obs", "pixels"], ["--train.frames", "40"]):
         assert main(["train", "--resume", str(folder), *wrong]) == 1

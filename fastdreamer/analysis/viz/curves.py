@@ -18,7 +18,7 @@ from fastdreamer.analysis.viz.comparison import mean_and_std
 from fastdreamer.analysis.viz.figure import COLOURS, STYLE, save_figure, thousands
 from fastdreamer.errors import ArgumentError
 from fastdreamer.files import write_csv
-from fastdreamer.training.logger import METRICS_FILE, read_metrics
+from fastdreamer.training.logger import METRICS_FILE, SEEDS_FILE, read_metrics
 
 _DASHES = ("--", ":", "-.")  # one per task
 # Published method in the CSV: label, and the marker and grey that tell it from the others.
@@ -29,9 +29,6 @@ _METHODS = {
     "dreamer-v2": ("DreamerV2", "D", "#5e5e5e"),
     "dreamer-v3": ("DreamerV3", "v", "#7d7d7d"),
 }
-SEEDS_FILE = "seeds.json"
-"""What a folder of runs that differ in their seed alone has beside them: their seeds, in the order
-of training."""
 Axis = Literal["frames", "minutes"]
 _AXES = {"frames": ("env_frames", 1, "env frames"), "minutes": ("seconds", 60, "minutes")}
 """An axis: its column, how many of that make one, and its name."""
