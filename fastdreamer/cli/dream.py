@@ -30,8 +30,8 @@ class Dream:
     """Run directory (its newest checkpoint), one checkpoint file, or an agent that comes with the
     package (walker-walk); trained from pixels."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Where dream.png and dream.mp4 go; default: the run's videos/ directory, or beside
-    the file."""
+    """Where dream.png and dream.mp4 go; default: the run's videos/ directory, beside the file or,
+    of an agent that comes with the package, here."""
     context: int = 50
     """Decisions watched before the dream starts."""
     decisions: int = 50

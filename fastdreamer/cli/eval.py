@@ -46,7 +46,10 @@ _RATES = {
 
 @dataclass
 class Eval:
-    """Evaluate a trained agent: mean and standard deviation of the return over episodes."""
+    """Evaluate a trained agent: mean and standard deviation of the return over episodes.
+
+    Planner and safety start from the run's own settings, not from the defaults below.
+    """
 
     run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Run directory (its newest checkpoint), checkpoint or snapshot file; or the name of an agent

@@ -19,7 +19,8 @@ from fastdreamer.config import PlanConfig
 class Report:
     """Draw the report's Figures 3, 4 and 5 from a run's snapshots; what is done is not done again.
 
-    The same episodes are played by the actor and by MPC at points along the run.
+    The same episodes are played by the actor and by MPC at points along the run. The planner starts
+    from the run's own settings, not from the defaults below.
     """
 
     run: Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]

@@ -88,9 +88,10 @@ def train_defaults(argv: list[str]) -> Train:
     if not argv or argv[0] != "train":
         return Train(config=PRESETS[_PRESET])
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--preset", default=_PRESET)
-    early.add_argument("--config", type=Path)
-    early.add_argument("--resume", type=Path)
+    # One that has no value here has none for the parser of all options either, which says so.
+    early.add_argument("--preset", nargs="?", default=_PRESET, const=_PRESET)
+    early.add_argument("--config", nargs="?", type=Path)
+    early.add_argument("--resume", nargs="?", type=Path)
     known, _ = early.parse_known_args(argv[1:])
     if known.resume is not None:
         of_seeds = list(seeds.runs_of(known.resume).values())

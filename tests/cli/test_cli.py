@@ -461,6 +461,8 @@ def test_help_into_a_pipe_that_closes_is_quiet():
         (["train", "walker", "--obs", "stat"], "('pixels', 'state', 'both')"),
         (["train", "walker", "--env.obz", "state"], "--env.obs {pixels,state,both}"),
         (["train", "walker", "--model.deter", "many"], "--model.deter INT"),
+        (["train", "walker", "--resume"], "Missing value for argument '--resume'"),
+        (["train", "walker", "--preset"], "Missing value for argument '--preset'"),
         (["fly"], "train"),
     ],
 )
