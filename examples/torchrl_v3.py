@@ -1,6 +1,7 @@
 """torchrl's DreamerV3 world model, its recurrent loop made fast: the change of a training script.
 
-Run it: ``python examples/torchrl_v3.py``, and with ``--own`` as torchrl has it.
+Run it: ``python examples/torchrl_v3.py``, and with ``--own`` as torchrl has it. It needs
+``pip install -e '.[torchrl]'``.
 In torchrl's own script (sota-implementations/dreamer_v3) the change is the same: ``adapt`` around
 ``RSSMRolloutV3`` in ``dreamer_v3_agent.py``, in the place of ``compile_rollout``.
 """
