@@ -32,5 +32,11 @@ def named(name: str) -> Any:
     sys.path.insert(0, here)
     try:
         return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name is None or f"{module}.".startswith(f"{error.name}."):  # it, not what it needs
+            raise ModuleNotFoundError(
+                f"{error}, neither on Python's path nor in {here}", name=error.name
+            ) from error
+        raise
     finally:
         sys.path.remove(here)

@@ -37,6 +37,19 @@ def test_train(tmp_path):
     assert read_config(tmp_path / "run").env.task == "walker-stand"
 
 
+def test_a_script_that_trains_when_it_is_imported_is_told(tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "import fastdreamer\nfastdreamer.Trainer('run', fastdreamer.preset('tiny')).train()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1
+    assert 'put what it does under `if __name__ == "__main__":`' in done.stderr
+    assert "is being trained by another process" not in done.stderr
+
+
 def test_bench_from_the_shell(monkeypatch, capsys):
     monkeypatch.chdir(EXAMPLES)
     assert main(["bench", "--module", "rollout:make", "--repeats", "1"]) == 0
@@ -49,7 +62,7 @@ def test_bench_from_the_shell(monkeypatch, capsys):
     ("argv", "message"),
     [
         (["rollout"], "must be PACKAGE.MODULE:FUNCTION, got 'rollout'"),
-        (["no.such:make"], "no.such:make: No module named 'no'"),
+        (["no.such:make"], "no.such:make: No module named 'no', neither on Python's path nor in"),
         (["rollout:nothing"], "has no attribute 'nothing'"),
         (["rollout:WorldModel"], "WorldModel is no peer known here"),
         (["rollout:make", "--repeats", "0"], "--repeats must be at least 1"),

@@ -150,9 +150,7 @@ def _gymnasium(name: str) -> Any:
     try:
         return importlib.import_module("gymnasium")
     except ImportError as error:
-        raise ArgumentError(
-            f"{name} needs gymnasium: pip install gymnasium (extra `gym` of fastdreamer)"
-        ) from error
+        raise ArgumentError(f"{name} needs gymnasium: pip install 'fastdreamer[gym]'") from error
 
 
 def _spec(name: str) -> Any:

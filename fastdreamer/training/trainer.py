@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import time
@@ -272,13 +273,19 @@ class Trainer:
             auto, local or its address, see :func:`fastdreamer.training.cluster.connected`.
 
     Raises:
-        RunError: not a run, and no settings for a new one. Of a new one what ``new_settings``
-            does. ConfigError: settings that are no :class:`Config`.
+        RunError: not a run, and no settings for a new one, or this is the script as its collector
+            imports it. Of a new one what ``new_settings`` does. ConfigError: settings that are no
+            :class:`Config`.
     """
 
     def __init__(
         self, run_dir: str | os.PathLike, config: Config | None = None, *, ray: str | None = None
     ) -> None:
+        if getattr(multiprocessing.current_process(), "_inheriting", False):  # as spawn itself asks
+            raise RunError(
+                "a process that collects imports the script that trains, which would train once "
+                'more: put what it does under `if __name__ == "__main__":`'
+            )
         if not isinstance(config, Config | None):
             raise ConfigError(
                 f"Trainer takes a Config, as fastdreamer.preset() returns it, got {type(config)}"

@@ -224,7 +224,7 @@ def test_what_cannot_be_played_says_why(module, task, message):
 
 def test_without_gymnasium_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gymnasium", None)
-    with pytest.raises(ValueError, match="gym:Pendulum-v1 needs gymnasium: pip install"):
+    with pytest.raises(ValueError, match="gym:Pendulum-v1 needs gymnasium: pip install 'fastd"):
         canonical_task("gym:Pendulum-v1")
 
 
