@@ -107,3 +107,12 @@ def test_an_agent_of_the_recipe_is_played_as_it_learned():
                 assert whole == vars(PRESETS["walker-v3"].env), page.name
                 found += 1
     assert found == 2
+
+
+def test_every_variable_that_is_read_is_told():
+    sources = [*ROOT.glob("fastdreamer/**/*.py"), *ROOT.glob("csrc/**/*.cpp"), ROOT / "setup.py"]
+    text = "".join(source.read_text(encoding="utf-8") for source in sources)
+    found = set(re.findall(r'"(FASTDREAMER_[A-Z_]+)"', text))
+    read = found - {"FASTDREAMER_GL_SELECTED"}  # a note to our own child processes
+    page = (ROOT / "docs/backends.md").read_text(encoding="utf-8")
+    assert len(read) > 5 and read <= set(re.findall(r"`(FASTDREAMER_[A-Z_]+)", page)), read
