@@ -34,6 +34,12 @@ class CheckpointError(FastdreamerError, RuntimeError):
     """A checkpoint is missing, damaged or foreign; the message names the file."""
 
 
+def runs_within(folder: Path) -> str:
+    """What to add where a run is asked for and a folder of several is given; else nothing."""
+    runs = ", ".join(sorted(str(config.parent) for config in folder.glob("*/config.json")))
+    return f"; it is a folder of runs, name one of them: {runs}" if runs else ""
+
+
 def checkpoint_path(directory: Path, update: int) -> Path:
     """The name of the checkpoint after so many updates."""
     return directory / f"checkpoint-{update:09d}.safetensors"

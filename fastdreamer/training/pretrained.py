@@ -25,6 +25,7 @@ from fastdreamer.training.checkpoint import (
     CheckpointError,
     load_checkpoint,
     load_newest,
+    runs_within,
     save_checkpoint,
 )
 
@@ -73,11 +74,7 @@ def read_agent(
         return path, *load_checkpoint(path)
     found = load_newest(path / "checkpoints")
     if found is None:
-        several = sorted(str(run.parent) for run in path.glob("*/checkpoints"))
-        hint = (
-            f"; it is a folder of runs, name one of them: {', '.join(several)}" if several else ""
-        )
-        raise CheckpointError(f"{path} holds no checkpoint yet{hint}")
+        raise CheckpointError(f"{path} holds no checkpoint yet{runs_within(path)}")
     return found
 
 

@@ -175,7 +175,8 @@ def read_config(run_dir: Path) -> Config:
     """
     path = run_dir / "config.json"
     if not path.is_file():
-        raise RunError(f"{run_dir} is not a run directory (no config.json)")
+        hint = checkpoint.runs_within(run_dir)
+        raise RunError(f"{run_dir} is not a run directory (no config.json){hint}")
     try:
         return from_dict(read_settings(path))
     except ConfigError as error:

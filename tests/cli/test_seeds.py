@@ -128,6 +128,9 @@ def test_a_folder_of_runs_is_no_place_for_a_run(folder, capsys):
     assert main(["train", "walker", *TINY, "--run", str(folder)]) == 1
     assert f"{folder} is a folder of runs; `fastdreamer train --resume {folder}`" in output(capsys)
     assert sorted(folder.iterdir()) == before
+    one, three = runs_of(folder).values()
+    assert main(["report", str(folder)]) == 1
+    assert f"it is a folder of runs, name one of them: {one}, {three}" in output(capsys)
 
 
 def test_a_finished_folder_takes_no_settings_that_do_not_fit(folder, capsys):
