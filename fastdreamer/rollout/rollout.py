@@ -282,7 +282,7 @@ class Rollout:
     @property
     def heads(self) -> ReturnParams:
         """Reward, critic, target and discount likewise."""
-        reward, o = self._need("reward", "returns and plans").params(), self.options
+        reward, o = self._need("reward", "a plan or return").params(), self.options
         critic, target, discount = (
             self.nets[name].params() if name in self.nets else None for name in HEADS[1:]
         )
@@ -690,7 +690,9 @@ def _fit(
         return {}, []
     gru, out = nets.get("gru"), nets["prior"].out
     D, hidden = (gru.deter, gru.inputs) if gru else (nets["prior"].inputs, None)
-    inputs = nets["inp"].inputs if "inp" in nets else hidden
+    inputs = nets["inp"].inputs if "inp" in nets else None
+    if inputs is None and gru and (gru.front is not None or gru.branches is not None):
+        inputs = hidden  # of stoch and action
     if latent is not None:
         K, u = latent.classes, latent.unimix
         if K < 1 or out % K or not 0 <= u < 1:

@@ -331,6 +331,15 @@ def test_refusals_name_the_module_and_the_reason(model, changes, message):
         Rollout.from_modules(**model.parts() | changes)
 
 
+@pytest.mark.parametrize("inp", [None, nn.Sequential(nn.Linear(9, 20), nn.Dropout(), nn.ELU())])
+def test_input_layers_that_are_not_there_are_not_judged(inp):
+    """By the inputs of the cell behind them, which hold no action."""
+    with pytest.raises(MisfitError) as raised:
+        Rollout.from_modules(inp=inp, gru=nn.GRUCell(20, 8), prior=nn.Linear(8, 6))
+    (line,) = str(raised.value).splitlines()
+    assert line.startswith("inp: must be given" if inp is None else "inp")
+
+
 def test_missing_parts(model):
     parts = model.parts()
     bare = Rollout.from_modules(**{k: parts[k] for k in ("inp", "gru", "prior")})
