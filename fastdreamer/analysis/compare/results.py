@@ -22,12 +22,12 @@ def write_results(out: Path) -> list[Path]:
     settings = read_json(out / "compare.json", {})
     rows, machines = [], {}
     for method, kind in METHODS.items():
-        for directory in sorted(out.glob(f"{kind.training}-seed*"), key=_seed_of):
+        for seed, directory in _runs_of(out, kind.training):
             evaluations = read_json(directory / f"{method}.json", [])
             for done in evaluations:
                 rows.append({
                     "method": method,
-                    "seed": _seed_of(directory),
+                    "seed": seed,
                     "env_frames": done["env_frames"],
                     "seconds": round(done["seconds"], 3),
                     "return_mean": float(np.mean(done["returns"])),
@@ -91,5 +91,8 @@ def _cell(mean: float, std: float, seeds: int) -> str:
     return f"{mean:.0f} ± {std:.0f}" if seeds > 1 else f"{mean:.0f}"
 
 
-def _seed_of(directory: Path) -> int:
-    return int(directory.name.rpartition("-seed")[2])
+def _runs_of(out: Path, training: str) -> list[tuple[int, Path]]:
+    """Its runs by seed, whatever else somebody has put beside them."""
+    found = ((directory.name.rpartition("-seed")[2], directory)
+             for directory in out.glob(f"{training}-seed*"))  # fmt: skip
+    return sorted((int(seed), directory) for seed, directory in found if seed.isdecimal())
