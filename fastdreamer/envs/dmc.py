@@ -28,7 +28,7 @@ MAX_STEPS = 1000  # control steps of an episode: those of every task of the suit
 
 # Camera 0 looks from far away there, or (dog-fetch) at a ball; elsewhere at the body.
 _CAMERAS = {"dog": "y-axis", "quadruped": "y"}
-_NEEDS_GL = {"quadruped-escape"}  # uploads its terrain to the GL context at every reset
+_NEEDS_GL = {"quadruped-escape": "it hands its terrain to OpenGL"}  # drawn or not, at every reset
 _SHADOW, _REFLECTION, _SKYBOX = 0, 2, 4  # mjtRndFlag
 _log = logging.getLogger("fastdreamer")
 
@@ -100,9 +100,7 @@ def _load_terrain_gl(task: str) -> GL:
     try:
         return _load_gl()
     except GLError as error:
-        raise GLError(
-            f"{error}, but {task} does: it hands its terrain to OpenGL at every reset"
-        ) from error
+        raise GLError(f"{error}, but {task} does: {_NEEDS_GL[task]} at every reset") from error
 
 
 def _failed_after_all(gl: GL, error: Exception) -> GLError:
@@ -208,7 +206,7 @@ class SuiteTask:
         self.name = canonical_suite_task(name)
         check_drawing(render, render_quality)
         if render == "rays" and self.name in _NEEDS_GL:
-            raise ArgumentError(_no_rays(self.name, "it hands its terrain to OpenGL"))
+            raise ArgumentError(_no_rays(self.name, _NEEDS_GL[self.name]))
         self._gl = _load_terrain_gl(self.name) if self.name in _NEEDS_GL else None
         domain, task = _tasks()[self.name]
         # The model itself may be drawn at random (lqr): always from the same generator, so that

@@ -314,6 +314,7 @@ def test_another_setting_in_the_same_directory_is_refused(dreamer):
 
 
 def test_damage_and_emptiness_are_named(tmp_path):
+    (tmp_path / "dreamer-seed0-old").mkdir()  # somebody's, and no run of the comparison
     with pytest.raises(RunError, match="holds no evaluation yet"):
         write_results(tmp_path)
     (tmp_path / "compare.json").write_text("{")
