@@ -114,6 +114,7 @@ def _minutes(name: str) -> tuple[dict[int, float], float]:
 
 
 _FIRST = (20_000, 40_000, 60_000)
+_ALONG = (40_000, 60_000, 80_000, 100_000, 120_000, 140_000, 160_000, 170_000)
 
 
 def of_runs() -> Iterator[tuple[Path, str]]:
@@ -158,12 +159,29 @@ def of_runs() -> Iterator[tuple[Path, str]]:
         f"{means} and {last[350_000]['mean']:.0f} at 10, 80, 150, 210",
     )
 
+    planned = [f"{x['mean']:.0f}" for x in evaluations("mpc", FIGURES / "report-pixels").values()]
+    yield (
+        ROOT / "docs" / "report.md",
+        f"MPC plays the same episodes: {', '.join(planned[:-1])} and {planned[-1]}.",
+    )
+
     report = evaluations("walker-walk-report")[100_000]
     rows = curve(CURVES / "walker-walk-report.csv")
     returns = [float(row["return_mean"]) for row in rows if row["kind"] == "episode"]
     ten = sum(returns[-10:]) / 10
     yield TOP_README, f"evaluation {spread(report)} over five episodes at 100 000 env frames"
     yield TOP_README, f"the last ten training episodes {ten:.0f}."
+    today = evaluations("walker-walk-report-seed0")
+    first, second = spread(today[100_000]), spread(today[170_000])
+    yield (
+        TOP_README,
+        f"evaluation {first} over five episodes at 100 000 env frames (9 700 updates) and {second} "
+        "at 170 000",
+    )
+    yield README, f"evaluation (5 episodes) {first} at 100 000 env frames, {second} at 170 000 |"
+    along = [f"{x['mean']:.0f}" for frames, x in today.items() if frames in _ALONG]
+    told = f"{', '.join(along[:-1])} and {along[-1]} at 40, 60, 80, 100, 120, 140, 160 and 170 000"
+    yield ROOT / "docs" / "recipe.md", told
     yield README, f"evaluation (5 episodes) {spread(report)} at 100 000 env frames"
     yield README, f"the last ten training episodes average {ten:.0f} |"
     eager = evaluations("walker-walk-report-eager")[50_000]
