@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastdreamer.config import Config
 from fastdreamer.errors import FastdreamerError
+from fastdreamer.files import remove_stale
 from fastdreamer.training.processes import Processes
 from fastdreamer.training.worker import ALIVE, Lost, Played, Result, Share, batches
 
@@ -158,7 +159,7 @@ class Collector:
         check: Callable[[], None] = lambda: None,
         place: Place | None = None,
     ) -> None:
-        self._config, self._under_way = config, False
+        self._config, self._episodes, self._under_way = config, episodes, False
         self._place = place or Processes()
         count = pool_size(config, self._place.cores)
         names = [f"collector {i + 1} of {count}" if count > 1 else "collector"
@@ -238,6 +239,8 @@ class Collector:
             worker.carrier.kill()
         for worker in self.workers:
             worker.carrier.end()
+        if self._episodes.is_dir():
+            remove_stale(self._episodes)
 
 
 class _Worker:

@@ -94,7 +94,7 @@ class Process:
 
     def kill(self) -> None:
         # Not terminate(): a stopped process does not get to that signal. All it leaves half-done
-        # are temporary files, which nobody reads.
+        # are temporary files, which the collector removes.
         self.process.kill()
 
     def end(self) -> None:

@@ -624,6 +624,18 @@ def test_a_stopped_worker_is_named_replaced_and_gone(tmp_path, agent, monkeypatc
     assert time.monotonic() - start < 10 and gone(pid), "it does not wait for a stopped one"
 
 
+def test_what_killed_workers_left_half_written_goes_with_them(tmp_path):
+    made = Collector(CONFIG, tmp_path)
+    alive = tmp_path / f".tmp-{os.getpid()}-episode-000001.safetensors"
+    try:
+        half = tmp_path / f".tmp-{made.workers[0].carrier.process.pid}-episode-000000.safetensors"
+        for path in (half, alive):
+            path.write_bytes(b"half")
+    finally:
+        made.close()
+    assert list(tmp_path.iterdir()) == [alive]
+
+
 def test_more_than_a_pipe_holds_is_sent_to_a_stopped_worker_without_waiting(tmp_path, agent):
     made = Collector(CONFIG, tmp_path)
     os.kill(made.workers[0].carrier.process.pid, signal.SIGSTOP)
