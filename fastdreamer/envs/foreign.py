@@ -74,8 +74,7 @@ class GymTask:
         self.action_min = np.asarray(space.low, np.float64).ravel()
         self.action_max = np.asarray(space.high, np.float64).ravel()
         self.state_size = _state_size(name, self._env.observation_space, gymnasium)
-        fps = self._env.metadata.get("render_fps")
-        self.control_step = 1 / fps if fps else _STEP
+        self.control_step = _control_step(self._env)
         limits = [_own_limit(self._env, gymnasium)]
         if time_limit is not None:
             limits.append(steps_in(time_limit, self.control_step, name))
@@ -194,6 +193,17 @@ def _make(name: str) -> Any:
         raise ArgumentError(f"{name}: {error}") from error
     except TypeError:  # it draws nothing and takes no such argument
         return gymnasium.make(spec, **options)
+
+
+def _control_step(env: Any) -> float:
+    """Seconds of a step."""
+    # shimmy 2.0.1 says milliseconds a step where frames a second belong, and one number for all
+    # tasks; dm_control's own environment, in it, knows.
+    inner = getattr(env.unwrapped, "_env", None)
+    if hasattr(inner, "control_timestep"):
+        return float(inner.control_timestep())
+    fps = env.metadata.get("render_fps")
+    return 1 / fps if fps else _STEP
 
 
 def _own_limit(env: Any, gymnasium: Any) -> int | None:

@@ -71,6 +71,14 @@ class Brief(Line):
         seen, reward, over, _, info = super().step(action)
         return seen, reward, over, self.left == 0, info
 
+class Shimmed(Line):
+    # dm_control's environment inside, as in shimmy: 25 "frames a second" for steps of 25 ms
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 25}
+    def __init__(self, **how):
+        super().__init__(**how)
+        from dm_control import suite
+        self._env = suite.load("walker", "walk")
+
 class Veiled(Line):
     def render(self): return np.zeros((20, 30, 4), np.uint8)
 
@@ -81,6 +89,7 @@ def images(): return Line(spaces.Box(0, 255, (32, 32, 1), np.uint8))
 def choices(): return Line(actions=spaces.Discrete(2))
 def whole(): return Line(actions=spaces.Box(0, 3, (1,), np.int64))
 def brief(): return Brief(actions=spaces.Box(-1, 0, (1,)))
+def shimmed(): return gymnasium.wrappers.TimeLimit(Shimmed(actions=spaces.Box(-1, 0, (1,))), 1000)
 def limited(): return gymnasium.wrappers.TimeLimit(Line(actions=spaces.Box(-1, 0, (1,))), 1500)
 def channels_first(): return Line(spaces.Box(0, 255, (3, 32, 32), np.uint8))
 def grey(): return Line(spaces.Box(0, 255, (32, 32), np.uint8))
@@ -147,6 +156,7 @@ def test_repeats_limits_and_ends(module):
 @pytest.mark.parametrize(
     ("task", "seconds", "steps"),
     [
+        ("shimmed", 2.5, 100),
         ("limited", None, 1500),  # a wrapper's, of an environment without a specification
         ("limited", 100, 1000),
         ("limited", 200, 1500),  # ten steps a second: it would be longer than that
