@@ -251,6 +251,7 @@ class Progress:
                 f"valid fields: {', '.join(_FIELDS)}"
             )
         self._news |= any(k in fields and fields[k] != self._fields[k] for k in _NEWS)
+        self._news |= "seconds_left" in fields and self._fields["seconds_left"] is None
         self._fields.update(fields)
         self._bar.update(self._task, completed=self._fields["env_frames"])
         if self._live is not None:

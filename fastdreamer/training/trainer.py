@@ -74,6 +74,8 @@ _log = logging.getLogger("fastdreamer")
 
 _SHOWN, _WATCHED = 3, 5
 """Of an open-loop prediction in TensorBoard: sequences, and steps watched before it."""
+_PACED = 5
+"""Updates after which a process that trains says how long it will take."""
 _CHOSEN = "chosen"
 """The part of ``config.json`` that sets nothing."""
 _CURSOR = (
@@ -531,16 +533,17 @@ class Trainer:
                 metrics = self._update()
             self.update += 1
             self.left -= 1
-            now = time.monotonic()
-            if self.update % config.train.log_every == 0 or self.update == started_at + 1:
+            now, done = time.monotonic(), self.update - started_at
+            if self.update % config.train.log_every == 0 or done in (1, _PACED):
                 speed = (self.update - speed_update) / max(now - speed_from, 1e-9)
                 speed_from, speed_update = now, self.update
                 if self.update % config.train.log_every == 0:
                     self._log("train", updates_per_s=speed, **metrics)
                 losses = {n: v for n, v in metrics.items() if n.endswith("_loss") or n == "kl"}
-                self.progress.update(
-                    losses=losses, updates_per_s=speed, seconds_left=self._seconds_left(speed)
-                )
+                self.progress.update(losses=losses)
+                if done > 1:  # the first one makes what all others use: it is no measure
+                    left = self._seconds_left(speed)
+                    self.progress.update(updates_per_s=speed, seconds_left=left)
             self.progress.update(updates=self.update)
 
     def _halt(self) -> NoReturn:

@@ -200,6 +200,20 @@ def test_plain_progress_one_line_per_news_and_interval(monkeypatch):
     assert "\x1b" not in out.getvalue() and "\r" not in out.getvalue()
 
 
+def test_the_first_time_left_is_news(monkeypatch):
+    now, out, progress = plain_progress(monkeypatch)
+    with progress:
+        progress.update(env_frames=0, phase="prefill")
+        now[0] = 11.0
+        progress.update(env_frames=1000)
+        now[0] = 22.0
+        progress.update(updates=5, seconds_left=3723)
+        assert "time left 1 h 02 min" in out.getvalue().splitlines()[2]
+        now[0] = 33.0
+        progress.update(updates=10, seconds_left=3712)
+        assert len(out.getvalue().splitlines()) == 3
+
+
 def test_plain_message_is_kept_verbatim(monkeypatch):
     _, out, progress = plain_progress(monkeypatch)
     text = "resume with: fastdreamer train --resume runs/[a]/b :smile: " + "x" * 60

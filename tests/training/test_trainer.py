@@ -1359,6 +1359,30 @@ def test_the_display_says_what_it_waits_for_and_counts_it(tmp_path, monkeypatch)
     assert max(left[1:]) >= 3 * 0.4
 
 
+def test_the_first_update_is_no_measure_of_the_time_left(tmp_path, monkeypatch):
+    """It prepares what others use; four others tell the time, before the first line of metrics."""
+    train = dataclasses.replace(TINY.train, frames=120, log_every=50)
+    trainer = Trainer(tmp_path / "run", dataclasses.replace(TINY, train=train))
+    told, calls, update, learn = {}, [], Progress.update, Dreamer.update
+
+    def show(progress, **fields):
+        told.setdefault(len(calls), {}).update(fields)
+        return update(progress, **fields)
+
+    def slow(*args, **kwargs):
+        calls.append(1)
+        time.sleep(0.0 if len(calls) > 1 else 2.0)
+        return learn(*args, **kwargs)
+
+    monkeypatch.setattr(Progress, "update", show)
+    monkeypatch.setattr(Dreamer, "update", slow)
+    trainer.train()
+    assert len(calls) > 5 and told[1]["losses"] and told[5]["losses"]
+    timed = [count for count, fields in told.items() if "updates_per_s" in fields]
+    assert timed == [5]
+    assert told[5]["updates_per_s"] > 2.5 and 0 <= told[5]["seconds_left"] < 20
+
+
 def test_a_collector_that_waits_for_the_learner_is_counted(tmp_path, monkeypatch):
     config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, frames=120))
     trainer, update, calls = Trainer(tmp_path / "run", config), Dreamer.update, []
