@@ -165,6 +165,35 @@ def of_runs() -> Iterator[tuple[Path, str]]:
         f"MPC plays the same episodes: {', '.join(planned[:-1])} and {planned[-1]}.",
     )
 
+    yield TOP_README, f"ends by itself, after {whole:.0f} minutes on two idle cores"
+    with (FIGURES / "report-pixels" / "episodes.csv").open() as file:
+        played = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    played = [float(row["seconds"]) for row in played if row["controller"] == "actor"]
+    told = f"on one thread {statistics.median(played):.0f} seconds an episode of the actor"
+    yield ROOT / "docs" / "report.md", told
+    ends = {
+        name: list(evaluations(f"walker-walk-state-collect-{name}").values())[-1]["seconds"] / 60
+        for name in ("actor-seed0", "actor-seed1", "mixed-seed0", "mixed-seed1")
+    }
+    yield (
+        ROOT / "docs" / "report.md",
+        f"disturbed least took {ends['actor-seed1']:.0f} minutes (seed 1) and that of `mixed` "
+        f"{ends['mixed-seed0']:.0f} (seed 0)",
+    )
+    others = f"took {ends['actor-seed0']:.0f} and {ends['mixed-seed1']:.0f}, half an hour's pause"
+    yield ROOT / "docs" / "report.md", others
+    paced = list(evaluations("walker-walk-pixels-v3-seed2").items())
+    for aim, page in ((500, "minutes to 500, mean of seeds, seeds 0 and 1 at seed 2's speed"),
+                      (900, "minutes to 900, likewise")):  # fmt: skip
+        at = [next(f for f, x in each.items() if x["mean"] >= aim) for each in v3]
+        spent = [seen["seconds"] / 60 for f in at for frames, seen in paced if frames == f]
+        each = ", ".join(f"{m:.0f}" for m in spent)
+        asked = {500: "90 | 45", 900: "180 | 120"}[aim]
+        told = f"{page} | {asked} | {statistics.fmean(spent):.0f} ({each}) |"
+        yield ROOT / "docs" / "recipe.md", told
+    told = f"{round(statistics.fmean(at) / 1000)} 000 ({', '.join(str(f // 1000) for f in at)} thou"
+    yield ROOT / "docs" / "recipe.md", told
+
     report = evaluations("walker-walk-report")[100_000]
     rows = curve(CURVES / "walker-walk-report.csv")
     returns = [float(row["return_mean"]) for row in rows if row["kind"] == "episode"]
@@ -363,6 +392,20 @@ def test_tables_of_returns_are_those_of_curves(page, rows):
             found = seen[int(re.sub(r"k$", "000", frames.replace(" ", "")))]
             want = spread(found) if "±" in told else f"{found['mean']:.0f}"
             assert told == want, f"{page}, {label}, {frames}"
+
+
+def test_training_episodes_of_a_healthy_run_are_those_of_its_curve():
+    lines = (ROOT / "docs" / "recipe.md").read_text().splitlines()
+    head = next(i for i, line in enumerate(lines) if "| training episodes | `kl`" in line)
+    rows = curve(CURVES / "walker-walk-pixels-v3-seed2.csv")
+    seen = {int(r["env_frames"]): float(r["return_mean"]) for r in rows if r["kind"] == "episode"}
+    table = list(itertools.takewhile(lambda line: line.startswith("|"), lines[head + 2 :]))
+    assert len(table) == 9
+    for line in table:
+        at, told = (cell.strip() for cell in line.split("|")[1:3])
+        at = int(at.replace(" ", ""))
+        around = [value for frames, value in seen.items() if abs(frames - at) <= 5000]
+        assert told == f"{statistics.fmean(around):.0f}", line
 
 
 # ------------------------------------------------------------------------------- simulation
