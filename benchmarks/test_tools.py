@@ -454,6 +454,26 @@ def test_curves_are_measured_and_drawn(tmp_path):
     assert 0 < (tmp_path / "curves.png").stat().st_size < 300_000
 
 
+def test_rules_of_acting_without_chance_are_compared_by_episode(tmp_path):
+    from benchmarks import greedy
+    from fastdreamer.acting.play import config_env, episode_seed, evaluate
+    from fastdreamer.config import preset, to_dict
+    from fastdreamer.learning.dreamer import Dreamer
+    from fastdreamer.training.checkpoint import save_checkpoint
+
+    config = preset("tiny", {"env": {"time_limit": 0.2}})
+    agent, path = Dreamer(config, {"state": (24,)}, 6), tmp_path / "snapshot.safetensors"
+    about = {"config": to_dict(config), "obs_shapes": agent.obs_shapes, "action_dim": 6}
+    weights = {f"agent/{name}": value for name, value in agent.state_dict().items()}
+    save_checkpoint(path, weights, {**about, "cursor": {"update": 0, "env_frames": 0}})
+    found = greedy.measure(path, 2)
+    assert list(found) == ["median", "mode"] and (found["median"] != found["mode"]).any()
+    env = config_env(config)  # of the preset's own rule, the median, one episode alone
+    alone = [evaluate(agent.eval(), env, episode_seed(0, "evaluate", i)) for i in range(2)]
+    assert found["median"].tolist() == pytest.approx(alone, rel=1e-3)
+    assert "| mode − median |" in greedy.table({"snapshot": found})
+
+
 # ------------------------------------------------------------------------------------ peers
 
 
