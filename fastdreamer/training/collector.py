@@ -159,7 +159,8 @@ class Collector:
         check: Callable[[], None] = lambda: None,
         place: Place | None = None,
     ) -> None:
-        self._config, self._episodes, self._under_way = config, episodes, False
+        self._config, self._under_way = config, False
+        self._written = {episodes}  # where workers write
         self._place = place or Processes()
         count = pool_size(config, self._place.cores)
         names = [f"collector {i + 1} of {count}" if count > 1 else "collector"
@@ -183,6 +184,8 @@ class Collector:
         if self._under_way:
             raise CollectorError("a job is already under way")
         self._under_way = True
+        if job.video is not None:
+            self._written.add(Path(job.video).parent)
         packed = self._place.pack(save_bytes({k: v.cpu().contiguous() for k, v in weights.items()}))
         shares = share_out(job, self._config, len(self.workers))
         for worker, share in zip(self.workers, shares, strict=True):
@@ -239,8 +242,9 @@ class Collector:
             worker.carrier.kill()
         for worker in self.workers:
             worker.carrier.end()
-        if self._episodes.is_dir():
-            remove_stale(self._episodes)
+        for directory in self._written:
+            if directory.is_dir():
+                remove_stale(directory)
 
 
 class _Worker:

@@ -85,7 +85,7 @@ class Process:
     def hear(self) -> dict[str, Any] | None:
         try:
             return json.loads(self.connection.recv_bytes())
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):  # behind all that it has said, or in the midst of it
             self.process.join(_GRACE)
             raise Lost(f"exit code {self.process.exitcode}") from None
 

@@ -221,8 +221,13 @@ def test_one_job_at_a_time(collector, agent):
 
 
 def test_ready_waits_no_longer_than_told(collector, agent):
-    collector.submit(job(None, evaluations=20), acting_weights(agent))
-    assert collector.ready(0) is False
+    pid = collector.workers[0].carrier.process.pid
+    os.kill(pid, signal.SIGSTOP)  # however long this process takes to ask
+    try:
+        collector.submit(job(None, evaluations=20), acting_weights(agent))
+        assert collector.ready(0) is False
+    finally:
+        os.kill(pid, signal.SIGCONT)
     assert collector.ready(60) is True
     assert len(collector.wait().eval_returns) == 20
 
@@ -234,7 +239,7 @@ def test_a_killed_worker_is_replaced_and_the_job_done(collector, agent, caplog):
     path = episode_path(collector.directory, 5)
     content = path.read_bytes()
     path.unlink()
-    collector.submit(job(5, evaluations=1000), weights)
+    collector.submit(job(5, evaluations=10**6), weights)
     (worker,) = collector.workers
     os.kill(worker.carrier.process.pid, signal.SIGKILL)
     worker.share = Share(False, [[5]])  # done again, without the delay
@@ -449,7 +454,11 @@ def test_a_stopped_worker_of_two_is_replaced_and_its_episodes_collected_again(
         path.unlink()
     stopped = pool.workers[1].carrier.process.pid
     os.kill(stopped, signal.SIGSTOP)
+    monkeypatch.setattr(collector_module, "QUIET", 1e9)  # of the other, which may be slow at work
     pool.submit(round_, weights)
+    while not pool.workers[0].done:
+        assert pool.ready(0.1) is False
+    pool.workers[1]._silence = 0.0
     monkeypatch.setattr(collector_module, "QUIET", 1.0)
     while not caplog.records:
         assert pool.ready(0.1) is False
@@ -460,7 +469,7 @@ def test_a_stopped_worker_of_two_is_replaced_and_its_episodes_collected_again(
     monkeypatch.setattr(collector_module, "SILENT", 0.0)
     while "the collector 2 of 2 gave no sign (in 0 s); starting it again" not in caplog.text:
         pool.ready(0)
-    monkeypatch.setattr(collector_module, "SILENT", 60.0)
+    monkeypatch.setattr(collector_module, "SILENT", 300.0)
     assert pool.wait().played == want
     assert [path.read_bytes() for path in paths] == contents
     assert gone(stopped)
@@ -593,7 +602,7 @@ def test_a_stopped_worker_is_named_replaced_and_gone(tmp_path, agent, monkeypatc
     (worker,) = made.workers
     pid = worker.carrier.process.pid
     try:
-        made.submit(job(None, evaluations=2000), acting_weights(agent))
+        made.submit(job(None, evaluations=20_000), acting_weights(agent))
         worker._silence = 20.0
         while worker._silence >= 20:  # at work, it gives signs
             assert made.ready(1.0) is False
@@ -610,7 +619,7 @@ def test_a_stopped_worker_is_named_replaced_and_gone(tmp_path, agent, monkeypatc
         worker.share = Share(False, [[0]])
         monkeypatch.setattr(collector_module, "SILENT", 0.0)
         assert made.ready(0) is False
-        monkeypatch.setattr(collector_module, "SILENT", 60.0)
+        monkeypatch.setattr(collector_module, "SILENT", 300.0)
         assert "the collector gave no sign (in 0 s); starting it again" in caplog.text
         assert isinstance(made.wait().played[0].episode_return, float)
         assert gone(pid)
@@ -625,15 +634,38 @@ def test_a_stopped_worker_is_named_replaced_and_gone(tmp_path, agent, monkeypatc
 
 
 def test_what_killed_workers_left_half_written_goes_with_them(tmp_path):
-    made = Collector(CONFIG, tmp_path)
-    alive = tmp_path / f".tmp-{os.getpid()}-episode-000001.safetensors"
+    episodes, videos = tmp_path / "episodes", tmp_path / "videos"
+    for directory in (episodes, videos):
+        directory.mkdir()
+    made = Collector(CONFIG, episodes)
+    alive = episodes / f".tmp-{os.getpid()}-episode-000001.safetensors"
     try:
-        half = tmp_path / f".tmp-{made.workers[0].carrier.process.pid}-episode-000000.safetensors"
-        for path in (half, alive):
+        pid = made.workers[0].carrier.process.pid
+        os.kill(pid, signal.SIGSTOP)
+        made.submit(job(0, evaluations=1, video=str(videos / "film.mp4")), {})
+        half = episodes / f".tmp-{pid}-episode-000000.safetensors"
+        for path in (half, alive, videos / f".tmp-{pid}-film.mp4"):
             path.write_bytes(b"half")
     finally:
         made.close()
-    assert list(tmp_path.iterdir()) == [alive]
+    assert list(episodes.iterdir()) == [alive] and list(videos.iterdir()) == []
+
+
+def test_a_worker_killed_in_the_midst_of_a_word_is_lost(tmp_path):
+    """A long answer goes through the pipe in pieces."""
+    made = Collector(CONFIG, tmp_path)
+    (worker,) = made.workers
+    ours, theirs = multiprocessing.Pipe()
+    try:
+        os.write(theirs.fileno(), (1 << 20).to_bytes(4, "big") + b'{"played": [')
+        theirs.close()
+        worker.carrier.connection.close()
+        worker.carrier.connection = ours
+        worker.carrier.kill()
+        with pytest.raises(Lost, match=r"exit code -9"):
+            worker.carrier.hear()
+    finally:
+        made.close()
 
 
 def test_more_than_a_pipe_holds_is_sent_to_a_stopped_worker_without_waiting(tmp_path, agent):
@@ -647,30 +679,33 @@ def test_more_than_a_pipe_holds_is_sent_to_a_stopped_worker_without_waiting(tmp_
         made.close()
 
 
+def stop_at_once(*given):
+    """In the place of a worker's work."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def test_a_worker_that_never_starts_can_be_left(tmp_path, monkeypatch):
     """What `check` raises ends the wait, and a second silent worker is an error."""
 
     class Asked(Exception):
         pass
 
-    stopped = []
+    others, started = multiprocessing.active_children(), []
 
-    def stop_it():
-        worker = max(multiprocessing.active_children(), key=lambda child: child.pid)
-        if worker.pid not in stopped:
-            stopped.append(worker.pid)
-            os.kill(worker.pid, signal.SIGSTOP)
+    def look():
+        started.extend({child.pid for child in multiprocessing.active_children()
+                        if child not in others}.difference(started))  # fmt: skip
 
     def leave():
-        stop_it()
-        if len(stopped) == 1:
-            raise Asked
+        look()
+        raise Asked
 
+    monkeypatch.setattr(processes, "work", stop_at_once)
     with pytest.raises(Asked):
         Collector(CONFIG, tmp_path, leave)
-    assert gone(stopped[0])
+    assert len(started) == 1 and gone(started[0])
     monkeypatch.setattr(collector_module, "QUIET", 0.3)
     monkeypatch.setattr(collector_module, "SILENT", 0.5)
     with pytest.raises(CollectorError, match=r"gave no sign while it started \(in 0 s\)"):
-        Collector(CONFIG, tmp_path, stop_it)
-    assert all(gone(pid) for pid in stopped)
+        Collector(CONFIG, tmp_path, look)
+    assert len(started) > 1 and all(gone(pid) for pid in started)
