@@ -351,7 +351,7 @@ def test_the_first_day_ends_where_there_is_no_gpu(day):
 
 def test_the_first_day_fails_where_a_step_did_before_it_was_cut_off(day):
     python = 'case "$*" in *benchmarks.gpu*) echo "a FAILED"; sleep 60;; *importlib*) echo;; esac'
-    status, summary, _ = day(python, "--device", "cpu", "--minutes", "0.05")
+    status, summary, _ = day(python, "--device", "cpu", "--minutes", "0.1")
     assert status == 1 and summary[3] == "ops: FAILED before that, see ops.txt"
 
 
@@ -365,7 +365,7 @@ def test_a_step_that_is_killed_was_not_cut_off(day):
 def test_the_first_day_stops_by_itself(day):
     python = 'case "$*" in *benchmarks.gpu*) echo begun; sleep 60;; *importlib*) echo;; esac'
     begin = time.monotonic()
-    status, summary, asked = day(python, "--device", "cpu", "--minutes", "0.07")
+    status, summary, asked = day(python, "--device", "cpu", "--minutes", "0.1")
     assert status == 0 and time.monotonic() - begin < 30
     assert re.fullmatch(r"ops: cut off after \d s; what it had is kept", summary[2])
     assert summary[3] == "compiled: not reached"

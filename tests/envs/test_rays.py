@@ -283,22 +283,23 @@ def test_two_threads_draw_at_once():
         return pixels
 
     caster, done = _native.RayCaster([], -1), threading.Event()
+    equal, beside = [], []
     large, small = (draw(_native.RayCaster([], -1), size) for size in (256, 64))
     assert len(np.unique(large)) > 15 and len(np.unique(small)) > 15
 
     def draw_small():
-        equal = []
         while not done.is_set():
-            equal.append(np.array_equal(draw(caster, 64), small))
-        return equal
+            beside.append(np.array_equal(draw(caster, 64), small))
 
     with ThreadPoolExecutor(1) as pool:
-        beside = pool.submit(draw_small)
+        drawing = pool.submit(draw_small)
         try:
-            equal = [np.array_equal(draw(caster, 256), large) for _ in range(50)]
+            while not drawing.done() and (len(equal) < 50 or len(beside) <= 5):
+                equal.append(np.array_equal(draw(caster, 256), large))
         finally:
             done.set()
-    assert all(equal) and all(beside.result()) and len(beside.result()) > 5
+        drawing.result()
+    assert all(equal) and all(beside) and len(equal) >= 50 and len(beside) > 5
 
 
 @pytest.mark.parametrize("samples", (1, 4))
