@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from fastdreamer.learning.dreamer import Dreamer, NonFiniteLoss
 from fastdreamer.learning.ranks import Ranks
 from fastdreamer.machine import device as machine_device
 from fastdreamer.training import ranks as training_ranks
-from fastdreamer.training.logger import METRICS_FILE, read_metrics
+from fastdreamer.training.logger import read_metrics
 
 FRAMES = ["--train.frames", "240"]
 SLOWER = ["--optim.anneal", "80"]
@@ -32,10 +31,35 @@ ROOT = Path(__file__).parents[2]
 TIMEOUT = 240
 
 
-def launch(*argv):
+# A program that is fastdreamer but for what becomes of it at an update.
+DISTURBED = """
+import os, signal, sys, time
+from fastdreamer.cli import main
+from fastdreamer.learning.dreamer import Dreamer
+from fastdreamer.training.trainer import StopSignals
+update, note, calls, noted = Dreamer.update, StopSignals.note, [], []
+def disturbed(*args, **how):
+    calls.append(how)
+    if os.environ["RANK"] == "{rank}" and len(calls) == {count}:
+        {what}
+    return update(*args, **how)
+def noting(*about):
+    noted.append(about)
+    note(*about)
+if __name__ == "__main__":
+    Dreamer.update, StopSignals.note = disturbed, noting
+    raise SystemExit(main(sys.argv[1:]))
+"""
+CTRL_C = """os.kill(os.getppid(), signal.SIGINT)  # torchrun, which hands it on
+        while not noted:
+            time.sleep(0.01)"""
+KILL_9 = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+def launch(*argv, program=("-m", "--", "fastdreamer")):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "--", "fastdreamer", *map(str, argv)],
+        [sys.executable, *launcher, *program, *map(str, argv)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -52,23 +76,6 @@ def end(process):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     return " ".join(text.split()), process.returncode
-
-
-def wait_for(process, run_dir, updates):
-    """Wait until a run has logged so many updates."""
-    deadline, metrics = time.monotonic() + TIMEOUT, run_dir / METRICS_FILE
-    while not metrics.exists() or f'"update": {updates}' not in metrics.read_text():
-        assert process.poll() is None and time.monotonic() < deadline, end(process)
-        time.sleep(0.02)
-
-
-def rank(process, number):
-    """The process id of a rank: a child of torchrun's."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for child in children:
-        if f"\0RANK={number}\0" in Path(f"/proc/{child}/environ").read_text():
-            return int(child)
-    raise AssertionError(children)
 
 
 def undisturbed(run_dir):
@@ -92,16 +99,13 @@ def test_stopped_and_killed_and_resumed_it_is_the_same_run(tmp_path):
     reference = undisturbed(tmp_path / "reference")
     begins_as_alone(reference, tmp_path)
     run_dir = tmp_path / "run"
-    process = launch(*TRAIN, "--run", run_dir)
-    wait_for(process, run_dir, 10)
-    os.kill(process.pid, signal.SIGINT)
-    text, status = end(process)
+    program = tmp_path / "disturbed.py"
+    program.write_text(DISTURBED.format(rank=0, count=10, what=CTRL_C))
+    text, status = end(launch(*TRAIN, "--run", run_dir, program=["--", program]))
     assert status != 0 and "stopped, nothing is lost; go on with: torchrun " in text
-    process = launch("train", "--resume", run_dir)
-    wait_for(process, run_dir, 50)
-    os.kill(rank(process, 1), signal.SIGKILL)
-    text, status = end(process)
-    assert status != 0, text
+    program.write_text(DISTURBED.format(rank=1, count=40, what=KILL_9))
+    text, status = end(launch("train", "--resume", run_dir, program=["--", program]))
+    assert status != 0 and read_metrics(run_dir, "train")[-1]["update"] >= 45, text
     told = r"another process of the learner is gone|stopped, nothing is lost; go on with"
     assert len(re.findall(told, text)) == 1 and "fastdreamer train --resume" in text, text
     text, status = end(launch("train", "--resume", run_dir))

@@ -199,10 +199,16 @@ def counted(function):
     def call(*args, **kwargs):
         if len(calls) == {count}:
             os.write(write, b"x")
+        if len(calls) == {count} + 7:  # no further: a killer that is late is waited for
+            signal.pause()
         calls.append(function)
-        return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        if function is run and len(calls) > {count}:
+            signal.pause()
+        return result
     return call
-trainer.Trainer._run = counted(trainer.Trainer._run)
+run = trainer.Trainer._run
+trainer.Trainer._run = counted(run)
 trainer.Dreamer.update = counted(trainer.Dreamer.update)
 """
 KILL_AT_CALL = """
@@ -225,6 +231,15 @@ def signalled(*args, **kwargs):
     return update(*args, **kwargs)
 trainer.Dreamer.update = signalled
 """
+SIGNAL_AT_START = """
+import os, signal
+from fastdreamer.training.collector import _Worker
+start = _Worker._start
+def signalled(self):
+    start(self)
+    os.killpg(os.getpid(), signal.SIGINT)  # a terminal's Ctrl-C: the collector gets it too
+_Worker._start = signalled
+"""
 SIGNAL_WHILE_WAITING = """
 import os, signal
 ready, calls = trainer.Collector.ready, []
@@ -232,7 +247,7 @@ def signalled(self, timeout):
     share = self.workers[0].share
     if share and sum(share.batches, []) == {episodes} and not calls:
         calls.append(timeout)
-        os.killpg(os.getpid(), signal.SIGINT)  # a terminal's Ctrl-C: the collector gets it too
+        os.killpg(os.getpid(), signal.SIGINT)
         return False
     return ready(self, timeout)
 trainer.Collector.ready = signalled
@@ -306,7 +321,7 @@ ENDLESS_JOB = """
 import dataclasses
 submit = trainer.Collector.submit
 def endless(self, job, weights):
-    many = dataclasses.replace(job, episodes=[], evaluations=2000)
+    many = dataclasses.replace(job, episodes=[], evaluations=20_000)
     submit(self, job if job.random else many, weights)
 trainer.Collector.submit = endless
 """
@@ -321,9 +336,11 @@ class Launcher:
     """
 
     def __init__(self):
+        # Unbuffered: of two lines that are there, one that was read ahead is none to select().
         self._process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+            [sys.executable, "-c", LAUNCHER],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+        )  # fmt: skip
 
     def prepare(self):
         """Wait until everything is imported; call it once."""
@@ -331,7 +348,6 @@ class Launcher:
 
     def start(self, run_dir, hook="", spares=4):
         self._process.stdin.write(json.dumps([str(run_dir), hook, spares]).encode() + b"\n")
-        self._process.stdin.flush()
         return self._answer(TIMEOUT)
 
     def wait(self):
@@ -653,7 +669,8 @@ def kill_over_and_over(launcher, run_dir, kinds, seed, start):
         seconds, hook = moment(rng, left[0], start, UPDATES - update, left.count("updates"))
         pid = launcher.start(run_dir, hook, spares=0 if seconds else 4)
         if seconds is not None and not launcher.ended(seconds):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                os.kill(pid, signal.SIGKILL)
         code = launcher.wait()
         assert code in (0, -signal.SIGKILL), (run_dir / "log.txt").read_text()
         if code:  # else the run was over before
@@ -737,11 +754,8 @@ def test_dreamerv3_s_parts_through_kills_and_a_move(tmp_path, launcher, capsys):
 def test_signals_stop_cleanly_wherever_they_arrive(kind, tmp_path, undisturbed, launcher):
     want, _ = undisturbed(kind)
     run_dir = new_run(tmp_path / "run", seeing(kind))
-    # Ctrl-C while the collector starts; the collector is in the terminal's group too.
-    pid = launcher.start(run_dir, spares=0)
-    assert eventually(lambda: len(session(pid)) > 1, TIMEOUT)
-    os.killpg(pid, signal.SIGINT)
-    assert launcher.wait() == STOPPED
+    # Ctrl-C while the collector starts.
+    assert launcher.run(run_dir, SIGNAL_AT_START, spares=0) == STOPPED
     assert list_checkpoints(run_dir / "checkpoints") == []
 
     # In the middle of an update on the prefill alone, then with a job under way.
@@ -939,9 +953,12 @@ KILL_ONE_OF_TWO = """
 import os, signal
 submit, calls = trainer.Collector.submit, []
 def killing(self, job, weights):
+    pid = self.workers[1].carrier.process.pid
+    if not job.random:
+        os.kill(pid, signal.SIGSTOP)  # so it is at it, and not done
     submit(self, job, weights)
     if not job.random:
-        os.kill(self.workers[1].carrier.process.pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
 trainer.Collector.submit = killing
 """
 
