@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,11 @@ def prose(page: Path) -> str:
 
 def spread(found: dict[str, float]) -> str:
     return f"{found['mean']:.0f} ± {found['std']:.0f}"
+
+
+def listed(values: Iterable[float]) -> str:
+    *most, last = (f"{value:.0f}" for value in values)
+    return f"{', '.join(most)} and {last}"
 
 
 def ms(times: dict[str, float]) -> float:
@@ -114,7 +119,8 @@ def _minutes(name: str) -> tuple[dict[int, float], float]:
 
 
 _FIRST = (20_000, 40_000, 60_000)
-_ALONG = (40_000, 60_000, 80_000, 100_000, 120_000, 140_000, 160_000, 170_000)
+_ALONG = (40_000, 100_000, 120_000, 200_000, 250_000, 300_000)
+_THEIRS = (100_000, 200_000, 300_000)
 
 
 def of_runs() -> Iterator[tuple[Path, str]]:
@@ -194,27 +200,29 @@ def of_runs() -> Iterator[tuple[Path, str]]:
     told = f"{round(statistics.fmean(at) / 1000)} 000 ({', '.join(str(f // 1000) for f in at)} thou"
     yield ROOT / "docs" / "recipe.md", told
 
-    report = evaluations("walker-walk-report")[100_000]
-    rows = curve(CURVES / "walker-walk-report.csv")
-    returns = [float(row["return_mean"]) for row in rows if row["kind"] == "episode"]
-    ten = sum(returns[-10:]) / 10
-    yield TOP_README, f"evaluation {spread(report)} over five episodes at 100 000 env frames"
-    yield TOP_README, f"the last ten training episodes {ten:.0f}."
     today = evaluations("walker-walk-report-seed0")
-    first, second = spread(today[100_000]), spread(today[170_000])
+    first, second, third = (spread(today[frames]) for frames in _THEIRS)
+    own = {
+        int(row["env_frames"]): float(row["mean_return"])
+        for row in curve(ROOT / "fastdreamer" / "data" / "walker_pixels.csv")
+        if (row["method"], row["task"]) == ("report-actor", "walk")
+    }
+    theirs = listed(own[frames] for frames in _THEIRS)
     yield (
         TOP_README,
-        f"evaluation {first} over five episodes at 100 000 env frames (9 700 updates) and {second} "
-        "at 170 000",
+        f"evaluation {first} over five episodes at 100 000 env frames (9 700 updates), {second} at "
+        f"200 000 and {third} at 300 000 (29 700), where the report's own run had {theirs}",
     )
-    yield README, f"evaluation (5 episodes) {first} at 100 000 env frames, {second} at 170 000 |"
-    along = [f"{x['mean']:.0f}" for frames, x in today.items() if frames in _ALONG]
-    told = f"{', '.join(along[:-1])} and {along[-1]} at 40, 60, 80, 100, 120, 140, 160 and 170 000"
-    yield ROOT / "docs" / "recipe.md", told
-    yield README, f"evaluation (5 episodes) {spread(report)} at 100 000 env frames"
-    yield README, f"the last ten training episodes average {ten:.0f} |"
-    eager = evaluations("walker-walk-report-eager")[50_000]
-    yield README, f"evaluation (5 episodes) {spread(eager)} at 50 000 env frames |"
+    seconds = f"{today[300_000]['seconds']:,.0f}".replace(",", " ")
+    yield README, f"29 700 updates in {seconds} s;"
+    yield README, f"evaluation (5 episodes) {first} at 100 000 env frames, {third} at 300 000 |"
+    yield (
+        ROOT / "docs" / "recipe.md",
+        f"{listed(today[frames]['mean'] for frames in _ALONG)} at 40, 100, 120, 200, 250 and "
+        f"300 000 (the report's own run: {theirs} at 100, 200 and 300 000)",
+    )
+    above = sorted(100 * (today[frames]["mean"] / own[frames] - 1) for frames in _THEIRS)
+    yield ROOT / "docs" / "recipe.md", f"{above[0]:.0f} to {above[-1]:.0f} % above the report's own"
     native, eager = (evaluations(f"walker-stand-state-{b}")[40_000] for b in ("native", "eager"))
     yield README, f"at 40 000 env frames: native {spread(native)}, eager {spread(eager)};"
     yield TOP_README, f"({native['mean']:.0f} and {eager['mean']:.0f} at 40 000 env frames)"
