@@ -66,8 +66,8 @@ class Filtered(NamedTuple):
     """What became of proposed actions, one row an environment."""
 
     action: Tensor  # [B, A]
-    changed: Tensor  # [B] bool: the proposal broke the condition
-    failed: Tensor  # [B] bool: so did every candidate; the action has the greatest margin
+    changed: Tensor  # [B] bool: the action is another than the proposal
+    failed: Tensor  # [B] bool: no candidate kept the condition; the action has the greatest margin
     margin: Tensor  # [B], B(next) − (1 − α)·B(now) of the action
 
 
@@ -134,9 +134,8 @@ def filter_actions(
         return value.view(-1, n) - floor[rows].unsqueeze(1)
 
     best, kept = action.clone(), margin(slice(None), action.unsqueeze(1)).squeeze(1)
-    changed = ~(kept >= 0)  # a NaN keeps nothing
-    failed = changed.clone()
-    rows = changed.nonzero().squeeze(1)
+    failed = ~(kept >= 0)  # a NaN keeps nothing
+    rows = failed.nonzero().squeeze(1)
     if len(rows):
         proposal = action[rows].unsqueeze(1)  # [b, 1, A]
         mean, deviation = proposal, torch.full_like(proposal, std)
@@ -155,7 +154,8 @@ def filter_actions(
         best[rows] = all_tried.take_along_dim(first.unsqueeze(-1), 1).squeeze(1)
         kept[rows] = all_margins.take_along_dim(first, 1).squeeze(1)
         failed[rows] = ~(kept[rows] >= 0)
-    return Filtered(best, changed, failed, kept)
+    # Where none keeps it, the proposal's own margin may be the greatest.
+    return Filtered(best, (best != action).any(-1), failed, kept)
 
 
 def _preference(margin: Tensor, distance: Tensor) -> Tensor:
@@ -170,8 +170,9 @@ class Shield:
         config: the shield's settings and α. rssm, barrier: the agent's modules.
 
     Attributes:
-        decisions: actions seen. changed: of them, those that broke the condition and were replaced.
-        failed: of these, those for which no candidate kept it either.
+        decisions: actions seen. changed: of them, those that were replaced by another.
+        failed: those for which no candidate kept the condition, the proposal included, which may
+            have been left as it was.
     """
 
     def __init__(self, config: SafetyConfig, rssm: RSSM, barrier: MLP) -> None:

@@ -40,7 +40,7 @@ _CONTROLLERS = {
 _RATES = {
     "violations": "violations",
     "shield_changed": "actions replaced by the shield",
-    "shield_failed": "of them, no candidate kept the condition",
+    "shield_failed": "no candidate kept the condition",
 }
 
 
