@@ -5,6 +5,7 @@ The files are described in :mod:`fastdreamer.training.episodes`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterable
@@ -102,9 +103,23 @@ class Replay:
         """
         if index in self._episodes:
             raise ValueError(f"replay: episode {index} is already held")
+        info = self._check(index)
+        last = next(reversed(self._episodes), -1)
+        self.fields = _fields_of(info)
+        self._episodes[index] = info
+        if index < last:
+            self._episodes = dict(sorted(self._episodes.items()))
+        frames = self.env_frames
+        while frames > self.capacity and len(self._episodes) > 1:
+            oldest = self._episodes.pop(next(iter(self._episodes)))
+            frames -= oldest.env_frames
+        return info
+
+    def _check(self, index: int) -> EpisodeInfo:
+        """Check the file of this number; EpisodeError where it is missing, damaged or foreign."""
         path = episode_path(self.directory, index)
         info = check_episode(path, index)
-        found = {name: (f.dtype, f.shape[1:]) for name, f in info.layout.items()}
+        found = _fields_of(info)
         if self.fields not in (None, found):
             found, expected = describe(found), describe(self.fields)
             raise EpisodeError(f"{path}: is of another environment: {found}; expected {expected}")
@@ -119,15 +134,6 @@ class Replay:
                     f"{path}: was drawn by {drawn[0]} in quality {drawn[1]}, expected {render} in "
                     f"{quality}"
                 )
-        last = next(reversed(self._episodes), -1)
-        self.fields = found
-        self._episodes[index] = info
-        if index < last:
-            self._episodes = dict(sorted(self._episodes.items()))
-        frames = self.env_frames
-        while frames > self.capacity and len(self._episodes) > 1:
-            oldest = self._episodes.pop(next(iter(self._episodes)))
-            frames -= oldest.env_frames
         return info
 
     def load(self, indices: Iterable[int] | None = None) -> list[str]:
@@ -154,7 +160,8 @@ class Replay:
         return warnings
 
     def delete_before(self, index: int) -> None:
-        """Unlink the files of all episodes of lower numbers, those held excepted.
+        """Unlink the files of all episodes of lower numbers, but for those held, and damaged or
+        foreign ones, which are left to be looked at.
 
         To be called with the oldest episode that any checkpoint refers to. It looks at the
         directory, not at what this process saw leave: a kill may have come between. Temporary
@@ -163,7 +170,10 @@ class Replay:
         remove_stale(self.directory)
         for path in sorted(self.directory.glob(EPISODE_GLOB)):
             found = episode_index(path)
-            if found is not None and found < index and found not in self._episodes:
+            if found is None or found >= index or found in self._episodes:
+                continue
+            with contextlib.suppress(EpisodeError):
+                self._check(found)
                 path.unlink(missing_ok=True)
 
     def sample(
@@ -226,3 +236,7 @@ class Replay:
             )
         counts = [max(1, e.length - length + 1) for e in self._episodes.values()]
         return self.indices, np.cumsum([0, *counts])
+
+
+def _fields_of(info: EpisodeInfo) -> Fields:
+    return {name: (field.dtype, field.shape[1:]) for name, field in info.layout.items()}

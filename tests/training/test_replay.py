@@ -57,6 +57,25 @@ def test_held_episodes_are_not_deleted(tmp_path):
     assert replay.indices == [0, 1, 2] and len(list(tmp_path.iterdir())) == 3
 
 
+def test_damaged_and_foreign_episodes_are_not_deleted(tmp_path):
+    """They are left to be looked at, whether they were so from the start, or became it after they
+    had entered or left."""
+    fill(tmp_path, [11] * 6, task="walker-walk")
+    paths = [tmp_path / f"episode-00000{i}.safetensors" for i in range(6)]
+    write_episode(tmp_path, 1, episode(11), TASK | {"task": "walker-run"})
+    os.truncate(paths[0], 100)
+    replay = Replay(tmp_path, capacity=60, fields=FIELDS, task="walker-walk")
+    assert len(replay.load()) == 2 and replay.indices == [3, 4, 5]
+    os.truncate(paths[3], 100)
+    while replay.indices != [4, 5]:
+        replay.sample(4, 5, np.random.default_rng(0))
+    for again in (replay, Replay(tmp_path, capacity=60, fields=FIELDS, task="walker-walk")):
+        if again is not replay:  # as a resumed run, whose checkpoint knows of those held alone
+            again.load(replay.indices)
+        again.delete_before(4)
+        assert sorted(tmp_path.iterdir()) == [paths[i] for i in (0, 1, 3, 4, 5)]
+
+
 def test_a_directory_that_is_not_there_is_not_made(tmp_path):
     (tmp_path / "file").touch()
     for name in ("typo", "file"):
