@@ -183,12 +183,17 @@ def plan(
         scores = torch.cat(parts)
     lost = mean.isnan().any(-1).any(0).nonzero().flatten().tolist()
     if lost:
-        raise PlanningError(
-            f"plan: every candidate scored NaN in environments {lost} of {batch}: the world "
-            "model's weights or states are not finite"
-        )
+        raise nothing_but_nan(lost, batch)
     action = mean[0].clamp(-config.clip, config.clip)  # the actor's own may lie beyond, by a hair
     return action, PlanInfo(mean, std, scores, time.perf_counter() - begin)
+
+
+def nothing_but_nan(lost: list[int], batch: int) -> PlanningError:
+    """What is raised where in those rows of a batch every candidate scored NaN."""
+    return PlanningError(
+        f"plan: every candidate scored NaN in environments {lost} of {batch}: the world model's "
+        "weights or states are not finite"
+    )
 
 
 def greedy_actions(actor: ActorParams, state: State, rule: Greedy, *, alone: bool) -> Tensor:

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from fastdreamer.acting.exploration import Explorer
 from fastdreamer.acting.noise import Source, latent, normal, one_by_one
 from fastdreamer.acting.parts import acting_parts, keep_only
-from fastdreamer.acting.planning import PlanInfo, greedy_actions, plan
+from fastdreamer.acting.planning import (
+    PlanInfo,
+    PlanningError,
+    greedy_actions,
+    nothing_but_nan,
+    plan,
+)
 from fastdreamer.acting.shield import Guard, Shield, Shields
 from fastdreamer.config import Config, ConfigError
 from fastdreamer.machine.device import resolve_device, resolve_precision
@@ -233,20 +239,25 @@ class Policy(nn.Module):
 
         Returns:
             The actions [B, A] and how they were found; see :mod:`fastdreamer.acting.planning`.
+
+        Raises:
+            PlanningError: all candidates of a row scored NaN; names all such rows.
         """
         source, on_time = generator or self._act_generator, self.config.plan.budget_ms is not None
         each = one_by_one(source, len(state.deter))
         if explore and len(each) > 1 and not on_time:  # the bound is no op; the time is one for all
-            found = [
-                self.plan(
-                    State(state.deter[i : i + 1], state.stoch[i : i + 1]),
-                    controller,
-                    explore=True,
-                    last=None if last is None else last[:, i : i + 1],
-                    generator=own,
-                )
-                for i, own in enumerate(each)
-            ]
+            found, lost = [], []
+            for i, own in enumerate(each):
+                row = State(state.deter[i : i + 1], state.stoch[i : i + 1])
+                before = None if last is None else last[:, i : i + 1]
+                try:
+                    found.append(
+                        self.plan(row, controller, explore=True, last=before, generator=own)
+                    )
+                except PlanningError:
+                    lost.append(i)
+            if lost:  # of the caller's rows, each of which was the only one of its own plan
+                raise nothing_but_nan(lost, len(each))
             actions, infos = zip(*found, strict=True)
             return torch.cat(actions), PlanInfo.beside(infos)
         mpc = self.controller(controller) == "mpc"

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastdreamer.acting.exploration import Explorer, beta_at, spread, upper_bound
+from fastdreamer.acting.planning import PlanningError
 from fastdreamer.analysis.calibration import calibrate, calibrate_episodes, predict_rewards
 from fastdreamer.cli import main
 from fastdreamer.config import ConfigError, ExploreConfig, SafetyConfig, preset, to_dict
@@ -204,6 +205,16 @@ def test_the_planner_prefers_the_uncertain_arm_if_it_is_an_optimist(beta, arm):
         assert (arm * action > 0.9).all()
         action, _ = agent.plan(start, controller, generator=seeded())  # greedy: the mean
         assert (action < -0.9).all()
+
+
+def test_an_optimist_s_plan_of_nothing_but_nan_names_the_rows_of_the_caller():
+    """Also where every row, which has a generator of its own, is planned by itself."""
+    agent = two_armed(1.0, at="plan")
+    start = State(torch.zeros(4, 1), torch.zeros(4, 1))
+    start.deter[[1, 3]] = torch.nan
+    for generator in (seeded(), [seeded(i) for i in range(4)]):
+        with pytest.raises(PlanningError, match=r"NaN in environments \[1, 3\] of 4"):
+            agent.plan(start, explore=True, generator=generator)
 
 
 @pytest.mark.parametrize(("beta", "arm"), [(1.0, 1), (0.0, -1)])
