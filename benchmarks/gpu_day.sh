@@ -32,24 +32,33 @@ mkdir -p "$out" && out=$(cd "$out" && pwd) && wheels=${wheels:+$(cd "$wheels" &&
 cd "$(dirname "$0")/.." || exit 2
 export PYTHONPATH="$PWD:$out/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 end=$(awk "BEGIN {print int($SECONDS + 60 * $minutes)}")
-failed=0
+failed=0 running=
+trap '[ -z "$running" ] || kill "$running" 2> /dev/null' EXIT # Ctrl-C does not reach it
 : > "$out/summary.txt"
 
 say() { printf '%4d s  %s\n' "$SECONDS" "$*" | tee -a "$out/summary.txt"; }
 
 # step NAME SECONDS COMMAND…: run it for so many seconds at most; OUT/NAME.txt holds what it says.
 step() {
-    local name=$1 most=$2 left=$((end - SECONDS)) begin=$SECONDS status
+    local name=$1 most=$2 left=$((end - SECONDS)) begin=$SECONDS status said
     shift 2
     ((most < left)) && left=$most
     ((left > 0)) || { say "$name: not reached"; return 1; }
-    timeout --kill-after=10 "$left" "$@" 2>&1 | tee "$out/$name.txt"
-    status=${PIPESTATUS[0]}
+    # To a file, not through a pipe: that is open for as long as anybody whom a step that was cut off
+    # left behind in a session of its own.
+    said="$out/$name.txt"
+    : > "$said"
+    timeout --kill-after=10 "$left" "$@" > "$said" 2>&1 &
+    running=$!
+    tail -n +1 -f -s 0.2 --pid="$running" "$said"
+    wait "$running"
+    status=$?
+    running=
     if ((status == 0)); then
         say "$name: done"
     elif ((status == 124 || status == 137)) && ((SECONDS - begin >= left)); then
         say "$name: cut off after $left s; what it had is kept"
-        if grep -qwE 'FAILED|WRONG' "$out/$name.txt"; then
+        if grep -qwE 'FAILED|WRONG' "$said"; then
             say "$name: FAILED before that, see $name.txt"
             failed=1
         fi

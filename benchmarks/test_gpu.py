@@ -17,6 +17,7 @@ import inspect
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -295,15 +296,21 @@ def test_a_race_waits_within_the_clock():
 def day(tmp_path):
     """Run gpu_day.sh with a stand-in for Python: exit status, summary, what Python was asked."""
 
-    def run(python, *options, out="out"):
+    def run(python, *options, out="out", meanwhile=lambda script: None):
         stub, log = tmp_path / "python", tmp_path / "log"
         asked = 'echo "${*//$\'\\n\'/ }" >> "$LOG"\n'
         stub.write_text(f"#!/usr/bin/env bash\nREAL={sys.executable} LOG={log}\n{asked}{python}\n")
         stub.chmod(0o755)
         command = [ROOT / "benchmarks" / "gpu_day.sh", "--out", tmp_path / out, *options]
-        done = subprocess.run(
-            command, env={**os.environ, "PYTHON": str(stub)}, capture_output=True, text=True
-        )
+        with subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHON": str(stub)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ) as done:
+            meanwhile(done)
+            done.communicate()
         summary = (tmp_path / out / "summary.txt").read_text().splitlines()
         return done.returncode, [line[8:] for line in summary], log.read_text().splitlines()
 
@@ -369,6 +376,38 @@ def test_the_first_day_stops_by_itself(day):
     assert status == 0 and time.monotonic() - begin < 30
     assert re.fullmatch(r"ops: cut off after \d s; what it had is kept", summary[2])
     assert summary[3] == "compiled: not reached"
+
+
+def test_nobody_waits_for_whom_a_step_that_was_cut_off_left_behind(day, tmp_path):
+    """A session of one's own is not reached by the time limit, and keeps what it has open."""
+    left = 'setsid sh -c "echo behind; exec sleep 40" & sleep 60'
+    python = f'case "$*" in *benchmarks.gpu*) {left};; *importlib*) echo;; esac'
+    begin = time.monotonic()
+    status, summary, _ = day(python, "--device", "cpu", "--minutes", "0.05")
+    assert status == 0 and summary[2].startswith("ops: cut off")
+    assert time.monotonic() - begin < 30
+    assert (tmp_path / "out" / "ops.txt").read_text() == "behind\n"
+
+
+def test_a_first_day_that_is_interrupted_takes_its_step_with_it(day, tmp_path):
+    """Ctrl-C reaches the terminal's foreground processes; `timeout` is in a group of its own."""
+    told = tmp_path / "step"
+
+    def interrupt(script):
+        while not (told.exists() and told.read_text()):
+            assert script.poll() is None
+            time.sleep(0.05)
+        os.killpg(script.pid, signal.SIGINT)
+
+    python = (
+        f'case "$*" in *benchmarks.gpu*) echo $$ > {told}; exec sleep 60;; *importlib*) echo;; esac'
+    )
+    status, summary, _ = day(python, "--device", "cpu", meanwhile=interrupt)
+    assert status == -signal.SIGINT and summary[-1] == "correctness: done"
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{int(told.read_text())}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_the_first_day_takes_what_is_missing_from_wheels(day, tmp_path):
