@@ -13,6 +13,9 @@ from tyro.conf import Positional
 from fastdreamer.analysis.viz.curves import Axis, export_csv, plot_runs
 from fastdreamer.cli.seeds import runs_of
 from fastdreamer.config import ConfigError
+from fastdreamer.training.checkpoint import runs_within
+from fastdreamer.training.logger import METRICS_FILE
+from fastdreamer.training.trainer import RunError
 
 
 @dataclass
@@ -39,6 +42,9 @@ class Plot:
 
 def run_plot(command: Plot, say: Callable[[str], None]) -> None:
     runs = [run for path in command.runs for run in runs_of(path).values() or [path]]
+    for run in runs:
+        if not (run / METRICS_FILE).exists() and (hint := runs_within(run)):
+            raise RunError(f"{run} is not a run directory (no {METRICS_FILE}){hint}")
     if command.csv and len(runs) != 1:
         raise ConfigError("--csv writes the curve of one run; name one RUN")
     out = plot_runs(

@@ -31,7 +31,7 @@ from fastdreamer.machine.device import resolve_config
 from fastdreamer.named import names_code
 from fastdreamer.ops.gpu import why_no_cuda
 from fastdreamer.training import preflight
-from fastdreamer.training.checkpoint import list_checkpoints
+from fastdreamer.training.checkpoint import list_checkpoints, runs_in
 from fastdreamer.training.cluster import Cluster, ClusterError, connected
 from fastdreamer.training.collector import CollectorError
 from fastdreamer.training.ranks import joined, launcher
@@ -203,6 +203,11 @@ def _train_seeds(command: Train, cluster: Cluster | None, say: Callable[[str], N
         raise ConfigError(
             f"{folder} holds a run already, or several; go on by `fastdreamer train --resume "
             f"{folder}`, or choose another --run"
+        )
+    if others := runs_in(folder):
+        raise ConfigError(
+            f"{folder} holds other runs: {', '.join(map(str, others))}; choose a folder for these "
+            f"alone, as --run {folder / 'NAME'}"
         )
     preflight.check(config, folder, say)
     if command.run is None:

@@ -34,9 +34,14 @@ class CheckpointError(FastdreamerError, RuntimeError):
     """A checkpoint is missing, damaged or foreign; the message names the file."""
 
 
+def runs_in(folder: Path) -> list[Path]:
+    """The run directories that are straight in a folder."""
+    return sorted(config.parent for config in folder.glob("*/config.json"))
+
+
 def runs_within(folder: Path) -> str:
     """What to add where a run is asked for and a folder of several is given; else nothing."""
-    runs = ", ".join(sorted(str(config.parent) for config in folder.glob("*/config.json")))
+    runs = ", ".join(map(str, runs_in(folder)))
     return f"; it is a folder of runs, name one of them: {runs}" if runs else ""
 
 

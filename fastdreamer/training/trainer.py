@@ -160,6 +160,11 @@ def _refuse_used(run_dir: Path) -> None:
             f"{run_dir} is a folder of runs; `fastdreamer train --resume {run_dir}` goes on with "
             "them, another --run makes a new one"
         )
+    if runs := checkpoint.runs_in(run_dir):
+        raise RunError(
+            f"{run_dir} cannot be a run directory, it holds those of runs: "
+            f"{', '.join(map(str, runs))}; choose one of its own, as --run {run_dir / 'NAME'}"
+        )
 
 
 def write_config(run_dir: Path, config: Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +12,16 @@ import torch
 from fastdreamer import CheckpointError, load
 from fastdreamer.cli import main
 from fastdreamer.cli.seeds import is_finished, parse_seeds, runs_of
-from fastdreamer.config import ConfigError
+from fastdreamer.config import ConfigError, preset
 from fastdreamer.training.checkpoint import list_checkpoints, load_checkpoint
 from fastdreamer.training.logger import METRICS_FILE, read_metrics
-from fastdreamer.training.trainer import Stopped, Trainer, read_config, write_config
+from fastdreamer.training.trainer import (
+    Stopped,
+    Trainer,
+    create_run,
+    read_config,
+    write_config,
+)
 
 TINY = ["--preset", "tiny", "--train.frames", "120", "--eval.every", "60"]
 
@@ -131,6 +138,37 @@ def test_a_folder_of_runs_is_no_place_for_a_run(folder, capsys):
     one, three = runs_of(folder).values()
     assert main(["report", str(folder)]) == 1
     assert f"it is a folder of runs, name one of them: {one}, {three}" in output(capsys)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["eval", "."], ["dream", "."], ["watch", "."], ["report", "."], ["plot", "."],
+        ["plot", "a", "."], ["export", ".", "x.safetensors"], ["train", "--resume", "."],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_where_one_run_is_meant_a_folder_of_others_names_them(argv, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        create_run(Path(name), preset("tiny"))
+        (tmp_path / name / METRICS_FILE).touch()
+    before = sorted(tmp_path.rglob("*"))
+    assert main(argv) == 1
+    assert "; it is a folder of runs, name one of them: a, b" in output(capsys)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("seeds", [[], ["--seeds", "0,1"]])
+def test_runs_are_not_made_among_others(seeds, capsys, monkeypatch, tmp_path):
+    """A folder of the new ones' own is; not even one of them is made where another would be."""
+    monkeypatch.setattr(Trainer, "train", lambda self: pytest.fail("trained"))
+    create_run(tmp_path / "runs/seed1", preset("tiny"))
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["train", "walker", *TINY, *seeds, "--run", str(tmp_path / "runs")]) == 1
+    said = output(capsys)
+    assert f"{tmp_path / 'runs/seed1'}; choose" in said and "runs/NAME" in said, said
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_finished_folder_takes_no_settings_that_do_not_fit(folder, capsys):
