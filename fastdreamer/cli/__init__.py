@@ -42,7 +42,6 @@ from fastdreamer.training.ranks import follow, is_follower, joined
 from fastdreamer.training.trainer import Stopped
 
 _COMMANDS = {
-    Train: run_train,
     Eval: run_eval,
     Dream: run_dream,
     Watch: run_watch,
@@ -105,6 +104,8 @@ def _run(argv: list[str]) -> int:
                     command = _parse(argv, config)
                 allow_task(config, command.run, command.task)
                 stack.enter_context(playing_backend(config, command.backend))
+            if isinstance(command, Train):
+                return run_train(command, say, functools.partial(_parse, argv))
             return _COMMANDS[type(command)](command, say) or 0
     except Stopped:
         say(f"stopped; go on with: {shlex.join(['fastdreamer', *argv])}")
@@ -119,11 +120,13 @@ def _run(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str], config: Config | None = None) -> Any:
-    subcommand, config = tyro.conf.subcommand, config or Config()
+    """The command; ``config`` is what its options start from, where that is known already."""
+    subcommand, training = tyro.conf.subcommand, train_defaults(argv, config)
+    config = config or Config()
     planned = {"run": tyro.MISSING, "plan": config.plan}
     safety = dataclasses.replace(named_by_file(config.safety), shield=False)
     commands = (
-        Annotated[Train, subcommand("train", default=train_defaults(argv))]
+        Annotated[Train, subcommand("train", default=training)]
         | Annotated[Eval, subcommand("eval", default=Eval(**planned, safety=safety))]
         | Annotated[Dream, subcommand("dream")]
         | Annotated[Watch, subcommand("watch")]

@@ -6,13 +6,11 @@ import json
 import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fastdreamer.analysis.viz.curves import plot_runs
 from fastdreamer.config import Config, ConfigError, from_dict, to_dict
-from fastdreamer.config.schema import build
 from fastdreamer.files import replacing
 from fastdreamer.training.checkpoint import CheckpointError, list_checkpoints, load_meta
 from fastdreamer.training.cluster import Call, Cluster
@@ -61,20 +59,6 @@ def runs_of(folder: Path) -> dict[int, Path]:
     if gone:
         raise RunError(f"{folder} lacks what {file.name} says is there: {', '.join(gone)}")
     return runs
-
-
-def changed(own: Config, before: Config, asked: Config) -> Config:
-    """A run's own settings, but for what ``asked`` says otherwise than ``before``, and the seed."""
-    changes = _changes(to_dict(before), to_dict(asked))
-    return replace(build(Config, changes, base=own), seed=own.seed)
-
-
-def _changes(before: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: _changes(before[name], value) if isinstance(value, dict) else value
-        for name, value in asked.items()
-        if value != before[name]
-    }
 
 
 def is_finished(run_dir: Path, config: Config) -> bool:

@@ -83,8 +83,11 @@ class Train:
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
-def train_defaults(argv: list[str]) -> Train:
-    """What ``train``'s options start from: a preset, or the settings of the run to resume."""
+def train_defaults(argv: list[str], config: Config | None = None) -> Train:
+    """What ``train``'s options start from: a preset, or the settings of the run to resume, of a
+    folder of runs those of its first; ``config``, where that is given."""
+    if config is not None:
+        return Train(config=_as_defaults(config))
     if not argv or argv[0] != "train":
         return Train(config=PRESETS[_PRESET])
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -117,22 +120,27 @@ def _starting_point(name: str, file: Path | None) -> Config:
         raise ConfigError(f"--config {file}: {error}") from error
 
 
-def run_train(command: Train, say: Callable[[str], None]) -> int:
+def run_train(command: Train, say: Callable[[str], None], parse: Callable[[Config], Train]) -> int:
+    """Train; ``parse`` reads the same words again, options starting from other settings."""
     with joined() as ranks, contextlib.ExitStack() as stack:
         cluster = None
         if command.ray is not None:  # before anything of a run is made
             cluster = stack.enter_context(connected(command.ray, command.config.collect.workers))
-        return _run_train(command, cluster, ranks.size, say)
+        return _run_train(command, cluster, ranks.size, say, parse)
 
 
 def _run_train(
-    command: Train, cluster: Cluster | None, ranks: int, say: Callable[[str], None]
+    command: Train,
+    cluster: Cluster | None,
+    ranks: int,
+    say: Callable[[str], None],
+    parse: Callable[[Config], Train],
 ) -> int:
     runs = {} if command.resume is None else seeds.runs_of(command.resume)
     if cluster is not None and ranks > 1 and (runs or command.seeds is not None):
         raise ConfigError("--seeds with --ray: a run is a task of one process, without torchrun")
     if runs:
-        return _resume_seeds(command, runs, cluster, say)
+        return _resume_seeds(command, runs, cluster, say, parse)
     if command.seeds is not None:
         return _train_seeds(command, cluster, say)
     make = _resumed_run if command.resume else _new_run
@@ -220,20 +228,22 @@ def _train_seeds(command: Train, cluster: Cluster | None, say: Callable[[str], N
 
 
 def _resume_seeds(
-    command: Train, runs: dict[int, Path], cluster: Cluster | None, say: Callable[[str], None]
+    command: Train,
+    runs: dict[int, Path],
+    cluster: Cluster | None,
+    say: Callable[[str], None],
+    parse: Callable[[Config], Train],
 ) -> int:
     """Go on with a folder's runs, each with its own settings but for the options given here."""
-    if command.seeds is not None or command.config.seed != next(iter(runs)):
+    each = {seed: parse(read_config(run_dir)) for seed, run_dir in runs.items()}
+    if command.seeds is not None or any(one.config.seed != seed for seed, one in each.items()):
         raise ConfigError(
             f"{command.resume} holds runs of the seeds {', '.join(map(str, runs))}; --resume goes "
             "on with these: leave --seeds and --seed out"
         )
-    before = _as_defaults(read_config(next(iter(runs.values()))))
 
     def settle(seed: int) -> tuple[Path, Config]:
-        own = _as_defaults(read_config(runs[seed]))
-        config = seeds.changed(own, before, command.config)
-        return _resumed_run(dataclasses.replace(command, resume=runs[seed], config=config), say)
+        return _resumed_run(dataclasses.replace(each[seed], resume=runs[seed]), say)
 
     return _train_all(command.resume, runs, settle, command.ray, cluster, say)
 

@@ -88,11 +88,19 @@ def test_a_seed_keeps_the_settings_that_it_alone_was_given(folder, monkeypatch):
     monkeypatch.setattr(Trainer, "train", lambda self: trained.append(self._asked))
     three = runs_of(folder)[3]
     before = (three / "config.json").read_text()
-    write_config(three, dataclasses.replace(read_config(three), seed=3, threads=2))
+    write_config(three, dataclasses.replace(read_config(three), threads=7))
     try:
         assert main(["train", "--resume", str(folder), "--train.frames", "200"]) == 0
-        assert [c.threads for c in trained] == [read_config(runs_of(folder)[1]).threads, 2]
+        assert [c.threads for c in trained] == [read_config(runs_of(folder)[1]).threads, 7]
         assert [c.train.frames for c in trained] == [200, 200]
+        # Given, and equal to what one of them has already, it is the others' as well.
+        own = [read_config(run).threads for run in runs_of(folder).values()]
+        for threads in own:
+            trained.clear()
+            argv = ["train", "--resume", str(folder), "--train.frames", "200"]
+            assert main([*argv, "--threads", str(threads)]) == 0
+            assert [c.threads for c in trained] == [threads] * 2
+        assert len({*own}) == 2
     finally:
         (three / "config.json").write_text(before)
 
@@ -199,6 +207,7 @@ def test_ctrl_c_before_the_trainer_begins_says_how_to_go_on(tmp_path, monkeypatc
         (["walker", "--seeds", "1,2", "--seed", "3"], "--seed 3 and --seeds: give one of them"),
         (["--resume", "{folder}", "--seeds", "1,4"], "holds runs of the seeds 1, 3; --resume goes"),
         (["--resume", "{folder}", "--seed", "7"], "holds runs of the seeds 1, 3; --resume goes"),
+        (["--resume", "{folder}", "--seed", "1"], "holds runs of the seeds 1, 3; --resume goes"),
         (["--resume", "{folder}/seed1", "--seeds", "1,4"], "--seeds makes new runs"),
         (["walker", "--seeds", "1;2"], "numbers with commas between them"),
         (["walker", "--seeds", "1,,2"], "numbers with commas between them"),
