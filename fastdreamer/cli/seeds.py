@@ -61,14 +61,19 @@ def runs_of(folder: Path) -> dict[int, Path]:
     return runs
 
 
+def frames_of(run_dir: Path) -> int:
+    """The env frames of a run's newest checkpoint; 0 where there is none, or it is damaged."""
+    saved = list_checkpoints(run_dir / "checkpoints")
+    try:
+        return load_meta(saved[-1])["cursor"]["env_frames"] if saved else 0
+    except CheckpointError:
+        return 0
+
+
 def is_finished(run_dir: Path, config: Config) -> bool:
     """Whether a run has all of ``config``'s env frames saved, and its last evaluation; not where
     its newest checkpoint is damaged: the trainer goes on from the one before."""
-    saved = list_checkpoints(run_dir / "checkpoints")
-    try:
-        if not saved or load_meta(saved[-1])["cursor"]["env_frames"] < config.train.frames:
-            return False
-    except CheckpointError:
+    if frames_of(run_dir) < config.train.frames:
         return False
     if not config.eval.every:
         return True

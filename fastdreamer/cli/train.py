@@ -146,7 +146,11 @@ def _run_train(
     make = _resumed_run if command.resume else _new_run
     run_dir, config = make(command, say)
     say(f"run directory: {run_dir}")
-    status = _train(run_dir, config, run_dir, command.ray, say)
+    status = 0
+    if _has_ended(run_dir, config):
+        say(_further([run_dir], config, run_dir, command.ray))
+    else:
+        status = _train(run_dir, config, run_dir, command.ray, say)
     if status == 0:
         say(f"picture: {plot_runs([run_dir], run_dir / 'curves.png')}")
         say(f"done; try: fastdreamer eval {run_dir}, fastdreamer plot {run_dir}")
@@ -190,6 +194,20 @@ def _again(config: Config, whole: Path, ray: str | None) -> str:
     if names_code(config.safety.signal):
         again += f" --safety {config.safety.signal}"
     return again if ray is None else f"{again} --ray {ray}"
+
+
+def _has_ended(run_dir: Path, config: Config) -> bool:
+    """Whether a run has nothing left to do that these settings ask for."""
+    return config == read_config(run_dir) and seeds.is_finished(run_dir, config)
+
+
+def _further(runs: list[Path], config: Config, whole: Path, ray: str | None) -> str:
+    """How to go on with runs that have ended: a command that gives them twice what they have."""
+    frames = max(seeds.frames_of(run_dir) for run_dir in runs)
+    return (
+        f"{whole} has all env frames that it was to have; go on to more with: "
+        f"{_again(config, whole, ray)} --train.frames {2 * frames}"
+    )
 
 
 def _train_seeds(command: Train, cluster: Cluster | None, say: Callable[[str], None]) -> int:
@@ -260,10 +278,12 @@ def _train_all(
     by side; conclude when all of them have."""
     say(f"folder of runs: {folder}")
     together: dict[int, Config] = {}
+    ended = 0
     for i, seed in enumerate(runs, 1):
         run_dir, config = settle(seed)
-        if config == read_config(run_dir) and seeds.is_finished(run_dir, config):
+        if _has_ended(run_dir, config):
             say(f"seed {seed} ({i} of {len(runs)}) has ended already: {run_dir}")
+            ended += 1
             continue
         say(f"seed {seed} ({i} of {len(runs)}): {run_dir}")
         if cluster is not None:
@@ -280,6 +300,8 @@ def _train_all(
             return 130
         except FastdreamerError as error:
             raise RunError(f"{error}\nGo on with: {again}") from error
+    if ended == len(runs):
+        say(_further(list(runs.values()), config, folder, ray))
     seeds.conclude(folder, runs, say)
     return 0
 

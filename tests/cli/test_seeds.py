@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -177,6 +179,24 @@ def test_runs_are_not_made_among_others(seeds, capsys, monkeypatch, tmp_path):
     said = output(capsys)
     assert f"{tmp_path / 'runs/seed1'}; choose" in said and "runs/NAME" in said, said
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_runs_that_have_ended_say_how_to_go_on_to_more(folder, capsys, monkeypatch):
+    trained = []
+    monkeypatch.setattr(Trainer, "train", lambda self: trained.append(self._asked))
+    one, three = runs_of(folder).values()
+    frames = [load_checkpoint(list_checkpoints(r / "checkpoints")[-1])[1] for r in (one, three)]
+    twice = [2 * meta["cursor"]["env_frames"] for meta in frames]
+    for whole, more in ((one, twice[0]), (folder, max(twice))):
+        before = (one / METRICS_FILE).read_bytes()
+        assert main(["train", "--resume", str(whole)]) == 0
+        said = capsys.readouterr().out
+        (command,) = re.findall(r"go on to more with: fastdreamer (.*)", said)
+        assert command == f"train --resume {whole} --train.frames {more}" and not trained
+        assert (one / METRICS_FILE).read_bytes() == before
+        assert main(shlex.split(command)) == 0
+        assert {config.train.frames for config in trained} == {more}
+        trained.clear()
 
 
 def test_a_finished_folder_takes_no_settings_that_do_not_fit(folder, capsys):
