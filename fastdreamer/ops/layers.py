@@ -29,7 +29,7 @@ class Norm(NamedTuple):
 
     kind: str  # layer or rms
     weight: Tensor | None  # [n]; None scales nothing
-    bias: Tensor | None  # [n]; None, as ever with rms, shifts nothing
+    bias: Tensor | None  # [n]; None, as torch's RMSNorm has it, shifts nothing
     eps: float
 
     def detach(self) -> Norm:
@@ -113,6 +113,7 @@ def normalise(norm: Norm | None, x: Tensor) -> Tensor:
     x = x.to(kind)
     if norm.kind == "rms":
         x = F.rms_norm(x, x.shape[-1:], weight, norm.eps)
+        x = x if bias is None else x + bias
     else:
         x = F.layer_norm(x, x.shape[-1:], weight, bias, norm.eps)
     device = x.device.type

@@ -118,7 +118,7 @@ class StdTransform(NamedTuple):
     slope: float = 1.0
     offset: float = 0.0
     min: float = 0.0
-    floor: float = 0.0  # below it the gradient is zero; 0 bounds nothing
+    floor: float = 0.0  # below it the gradient is zero
 
 
 class Categorical(NamedTuple):
@@ -353,7 +353,8 @@ def std_of(transform: StdTransform, y: Tensor) -> Tensor:
     std = STDS[kind](y + offset if offset else y)
     std = std if scale == 1 else scale * std
     std = std + least if least else std
-    return std.clamp(min=floor) if floor > 0 else std
+    # a positive multiple of f, plus what is no less than the floor, is above it
+    return std if scale >= 0 and least >= floor else std.clamp(min=floor)
 
 
 def latent_dist(raw: Tensor, latent: StdTransform | Categorical, dtype: torch.dtype) -> Latent:

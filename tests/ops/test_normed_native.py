@@ -42,7 +42,8 @@ class Style:
     Args:
         kind: of the layers' norms, or None.
         bias: whether normalised layers have one; the last layer of an MLP always does.
-        affine: whether norms have a weight and a bias.
+        affine: whether norms have a weight and, LayerNorms, a bias.
+        shifted: whether RMSNorms have one, too.
         late: the options of a late-reset GRU (``norm`` its kind), or None for torch's.
         latent: categorical, or None for Gaussian latents.
         begin: whether episodes begin with a learned state.
@@ -50,10 +51,11 @@ class Style:
     """
 
     def __init__(
-        self, kind="layer", bias=False, affine=True, late=None, latent=None, begin=False, eps=1e-3
-    ):
+        self, kind="layer", bias=False, affine=True, late=None, latent=None, begin=False, eps=1e-3,
+        shifted=False,
+    ):  # fmt: skip
         self.kind, self.bias, self.affine, self.eps = kind, bias, affine, eps
-        self.late, self.latent, self.begin = late, latent, begin
+        self.late, self.latent, self.begin, self.shifted = late, latent, begin, shifted
 
     def norm(self, kind, n):
         if kind is None:
@@ -61,7 +63,7 @@ class Style:
         weight, bias = 1 + 0.3 * self.randn(n), 0.3 * self.randn(n)
         if not self.affine:
             return Norm(kind, None, None, self.eps)
-        return Norm(kind, weight, bias if kind == "layer" else None, self.eps)
+        return Norm(kind, weight, bias if kind == "layer" or self.shifted else None, self.eps)
 
     def randn(self, *shape):
         return torch.randn(*shape, generator=self.generator)
@@ -111,6 +113,10 @@ CASES = {
     "one": (Sizes(1, 7, 5, 1, 17, 5, 0, 1, 2, "silu"), 2, 1, Style(late={})),
     "layer": (Sizes(2, 9, 6, 3, 17, 15, 1, 1, 1, "elu"), 9, 3, Style(bias=True)),
     "rms": (Sizes(6, 21, 30, 4, 16, 33, 1, 2, 3, "tanh"), 3, 49, Style("rms", late=None)),
+    "shifted": (
+        Sizes(3, 9, 10, 4, 17, 9, 1, 1, 1, "silu"), 3, 5,
+        Style("rms", shifted=True, late={"norm": "rms"}),
+    ),
     "plain": (Sizes(6, 16, 30, 4, 33, 31, 1, 0, 3, "silu"), 2, 51, Style(affine=False)),
     "no bias": (
         Sizes(6, 17, 3, 4, 31, 16, 1, 0, 3, "relu"), 3, 17,
@@ -127,7 +133,13 @@ CASES = {
         Style("rms", True, False, late={"norm": "rms", "gates": "ruc", "update_bias": 0.5}),
     ),
 }  # fmt: skip
-ONLY_FP32 = ("one", "old", "layer", "no bias")  # in bfloat16 the error of few numbers is luck
+ONLY_FP32 = (
+    "one",
+    "old",
+    "shifted",
+    "layer",
+    "no bias",
+)  # in bfloat16 the error of few numbers is luck
 
 
 def make(op, name, **changes):

@@ -71,6 +71,24 @@ def test_std_never_falls_below_min_std(case):
     assert policy.std[0, 0] == 0.1 and 890 < policy.std[0, 1] < 910
 
 
+@pytest.mark.parametrize(
+    "std",
+    [StdTransform(min=-0.7), StdTransform("exp", scale=-1.0, min=1.0), StdTransform(floor=-1.0)],
+)
+def test_no_std_is_below_its_floor_on_any_backend(new_case, std):
+    """Where nothing says otherwise that is 0, whatever scale and least one are."""
+    case = new_case("silu")
+    case.rssm.float()
+    params = case.rssm.params()._replace(latent=std, post=None)
+    given = [torch.randn(9, n, generator=torch.Generator().manual_seed(n)) for n in (3, 2, 2, 2)]
+    found = {}
+    for backend in ("eager", "native"):
+        state, action, noise = State(*given[:2]), given[2][:, : params.dims()["A"]], given[3]
+        found[backend] = rssm_step(params, state, action, noise, backend=backend)[1].std
+    assert (found["eager"] >= std.floor).all()
+    torch.testing.assert_close(found["native"], found["eager"], rtol=1e-5, atol=1e-6)
+
+
 def test_detached_parameters_get_no_gradient(case):
     _, state, action, noise = arguments(case)
     state = State(*(part.requires_grad_() for part in state))

@@ -558,6 +558,23 @@ def test_norms_and_layers_of_one_s_own_are_asked():
         Rollout.from_modules(**parts(prior=given))
 
 
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_a_norm_s_bias_that_was_zero_when_it_was_read_is_added_when_it_is_not(backend):
+    class Shifted(nn.RMSNorm):
+        def __init__(self, size):
+            super().__init__(size, eps=1e-3)
+            self.bias = nn.Parameter(torch.zeros(size))
+
+        def forward(self, x):
+            return super().forward(x) + self.bias
+
+    prior = nn.Sequential(nn.Linear(D, H), Shifted(H), nn.SiLU(), nn.Linear(H, Z))
+    rollout = Rollout.from_modules(**parts(prior=prior, backend=backend))
+    nn.init.normal_(prior[1].bias)
+    new, dist = rollout.step(rollout.initial(3), torch.randn(3, A))
+    torch.testing.assert_close(dist.logits.flatten(1), prior(new.deter), rtol=1e-5, atol=1e-5)
+
+
 def test_readouts_are_told():
     bins = two_hot(255).bins
     assert bins[127] == 0 and torch.equal(bins, -bins.flip(0))
