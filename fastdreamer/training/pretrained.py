@@ -74,6 +74,8 @@ def read_agent(
         return path, *load_checkpoint(path)
     found = load_newest(path / "checkpoints")
     if found is None:
+        if files := sorted(path.glob("*.safetensors")):  # a run's checkpoints/ or snapshots/
+            raise CheckpointError(f"{path} is no run; name one, or a file of it, as {files[-1]}")
         raise CheckpointError(f"{path} holds no checkpoint yet{runs_within(path)}")
     return found
 

@@ -168,6 +168,10 @@ def test_names_and_commands(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="holds no checkpoint yet"):
         export_agent(tmp_path / "empty", tmp_path / "no.safetensors")
+    folder = run / "checkpoints"
+    file = sorted(folder.iterdir())[-1]
+    with pytest.raises(CheckpointError, match=f"{folder} is no run; .* a file of it, as {file}"):
+        fastdreamer.load(folder)
 
 
 def test_the_agent_that_comes_with_the_package_walks(tmp_path, monkeypatch, capsys):
