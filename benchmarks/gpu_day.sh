@@ -32,15 +32,16 @@ mkdir -p "$out" && out=$(cd "$out" && pwd) && wheels=${wheels:+$(cd "$wheels" &&
 cd "$(dirname "$0")/.." || exit 2
 export PYTHONPATH="$PWD:$out/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 end=$(awk "BEGIN {print int($SECONDS + 60 * $minutes)}")
-failed=0 running=
-trap '[ -z "$running" ] || kill "$running" 2> /dev/null' EXIT # Ctrl-C does not reach it
+failed=0
+trap 'kill $(jobs -p) 2> /dev/null' EXIT # Ctrl-C does not reach them
+trap 'trap - INT; kill -INT $$' INT # bash asks its foreground command otherwise, which may miss it
 : > "$out/summary.txt"
 
 say() { printf '%4d s  %s\n' "$SECONDS" "$*" | tee -a "$out/summary.txt"; }
 
 # step NAME SECONDS COMMAND…: run it for so many seconds at most; OUT/NAME.txt holds what it says.
 step() {
-    local name=$1 most=$2 left=$((end - SECONDS)) begin=$SECONDS status said
+    local name=$1 most=$2 left=$((end - SECONDS)) begin=$SECONDS status said running shown
     shift 2
     ((most < left)) && left=$most
     ((left > 0)) || { say "$name: not reached"; return 1; }
@@ -50,10 +51,11 @@ step() {
     : > "$said"
     timeout --kill-after=10 "$left" "$@" > "$said" 2>&1 &
     running=$!
-    tail -n +1 -f -s 0.2 --pid="$running" "$said"
+    tail -n +1 -f -s 0.2 --pid="$running" "$said" &
+    shown=$!
     wait "$running"
     status=$?
-    running=
+    wait "$shown"
     if ((status == 0)); then
         say "$name: done"
     elif ((status == 124 || status == 137)) && ((SECONDS - begin >= left)); then

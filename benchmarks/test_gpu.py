@@ -389,15 +389,17 @@ def test_nobody_waits_for_whom_a_step_that_was_cut_off_left_behind(day, tmp_path
     assert (tmp_path / "out" / "ops.txt").read_text() == "behind\n"
 
 
-def test_a_first_day_that_is_interrupted_takes_its_step_with_it(day, tmp_path):
-    """Ctrl-C reaches the terminal's foreground processes; `timeout` is in a group of its own."""
+@pytest.mark.parametrize("send", [os.killpg, os.kill])
+def test_a_first_day_that_is_interrupted_takes_its_step_with_it(send, day, tmp_path):
+    """Ctrl-C reaches the terminal's foreground processes; `timeout` is in a group of its own, and
+    what has just been started may miss it."""
     told = tmp_path / "step"
 
     def interrupt(script):
         while not (told.exists() and told.read_text()):
             assert script.poll() is None
             time.sleep(0.05)
-        os.killpg(script.pid, signal.SIGINT)
+        send(script.pid, signal.SIGINT)
 
     python = (
         f'case "$*" in *benchmarks.gpu*) echo $$ > {told}; exec sleep 60;; *importlib*) echo;; esac'
