@@ -32,7 +32,7 @@ def result(name: str) -> dict[str, Any]:
 
 @functools.cache
 def curve(path: Path) -> list[dict[str, str]]:
-    """The rows of a run's curve."""
+    """The rows of a table in a file, as of a run's curve."""
     lines = (line for line in path.read_text().splitlines() if not line.startswith("#"))
     return list(csv.DictReader(lines))
 
@@ -156,21 +156,15 @@ def of_runs() -> Iterator[tuple[Path, str]]:
     )
     yield TOP_README, f"**{spread(last[350_000])}** (ten episodes of the deterministic actor)"
     yield ROOT / "docs" / "recipe.md", f"`fastdreamer eval` at the end: **{spread(last[350_000])}**"
-    means = ", ".join(f"{x['mean']:.0f}" for x in list(last.values())[:-1])
-    yield (
-        ROOT / "docs" / "report.md",
-        f"{means} and {last[350_000]['mean']:.0f} at 10, 80, 150, 210",
-    )
+    means = listed(x["mean"] for x in last.values())
+    yield ROOT / "docs" / "report.md", f"{means} at 10, 80, 150, 210"
 
-    planned = [f"{x['mean']:.0f}" for x in evaluations("mpc", FIGURES / "report-pixels").values()]
-    yield (
-        ROOT / "docs" / "report.md",
-        f"MPC plays the same episodes: {', '.join(planned[:-1])} and {planned[-1]}.",
-    )
+    planned = evaluations("mpc", FIGURES / "report-pixels").values()
+    told = f"MPC plays the same episodes: {listed(x['mean'] for x in planned)}."
+    yield ROOT / "docs" / "report.md", told
 
     yield TOP_README, f"ends by itself, after {whole:.0f} minutes on two idle cores"
-    with (FIGURES / "report-pixels" / "episodes.csv").open() as file:
-        played = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    played = curve(FIGURES / "report-pixels" / "episodes.csv")
     played = [float(row["seconds"]) for row in played if row["controller"] == "actor"]
     told = f"on one thread {statistics.median(played):.0f} seconds an episode of the actor"
     yield ROOT / "docs" / "report.md", told
@@ -185,11 +179,11 @@ def of_runs() -> Iterator[tuple[Path, str]]:
     )
     others = f"took {ends['actor-seed0']:.0f} and {ends['mixed-seed1']:.0f}, half an hour's pause"
     yield ROOT / "docs" / "report.md", others
-    paced = list(evaluations("walker-walk-pixels-v3-seed2").items())
+    paced = evaluations("walker-walk-pixels-v3-seed2")
     for aim, page in ((500, "minutes to 500, mean of seeds, seeds 0 and 1 at seed 2's speed"),
                       (900, "minutes to 900, likewise")):  # fmt: skip
         at = [next(f for f, x in each.items() if x["mean"] >= aim) for each in v3]
-        spent = [seen["seconds"] / 60 for f in at for frames, seen in paced if frames == f]
+        spent = [paced[frames]["seconds"] / 60 for frames in at]
         each = ", ".join(f"{m:.0f}" for m in spent)
         asked = {500: "90 | 45", 900: "180 | 120"}[aim]
         told = f"{page} | {asked} | {statistics.fmean(spent):.0f} ({each}) |"
