@@ -301,7 +301,9 @@ def day(tmp_path):
         asked = 'echo "${*//$\'\\n\'/ }" >> "$LOG"\n'
         stub.write_text(f"#!/usr/bin/env bash\nREAL={sys.executable} LOG={log}\n{asked}{python}\n")
         stub.chmod(0o755)
-        command = [ROOT / "benchmarks" / "gpu_day.sh", "--out", tmp_path / out, *options]
+        # What was started in the background ignores Ctrl-C, and so do all whom it starts.
+        command = ["env", "--default-signal=INT", ROOT / "benchmarks" / "gpu_day.sh"]
+        command += ["--out", tmp_path / out, *options]
         with subprocess.Popen(
             command,
             env={**os.environ, "PYTHON": str(stub)},
